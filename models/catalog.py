@@ -1,0 +1,67 @@
+"""What the configuration says about a model, before anything is loaded. No torch here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from models.types import Precision, Task
+
+DEFAULT_MODEL = "efficientnet_lite0"
+
+Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
+Triple = tuple[float, float, float]
+
+
+class PreprocessSpec(BaseModel):
+    """Overrides of the preprocessing that the weights bring with them; None keeps theirs."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    resize: Annotated[int, Field(ge=8, le=4096)] | None = None
+    crop: Annotated[int, Field(ge=8, le=4096)] | None = None
+    interpolation: Interpolation | None = None
+    mean: Triple | None = None
+    std: Triple | None = None
+
+
+class ModelSpec(BaseModel):
+    """One `[[models]]` entry.
+
+    Attributes:
+        name: name in URLs and options.
+        version: any short string without `@` or `/`.
+        source: `torchvision:NAME`, `timm:NAME`, `python:package.module:factory`, or `embedded:NAME`.
+        weights: `default` (the library's), `none` (random), or a path to `.safetensors`, `.pth` or `.pt`.
+        labels: class names, or a file with one per line (or a JSON list); None takes the library's.
+        num_classes: size of the head; None keeps the architecture's own.
+        task: how scores become probabilities.
+        target_layer: dotted module name, or `auto`.
+        devices: devices that hold the model; None = all of the service's.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+    version: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "1"
+    source: Annotated[str, Field(pattern=r"^(torchvision|timm|python|embedded):.+$")]
+    weights: str = "default"
+    labels: list[str] | Path | None = None
+    num_classes: Annotated[int, Field(ge=1)] | None = None
+    task: Task = "single_label"
+    target_layer: str = "auto"
+    precision: Precision = "fp32"
+    devices: list[str] | None = None
+    preprocess: PreprocessSpec = PreprocessSpec()
+
+    @field_validator("version", mode="before")
+    @classmethod
+    def _version_is_text(cls, version: object) -> object:
+        return str(version) if isinstance(version, int) else version
+
+
+def default_spec() -> ModelSpec:
+    """The embedded default model: EfficientNet-Lite0 with ImageNet weights from a package."""
+    return ModelSpec(name=DEFAULT_MODEL, source=f"embedded:{DEFAULT_MODEL}")

@@ -1,0 +1,242 @@
+"""Every error a caller can meet, one class per code.
+
+    HeatlensError
+    ├── MalformedBody            malformed_body            the HTTP layer, before anything is decoded
+    ├── Unauthorized             unauthorized              security
+    ├── Forbidden                forbidden                 security
+    │   ├── UrlInputDisabled     url_input_disabled
+    │   └── AdminDisabled        admin_disabled
+    ├── UnknownModel             unknown_model             resolving the request against the models
+    ├── UnknownRoute             unknown_route
+    ├── UnknownLabel             unknown_label
+    ├── UnknownLayer             unknown_layer
+    ├── MethodNotAllowed         method_not_allowed        HTTP verb
+    ├── BodyTooLarge             body_too_large            reading the body
+    ├── ImageTooLarge            image_too_large           decoding, before pixels are touched
+    ├── TooManyImages            too_many_images
+    ├── UnsupportedMediaType     unsupported_media_type
+    ├── InvalidOption            invalid_option            resolving options
+    ├── ImageUndecodable         image_undecodable         decoding
+    ├── ImageTooSmall            image_too_small
+    ├── TargetOutOfRange         target_out_of_range       resolving targets
+    ├── MethodNotApplicable      method_not_applicable     resolving methods
+    ├── Overloaded               overloaded                admission in the device worker
+    ├── DeadlineExceeded         deadline_exceeded         anywhere after acceptance
+    ├── Cancelled                cancelled                 the client left (logged as 499, never sent)
+    ├── NotReady                 not_ready                 no warm model yet, or the model failed to load
+    ├── Draining                 draining                  the service is stopping
+    ├── WorkerLost               worker_lost               a device worker died and no retry was left
+    ├── ModelLoadFailed          model_load_failed         loading or verifying a model
+    ├── InputQuarantined         input_quarantined         the input was present in two worker deaths
+    └── InternalError            internal                  a fault of ours
+
+The text of an error is written by us: it names the field and the allowed values and never repeats what a
+third-party library said. Statuses live in one table in `service/errors.py`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class HeatlensError(Exception):
+    """Base of all typed errors.
+
+    Attributes:
+        code: snake_case code of the wire contract.
+        retryable: whether the same request may succeed later.
+        message: fixed human text.
+        field: dotted path of the offending option (`methods.0`), if one is to blame.
+        retry_after_s: seconds after which a retry makes sense, if known.
+    """
+
+    code: ClassVar[str] = "internal"
+    retryable: ClassVar[bool] = False
+
+    def __init__(
+        self, message: str, *, field: str | None = None, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.retry_after_s = retry_after_s
+
+
+class MalformedBody(HeatlensError):
+    """The body is empty, truncated or not what its content type says."""
+
+    code = "malformed_body"
+
+
+class Unauthorized(HeatlensError):
+    """No key, or a key that is not known."""
+
+    code = "unauthorized"
+
+
+class Forbidden(HeatlensError):
+    """The key is known but does not allow this."""
+
+    code = "forbidden"
+
+
+class UrlInputDisabled(Forbidden):
+    """The operator has not allowed this URL, or URLs at all."""
+
+    code = "url_input_disabled"
+
+
+class AdminDisabled(Forbidden):
+    """No admin key is configured."""
+
+    code = "admin_disabled"
+
+
+class UnknownModel(HeatlensError):
+    """No model of that name or version is configured."""
+
+    code = "unknown_model"
+
+
+class UnknownRoute(HeatlensError):
+    """No such path."""
+
+    code = "unknown_route"
+
+
+class UnknownLabel(HeatlensError):
+    """The model has no class of that label."""
+
+    code = "unknown_label"
+
+
+class UnknownLayer(HeatlensError):
+    """No layer of the model matches the name or glob."""
+
+    code = "unknown_layer"
+
+
+class MethodNotAllowed(HeatlensError):
+    """The path exists, the HTTP verb does not."""
+
+    code = "method_not_allowed"
+
+
+class BodyTooLarge(HeatlensError):
+    """The body exceeds `limits.max_body_mb`."""
+
+    code = "body_too_large"
+
+
+class ImageTooLarge(HeatlensError):
+    """One image exceeds the byte or pixel cap."""
+
+    code = "image_too_large"
+
+
+class TooManyImages(HeatlensError):
+    """More images than `limits.max_images`."""
+
+    code = "too_many_images"
+
+
+class UnsupportedMediaType(HeatlensError):
+    """Neither a picture format nor a body type that is accepted."""
+
+    code = "unsupported_media_type"
+
+
+class InvalidOption(HeatlensError):
+    """An option has a value outside its range."""
+
+    code = "invalid_option"
+
+
+class ImageUndecodable(HeatlensError):
+    """The bytes claim to be a picture but cannot be decoded."""
+
+    code = "image_undecodable"
+
+
+class ImageTooSmall(HeatlensError):
+    """The picture has too few pixels to be classified."""
+
+    code = "image_too_small"
+
+
+class TargetOutOfRange(HeatlensError):
+    """A class index or rank beyond the model's classes."""
+
+    code = "target_out_of_range"
+
+
+class MethodNotApplicable(HeatlensError):
+    """The method cannot explain this model or layer; the text says which can."""
+
+    code = "method_not_applicable"
+
+
+class Overloaded(HeatlensError):
+    """The estimated wait is over the limit; retry after `retry_after_s`."""
+
+    code = "overloaded"
+    retryable = True
+
+
+class DeadlineExceeded(HeatlensError):
+    """The request's deadline passed before its answer was ready."""
+
+    code = "deadline_exceeded"
+
+
+class Cancelled(HeatlensError):
+    """The client went away; nobody reads this answer."""
+
+    code = "cancelled"
+
+
+class NotReady(HeatlensError):
+    """No warm model can answer yet."""
+
+    code = "not_ready"
+    retryable = True
+
+
+class Draining(HeatlensError):
+    """The service is shutting down and takes no new work."""
+
+    code = "draining"
+    retryable = True
+
+
+class WorkerLost(HeatlensError):
+    """The device worker died and the job could not be retried in time."""
+
+    code = "worker_lost"
+    retryable = True
+
+
+class ModelLoadFailed(HeatlensError):
+    """The model could not be loaded or failed its verification; the text says why."""
+
+    code = "model_load_failed"
+
+
+class InputQuarantined(HeatlensError):
+    """This input was on the device in two worker deaths and is not tried again."""
+
+    code = "input_quarantined"
+
+
+class InternalError(HeatlensError):
+    """A fault of the service itself; details are in its logs."""
+
+
+def _leaves(root: type[HeatlensError]) -> list[type[HeatlensError]]:
+    return [root, *(leaf for child in root.__subclasses__() for leaf in _leaves(child))]
+
+
+ERRORS: dict[str, type[HeatlensError]] = {
+    error.code: error for error in _leaves(HeatlensError) if error is not HeatlensError
+}
+"""Error class by its code."""

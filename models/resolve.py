@@ -1,0 +1,176 @@
+"""From what a request says to what a job holds: labels, globs, ranks and `auto` against one model. No torch."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from models.errors import (
+    InvalidOption,
+    MethodNotApplicable,
+    TargetOutOfRange,
+    UnknownLabel,
+    UnknownLayer,
+)
+from models.methods import METHODS
+from models.types import ClassRef, ModelInfo, Target
+
+MAX_RANK = 10
+MAX_LAYERS = 64
+
+RawTarget = int | str | Mapping[str, Any]
+
+
+def resolve_targets(
+    raw: Sequence[RawTarget], info: ModelInfo, *, field: str = "targets"
+) -> tuple[Target, ...]:
+    """Turn class indices, labels, ranks and contrasts into targets.
+
+    Raises:
+        TargetOutOfRange: an index or rank beyond the model's classes.
+        UnknownLabel: no class has that label.
+        InvalidOption: a label that several classes share, or a target of no known form.
+    """
+    return tuple(_target(item, info, f"{field}.{i}") for i, item in enumerate(raw))
+
+
+def resolve_methods(
+    names: Sequence[str], info: ModelInfo, *, field: str = "methods"
+) -> tuple[str, ...]:
+    """Check that each method exists and can explain the model.
+
+    Raises:
+        InvalidOption: no such method.
+        MethodNotApplicable: it cannot explain this model; the text names those that can.
+    """
+    support = {row.name: row for row in info.card.methods}
+    for i, name in enumerate(names):
+        if name not in METHODS:
+            allowed = ", ".join(METHODS)
+            raise InvalidOption(f"Unknown method. Allowed: {allowed}.", field=f"{field}.{i}")
+        row = support.get(name)
+        if row is not None and not row.applicable:
+            applicable = ", ".join(r.name for r in info.card.methods if r.applicable)
+            raise MethodNotApplicable(
+                f"{name} cannot explain {info.card.name}: {row.reason}. Applicable: {applicable}.",
+                field=f"{field}.{i}",
+            )
+    return tuple(dict.fromkeys(names))
+
+
+def resolve_layers(
+    globs: Sequence[str], info: ModelInfo, *, spatial: bool, field: str = "layers"
+) -> tuple[str, ...]:
+    """Turn names, globs and `auto` into dotted module names, in the model's order, each once.
+
+    Args:
+        globs: what the request says.
+        info: the model.
+        spatial: True for layers to explain (`auto` is the target layer, others must be maps); False for layers
+            to describe (`auto` is the model's spread of feature layers).
+        field: path of the option, for errors.
+
+    Raises:
+        UnknownLayer: nothing matches, or only layers without a spatial output where one is needed.
+        InvalidOption: more layers than one request may name.
+    """
+    names: dict[str, None] = {}
+    for i, glob in enumerate(globs):
+        for name in _matches(glob, info, spatial=spatial, field=f"{field}.{i}"):
+            names[name] = None
+    if len(names) > MAX_LAYERS:
+        raise InvalidOption(
+            f"The layers match {len(names)} modules, at most {MAX_LAYERS} are allowed.", field=field
+        )
+    order = {layer.name: i for i, layer in enumerate(info.layers)}
+    return tuple(sorted(names, key=lambda name: order.get(name, -1)))
+
+
+def _matches(glob: str, info: ModelInfo, *, spatial: bool, field: str) -> list[str]:
+    if glob == "auto":
+        if not spatial:
+            return list(info.feature_layers)
+        if info.card.target_layer is None:
+            raise UnknownLayer("The model has no recommended layer; name one.", field=field)
+        return [info.card.target_layer]
+    found = [layer for layer in info.layers if fnmatch.fnmatchcase(layer.name, glob)]
+    if not found:
+        raise UnknownLayer(
+            f"No layer matches; GET /v1/models/{info.card.name}/layers lists them.", field=field
+        )
+    usable = [layer.name for layer in found if layer.output_shape and (layer.spatial or not spatial)]
+    if not usable:
+        need = "a spatial output" if spatial else "a tensor as output"
+        raise UnknownLayer(f"No layer that matches has {need}.", field=field)
+    return usable
+
+
+def _target(raw: RawTarget, info: ModelInfo, field: str) -> Target:
+    if isinstance(raw, Mapping):
+        if set(raw) - {"class", "against"} or "class" not in raw:
+            raise InvalidOption(
+                'A contrastive target is {"class": …, "against": […]}.', field=field
+            )
+        against = raw.get("against") or ()
+        if isinstance(against, (str, int)) or not isinstance(against, Sequence):
+            raise InvalidOption("`against` is a list of classes.", field=f"{field}.against")
+        return Target(
+            cls=_class_ref(raw["class"], info, f"{field}.class"),
+            against=tuple(
+                _class_ref(item, info, f"{field}.against.{i}") for i, item in enumerate(against)
+            ),
+        )
+    return Target(cls=_class_ref(raw, info, field))
+
+
+def _class_ref(raw: object, info: ModelInfo, field: str) -> ClassRef:
+    classes = info.card.num_classes
+    if isinstance(raw, bool) or not isinstance(raw, (int, str)):
+        raise InvalidOption("A class is an index, a label or a rank such as top1.", field=field)
+    if isinstance(raw, int) or raw.isascii() and raw.isdecimal():
+        # A digit string of thousands of characters is out of range, and int() would refuse it.
+        index = int(raw) if isinstance(raw, int) or len(raw) < 10 else classes
+        if not 0 <= index < classes:
+            raise TargetOutOfRange(f"Class indices run from 0 to {classes - 1}.", field=field)
+        return ClassRef(kind="index", value=index)
+    rank = raw.lower().removeprefix("top")
+    if rank != raw.lower() and rank.isascii() and rank.isdecimal():
+        best = min(MAX_RANK, classes)
+        if len(rank) > 3 or not 1 <= int(rank) <= best:
+            raise TargetOutOfRange(f"Ranks run from top1 to top{best}.", field=field)
+        return ClassRef(kind="rank", value=int(rank))
+    return ClassRef(kind="index", value=_index_of(raw, info, field))
+
+
+def _index_of(label: str, info: ModelInfo, field: str) -> int:
+    found = _label_index(info.labels).get(_normal(label), ())
+    if not found:
+        raise UnknownLabel(
+            f"The model has no such label; GET /v1/models/{info.card.name}/labels lists them.",
+            field=field,
+        )
+    if len(found) > 1:
+        indices = ", ".join(map(str, found))
+        raise InvalidOption(
+            f"Several classes have this label; name one by index: {indices}.", field=field
+        )
+    return found[0]
+
+
+def _normal(label: str) -> str:
+    return " ".join(label.replace("_", " ").lower().split())
+
+
+@lru_cache(maxsize=16)
+def _label_index(labels: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    """Class indices by whole label and, where that is not taken, by each comma-separated synonym."""
+    whole: dict[str, tuple[int, ...]] = {}
+    synonyms: dict[str, tuple[int, ...]] = {}
+    for index, label in enumerate(labels):
+        whole[_normal(label)] = (*whole.get(_normal(label), ()), index)
+        if "," in label:
+            for part in map(_normal, label.split(",")):
+                synonyms[part] = (*synonyms.get(part, ()), index)
+    return synonyms | whole

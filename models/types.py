@@ -1,0 +1,340 @@
+"""The data that flows through Heatlens: jobs in, outcomes out. No torch here.
+
+All structures are frozen `msgspec.Struct`s, so that they cross a process boundary as msgpack (arrays travel as
+raw frames beside the header, see `service/workers/messages.py`). Times are seconds on the machine-wide monotonic
+clock (`time.monotonic`), durations say their unit in their name.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+import numpy as np
+
+Operation = Literal["predict", "explain", "features"]
+Task = Literal["single_label", "multi_label", "binary"]
+Precision = Literal["fp32", "bf16", "fp16"]
+Fuse = Literal["none", "mean", "max", "product"]
+Kind = Literal["output", "input", "grad_output", "grad_input"]
+HeadKind = Literal["gap_linear", "gap", "flatten", "token"]
+ModelState = Literal["loading", "ready", "unavailable", "unloading"]
+InterventionOp = Literal["zero", "mean", "scale"]
+
+
+class Struct(msgspec.Struct, frozen=True, kw_only=True):
+    """Base: immutable, keyword-only."""
+
+
+# ---------------------------------------------------------------- pictures
+
+
+class Region(Struct):
+    """A rectangle in pixels of the original (EXIF-rotated) picture; may be fractional."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+class Geometry(Struct):
+    """Where the model input lies in the original picture.
+
+    Attributes:
+        width: width of the original picture in pixels, after EXIF rotation.
+        height: its height.
+        region: the part of the original that the model saw.
+        input_width: width of the model input in pixels.
+        input_height: its height.
+    """
+
+    width: int
+    height: int
+    region: Region
+    input_width: int
+    input_height: int
+
+
+# ---------------------------------------------------------------- jobs
+
+
+class ClassRef(Struct):
+    """A class named by index (`kind="index"`, `value` from 0) or by rank (`kind="rank"`, `value` from 1)."""
+
+    kind: Literal["index", "rank"]
+    value: int
+
+
+class Target(Struct):
+    """What is explained: the score of `cls`, less the mean score of the classes in `against`."""
+
+    cls: ClassRef
+    against: tuple[ClassRef, ...] = ()
+
+
+TOP1 = Target(cls=ClassRef(kind="rank", value=1))
+
+
+class Intervention(Struct):
+    """Channels of a layer's output that are changed during the pass.
+
+    `zero` sets them to 0, `mean` to their spatial mean, `scale` multiplies them by `value`.
+    """
+
+    layer: str
+    channels: tuple[int, ...]
+    op: InterventionOp
+    value: float = 1.0
+
+
+class JobOptions(Struct):
+    """What one picture's job asks for, resolved against a model: no label, glob or `auto` is left.
+
+    Attributes:
+        top_k: number of predictions to return.
+        targets: classes to explain (or whose gradients `features` wants).
+        methods: names of METHODS rows, for `explain`.
+        layers: dotted module names: explained layers, or the layers of `features`.
+        fuse: how maps of several layers become one.
+        statistics: whether to return statistics of `layers`' outputs.
+        kinds: which tensors of each layer `features` reduces.
+        channels: how many top channels a statistic lists.
+        grid: whether `features` returns the top channels' maps, to be drawn as a grid.
+        interventions: channels changed during the pass.
+        faithfulness: names of faithfulness measures per explanation.
+        samples, steps, seed: of stochastic and path methods; None = the method's default.
+    """
+
+    top_k: int = 5
+    targets: tuple[Target, ...] = (TOP1,)
+    methods: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
+    fuse: Fuse = "none"
+    statistics: bool = False
+    kinds: tuple[Kind, ...] = ("output",)
+    channels: int = 16
+    grid: bool = False
+    interventions: tuple[Intervention, ...] = ()
+    faithfulness: tuple[str, ...] = ()
+    samples: int | None = None
+    steps: int | None = None
+    seed: int | None = None
+
+
+class Job(Struct):
+    """One picture to run through one model.
+
+    Attributes:
+        id: unique per job.
+        operation: what is asked.
+        model: catalog name.
+        version: version of that model.
+        input: uint8 array (height, width, 3), the model input before normalising.
+        deadline: monotonic time after which nobody waits for the answer.
+        digest: digest of model and input, by which an input is recognised after a worker death.
+        deaths: worker deaths this job was already part of; such a job runs alone.
+        traceparent: W3C trace context, empty when tracing is off.
+    """
+
+    id: str
+    operation: Operation
+    model: str
+    version: str
+    input: np.ndarray
+    options: JobOptions
+    deadline: float
+    digest: str = ""
+    deaths: int = 0
+    traceparent: str = ""
+
+
+# ---------------------------------------------------------------- outcomes
+
+
+class ClassScore(Struct):
+    """A class with its score (logit) and probability (softmax or sigmoid, by the model's task)."""
+
+    class_id: int
+    score: float
+    probability: float
+
+
+class Faithfulness(Struct):
+    """A faithfulness measure of a map beside the same measure of a random map."""
+
+    value: float
+    random: float
+
+
+class Explanation(Struct):
+    """One map for one method, layer and target.
+
+    Attributes:
+        layer: explained layer; fused layers are joined by `+`; empty for methods of the input itself.
+        map: float32 (h, w) before normalising, at the layer's resolution.
+        signed: whether negative values mean evidence against the class.
+        degenerate: whether the map is constant, and so shows nothing.
+    """
+
+    method: str
+    layer: str
+    target: ClassScore
+    map: np.ndarray
+    signed: bool
+    degenerate: bool
+    faithfulness: dict[str, Faithfulness] = {}
+    warnings: tuple[str, ...] = ()
+
+
+class Quantiles(Struct):
+    """Values below which 1, 25, 50, 75 and 99 % of a tensor's values lie."""
+
+    p01: float
+    p25: float
+    p50: float
+    p75: float
+    p99: float
+
+
+class ChannelStatistics(Struct):
+    """One feature map: its index, mean, maximum, and its weight in the explaining method where one exists."""
+
+    index: int
+    mean: float
+    max: float
+    weight: float | None = None
+
+
+class LayerStatistics(Struct):
+    """Statistics of one image's tensor at one layer.
+
+    Attributes:
+        shape: of the tensor, without the batch dimension.
+        sparsity: share of values that are exactly 0.
+        dead_channels: channels whose values are all 0.
+        target: class whose gradient this is, for `grad_*` kinds.
+        grid: float32 (channels, h, w) maps of `top_channels`, when a grid was asked for.
+    """
+
+    layer: str
+    kind: Kind
+    shape: tuple[int, ...]
+    mean: float
+    std: float
+    min: float
+    max: float
+    l2: float
+    sparsity: float
+    dead_channels: int
+    quantiles: Quantiles
+    top_channels: tuple[ChannelStatistics, ...] = ()
+    target: int | None = None
+    grid: np.ndarray | None = None
+
+
+class Outcome(Struct):
+    """The answer to a job.
+
+    Attributes:
+        queue_ms: time from arrival in the worker to the start of its (first) batch.
+        device_ms: time its batches occupied the device.
+        batch_size: jobs in the trunk pass that answered it.
+    """
+
+    id: str
+    predictions: tuple[ClassScore, ...]
+    explanations: tuple[Explanation, ...] = ()
+    statistics: tuple[LayerStatistics, ...] = ()
+    queue_ms: float = 0.0
+    device_ms: float = 0.0
+    batch_size: int = 1
+
+
+class Failure(Struct):
+    """The typed error that ends a job; `code` is a key of `models.errors.ERRORS`."""
+
+    id: str
+    code: str
+    message: str
+    field: str | None = None
+    retry_after_s: float | None = None
+
+
+# ---------------------------------------------------------------- models
+
+
+class Preprocess(Struct):
+    """How a picture becomes a model input: resize the short side, centre-crop, scale to [0, 1], normalise.
+
+    Attributes:
+        resize: short side in pixels after resizing; a pair (height, width) resizes to exactly that.
+        crop: (height, width) of the centre crop, the model input.
+        interpolation: `bilinear` | `bicubic` | `nearest` | `lanczos` | `box` | `hamming`.
+        mean, std: per channel, of pixel values scaled to [0, 1].
+    """
+
+    resize: int | tuple[int, int]
+    crop: tuple[int, int]
+    interpolation: str = "bilinear"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+
+class MethodSupport(Struct):
+    """Whether a method can explain a model, and if not, why."""
+
+    name: str
+    applicable: bool
+    reason: str | None = None
+
+
+class LayerInfo(Struct):
+    """One module that can be hooked, as `/v1/models/{name}/layers` lists it.
+
+    Attributes:
+        output_shape: of the probe's output without the batch dimension; empty if it is not one tensor.
+        spatial: whether the output is a map (channels, h, w), or tokens that can be laid out as one.
+        parameters: number of parameters in the module and below.
+        recommended: whether this is the model's `auto` target layer.
+    """
+
+    name: str
+    type: str
+    output_shape: tuple[int, ...]
+    spatial: bool
+    parameters: int
+    recommended: bool = False
+
+
+class ModelCard(Struct):
+    """What is known of one model version; unready models carry `reason` and few other fields."""
+
+    name: str
+    version: str
+    state: ModelState
+    ready: bool
+    source: str
+    devices: tuple[str, ...] = ()
+    versions: tuple[str, ...] = ()
+    reason: str | None = None
+    num_classes: int = 0
+    task: Task = "single_label"
+    input: Preprocess | None = None
+    target_layer: str | None = None
+    head: HeadKind | None = None
+    closed_form: bool = False
+    methods: tuple[MethodSupport, ...] = ()
+    precision: Precision = "fp32"
+    preparation: tuple[str, ...] = ()
+    best_batch: int = 1
+    latency_ms: dict[int, float] = {}
+
+
+class ModelInfo(Struct):
+    """A card with the lists that are too long for it."""
+
+    card: ModelCard
+    labels: tuple[str, ...] = ()
+    layers: tuple[LayerInfo, ...] = ()
+    feature_layers: tuple[str, ...] = ()
