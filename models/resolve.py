@@ -100,7 +100,9 @@ def _matches(glob: str, info: ModelInfo, *, spatial: bool, field: str) -> list[s
         raise UnknownLayer(
             f"No layer matches; GET /v1/models/{info.card.name}/layers lists them.", field=field
         )
-    usable = [layer.name for layer in found if layer.output_shape and (layer.spatial or not spatial)]
+    usable = [
+        layer.name for layer in found if layer.output_shape and (layer.spatial or not spatial)
+    ]
     if not usable:
         need = "a spatial output" if spatial else "a tensor as output"
         raise UnknownLayer(f"No layer that matches has {need}.", field=field)
@@ -129,7 +131,7 @@ def _class_ref(raw: object, info: ModelInfo, field: str) -> ClassRef:
     classes = info.card.num_classes
     if isinstance(raw, bool) or not isinstance(raw, (int, str)):
         raise InvalidOption("A class is an index, a label or a rank such as top1.", field=field)
-    if isinstance(raw, int) or raw.isascii() and raw.isdecimal():
+    if isinstance(raw, int) or (raw.isascii() and raw.isdecimal()):
         # A digit string of thousands of characters is out of range, and int() would refuse it.
         index = int(raw) if isinstance(raw, int) or len(raw) < 10 else classes
         if not 0 <= index < classes:

@@ -7,7 +7,7 @@ clock (`time.monotonic`), durations say their unit in their name.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, dataclass_transform
 
 import msgspec
 import numpy as np
@@ -22,6 +22,7 @@ ModelState = Literal["loading", "ready", "unavailable", "unloading"]
 InterventionOp = Literal["zero", "mean", "scale"]
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(msgspec.field,))
 class Struct(msgspec.Struct, frozen=True, kw_only=True):
     """Base: immutable, keyword-only."""
 
