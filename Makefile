@@ -1,0 +1,76 @@
+# Heatlens. `make` lists the targets; CI runs exactly `make check`.
+
+PYTHON ?= python3
+HOST   ?= 127.0.0.1
+PORT   ?= 8000
+ARGS   ?=
+
+VENV := .venv
+BIN  := $(VENV)/bin
+PIP  := $(BIN)/python -m pip install -c constraints.txt
+DEV  := .[test,lint,otel]
+
+# Two things decide what is installed; a stamp is older than them when it is time to install again.
+PINS    := pyproject.toml constraints.txt
+RUN_OK  := $(VENV)/.installed
+DEV_OK  := $(VENV)/.installed-dev
+
+# One thread a test process: the tests run beside each other, and tiny networks gain nothing from more.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help run install test test-process cov check lint format format-check types contracts bench clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+run: $(RUN_OK) ## Install what is missing and serve on http://127.0.0.1:8000 (HOST, PORT, ARGS)
+	@exec $(BIN)/heatlens serve --host $(HOST) --port $(PORT) $(ARGS)
+
+install: $(DEV_OK) ## Install Heatlens with everything for development into .venv
+
+test: $(DEV_OK) test-process ## Run every test
+	$(PYTEST) -m "not process" -n auto --maxprocesses 4 --dist worksteal
+
+test-process: $(DEV_OK) ## Run the tests that spawn, kill and hang processes, one after the other
+	$(PYTEST) -m process
+
+cov: $(DEV_OK) ## Run the tests that need no processes and report branch coverage
+	$(PYTEST) -m "not process" -n auto --maxprocesses 4 --cov --cov-report term
+
+check: format-check lint contracts types test ## Everything CI checks
+
+lint: $(DEV_OK) ## Lint
+	$(BIN)/ruff check .
+
+format: $(DEV_OK) ## Format the code and mend what the linter can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+format-check: $(DEV_OK) ## Check the format
+	$(BIN)/ruff format --check .
+
+types: $(DEV_OK) ## Check the types (strict)
+	$(BIN)/mypy
+
+contracts: $(DEV_OK) ## Check which module may import which
+	$(BIN)/lint-imports --no-logo
+
+bench: $(RUN_OK) ## Measure explain over the plain forward (ARGS="--rounds 20")
+	$(BIN)/python -m benchmarks.engine $(ARGS)
+
+clean: ## Remove caches and build products, keep .venv
+	rm -rf build dist out htmlcov .coverage .coverage.* *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .schemathesis
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(RUN_OK): $(PINS) | $(BIN)/python
+	$(PIP) -e .
+	@touch $@
+
+$(DEV_OK): $(PINS) | $(BIN)/python
+	$(PIP) -e '$(DEV)'
+	@touch $(RUN_OK) $@
