@@ -1,0 +1,185 @@
+"""What explaining costs over classifying: the engine beside the plain forward of the very same network.
+
+    python -m benchmarks.engine --rounds 20
+
+The plain forward is what anyone must do to classify the same uint8 pictures: stack, move, normalise and run the
+module that the registry prepared, under `no_grad`, channels last, at the same precision and batch size. All cases
+of one model and batch size are interleaved; each number is the median over the rounds of the ratio within a round.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from benchmarks.timing import Case, Comparison, compare, machine_line, rounds_of
+from models.catalog import ModelSpec, default_spec
+from models.engine import Engine
+from models.registry import ModelRegistry, WarmModel
+from models.types import ClassRef, Job, JobOptions, Operation, Outcome, Target
+
+PLAIN = "plain forward"
+GRADIENT_CAMS = ("gradcam", "gradcam_plus_plus", "xgradcam", "hirescam", "layercam")
+
+
+def model_spec(name: str, precision: str) -> ModelSpec:
+    """The embedded model by its name, or `source:architecture` with random weights (the time is the same)."""
+    if name == default_spec().name:
+        return default_spec().model_copy(update={"precision": precision})
+    source = name if ":" in name else f"torchvision:{name}"
+    short = source.rpartition(":")[2]
+    return ModelSpec.model_validate(
+        {"name": short, "source": source, "weights": "none", "precision": precision}
+    )
+
+
+def job_maker(warm: WarmModel, batch: int) -> Callable[[Operation, JobOptions], list[Job]]:
+    """Jobs on `batch` pictures of seeded noise, all with the same options."""
+    height, width = warm.input_size
+    noise = np.random.default_rng(0)
+    pictures = noise.integers(0, 256, (batch, height, width, 3), dtype=np.uint8)
+
+    def make(operation: Operation, options: JobOptions) -> list[Job]:
+        return [
+            Job(
+                id=str(i),
+                operation=operation,
+                model=warm.name,
+                version=warm.version,
+                input=picture,
+                options=options,
+                deadline=time.monotonic() + 86_400,
+            )
+            for i, picture in enumerate(pictures)
+        ]
+
+    return make
+
+
+def plain_cases(warm: WarmModel, jobs: list[Job]) -> dict[str, Case]:
+    """The network on a ready batch, and the same from uint8 pictures (the baseline)."""
+
+    def ready() -> torch.Tensor:
+        stacked = torch.from_numpy(np.stack([job.input for job in jobs]))
+        return warm.normalise(stacked.to(warm.device))
+
+    def forward(inputs: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            logits: torch.Tensor = warm.module(inputs)
+        return logits.float().cpu()  # waits for the device, as reading an answer does
+
+    inputs = ready()
+    return {PLAIN: lambda: forward(ready()), "network on a ready batch": lambda: forward(inputs)}
+
+
+def engine_cases(engine: Engine, warm: WarmModel, batch: int) -> dict[str, Case]:
+    """What the engine is asked for, by row of the table."""
+    make = job_maker(warm, batch)
+    layer = (warm.target_layer,)
+    ranks = tuple(Target(cls=ClassRef(kind="rank", value=rank)) for rank in range(1, 6))
+
+    def explain(
+        methods: tuple[str, ...] = ("gradcam",), targets: tuple[Target, ...] = ranks[:1]
+    ) -> JobOptions:
+        return JobOptions(methods=methods, targets=targets, layers=layer)
+
+    wanted: dict[str, list[Job]] = {
+        "predict": make("predict", JobOptions()),
+        "predict + Grad-CAM of top-1": make("explain", explain()),
+        "predict + five gradient CAMs": make("explain", explain(GRADIENT_CAMS)),
+        "predict + Grad-CAM of top-5": make("explain", explain(targets=ranks)),
+        "predict + statistics of 10 layers": make("features", JobOptions(layers=ten_layers(warm))),
+    }
+
+    def case(jobs: list[Job]) -> Case:
+        def run() -> None:
+            for answer in engine.run(jobs):
+                if not isinstance(answer, Outcome):
+                    raise TypeError(f"the engine answered {answer!r}")
+
+        return run
+
+    return {name: case(jobs) for name, jobs in wanted.items()}
+
+
+def ten_layers(warm: WarmModel) -> tuple[str, ...]:
+    """Ten layers spread over the depth."""
+    names = [layer.name for layer in warm.info.layers if layer.spatial and layer.name]
+    return tuple(names[round(i)] for i in np.linspace(0, len(names) - 1, 10))
+
+
+def results_table(rows: dict[tuple[str, int], dict[str, Comparison]], *, order: list[str]) -> Table:
+    """One column for each model and batch size: the ratio, its quartiles, and milliseconds a picture."""
+    table = Table(box=box.MARKDOWN)
+    table.add_column("over the plain forward of the same batch")
+    for model, batch in rows:
+        table.add_column(f"{model} b{batch}", justify="right")
+    for name in order:
+        cells = []
+        for (_, batch), comparisons in rows.items():
+            c = comparisons[name]
+            milliseconds = 1000 * c.seconds / batch
+            cells.append(f"{c.ratio:.3f}x ({c.low:.2f}-{c.high:.2f}) {milliseconds:.1f} ms")
+        table.add_row(name, *cells)
+    return table
+
+
+def main(
+    *,
+    models: Annotated[
+        str, typer.Option(help="Names, comma-separated; source:NAME for other sources.")
+    ] = "efficientnet_lite0,resnet50",
+    batches: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,8",
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 15,
+    budget_s: Annotated[float, typer.Option(help="Seconds for each case in a round.")] = 0.25,
+    device: Annotated[str, typer.Option(help="cpu or cuda:N.")] = "cpu",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Torch threads; torch's own choice without.")
+    ] = None,
+) -> None:
+    """Measure explain over the plain forward and print one table."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    console = Console(width=200)
+    registry = ModelRegistry(device, Path.cwd())
+    engine = Engine(registry)
+    sizes = [int(size) for size in batches.split(",")]
+    rows: dict[tuple[str, int], dict[str, Comparison]] = {}
+    with Progress(console=Console(stderr=True)) as progress:
+        names = models.split(",")
+        task = progress.add_task("measuring", total=len(names) * len(sizes) * rounds)
+        for name in names:
+            spec = model_spec(name, precision)
+            progress.update(task, description=f"loading {spec.name}")
+            registry.load(spec)
+            warm = registry.get(spec.name, spec.version)
+            for batch in sizes:
+                progress.update(task, description=f"{spec.name}, batch {batch}")
+                cases = plain_cases(warm, job_maker(warm, batch)("predict", JobOptions()))
+                cases |= engine_cases(engine, warm, batch)
+                measured = []
+                for seconds in rounds_of(cases, rounds=rounds, budget_s=budget_s):
+                    measured.append(seconds)
+                    progress.advance(task)
+                rows[spec.name, batch] = compare(measured, baseline=PLAIN)
+            registry.unload(spec.name, spec.version)
+    console.print(results_table(rows, order=list(cases)))
+    console.print(
+        f"{machine_line('torch')}, {torch.get_num_threads()} threads, {device}, {precision}"
+    )
+    console.print(f"median of {rounds} interleaved rounds (quartiles), milliseconds a picture")
+
+
+if __name__ == "__main__":
+    typer.run(main)
