@@ -6,6 +6,8 @@ docs and the property tests are made from the rows.
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from typing import Any, Literal
 
 from models.types import Struct
@@ -26,6 +28,8 @@ class Method(Struct):
         cost: `pass` (free with the prediction), `head` (a pass of the head per target), `passes` (a few passes
             of the whole network), `many` (hundreds of passes: runs as steps).
         defaults: default `samples`, `steps`, `seed` and the like.
+        assumes_nonnegative: whether the derivation needs a layer without negative values; on others the answer
+            carries a warning.
     """
 
     name: str
@@ -37,6 +41,7 @@ class Method(Struct):
     signed: bool
     cost: Cost
     defaults: dict[str, Any] = {}
+    assumes_nonnegative: bool = False
 
 
 _ROWS = (
@@ -69,6 +74,7 @@ _ROWS = (
         needs_gradients=True,
         signed=False,
         cost="head",
+        assumes_nonnegative=True,
     ),
     Method(
         name="xgradcam",
@@ -79,6 +85,7 @@ _ROWS = (
         needs_gradients=True,
         signed=False,
         cost="head",
+        assumes_nonnegative=True,
     ),
     Method(
         name="hirescam",
@@ -104,3 +111,18 @@ _ROWS = (
 
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
 """Every method by name, in the order in which `/v1/methods` lists them."""
+
+
+def implementation(name: str) -> Callable[..., Any]:
+    """The function that computes a method; this is where torch is imported."""
+    function: Callable[..., Any] = getattr(_module(name), name)
+    return function
+
+
+def weights_implementation(name: str) -> Callable[..., Any] | None:
+    """The function that computes a method's channel weights, where the method defines such."""
+    return getattr(_module(name), f"{name}_weights", None)
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"models.methods.{METHODS[name].family}")

@@ -1,0 +1,181 @@
+"""From a trunk pass to each job's outcome: maps of all its methods, targets and layers, and its statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from models.capture import Capture
+from models.errors import InternalError
+from models.fuse import fuse
+from models.methods import METHODS, implementation, weights_implementation
+from models.registry import WarmModel
+from models.statistics import describe
+from models.steps import Step, Subject
+from models.targets import ResolvedTarget, predictions
+from models.trunk import Trunk
+from models.types import ClassScore, Explanation, Job, LayerStatistics, Outcome
+
+_SIGNED_LAYER = "The layer has negative values, for which this method is not derived."
+
+
+class Answers:
+    """The answers of one batch.
+
+    Maps of the methods that need nothing but the trunk pass are computed at once for all images that ask for
+    them; `steps` then finishes each job, yielding steps where its methods need further passes.
+    """
+
+    def __init__(self, warm: WarmModel, jobs: Sequence[Job], trunk: Trunk) -> None:
+        """Args: the model, the batch and what its pass gave."""
+        self._warm = warm
+        self._jobs = jobs
+        self._trunk = trunk
+        self._predictions = predictions(
+            trunk.logits, trunk.probabilities, max(job.options.top_k for job in jobs)
+        )
+        self._finite = trunk.logits.isfinite().all(1).tolist()
+        self._maps: dict[tuple[str, str, int], np.ndarray] = {}
+        self._weights: dict[tuple[str, int], np.ndarray] = {}
+        for layer, (capture, rows) in trunk.captures.items():
+            self._explain_layer(layer, capture, rows)
+
+    def steps(self, row: int) -> Generator[Step, Any, Outcome]:
+        """Finish one job: yields the steps it still needs and returns its outcome.
+
+        Raises:
+            InternalError: the model's scores are not finite.
+        """
+        job = self._jobs[row]
+        if not self._finite[row]:
+            raise InternalError("The model's scores for this picture are not finite.")
+        explanations: list[Explanation] = []
+        for name in job.options.methods:
+            explanations += yield from self._explain(name, row)
+        return Outcome(
+            id=job.id,
+            predictions=self._predictions[row][: job.options.top_k],
+            explanations=tuple(explanations),
+            statistics=tuple(self._describe(row)),
+        )
+
+    def _explain_layer(self, layer: str, capture: Capture, rows: list[int]) -> None:
+        """Maps of every one-pass method asked for at a layer, and weights of the first that defines them."""
+        names = dict.fromkeys(name for row in rows for name in self._jobs[row].options.methods)
+        for name in names:
+            if METHODS[name].cost not in ("pass", "head"):
+                continue
+            chosen = [i for i, row in enumerate(rows) if name in self._jobs[row].options.methods]
+            index = torch.tensor(chosen, device=capture.activation.device)
+            part = capture if len(chosen) == len(rows) else capture.rows(index)
+            maps = implementation(name)(part).cpu().numpy()
+            weigh = weights_implementation(name)
+            weights = None
+            if weigh and any(self._jobs[rows[i]].options.statistics for i in chosen):
+                weights = weigh(part)[:, 0].cpu().numpy()
+            for position, i in enumerate(chosen):
+                self._maps[layer, name, rows[i]] = maps[position]
+                if weights is not None:
+                    self._weights.setdefault((layer, rows[i]), weights[position])
+
+    def _explain(self, name: str, row: int) -> Generator[Step, Any, list[Explanation]]:
+        """Explanations by one method, in the order target → layer."""
+        job, targets = self._jobs[row], self._trunk.targets[row]
+        maps: dict[str, np.ndarray] = {}
+        for layer in self._layers(name, job):
+            ready = self._maps.get((layer, name, row))
+            if ready is None:
+                subject = self._subject(name, layer, row)
+                ready = (yield from implementation(name)(subject)).cpu().numpy()
+            maps[layer] = ready[: len(targets)]
+        if job.options.fuse != "none" and len(maps) > 1:
+            fused = fuse([torch.from_numpy(m) for m in maps.values()], job.options.fuse)
+            maps = {"+".join(maps): fused.numpy()}
+        return [
+            self._explanation(name, layer, layer_maps[t], target, row)
+            for t, target in enumerate(targets)
+            for layer, layer_maps in maps.items()
+        ]
+
+    @staticmethod
+    def _layers(name: str, job: Job) -> tuple[str, ...]:
+        """Layers a method explains; methods of the input itself have the one empty name."""
+        return ("",) if METHODS[name].family in ("pixels", "transformer") else job.options.layers
+
+    def _subject(self, name: str, layer: str, row: int) -> Subject:
+        options, defaults = self._jobs[row].options, METHODS[name].defaults
+        capture = None
+        if layer:
+            whole, rows = self._trunk.captures[layer]
+            capture = whole.rows(torch.tensor([rows.index(row)], device=whole.activation.device))
+        asked = {"samples": options.samples, "steps": options.steps, "seed": options.seed}
+        chosen = {k: defaults.get(k, 0) if v is None else v for k, v in asked.items()}
+        return Subject(
+            module=self._warm.module,
+            inputs=self._trunk.inputs[row : row + 1],
+            logits=self._trunk.logits[row],
+            targets=self._trunk.targets[row],
+            capture=capture,
+            layer=layer,
+            single_label=self._warm.task == "single_label",
+            chunk=max(1, self._warm.info.card.best_batch),
+            **chosen,
+        )
+
+    def _explanation(
+        self, name: str, layer: str, values: np.ndarray, target: ResolvedTarget, row: int
+    ) -> Explanation:
+        values = np.ascontiguousarray(values, dtype=np.float32)
+        finite = bool(np.isfinite(values).all())
+        values = values if finite else np.zeros_like(values)
+        return Explanation(
+            method=name,
+            layer=layer,
+            target=self._score(target.cls, row),
+            map=values,
+            signed=METHODS[name].signed,
+            degenerate=bool(values.max() == values.min()),
+            warnings=tuple(self._warnings(name, layer, row, finite=finite)),
+        )
+
+    def _warnings(self, name: str, layer: str, row: int, *, finite: bool) -> list[str]:
+        warnings = [] if finite else ["The map was not finite and is shown as empty."]
+        for part in layer.split("+"):
+            if METHODS[name].assumes_nonnegative and part in self._trunk.captures:
+                capture, rows = self._trunk.captures[part]
+                if bool((capture.activation[rows.index(row)] < 0).any()):
+                    warnings.append(_SIGNED_LAYER)
+                    break
+        return warnings
+
+    def _score(self, index: int, row: int) -> ClassScore:
+        return ClassScore(
+            class_id=index,
+            score=float(self._trunk.logits[row, index]),
+            probability=float(self._trunk.probabilities[row, index]),
+        )
+
+    def _describe(self, row: int) -> Generator[LayerStatistics, None, None]:
+        """Statistics of one image, in the order layer → kind → target."""
+        options = self._jobs[row].options
+        for layer in options.layers:
+            for kind in options.kinds if self._jobs[row].operation == "features" else ("output",):
+                by_target, rows = self._trunk.reductions.get((layer, kind), ([], []))
+                if row not in rows:
+                    continue
+                gradient = kind.startswith("grad_")
+                targets = self._trunk.targets[row] if gradient else (None,)
+                for reductions, target in zip(by_target, targets, strict=False):
+                    if reductions is not None:
+                        yield describe(
+                            reductions,
+                            rows.index(row),
+                            layer=layer,
+                            kind=kind,
+                            top=options.channels,
+                            weights=self._weights.get((layer, row)),
+                            target=None if target is None else target.cls,
+                        )

@@ -1,0 +1,196 @@
+"""The engine of one device: turns a batch of jobs into outcomes. The only conductor of the parts around it."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.answers import Answers
+from models.errors import HeatlensError, InvalidOption
+from models.extractor import Extractor
+from models.interventions import changes_for
+from models.registry import ModelRegistry, WarmModel
+from models.steps import Exclusive, Forward, InputGradient, Step
+from models.targets import ScoreWeights, class_scores
+from models.trunk import run_trunk
+from models.types import Failure, Job, Outcome
+
+
+class Pending:
+    """A job whose trunk pass is done and that still needs steps.
+
+    Attributes:
+        job: the job.
+        warm: its model.
+        step: the step that comes next.
+    """
+
+    def __init__(
+        self, job: Job, warm: WarmModel, steps: Generator[Step, Any, Outcome], first: Step
+    ) -> None:
+        """Made by the engine, from a started generator and the step it yielded first."""
+        self.job = job
+        self.warm = warm
+        self.step = first
+        self._steps = steps
+
+    @property
+    def cost(self) -> int:
+        """Images that the next step is worth."""
+        return self.step.cost
+
+    def resume(self, result: Any) -> Outcome | Failure | Pending:
+        """Hand the step's result on; returns the outcome, or itself with its next step."""
+        try:
+            self.step = self._steps.send(result)
+        except StopIteration as stop:
+            outcome: Outcome = stop.value
+            return outcome
+        except HeatlensError as error:
+            return failure(self.job, error)
+        return self
+
+    def close(self) -> None:
+        """Give up; the generator's tensors are released."""
+        self._steps.close()
+
+
+class Engine:
+    """Runs batches on one device. Not thread-safe: one thread owns it and its registry."""
+
+    def __init__(self, registry: ModelRegistry) -> None:
+        """Args: the registry whose warm models answer."""
+        self._registry = registry
+
+    def run(self, jobs: Sequence[Job]) -> list[Outcome | Failure | Pending]:
+        """Run one trunk pass for jobs of one model and version.
+
+        Args:
+            jobs: predict, explain and features jobs alike.
+
+        Returns:
+            One entry for each job, in order: its outcome, its typed failure, or, where methods need further
+            passes, what `advance` goes on with.
+
+        Raises:
+            UnknownModel: the model is not loaded here.
+            Exception: the pass itself failed; which job is to blame is not known.
+        """
+        warm = self._registry.get(jobs[0].model, jobs[0].version)
+        faults = {job.id: fault for job in jobs if (fault := _fault(job, warm))}
+        sound = [job for job in jobs if job.id not in faults]
+        answered = dict(zip([job.id for job in sound], self._answer(warm, sound), strict=True))
+        return [faults.get(job.id) or answered[job.id] for job in jobs]
+
+    def advance(self, pending: Sequence[Pending]) -> list[Outcome | Failure | Pending]:
+        """Run the next step of several jobs of one model.
+
+        Steps of the same kind share one batch; their costs should add up to about the model's best batch.
+
+        Returns:
+            One entry for each, as in `run`.
+        """
+        results: dict[int, Any] = {}
+        for kind, execute in (
+            (Forward, self._forward),
+            (InputGradient, self._input_gradient),
+            (Exclusive, self._exclusive),
+        ):
+            group = [p for p in pending if isinstance(p.step, kind)]
+            if group:
+                results |= dict(zip(map(id, group), execute(group), strict=True))
+        return [p.resume(results[id(p)]) for p in pending]
+
+    def _answer(
+        self, warm: WarmModel, jobs: Sequence[Job]
+    ) -> list[Outcome | Failure | Pending]:
+        if not jobs:
+            return []
+        answers = Answers(warm, jobs, run_trunk(warm, jobs))
+        return [_start(job, warm, answers.steps(row)) for row, job in enumerate(jobs)]
+
+    @staticmethod
+    def _forward(group: Sequence[Pending]) -> list[Tensor]:
+        inputs, sizes, changes = _merge(group)
+        with Extractor(group[0].warm.module, [], changes=changes) as extractor:
+            logits, _ = class_scores(extractor.forward(inputs), group[0].warm.task)
+        return list(logits.split(sizes))
+
+    @staticmethod
+    def _input_gradient(group: Sequence[Pending]) -> list[tuple[Tensor, Tensor]]:
+        inputs, sizes, changes = _merge(group)
+        steps = [p.step for p in group if isinstance(p.step, InputGradient)]
+        targets = [target for step in steps for target in step.targets]
+        with Extractor(group[0].warm.module, [], changes=changes) as extractor:
+            leaf = inputs.detach().requires_grad_()
+            logits, _ = class_scores(extractor.forward(leaf, graph=True), group[0].warm.task)
+            scores = ScoreWeights([[t] for t in targets], logits.device).of(logits)[:, 0]
+            (gradient,) = torch.autograd.grad(scores.sum(), leaf)
+        return list(zip(gradient.float().split(sizes), scores.detach().split(sizes), strict=True))
+
+    @staticmethod
+    def _exclusive(group: Sequence[Pending]) -> list[Any]:
+        return [p.step.run() for p in group if isinstance(p.step, Exclusive)]
+
+
+def failure(job: Job, error: HeatlensError) -> Failure:
+    """The typed failure that ends a job with an error."""
+    return Failure(
+        id=job.id,
+        code=error.code,
+        message=error.message,
+        field=error.field,
+        retry_after_s=error.retry_after_s,
+    )
+
+
+def _start(
+    job: Job, warm: WarmModel, steps: Generator[Step, Any, Outcome]
+) -> Outcome | Failure | Pending:
+    try:
+        first = next(steps)
+    except StopIteration as stop:
+        outcome: Outcome = stop.value
+        return outcome
+    except HeatlensError as error:
+        return failure(job, error)
+    return Pending(job, warm, steps, first)
+
+
+def _fault(job: Job, warm: WarmModel) -> Failure | None:
+    """What makes a job unfit for the batch, found before the pass so that its neighbours are not disturbed."""
+    card = warm.info.card
+    height, width = card.input.crop if card.input else job.input.shape[:2]
+    if job.input.shape != (height, width, 3):
+        return failure(
+            job, InvalidOption(f"The model takes pictures of {width} x {height} pixels, 3 channels.")
+        )
+    for i, change in enumerate(job.options.interventions):
+        channels = _channels(change.layer, warm)
+        if channels is None or any(not 0 <= c < channels for c in change.channels):
+            limit = "no layer that can be changed" if channels is None else f"{channels} channels"
+            error = InvalidOption(f"{change.layer} has {limit}.", field=f"interventions.{i}")
+            return failure(job, error)
+    return None
+
+
+def _channels(layer: str, warm: WarmModel) -> int | None:
+    """Number of channels of a layer's output, None where it is not one tensor."""
+    shape = next((info.output_shape for info in warm.info.layers if info.name == layer), ())
+    if not shape:
+        return None
+    last = warm.layouts.get(layer) is not None or len(shape) == 2
+    return shape[-1] if last else shape[0]
+
+
+def _merge(group: Sequence[Pending]) -> tuple[Tensor, list[int], list[Any]]:
+    """Inputs of several jobs' steps as one batch, the size of each part, and every row's interventions."""
+    parts = [p.step.inputs for p in group if not isinstance(p.step, Exclusive)]
+    sizes = [len(part) for part in parts]
+    rows = [p.job.options.interventions for p, n in zip(group, sizes, strict=True) for _ in range(n)]
+    inputs = torch.cat(parts).contiguous(memory_format=torch.channels_last)
+    return inputs, sizes, changes_for(group[0].warm.layouts, rows)
+

@@ -1,0 +1,68 @@
+"""Interventions: forward hooks that return a value, so that a model answers as if feature maps were changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from models.errors import InvalidOption
+from models.hooks import ForwardHook
+from models.layers import TokenLayout
+from models.types import Intervention
+
+Layouts = Mapping[str, TokenLayout | None]
+
+
+def changes_for(
+    layouts: Layouts, interventions: Sequence[Sequence[Intervention]]
+) -> list[tuple[str, ForwardHook]]:
+    """Hooks that change each image of a batch by its own interventions.
+
+    Args:
+        layouts: token layouts by layer name; a layer that has one keeps its channels in the last dimension.
+        interventions: those of each row of the batch.
+
+    Returns:
+        (layer, hook) pairs, one for each layer that any row changes.
+    """
+    by_layer: dict[str, list[tuple[int, Intervention]]] = {}
+    for row, changes in enumerate(interventions):
+        for change in changes:
+            by_layer.setdefault(change.layer, []).append((row, change))
+    return [
+        (layer, _hook(changes, layouts.get(layer) is not None))
+        for layer, changes in by_layer.items()
+    ]
+
+
+def _hook(changes: list[tuple[int, Intervention]], channels_last: bool) -> ForwardHook:
+    def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        if not isinstance(output, Tensor):
+            raise InvalidOption("Only layers whose output is one tensor can be changed.")
+        changed = output.clone()
+        for row, change in changes:
+            _apply(changed[row], change, channels_last or output.ndim == 3)
+        return changed
+
+    return hook
+
+
+def _apply(image: Tensor, change: Intervention, channels_last: bool) -> None:
+    """Change one image's tensor, (C, …) or (…, C), in place."""
+    channels_first = image.movedim(-1, 0) if channels_last else image
+    count = channels_first.shape[0]
+    if any(not 0 <= channel < count for channel in change.channels):
+        raise InvalidOption(
+            f"{change.layer} has channels 0 to {count - 1}.", field="interventions"
+        )
+    chosen = list(change.channels)
+    values = channels_first[chosen]
+    if change.op == "zero":
+        channels_first[chosen] = 0.0
+    elif change.op == "scale":
+        channels_first[chosen] = values * change.value
+    else:
+        mean = values.flatten(1).mean(1)
+        channels_first[chosen] = mean.view(-1, *[1] * (values.ndim - 1)).expand_as(values)

@@ -1,0 +1,113 @@
+"""Long methods as generators of bounded steps.
+
+A long method is a generator: it yields a step, is sent the step's result, and returns its maps. The engine runs
+each step, together with steps of other jobs on the same model where they can share a batch; between steps other
+work is served, deadlines and cancellation are checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.capture import Capture
+from models.targets import ResolvedTarget
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Wanted: the scores of every class for `inputs`, float32 (n, classes).
+
+    Attributes:
+        inputs: normalised, (n, 3, H, W), on the device; n at most the subject's `chunk`.
+    """
+
+    inputs: Tensor
+
+    @property
+    def cost(self) -> int:
+        """Images in the step."""
+        return len(self.inputs)
+
+
+@dataclass(frozen=True)
+class InputGradient:
+    """Wanted: (gradients (n, 3, H, W), scores (n,)) of one target's score for each of `inputs`.
+
+    Attributes:
+        inputs: normalised, (n, 3, H, W), on the device.
+        targets: one for each input.
+    """
+
+    inputs: Tensor
+    targets: tuple[ResolvedTarget, ...]
+
+    @property
+    def cost(self) -> int:
+        """Images in the step, a backward pass counted as two forwards."""
+        return 3 * len(self.inputs)
+
+
+@dataclass(frozen=True)
+class Exclusive:
+    """Wanted: what `run` returns; it makes passes with hooks of its own and so shares no batch.
+
+    Attributes:
+        run: does at most one batch of work.
+        cost: images it is worth.
+    """
+
+    run: Callable[[], Any]
+    cost: int
+
+
+Step = Forward | InputGradient | Exclusive
+Steps = Generator[Step, Any, Tensor]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a long method explains: one image, its targets, one layer.
+
+    Attributes:
+        module: the model, in eval mode, parameters frozen.
+        inputs: normalised, (1, 3, H, W), on the device.
+        logits: float32 (classes,), scores of the unperturbed image.
+        targets: T targets.
+        capture: activation (1, K, h, w) and, if the method asked for it, gradient (1, T, …) at the explained layer;
+            None for methods of the input itself.
+        layer: dotted name of the explained layer, empty for methods of the input itself.
+        single_label: whether probabilities are a softmax over the classes (otherwise sigmoids).
+        chunk: most images in one step.
+        samples, steps, seed: as asked, or the method's defaults; 0 where it has none.
+    """
+
+    module: nn.Module
+    inputs: Tensor
+    logits: Tensor
+    targets: tuple[ResolvedTarget, ...]
+    capture: Capture | None
+    layer: str
+    single_label: bool
+    chunk: int
+    samples: int
+    steps: int
+    seed: int
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Scores of the T targets for logits (n, classes): (n, T)."""
+        columns = []
+        for target in self.targets:
+            column = logits[:, target.cls]
+            if target.against:
+                column = column - logits[:, list(target.against)].mean(1)
+            columns.append(column)
+        return torch.stack(columns, 1)
+
+    def generator(self) -> torch.Generator:
+        """Random numbers of the subject's seed, on the CPU so that every device draws the same."""
+        return torch.Generator().manual_seed(self.seed)

@@ -1,0 +1,96 @@
+"""From targets to scores and their gradient: per image, several targets, contrasts, ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.types import ClassRef, ClassScore, Target, Task
+
+
+@dataclass(frozen=True)
+class ResolvedTarget:
+    """A target with its ranks looked up: explain class `cls`, less the mean of `against`."""
+
+    cls: int
+    against: tuple[int, ...] = ()
+
+
+def class_scores(output: Tensor, task: Task) -> tuple[Tensor, Tensor]:
+    """Scores and probabilities of every class, float32 (N, classes) each, from the model's output.
+
+    Softmax for single-label models, a sigmoid of each class for multi-label ones. A binary model with a single
+    logit z scores its two classes (-z, z), with probabilities sigmoid(-z) and sigmoid(z).
+    """
+    logits = output.float()
+    if task == "binary" and logits.shape[1] == 1:
+        logits = torch.cat([-logits, logits], 1)
+        return logits, logits.detach().sigmoid()
+    if task == "multi_label":
+        return logits, logits.detach().sigmoid()
+    return logits, logits.detach().softmax(1)
+
+
+def resolve_ranks(targets: Sequence[Target], order: Sequence[int]) -> tuple[ResolvedTarget, ...]:
+    """Look up ranks in an image's classes, best first."""
+
+    def index(ref: ClassRef) -> int:
+        return ref.value if ref.kind == "index" else int(order[ref.value - 1])
+
+    return tuple(
+        ResolvedTarget(cls=index(t.cls), against=tuple(index(a) for a in t.against)) for t in targets
+    )
+
+
+class ScoreWeights:
+    """Scores of T targets for each of N images as linear forms of their logits.
+
+    Images with fewer targets than the most repeat their first one; callers drop what that yields.
+    """
+
+    def __init__(self, targets: Sequence[Sequence[ResolvedTarget]], device: torch.device) -> None:
+        """Args: the targets of each image (at least one each), and where the tensors live."""
+        self.width = max(map(len, targets))
+        padded = [[*row, *[row[0]] * (self.width - len(row))] for row in targets]
+        self._index = torch.tensor([[t.cls for t in row] for row in padded], device=device)
+        self._against = [
+            (n, t, torch.tensor(target.against, device=device))
+            for n, row in enumerate(padded)
+            for t, target in enumerate(row)
+            if target.against
+        ]
+
+    def of(self, values: Tensor) -> Tensor:
+        """Apply the linear forms to logits, (N, C) → (N, T), keeping the graph."""
+        scores = values.gather(1, self._index)
+        if not self._against:
+            return scores
+        contrast = torch.zeros_like(scores)
+        for n, t, against in self._against:
+            contrast[n, t] = values[n, against].mean()
+        return scores - contrast
+
+    def of_rows(self, matrix: Tensor) -> Tensor:
+        """Apply them to the rows of a matrix shared by all images, (C, K) → (N, T, K)."""
+        rows = matrix[self._index]
+        for n, t, against in self._against:
+            rows[n, t] -= matrix[against].mean(0)
+        return rows
+
+
+def predictions(logits: Tensor, probabilities: Tensor, top_k: int) -> list[tuple[ClassScore, ...]]:
+    """The `top_k` best classes of each image, best first, ties by lower index."""
+    values, order = logits.sort(dim=1, descending=True, stable=True)
+    chosen = order[:, :top_k]
+    scores = values[:, :top_k].tolist()
+    shares = probabilities.gather(1, chosen).tolist()
+    return [
+        tuple(
+            ClassScore(class_id=c, score=s, probability=p)
+            for c, s, p in zip(classes, row_scores, row_shares, strict=True)
+        )
+        for classes, row_scores, row_shares in zip(chosen.tolist(), scores, shares, strict=True)
+    ]

@@ -1,0 +1,88 @@
+"""Tiny random networks whose explanations can be worked out independently."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+
+class HandNet(nn.Module):
+    """The network of captum's `BasicModel_ConvNet_One_Conv`: every number of it can be checked by hand."""
+
+    def __init__(self, *, inplace: bool = False) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 2, 3, 1)
+        self.relu1 = nn.ReLU(inplace=inplace)
+        self.fc1 = nn.Linear(8, 4)
+        self.relu2 = nn.ReLU(inplace=inplace)
+        self.conv1.weight = nn.Parameter(torch.ones(2, 1, 3, 3))
+        self.conv1.bias = nn.Parameter(torch.tensor([-50.0, -75.0]))
+        self.fc1.weight = nn.Parameter(torch.cat([torch.ones(4, 5), -torch.ones(4, 3)], 1))
+        self.fc1.bias = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.relu2(self.fc1(self.relu1(self.conv1(x)).flatten(1)))
+
+
+class PoolNet(nn.Module):
+    """Convolutions, global average pooling, one linear layer: CAM is defined, gradients are constant."""
+
+    def __init__(self, channels: int = 6, classes: int = 5, *, inplace: bool = True) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.act = nn.ReLU(inplace=inplace)
+        self.body = nn.Conv2d(4, channels, 3, padding=1, stride=2)
+        self.out = nn.ReLU(inplace=inplace)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(channels, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.pool(self.out(self.body(self.act(self.stem(x))))).flatten(1))
+
+
+class FlatNet(nn.Module):
+    """Convolutions, then two linear layers over all positions: gradients differ from place to place."""
+
+    def __init__(self, side: int = 8, classes: int = 5) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.act = nn.ReLU(inplace=True)
+        self.body = nn.Conv2d(4, 6, 3, padding=1, stride=2)
+        self.out = nn.ReLU(inplace=True)
+        self.fc1 = nn.Linear(6 * (side // 2) ** 2, 12)
+        self.fc2 = nn.Linear(12, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.fc1(self.out(self.body(self.act(self.stem(x)))).flatten(1)).tanh())
+
+
+def frozen(module: nn.Module) -> nn.Module:
+    return module.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def hand_net() -> nn.Module:
+    return frozen(HandNet())
+
+
+@pytest.fixture
+def hand_input() -> torch.Tensor:
+    return torch.arange(16.0).view(1, 1, 4, 4)
+
+
+@pytest.fixture
+def pool_net() -> nn.Module:
+    torch.manual_seed(1)
+    return frozen(PoolNet())
+
+
+@pytest.fixture
+def flat_net() -> nn.Module:
+    torch.manual_seed(2)
+    return frozen(FlatNet())
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(3))

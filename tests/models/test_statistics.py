@@ -1,0 +1,105 @@
+"""Statistics against numpy in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.statistics import SUBSAMPLE, describe, reduce
+
+
+def tensor(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    values = values.relu() if seed % 2 else values
+    if len(shape) > 2:
+        values[:, 0] = 0  # a dead channel
+    return values
+
+
+@given(
+    n=st.integers(1, 3),
+    channels=st.integers(2, 9),
+    side=st.integers(1, 12),
+    seed=st.integers(0, 99),
+    memory=st.sampled_from([torch.contiguous_format, torch.channels_last]),
+)
+def test_statistics_equal_numpy(n, channels, side, seed, memory):
+    values = tensor((n, channels, side, side), seed).contiguous(memory_format=memory)
+    reductions = reduce(values)
+    for row in range(n):
+        found = describe(reductions, row, layer="x", kind="output", top=3)
+        expected = values[row].double().numpy()
+        assert found.shape == expected.shape
+        np.testing.assert_allclose(found.mean, expected.mean(), atol=1e-6)
+        np.testing.assert_allclose(found.std, expected.std(), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found.l2, np.linalg.norm(expected), rtol=1e-5)
+        assert found.min == expected.min()
+        assert found.max == expected.max()
+        assert found.sparsity == pytest.approx((expected == 0).mean())
+        assert found.dead_channels == (expected == 0).all((1, 2)).sum()
+        q = found.quantiles
+        np.testing.assert_allclose(
+            [q.p01, q.p25, q.p50, q.p75, q.p99],
+            np.quantile(expected, [0.01, 0.25, 0.5, 0.75, 0.99]),
+            atol=1e-5,
+        )
+        order = np.argsort(-expected.mean((1, 2)), kind="stable")[:3]
+        assert [c.index for c in found.top_channels] == order.tolist()
+
+
+def test_quantiles_of_large_tensors_come_from_an_even_subsample():
+    values = torch.rand(1, 64, 40, 40, generator=torch.Generator().manual_seed(0))
+    assert values[0].numel() > 10 * SUBSAMPLE
+    found = describe(reduce(values), 0, layer="x", kind="output", top=1).quantiles
+    np.testing.assert_allclose(
+        [found.p01, found.p25, found.p50, found.p75, found.p99], [0.01, 0.25, 0.5, 0.75, 0.99], atol=0.03
+    )
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 5), (2, 4, 4, 5)])
+def test_token_layouts_keep_channels_last(shape):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    found = describe(reduce(values, channels_last=True), 1, layer="x", kind="output", top=5)
+    means = values[1].double().numpy().reshape(-1, 5).mean(0)
+    assert found.shape == shape[1:]
+    assert [c.index for c in found.top_channels] == np.argsort(-means, kind="stable").tolist()
+    np.testing.assert_allclose(found.mean, means.mean(), atol=1e-6)
+
+
+def test_vectors_have_one_value_a_channel():
+    values = torch.tensor([[1.0, 0.0, -2.0]])
+    found = describe(reduce(values), 0, layer="fc", kind="output", top=2)
+    assert (found.mean, found.dead_channels, found.sparsity) == (
+        pytest.approx(-1 / 3),
+        1,
+        pytest.approx(1 / 3),
+    )
+    assert [c.index for c in found.top_channels] == [0, 1]
+
+
+def test_gradients_list_channels_by_magnitude():
+    values = torch.tensor([[1.0, 0.0, -2.0]])
+    found = describe(reduce(values), 0, layer="fc", kind="grad_output", top=1)
+    assert [c.index for c in found.top_channels] == [2]
+
+
+def test_grids_and_weights_follow_the_top_channels():
+    values = tensor((1, 5, 3, 3), 1)
+    weights = np.arange(5.0)
+    found = describe(
+        reduce(values, keep_maps=True), 0, layer="x", kind="output", top=2, weights=weights
+    )
+    assert found.grid is not None
+    for channel, picture in zip(found.top_channels, found.grid, strict=True):
+        assert channel.weight == channel.index
+        np.testing.assert_array_equal(picture, values[0, channel.index].numpy())
+
+
+def test_half_precision_is_reduced_in_float32():
+    values = torch.full((1, 1, 300, 300), 2.0, dtype=torch.bfloat16)
+    found = describe(reduce(values), 0, layer="x", kind="output", top=1)
+    assert found.l2 == pytest.approx(600.0, rel=1e-5)
+    assert found.std == pytest.approx(0.0, abs=1e-3)
