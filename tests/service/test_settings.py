@@ -1,0 +1,176 @@
+"""The configuration: sources and their order, clear errors, secrets kept."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from models.catalog import DEFAULT_MODEL
+from service.cores import available_cores
+from service.settings import ConfigurationError, Settings, load_settings
+
+CONFIG = """
+default_model = "b"
+[server]
+port = 9000
+devices = ["cpu:0", "cpu:1"]
+[limits]
+max_images = 4
+[security]
+api_keys = ["open sesame"]
+[[models]]
+name = "a"
+source = "timm:resnet10t"
+[[models]]
+name = "b"
+version = 2
+source = "torchvision:resnet18"
+weights = "weights/b.safetensors"
+[models.preprocess]
+crop = 96
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "conf" / "heatlens.toml"
+    path.parent.mkdir()
+    path.write_text(CONFIG)
+    return path
+
+
+def wrong(**kwargs: object) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings(**{"environ": {}, **kwargs})
+    return str(caught.value)
+
+
+def test_nothing_configured_is_the_embedded_model() -> None:
+    settings = load_settings(environ={})
+    assert settings.default_model == DEFAULT_MODEL
+    assert [spec.name for spec in settings.models] == [DEFAULT_MODEL]
+    assert settings.limits.max_body_bytes == 20_000_000
+    assert settings.limits.max_image_bytes == 10_000_000
+    assert settings.limits.max_images == 32
+    assert settings.limits.timeout_s == 30
+    assert settings.security.api_keys == []
+    assert settings.base_dir == Path.cwd()
+
+
+def test_file(config: Path) -> None:
+    settings = load_settings(config, environ={})
+    assert settings.default_model == "b"
+    assert settings.server.port == 9000
+    assert settings.models[1].version == "2"
+    assert settings.models[1].preprocess.crop == 96
+    assert settings.base_dir == config.parent
+
+
+def test_arguments_beat_environment_beats_file(config: Path) -> None:
+    environ = {
+        "HEATLENS_SERVER__PORT": "9001",
+        "HEATLENS_LIMITS__MAX_IMAGES": "5",
+        "HEATLENS_SERVER__DEVICES": "cuda:0, cuda:1",
+        "HEATLENS_SECURITY__CORS_ORIGINS": '["https://a.example"]',
+        "HEATLENS_DEFAULT_MODEL": "a",
+    }
+    settings = load_settings(config, environ=environ, overrides={"server": {"port": 9002}})
+    assert settings.server.port == 9002
+    assert settings.limits.max_images == 5
+    assert settings.server.devices == ["cuda:0", "cuda:1"]
+    assert settings.security.cors_origins == ["https://a.example"]
+    assert settings.default_model == "a"
+
+
+def test_models_from_the_environment() -> None:
+    environ = {"HEATLENS_MODELS": '[{"name": "x", "source": "timm:resnet10t"}]'}
+    settings = load_settings(environ=environ)
+    assert (settings.default_model, settings.models[0].source) == ("x", "timm:resnet10t")
+
+
+def test_variables_of_an_orchestrator_do_no_harm() -> None:
+    environ = {"HEATLENS_PORT": "tcp://10.0.0.1:8000", "HEATLENS_SERVICE_HOST": "10.0.0.1"}
+    assert load_settings(environ=environ).server.port == 8000
+
+
+def test_unknown_keys_are_named(config: Path) -> None:
+    assert "limits.max_image: unknown key" in wrong(overrides={"limits": {"max_image": 1}})
+    assert "models.0.wieghts: unknown key" in wrong(
+        overrides={"models": [{"name": "a", "source": "timm:x", "wieghts": "w"}]}
+    )
+    assert "limits.nope: unknown key" in wrong(environ={"HEATLENS_LIMITS__NOPE": "1"})
+    assert "HEATLENS_LIMIT__NOPE" in wrong(environ={"HEATLENS_LIMIT__NOPE": "1"})
+    config.write_text("serve = 1")
+    assert "serve: unknown key" in wrong(config=config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        ({"limits": {"max_images": 0}}, "limits.max_images"),
+        ({"server": {"port": 70_000}}, "server.port"),
+        ({"server": {"devices": []}}, "server.devices"),
+        ({"server": {"http_workers": "some"}}, "server.http_workers"),
+        ({"models": [3]}, "models.0"),
+        ({"models": "[{"}, "models"),
+        ({"models": [{"name": "a/b", "source": "timm:x"}]}, "models.0.name"),
+        ({"default_model": "nope"}, "default_model must be one of: efficientnet_lite0"),
+        ({"models": [{"name": "a", "source": "timm:x"}] * 2}, "a@1 is configured twice"),
+    ],
+)
+def test_wrong_values_are_named(overrides: dict[str, object], key: str) -> None:
+    assert key in wrong(overrides=overrides)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    assert "missing.toml" in wrong(config=tmp_path / "missing.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("a = = 1")
+    assert "not valid TOML" in wrong(config=broken)
+    broken.write_bytes(b"\xff\xfe")
+    assert "not valid TOML" in wrong(config=broken)
+
+
+def test_keys_are_kept_as_digests_only(config: Path) -> None:
+    digest = "sha256:" + hashlib.sha256(b"open sesame").hexdigest()
+    settings = load_settings(config, environ={})
+    assert settings.security.api_keys == [digest]
+    assert "open sesame" not in repr(settings) + settings.model_dump_json()
+    again = load_settings(environ={}, overrides={"security": {"api_keys": [digest.upper()[6:]]}})
+    assert again.security.api_keys != [digest]
+    assert Settings(security={"api_keys": [digest]}).security.api_keys == [digest]
+
+
+def test_errors_do_not_repeat_a_key() -> None:
+    text = wrong(overrides={"security": {"api_keys": ["sha256:hunter2"]}})
+    assert "security.api_keys.0" in text
+    assert "hunter2" not in text
+
+
+def test_travels_as_json(config: Path) -> None:
+    settings = load_settings(config, environ={})
+    assert Settings.model_validate_json(settings.model_dump_json()) == settings
+
+
+def test_environment_is_not_read_behind_the_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEATLENS_LIMITS__MAX_IMAGES", "7")
+    assert Settings().limits.max_images == 32
+    assert load_settings().limits.max_images == 7
+
+
+def test_http_workers() -> None:
+    assert Settings(server={"http_workers": 3}).server.http_worker_count() == 3
+    assert 1 <= Settings().server.http_worker_count() <= 8
+
+
+def test_cores_respect_the_container(tmp_path: Path) -> None:
+    quota = tmp_path / "cpu.max"
+    unlimited = available_cores(tmp_path / "none")
+    quota.write_text("100000 100000")
+    assert available_cores(quota) == 1
+    quota.write_text("50000 100000")
+    assert available_cores(quota) == 1
+    quota.write_text("max 100000")
+    assert available_cores(quota) == unlimited
