@@ -114,13 +114,13 @@ class Answers:
         asked = {"samples": options.samples, "steps": options.steps, "seed": options.seed}
         chosen = {k: defaults.get(k, 0) if v is None else v for k, v in asked.items()}
         return Subject(
-            module=self._warm.module,
+            warm=self._warm,
+            interventions=options.interventions,
             inputs=self._trunk.inputs[row : row + 1],
             logits=self._trunk.logits[row],
             targets=self._trunk.targets[row],
             capture=capture,
             layer=layer,
-            single_label=self._warm.task == "single_label",
             chunk=max(1, self._warm.info.card.best_batch),
             **chosen,
         )

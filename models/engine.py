@@ -104,9 +104,7 @@ class Engine:
                 results |= dict(zip(map(id, group), execute(group), strict=True))
         return [p.resume(results[id(p)]) for p in pending]
 
-    def _answer(
-        self, warm: WarmModel, jobs: Sequence[Job]
-    ) -> list[Outcome | Failure | Pending]:
+    def _answer(self, warm: WarmModel, jobs: Sequence[Job]) -> list[Outcome | Failure | Pending]:
         if not jobs:
             return []
         answers = Answers(warm, jobs, run_trunk(warm, jobs))
@@ -166,7 +164,8 @@ def _fault(job: Job, warm: WarmModel) -> Failure | None:
     height, width = card.input.crop if card.input else job.input.shape[:2]
     if job.input.shape != (height, width, 3):
         return failure(
-            job, InvalidOption(f"The model takes pictures of {width} x {height} pixels, 3 channels.")
+            job,
+            InvalidOption(f"The model takes pictures of {width} x {height} pixels, 3 channels."),
         )
     for i, change in enumerate(job.options.interventions):
         channels = _channels(change.layer, warm)
@@ -190,7 +189,8 @@ def _merge(group: Sequence[Pending]) -> tuple[Tensor, list[int], list[Any]]:
     """Inputs of several jobs' steps as one batch, the size of each part, and every row's interventions."""
     parts = [p.step.inputs for p in group if not isinstance(p.step, Exclusive)]
     sizes = [len(part) for part in parts]
-    rows = [p.job.options.interventions for p, n in zip(group, sizes, strict=True) for _ in range(n)]
+    rows = [
+        p.job.options.interventions for p, n in zip(group, sizes, strict=True) for _ in range(n)
+    ]
     inputs = torch.cat(parts).contiguous(memory_format=torch.channels_last)
     return inputs, sizes, changes_for(group[0].warm.layouts, rows)
-

@@ -33,7 +33,9 @@ def fuse(maps: Sequence[Tensor], how: Fuse) -> Tensor:
 def _resize(maps: Tensor, size: tuple[int, ...]) -> Tensor:
     if tuple(maps.shape[-2:]) == size:
         return maps
-    return nn.functional.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+    return nn.functional.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[
+        :, 0
+    ]
 
 
 def _unit(maps: Tensor) -> Tensor:

@@ -54,9 +54,7 @@ def _apply(image: Tensor, change: Intervention, channels_last: bool) -> None:
     channels_first = image.movedim(-1, 0) if channels_last else image
     count = channels_first.shape[0]
     if any(not 0 <= channel < count for channel in change.channels):
-        raise InvalidOption(
-            f"{change.layer} has channels 0 to {count - 1}.", field="interventions"
-        )
+        raise InvalidOption(f"{change.layer} has channels 0 to {count - 1}.", field="interventions")
     chosen = list(change.channels)
     values = channels_first[chosen]
     if change.op == "zero":

@@ -12,10 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.capture import Capture
+from models.hooks import ForwardHook
+from models.interventions import changes_for
+from models.registry import WarmModel
 from models.targets import ResolvedTarget
+from models.types import Intervention
 
 
 @dataclass(frozen=True)
@@ -74,29 +78,33 @@ class Subject:
     """What a long method explains: one image, its targets, one layer.
 
     Attributes:
-        module: the model, in eval mode, parameters frozen.
+        warm: the model.
+        interventions: the job's, which every pass made for it must apply (`changes`).
         inputs: normalised, (1, 3, H, W), on the device.
         logits: float32 (classes,), scores of the unperturbed image.
         targets: T targets.
         capture: activation (1, K, h, w) and, if the method asked for it, gradient (1, T, …) at the explained layer;
             None for methods of the input itself.
         layer: dotted name of the explained layer, empty for methods of the input itself.
-        single_label: whether probabilities are a softmax over the classes (otherwise sigmoids).
         chunk: most images in one step.
         samples, steps, seed: as asked, or the method's defaults; 0 where it has none.
     """
 
-    module: nn.Module
+    warm: WarmModel
+    interventions: tuple[Intervention, ...]
     inputs: Tensor
     logits: Tensor
     targets: tuple[ResolvedTarget, ...]
     capture: Capture | None
     layer: str
-    single_label: bool
     chunk: int
     samples: int
     steps: int
     seed: int
+
+    def changes(self, images: int) -> list[tuple[str, ForwardHook]]:
+        """The interventions as the `changes` of an `Extractor` pass over a batch of `images`."""
+        return changes_for(self.warm.layouts, [self.interventions] * images)
 
     def scores(self, logits: Tensor) -> Tensor:
         """Scores of the T targets for logits (n, classes): (n, T)."""

@@ -41,7 +41,8 @@ def resolve_ranks(targets: Sequence[Target], order: Sequence[int]) -> tuple[Reso
         return ref.value if ref.kind == "index" else int(order[ref.value - 1])
 
     return tuple(
-        ResolvedTarget(cls=index(t.cls), against=tuple(index(a) for a in t.against)) for t in targets
+        ResolvedTarget(cls=index(t.cls), against=tuple(index(a) for a in t.against))
+        for t in targets
     )
 
 

@@ -169,9 +169,7 @@ def _tap(warm: WarmModel, place: Place, wish: _Wish) -> Tap:
     return Tap(place[0], place[1], keep, shares_memory=bool(wish.maps))
 
 
-def _ranked(
-    jobs: Sequence[Job], logits: Tensor
-) -> tuple[tuple[ResolvedTarget, ...], ...]:
+def _ranked(jobs: Sequence[Job], logits: Tensor) -> tuple[tuple[ResolvedTarget, ...], ...]:
     refs = [ref for job in jobs for t in job.options.targets for ref in (t.cls, *t.against)]
     deepest = max((ref.value for ref in refs if ref.kind == "rank"), default=1)
     best = logits.sort(dim=1, descending=True, stable=True).indices[:, :deepest].tolist()

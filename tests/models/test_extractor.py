@@ -60,7 +60,9 @@ def test_in_place_successor_does_not_overwrite_what_was_caught(pool_net, images)
         extractor.backward(extractor.forward(images)[:, 0].sum())
         output = extractor.caught("body", "output").double()
         gradient = extractor.caught("body", "grad_output").double()
-    assert (output < 0).any(), "the pre-activation has negative values that an in-place ReLU would erase"
+    assert (output < 0).any(), (
+        "the pre-activation has negative values that an in-place ReLU would erase"
+    )
     torch.testing.assert_close(output, expected["output"].detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient, expected["grad_output"], rtol=1e-5, atol=1e-6)
     with Extractor(pool_net, [Tap("body", "output")]) as extractor:

@@ -55,7 +55,9 @@ def test_quantiles_of_large_tensors_come_from_an_even_subsample():
     assert values[0].numel() > 10 * SUBSAMPLE
     found = describe(reduce(values), 0, layer="x", kind="output", top=1).quantiles
     np.testing.assert_allclose(
-        [found.p01, found.p25, found.p50, found.p75, found.p99], [0.01, 0.25, 0.5, 0.75, 0.99], atol=0.03
+        [found.p01, found.p25, found.p50, found.p75, found.p99],
+        [0.01, 0.25, 0.5, 0.75, 0.99],
+        atol=0.03,
     )
 
 

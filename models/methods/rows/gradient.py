@@ -1,0 +1,68 @@
+"""Rows of the gradient methods."""
+
+from models.methods.row import Method
+
+ROWS = (
+    Method(
+        name="cam",
+        title="Class Activation Mapping",
+        paper="Zhou et al. 2016, arXiv:1512.04150",
+        formula="M = sum_k W_ck A_k",
+        family="gradient",
+        needs_gradients=True,
+        signed=True,
+        cost="pass",
+    ),
+    Method(
+        name="gradcam",
+        title="Grad-CAM",
+        paper="Selvaraju et al. 2017, arXiv:1610.02391",
+        formula="M = ReLU(sum_k w_k A_k), w_k = (1/Z) sum_ij g_kij",
+        family="gradient",
+        needs_gradients=True,
+        signed=False,
+        cost="head",
+    ),
+    Method(
+        name="gradcam_plus_plus",
+        title="Grad-CAM++",
+        paper="Chattopadhay et al. 2018, arXiv:1710.11063, eq. 19",
+        formula="M = ReLU(sum_k w_k A_k), w_k = sum over g_kij > 0 of g_kij / (2 + g_kij S_k), S_k = sum_ij A_kij",
+        family="gradient",
+        needs_gradients=True,
+        signed=False,
+        cost="head",
+        assumes_nonnegative=True,
+    ),
+    Method(
+        name="xgradcam",
+        title="XGrad-CAM",
+        paper="Fu et al. 2020, arXiv:2008.02312",
+        formula="M = ReLU(sum_k w_k A_k), w_k = sum_ij g_kij A_kij / S_k, 0 where S_k vanishes",
+        family="gradient",
+        needs_gradients=True,
+        signed=False,
+        cost="head",
+        assumes_nonnegative=True,
+    ),
+    Method(
+        name="hirescam",
+        title="HiResCAM",
+        paper="Draelos and Carin 2020, arXiv:2011.08891",
+        formula="M = ReLU(sum_k g_k * A_k)",
+        family="gradient",
+        needs_gradients=True,
+        signed=False,
+        cost="head",
+    ),
+    Method(
+        name="layercam",
+        title="LayerCAM",
+        paper="Jiang et al. 2021, IEEE TIP 30",
+        formula="M = ReLU(sum_k ReLU(g_k) * A_k)",
+        family="gradient",
+        needs_gradients=True,
+        signed=False,
+        cost="head",
+    ),
+)
