@@ -19,6 +19,7 @@ Fuse = Literal["none", "mean", "max", "product"]
 Kind = Literal["output", "input", "grad_output", "grad_input"]
 HeadKind = Literal["gap_linear", "gap", "flatten", "token"]
 ModelState = Literal["loading", "ready", "unavailable", "unloading"]
+Fit = Literal["stretch", "cover", "contain"]
 InterventionOp = Literal["zero", "mean", "scale"]
 
 
@@ -271,12 +272,16 @@ class Preprocess(Struct):
     Attributes:
         resize: short side in pixels after resizing; a pair (height, width) resizes to exactly that.
         crop: (height, width) of the centre crop, the model input.
+        fit: how a `resize` pair is meant: `stretch` to exactly that size (timm's crop mode `squash`), or keep the aspect
+            ratio and `cover` it (timm's `center` where height and width differ) or be `contain`ed in it (timm's `border`;
+            the crop is then padded with the mean colour, otherwise with black).
         interpolation: `bilinear` | `bicubic` | `nearest` | `lanczos` | `box` | `hamming`.
         mean, std: per channel, of pixel values scaled to [0, 1].
     """
 
     resize: int | tuple[int, int]
     crop: tuple[int, int]
+    fit: Fit = "stretch"
     interpolation: str = "bilinear"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)

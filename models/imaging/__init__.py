@@ -1,0 +1,1 @@
+"""Bytes to arrays to pictures: decode, preprocess, render. numpy and Pillow only."""

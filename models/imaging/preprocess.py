@@ -1,0 +1,164 @@
+"""From a picture to the model input, as the library that trained the model does it, and where the input lies in it.
+
+Equal to torchvision's `Resize` + `CenterCrop` on PIL pictures and to timm's `create_transform` (crop modes `center`,
+`squash`, `border`), rounding included: bit for bit for portraits and pairs of sizes, to one of 256 levels for
+landscapes, and to what a JPEG loses by decoding at a reduced size for large photographs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from models.imaging.decode import Picture
+from models.types import Geometry, Preprocess, Region
+
+_FILTERS: Mapping[str, Image.Resampling] = MappingProxyType(
+    {
+        "nearest": Image.Resampling.NEAREST,
+        "box": Image.Resampling.BOX,
+        "bilinear": Image.Resampling.BILINEAR,
+        "hamming": Image.Resampling.HAMMING,
+        "bicubic": Image.Resampling.BICUBIC,
+        "lanczos": Image.Resampling.LANCZOS,
+    }
+)
+
+# These filters jump: a rounding error in where a pixel lies may change it altogether.
+_DISCONTINUOUS = ("nearest", "box")
+
+# A picture of extreme shape would be resized to a huge one, of which only the crop is used.
+_MAX_RESIZED_PIXELS = 16_000_000
+
+
+class _Plan(NamedTuple):
+    """Size after resizing, and the crop's corner in it (negative where the crop is padded), in pixels."""
+
+    width: int
+    height: int
+    left: int
+    top: int
+
+
+def preprocess(picture: Picture, spec: Preprocess) -> tuple[np.ndarray, Geometry]:
+    """Resize and crop a picture.
+
+    Returns:
+        The model input before scaling and normalising, uint8 (crop height, crop width, 3), and where it lies in the
+        original. The region extends beyond the picture where the crop had to be padded.
+    """
+    crop_height, crop_width = spec.crop
+    plan = _plan(picture.width, picture.height, spec)
+    scale_x, scale_y = picture.width / plan.width, picture.height / plan.height
+    geometry = Geometry(
+        width=picture.width,
+        height=picture.height,
+        region=Region(
+            x=plan.left * scale_x,
+            y=plan.top * scale_y,
+            width=crop_width * scale_x,
+            height=crop_height * scale_y,
+        ),
+        input_width=crop_width,
+        input_height=crop_height,
+    )
+    resized = _resize_inside(picture, plan, spec)
+    if resized.size != (crop_width, crop_height):
+        canvas = Image.new("RGB", (crop_width, crop_height), _padding(spec))
+        canvas.paste(resized, (max(0, -plan.left), max(0, -plan.top)))
+        resized = canvas
+    return np.array(resized), geometry
+
+
+def to_original(geometry: Geometry, x: float, y: float) -> tuple[float, float]:
+    """Map a point of the model input to the original picture.
+
+    Coordinates are continuous: pixel i covers [i, i + 1), its centre is i + 0.5.
+    """
+    region = geometry.region
+    return (
+        region.x + x * region.width / geometry.input_width,
+        region.y + y * region.height / geometry.input_height,
+    )
+
+
+def to_input(geometry: Geometry, x: float, y: float) -> tuple[float, float]:
+    """Map a point of the original picture to the model input; the inverse of `to_original`."""
+    region = geometry.region
+    return (
+        (x - region.x) * geometry.input_width / region.width,
+        (y - region.y) * geometry.input_height / region.height,
+    )
+
+
+def _plan(width: int, height: int, spec: Preprocess) -> _Plan:
+    resized_width, resized_height = _resized_size(width, height, spec)
+    crop_height, crop_width = spec.crop
+    return _Plan(
+        width=resized_width,
+        height=resized_height,
+        left=_offset(resized_width, crop_width),
+        top=_offset(resized_height, crop_height),
+    )
+
+
+def _resized_size(width: int, height: int, spec: Preprocess) -> tuple[int, int]:
+    if isinstance(spec.resize, int):
+        # torchvision cuts the long side down to whole pixels.
+        long_side = int(spec.resize * max(width, height) / min(width, height))
+        return (spec.resize, long_side) if width <= height else (long_side, spec.resize)
+    target_height, target_width = spec.resize
+    if spec.fit == "stretch":
+        return target_width, target_height
+    pick = min if spec.fit == "cover" else max
+    ratio = pick(height / target_height, width / target_width)
+    # timm rounds.
+    return max(1, round(width / ratio)), max(1, round(height / ratio))
+
+
+def _offset(resized: int, crop: int) -> int:
+    """Corner of a centred crop; torchvision rounds halves to even, and pads less on the near side."""
+    return round((resized - crop) / 2.0) if resized >= crop else -((crop - resized) // 2)
+
+
+def _padding(spec: Preprocess) -> tuple[int, ...]:
+    return tuple(round(255 * v) for v in spec.mean) if spec.fit == "contain" else (0, 0, 0)
+
+
+def _resize_inside(picture: Picture, plan: _Plan, spec: Preprocess) -> Image.Image:
+    """The part of the crop that lies inside the resized picture."""
+    resample = _FILTERS[spec.interpolation]
+    crop_height, crop_width = spec.crop
+    left, top = max(0, plan.left), max(0, plan.top)
+    right, bottom = (
+        min(plan.width, plan.left + crop_width),
+        min(plan.height, plan.top + crop_height),
+    )
+    if not _resizes_directly(picture, plan, spec):
+        whole = picture.image.resize((plan.width, plan.height), resample)
+        return whole.crop((left, top, right, bottom))
+    x0, y0, x1, y1 = picture.box
+    scale_x, scale_y = (x1 - x0) / plan.width, (y1 - y0) / plan.height
+    box = (
+        x0 + left * scale_x,
+        y0 + top * scale_y,
+        min(x1, x0 + right * scale_x),
+        min(y1, y0 + bottom * scale_y),
+    )
+    return picture.image.resize((right - left, bottom - top), resample, box=box)
+
+
+def _resizes_directly(picture: Picture, plan: _Plan, spec: Preprocess) -> bool:
+    """Whether the crop's box is resized straight to the input, without making the whole resized picture.
+
+    That takes half the time, and the result is the same to one level as long as Pillow makes both passes of a resize in
+    the same order, as it does for landscapes. A drafted picture has no exact counterpart anyway.
+    """
+    if picture.drafted or plan.width * plan.height > _MAX_RESIZED_PIXELS:
+        return True
+    landscape = picture.width >= picture.height and isinstance(spec.resize, int)
+    return landscape and spec.interpolation not in _DISCONTINUOUS

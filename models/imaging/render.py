@@ -1,0 +1,243 @@
+"""From maps to pictures: upsample, normalise, colour, lay over, encode.
+
+A map is brought to the size of its canvas first and normalised after that, so that the picture reaches both ends of the
+colour scale. No function changes what it is given; all may run in several threads at once.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from models.imaging import png
+from models.imaging.colormaps import COLORMAPS, Colormap
+from models.imaging.decode import CANVAS_SIDE, Picture
+from models.types import Geometry
+
+OverlayFormat = Literal["jpeg", "png", "webp"]
+
+# Opacity of a heatmap's strongest value: the picture below stays visible.
+_PEAK_OPACITY = 0.85
+_JPEG_QUALITY = 85
+_WEBP_QUALITY = 80
+
+# Magnitudes whose differences and quotients stay normal numbers of float32.
+_SAFE_MIN, _SAFE_MAX = 1e-30, 1e30
+
+
+@dataclass(frozen=True, slots=True)
+class Canvas:
+    """What a map is drawn on, and where on it.
+
+    Attributes:
+        base: the picture, uint8 (height, width, 3).
+        rows, columns: the pixels of `base` that the model saw.
+        span_y, span_x: where these pixels begin and end in the model's view, as fractions of it; (0, 1) is all of it.
+    """
+
+    base: np.ndarray
+    rows: slice
+    columns: slice
+    span_y: tuple[float, float] = (0.0, 1.0)
+    span_x: tuple[float, float] = (0.0, 1.0)
+
+
+def input_canvas(model_input: np.ndarray) -> Canvas:
+    """Draw on the model's crop, uint8 (H, W, 3)."""
+    height, width = model_input.shape[:2]
+    return Canvas(base=model_input, rows=slice(0, height), columns=slice(0, width))
+
+
+def original_canvas(picture: Picture, geometry: Geometry) -> Canvas:
+    """Draw on the whole picture, scaled to at most `CANVAS_SIDE` pixels a side, never up.
+
+    The map lies on the pixels whose centre the model saw.
+    """
+    scale = min(1.0, CANVAS_SIDE / max(picture.width, picture.height))
+    width, height = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    scaled = picture.image.resize(
+        (width, height), Image.Resampling.BICUBIC, box=picture.box, reducing_gap=2.0
+    )
+    region = geometry.region
+    rows, span_y = _window(height, region.y / picture.height, region.height / picture.height)
+    columns, span_x = _window(width, region.x / picture.width, region.width / picture.width)
+    return Canvas(base=np.asarray(scaled), rows=rows, columns=columns, span_y=span_y, span_x=span_x)
+
+
+def upsample(values: np.ndarray, *, height: int, width: int) -> np.ndarray:
+    """Enlarge a map (h, w) to float32 (height, width).
+
+    Bilinear between pixel centres (torch's `interpolate` with `align_corners=False`).
+    """
+    rows, columns = values.shape
+    return _enlarge(values, _whole_weights(rows, height), _whole_weights(columns, width))
+
+
+def normalise(values: np.ndarray, *, signed: bool) -> np.ndarray | None:
+    """Scale a map to float32 [0, 1], or None if it is degenerate: constant up to rounding, or not finite.
+
+    Unsigned maps go from their least value (0) to their greatest (1). Signed maps are divided by their greatest
+    magnitude: 0.5 is zero, 1 speaks for the class, 0 against it. No epsilon is added anywhere, so maps of tiny values
+    keep their contrast.
+    """
+    low, high = float(values.min(initial=np.inf)), float(values.max(initial=-np.inf))
+    greatest = max(abs(low), abs(high))
+    if not np.isfinite(greatest) or high - low <= 4 * np.finfo(np.float32).eps * greatest:
+        return None
+    if not _SAFE_MIN < greatest < _SAFE_MAX:
+        values = values.astype(np.float64) / greatest
+        low, high, greatest = low / greatest, high / greatest, 1.0
+    values = values.astype(np.float32, copy=False)
+    unit: np.ndarray
+    if signed:
+        unit = values / np.float32(2 * greatest) + np.float32(0.5)
+    else:
+        unit = (values - np.float32(low)) / np.float32(high - low)
+    return np.clip(unit, 0.0, 1.0)
+
+
+def shade(values: np.ndarray, canvas: Canvas, *, signed: bool) -> np.ndarray | None:
+    """Enlarge a raw map (h, w) to the canvas's window and normalise it there; None if it is degenerate."""
+    height = canvas.rows.stop - canvas.rows.start
+    width = canvas.columns.stop - canvas.columns.start
+    if height <= 0 or width <= 0:
+        return None
+    enlarged = _enlarge(
+        values,
+        _span_weights(values.shape[0], height, canvas.span_y),
+        _span_weights(values.shape[1], width, canvas.span_x),
+    )
+    return normalise(enlarged, signed=signed)
+
+
+def heatmap_png(
+    unit: np.ndarray | None, canvas: Canvas, *, colormap: Colormap, signed: bool
+) -> bytes:
+    """Draw a heatmap to be laid over the canvas: 8-bit palette PNG of its size, opacity growing with the value.
+
+    Args:
+        unit: what `shade` returned; None gives a transparent picture.
+        canvas: what it was shaded for.
+        colormap: name of the colour table.
+        signed: whether 0.5 is zero; opacity then grows with the distance from it.
+    """
+    # Half of 255 rounds to 128, the index of zero in a signed map.
+    indices = np.full(canvas.base.shape[:2], 128 if signed else 0, np.uint8)
+    if unit is not None:
+        indices[canvas.rows, canvas.columns] = _levels(unit)
+    return png.encode_palette(indices, palette=COLORMAPS[colormap], opacity=_opacity(signed))
+
+
+def overlay(
+    unit: np.ndarray | None,
+    canvas: Canvas,
+    *,
+    colormap: Colormap,
+    alpha: float,
+    image_format: OverlayFormat,
+) -> bytes:
+    """Blend a map with its canvas and encode the result.
+
+    Each pixel of the window becomes (1 - alpha) * picture + alpha * colour: how bright the picture looks does not
+    depend on the map. Outside the window, and without a map, the picture is left as it is.
+
+    Args:
+        unit: what `shade` returned; None leaves the picture unchanged.
+        canvas: what it was shaded for.
+        colormap: name of the colour table.
+        alpha: 0 = the picture, 1 = the colours.
+        image_format: `jpeg` (quality 85), `png` (lossless) or `webp` (quality 80).
+    """
+    picture = Image.fromarray(canvas.base)
+    if unit is not None:
+        coloured = Image.fromarray(_levels(unit))
+        coloured.putpalette(COLORMAPS[colormap].tobytes())
+        corner = (canvas.columns.start, canvas.rows.start)
+        window = picture.crop((*corner, canvas.columns.stop, canvas.rows.stop))
+        picture.paste(Image.blend(window, coloured.convert("RGB"), alpha), corner)
+    return _encode(picture, image_format)
+
+
+def encode_values(values: np.ndarray) -> tuple[tuple[int, ...], bytes]:
+    """Shape and row-major little-endian float32 bytes of a map."""
+    return values.shape, np.ascontiguousarray(values, dtype="<f4").tobytes()
+
+
+# ---------------------------------------------------------------- geometry of maps
+
+
+def _window(size: int, start: float, length: float) -> tuple[slice, tuple[float, float]]:
+    """Pixels of an axis whose centre lies in [start, start + length), and where they begin and end in that stretch.
+
+    Args:
+        size: pixels of the axis.
+        start: of the stretch, as a fraction of the axis; it may reach beyond its ends.
+        length: of the stretch, as a fraction of the axis.
+    """
+    first = min(size, max(0, int(np.ceil(start * size - 0.5))))
+    last = min(size, max(first, int(np.ceil((start + length) * size - 0.5))))
+    return slice(first, last), ((first / size - start) / length, (last / size - start) / length)
+
+
+def _enlarge(values: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    enlarged: np.ndarray = rows @ values.astype(np.float32, copy=False) @ columns.T
+    return enlarged
+
+
+def _span_weights(source: int, target: int, span: tuple[float, float]) -> np.ndarray:
+    # Windows of original pictures differ from request to request: only whole views are worth keeping.
+    return _whole_weights(source, target) if span == (0.0, 1.0) else _weights(source, target, span)
+
+
+@lru_cache(maxsize=32)
+def _whole_weights(source: int, target: int) -> np.ndarray:
+    weights = _weights(source, target, (0.0, 1.0))
+    weights.setflags(write=False)
+    return weights
+
+
+def _weights(source: int, target: int, span: tuple[float, float]) -> np.ndarray:
+    """Matrix (target, source) that interpolates `source` values at the centres of `target` pixels of a span."""
+    start, stop = span
+    centres = start + (np.arange(target) + 0.5) * ((stop - start) / target)
+    position = np.clip(centres * source - 0.5, 0, source - 1)
+    low = np.floor(position).astype(np.intp)
+    share = position - low
+    weights = np.zeros((target, source), np.float32)
+    row = np.arange(target)
+    weights[row, low] = 1 - share
+    weights[row, np.minimum(low + 1, source - 1)] += share
+    return weights
+
+
+# ---------------------------------------------------------------- colour and encoding
+
+
+def _levels(unit: np.ndarray) -> np.ndarray:
+    return np.rint(unit * np.float32(255)).astype(np.uint8)
+
+
+@lru_cache(maxsize=2)
+def _opacity(signed: bool) -> np.ndarray:
+    """Opacity of each palette index, uint8 (256,)."""
+    index = np.arange(256)
+    strength = np.minimum(1.0, np.abs(index - 128) / 127) if signed else index / 255
+    opacity = np.rint(strength * (255 * _PEAK_OPACITY)).astype(np.uint8)
+    opacity.setflags(write=False)
+    return opacity
+
+
+def _encode(picture: Image.Image, image_format: OverlayFormat) -> bytes:
+    if image_format == "png":
+        return png.encode_rgb(np.asarray(picture))
+    buffer = io.BytesIO()
+    if image_format == "jpeg":
+        picture.save(buffer, "JPEG", quality=_JPEG_QUALITY)
+    else:
+        picture.save(buffer, "WEBP", quality=_WEBP_QUALITY, method=0)
+    return buffer.getvalue()
