@@ -6,6 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from models.engine import Engine
+from models.head import HeadProbe
+from models.registry import WarmModel
+from models.types import LayerInfo, ModelCard, ModelInfo, Preprocess
+
 
 class HandNet(nn.Module):
     """The network of captum's `BasicModel_ConvNet_One_Conv`: every number of it can be checked by hand."""
@@ -86,3 +91,76 @@ def flat_net() -> nn.Module:
 @pytest.fixture
 def images() -> torch.Tensor:
     return torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+def warm_of(
+    net: nn.Module,
+    *,
+    side: int = 8,
+    classes: int = 5,
+    target_layer: str = "out",
+    linear: nn.Linear | None = None,
+    task: str = "single_label",
+    layouts: dict | None = None,
+) -> WarmModel:
+    """A warm model around a tiny network, made without the registry."""
+    head = HeadProbe(kind="flatten", closed_form=False)
+    if linear is not None:
+        head = HeadProbe(
+            kind="gap_linear",
+            closed_form=True,
+            weight=linear.weight.detach(),
+            bias=linear.bias.detach(),
+        )
+    card = ModelCard(
+        name="tiny",
+        version="1",
+        state="ready",
+        ready=True,
+        source="python:tests:tiny",
+        num_classes=classes,
+        input=Preprocess(resize=side, crop=(side, side)),
+        target_layer=target_layer,
+        best_batch=4,
+    )
+    layers = tuple(
+        LayerInfo(
+            name=name, type=type(m).__name__, output_shape=(6, 4, 4), spatial=True, parameters=0
+        )
+        for name, m in net.named_modules()
+        if name in ("body", "out")
+    )
+    return WarmModel(
+        name="tiny",
+        version="1",
+        module=net,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        mean=torch.full((1, 3, 1, 1), 127.5),
+        std=torch.full((1, 3, 1, 1), 64.0),
+        task=task,
+        target_layer=target_layer,
+        head=head,
+        layouts=layouts or {},
+        info=ModelInfo(card=card, layers=layers),
+    )
+
+
+class OneModel:
+    """A registry that holds one model."""
+
+    def __init__(self, warm: WarmModel) -> None:
+        self.warm = warm
+
+    def get(self, name: str, version: str) -> WarmModel:
+        return self.warm
+
+
+@pytest.fixture
+def pool_engine(pool_net) -> Engine:
+    return Engine(OneModel(warm_of(pool_net, linear=pool_net.fc)))
+
+
+@pytest.fixture
+def flat_engine(flat_net) -> Engine:
+    return Engine(OneModel(warm_of(flat_net)))
