@@ -1,0 +1,319 @@
+"""Which jobs run next on one device. Pure: no thread, no clock, no torch; the caller says what time it is.
+
+Work-conserving: when the device is free, what waits is taken, up to the model's best batch; there is no window.
+Jobs are of two classes. *Interactive* jobs are answered by one pass; *long* ones take many bounded steps, between
+which interactive batches run. The classes share device time by start-time fair queueing (Goyal et al. 1996): each
+has a virtual finish time that grows by duration / share, the lower one goes next, and a class that was idle gets
+no credit for it. Inside a class the earliest deadline goes first, with jobs of the same model in its batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from models.errors import DeadlineExceeded, NotReady, Overloaded, UnknownModel
+from models.types import Job
+from service.workers.entries import (
+    Batch,
+    Entry,
+    EntryQueue,
+    JobClass,
+    ModelKey,
+    Pending,
+    Turn,
+    is_long,
+)
+from service.workers.latency import LatencyModel
+
+_CLASSES: tuple[JobClass, JobClass] = ("interactive", "long")
+
+
+@dataclass(slots=True)
+class _Model:
+    best_batch: int
+    passes: LatencyModel
+    steps: LatencyModel
+    long_ms: float = 0.0
+    closing: bool = False
+    batch_cap: int = 0
+    cap_until: float = -math.inf
+
+    def batch_limit(self, now: float) -> int:
+        return min(self.best_batch, self.batch_cap) if now < self.cap_until else self.best_batch
+
+
+class Batcher:
+    """The queue of one device.
+
+    Args:
+        max_wait_s: estimated wait beyond which a job is refused.
+        interactive_share: share of device time of interactive jobs while long ones wait too, between 0 and 1.
+        max_pending: long jobs that are held between steps at the same time; each keeps device memory.
+    """
+
+    def __init__(
+        self, *, max_wait_s: float = 10.0, interactive_share: float = 0.75, max_pending: int = 16
+    ) -> None:
+        self._max_wait_s = max_wait_s
+        self._max_pending = max_pending
+        self._share: dict[JobClass, float] = {
+            "interactive": interactive_share,
+            "long": 1 - interactive_share,
+        }
+        self._models: dict[ModelKey, _Model] = {}
+        self._queues: dict[tuple[ModelKey, JobClass], EntryQueue] = {}
+        self._entries: dict[str, Entry] = {}
+        self._pending: dict[str, Entry] = {}
+        self._count: dict[JobClass, int] = {"interactive": 0, "long": 0}
+        self._finish: dict[JobClass, float] = {"interactive": 0.0, "long": 0.0}
+        self._virtual_now = 0.0
+        self._running: Batch | None = None
+        self._sequence = 0
+
+    # ---------------------------------------------------------------- models
+
+    def set_model(self, key: ModelKey, *, best_batch: int, latency_ms: Mapping[int, float]) -> None:
+        """Admit jobs for a model that is warm, or take over what its reloading measured."""
+        self._models[key] = _Model(
+            best_batch=max(1, best_batch),
+            passes=LatencyModel(latency_ms),
+            steps=LatencyModel(latency_ms),
+        )
+
+    def close_model(self, key: ModelKey) -> None:
+        """Admit no more jobs for a model; those that wait are still run."""
+        if key in self._models:
+            self._models[key].closing = True
+
+    def drop_model(self, key: ModelKey) -> None:
+        """Forget a model that has no jobs left."""
+        self._models.pop(key, None)
+        for job_class in _CLASSES:
+            self._queues.pop((key, job_class), None)
+
+    def has_jobs(self, key: ModelKey) -> bool:
+        """Whether any job of the model waits or runs."""
+        return any(entry.key == key for entry in self._entries.values())
+
+    def lower_batch(self, key: ModelKey, size: int, *, until: float) -> None:
+        """Take at most `size` jobs at once until then: the device had no memory for more."""
+        model = self._models.get(key)
+        if model is not None:
+            model.batch_cap, model.cap_until = max(1, size), until
+
+    # ---------------------------------------------------------------- jobs
+
+    def add(self, job: Job, now: float) -> None:
+        """Queue a job.
+
+        Raises:
+            UnknownModel: its model is not on this device.
+            NotReady: its model is being unloaded.
+            DeadlineExceeded: nobody waits for it any more.
+            Overloaded: the estimated wait is over the limit, or over what the job's deadline leaves.
+        """
+        model = self._models.get((job.model, job.version))
+        if model is None:
+            raise UnknownModel("The model is not loaded on this device.", field="model")
+        if model.closing:
+            raise NotReady("The model is being unloaded.")
+        if job.deadline <= now:
+            raise DeadlineExceeded("The deadline passed before the job reached a device.")
+        job_class: JobClass = "long" if is_long(job) else "interactive"
+        wait_s = self.wait_ms(now, job_class) / 1000
+        excess_s = wait_s - min(self._max_wait_s, job.deadline - now)
+        if excess_s > 0:
+            raise Overloaded("The service is at its limit.", retry_after_s=excess_s)
+        entry = Entry(job=job, job_class=job_class, arrived=now)
+        if self._count[job_class] == 0:  # no credit for the time it was idle
+            self._finish[job_class] = max(self._finish[job_class], self._virtual_now)
+        self._keep(entry)
+        self._sequence += 1
+        self._queues.setdefault((entry.key, job_class), EntryQueue()).push(entry, self._sequence)
+
+    def cancel(self, job_id: str) -> Entry | None:
+        """Drop a job.
+
+        One that is on the device runs to the end of its batch or step. One that is between steps is let go by the
+        next `next`, so that what it holds is released by the thread that uses the device.
+
+        Returns:
+            The entry, None if no such job is here.
+        """
+        entry = self._entries.get(job_id)
+        if entry is None or entry.gone:
+            return None
+        entry.gone = True
+        if entry.started is None:
+            self._queues[entry.key, entry.job_class].dismiss()
+            self._forget(entry)
+        return entry
+
+    def next(self, now: float) -> Turn:
+        """Purge what expired and choose the batch to run; the device must be free."""
+        expired = tuple(self._purge(now))
+        ready = [c for c in _CLASSES if self._candidates(c)]
+        if not ready:
+            return Turn(None, expired)
+        chosen = min(ready, key=lambda c: self._finish[c])  # a tie goes to the interactive class
+        self._virtual_now = max(self._virtual_now, self._finish[chosen])
+        first = min(self._candidates(chosen), key=lambda entry: entry.job.deadline)
+        take = self._take_steps if first.pending is not None else self._take_fresh
+        self._running = take(first, now)
+        return Turn(self._running, expired)
+
+    def done(self, now: float, *, pending: Iterable[Pending] = ()) -> None:
+        """Account for the batch that `next` gave: it has ended, and of its jobs only `pending` go on."""
+        batch, self._running = self._running, None
+        if batch is None:
+            return
+        duration_s = max(0.0, now - batch.started)
+        self._finish[batch.job_class] += duration_s / self._share[batch.job_class]
+        going_on = {item.job.id: item for item in pending}
+        model = self._models.get(batch.key)
+        if model is not None:
+            learnt = model.steps if batch.is_step else model.passes
+            learnt.observe(batch.images, 1000 * duration_s)
+        for entry in batch.entries:
+            entry.device_s += duration_s
+            entry.pending = going_on.get(entry.job.id)
+            if entry.pending is not None and not entry.gone:
+                self._pending[entry.job.id] = entry
+                continue
+            self._forget(entry)
+            if entry.job_class == "long" and model is not None and not entry.gone:
+                model.long_ms += 0.2 * (1000 * entry.device_s - model.long_ms)
+
+    # ---------------------------------------------------------------- load
+
+    @property
+    def depth(self) -> int:
+        """Jobs that wait, run or are between steps."""
+        return len(self._entries)
+
+    def wait_ms(self, now: float, job_class: JobClass = "interactive") -> float:
+        """Estimated time until a new job of that class would start.
+
+        The rest of the running batch, then what waits in its class; meanwhile the other class gets its share of
+        the device, but no more than it has work for.
+        """
+        running_ms = 0.0
+        if self._running is not None:
+            running_ms = max(0.0, 1000 * (self._running.started + self._running.predicted_s - now))
+        other: JobClass = "long" if job_class == "interactive" else "interactive"
+        own_ms, other_ms = self._work_ms(job_class, now), self._work_ms(other, now)
+        return running_ms + min(own_ms / self._share[job_class], own_ms + other_ms)
+
+    def _work_ms(self, job_class: JobClass, now: float) -> float:
+        """Device time of what waits in a class; a long job counts with the average of those before it."""
+        if job_class == "long":
+            return sum(
+                max(0.0, self._models[entry.key].long_ms - 1000 * entry.device_s)
+                for entry in self._entries.values()
+                if entry.job_class == "long" and entry.key in self._models
+            )
+        total = 0.0
+        for (key, queued_class), queue in self._queues.items():
+            model = self._models.get(key)
+            if queued_class == job_class and queue and model is not None:
+                full, rest = divmod(len(queue), model.batch_limit(now))
+                total += full * model.passes.predict_ms(model.batch_limit(now))
+                total += model.passes.predict_ms(rest) if rest else 0.0
+        return total
+
+    # ---------------------------------------------------------------- forming a batch
+
+    def _purge(self, now: float) -> Iterable[Entry]:
+        for queue in self._queues.values():
+            while (head := queue.head()) is not None and head.job.deadline <= now:
+                queue.pop()
+                self._forget(head)
+                yield head
+        for entry in list(self._pending.values()):
+            if entry.gone:
+                self._forget(entry)
+            elif entry.job.deadline <= now:
+                self._forget(entry)
+                yield entry
+
+    def _candidates(self, job_class: JobClass) -> list[Entry]:
+        """The first of each queue of the class, and for the long class the jobs between steps."""
+        between = [e for e in self._pending.values() if e.job_class == job_class]
+        if job_class == "long" and len(self._pending) >= self._max_pending:
+            return between
+        heads = [
+            q.head() for (_, queued_class), q in self._queues.items() if queued_class == job_class
+        ]
+        return [*between, *(head for head in heads if head is not None)]
+
+    def _take_fresh(self, first: Entry, now: float) -> Batch:
+        model, queue = self._models[first.key], self._queues[first.key, first.job_class]
+        limit = model.batch_limit(now)
+        if first.job_class == "long":
+            limit = min(limit, self._max_pending - len(self._pending))
+        limit = _fit(min(limit, len(queue)), model.passes, slack_s=first.job.deadline - now)
+        entries = [queue.pop()]
+        while len(entries) < limit and _may_join(entries, queue.head()):
+            entries.append(queue.pop())
+        for entry in entries:
+            entry.started = now
+            entry.batch_size = len(entries)
+        predicted_ms = model.passes.predict_ms(len(entries))
+        return self._batch(entries, images=len(entries), predicted_ms=predicted_ms, now=now)
+
+    def _take_steps(self, first: Entry, now: float) -> Batch:
+        model = self._models[first.key]
+        entries, images = [first], _cost(first)
+        others = (e for e in self._pending.values() if e.key == first.key and e is not first)
+        for entry in sorted(others, key=lambda e: e.job.deadline):
+            fits = images + _cost(entry) <= model.batch_limit(now)
+            if fits and _may_join(entries, entry):
+                entries.append(entry)
+                images += _cost(entry)
+        for entry in entries:
+            del self._pending[entry.job.id]
+        return self._batch(
+            entries, images=images, predicted_ms=model.steps.predict_ms(images), now=now
+        )
+
+    @staticmethod
+    def _batch(entries: list[Entry], *, images: int, predicted_ms: float, now: float) -> Batch:
+        return Batch(
+            key=entries[0].key,
+            job_class=entries[0].job_class,
+            entries=tuple(entries),
+            images=images,
+            predicted_s=predicted_ms / 1000,
+            started=now,
+        )
+
+    # ---------------------------------------------------------------- bookkeeping
+
+    def _keep(self, entry: Entry) -> None:
+        self._entries[entry.job.id] = entry
+        self._count[entry.job_class] += 1
+
+    def _forget(self, entry: Entry) -> None:
+        del self._entries[entry.job.id]
+        self._pending.pop(entry.job.id, None)
+        self._count[entry.job_class] -= 1
+
+
+def _may_join(entries: list[Entry], entry: Entry | None) -> bool:
+    """A job that was on the device when a worker died runs alone."""
+    return entry is not None and entry.job.deaths == 0 and entries[0].job.deaths == 0
+
+
+def _cost(entry: Entry) -> int:
+    return max(1, entry.pending.cost) if entry.pending is not None else 1
+
+
+def _fit(size: int, latency: LatencyModel, *, slack_s: float) -> int:
+    """The largest batch that ends by the earliest deadline; `size` if not even one job would."""
+    if latency.predict_ms(1) > 1000 * slack_s:
+        return size
+    while size > 1 and latency.predict_ms(size) > 1000 * slack_s:
+        size -= 1
+    return size

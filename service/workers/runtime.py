@@ -1,0 +1,110 @@
+"""The private folder through which supervisor, HTTP processes and device workers find each other."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from models.catalog import ModelSpec
+from service.settings import Settings
+
+_SOCKET_PATH_LIMIT = 107  # bytes of a Unix socket's address on Linux
+
+
+class RuntimeDir:
+    """Names of the files in the folder, and the two that are read and written whole.
+
+    Board and socket carry the incarnation in their names: whoever holds an old one can never mistake a new
+    worker for it, and no file is rewritten while others have it mapped.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls) -> RuntimeDir:
+        """Make the folder, open to this user only.
+
+        Raises:
+            OSError: the temporary folder's path is too long for a socket in it.
+        """
+        path = Path(tempfile.mkdtemp(prefix="heatlens-"))  # mkdtemp makes it 0700
+        runtime = cls(path)
+        if len(os.fsencode(runtime.socket_path("cuda:000", 1_000_000))) > _SOCKET_PATH_LIMIT:
+            path.rmdir()
+            raise OSError(f"{path} is too long for a Unix socket; set TMPDIR to a shorter path")
+        runtime.metrics_dir.mkdir(mode=0o700)
+        return runtime
+
+    @property
+    def fleet_file(self) -> Path:
+        """The record of all devices; see `fleet.py`."""
+        return self.path / "fleet"
+
+    @property
+    def metrics_dir(self) -> Path:
+        """Where HTTP processes keep their shares of the metrics."""
+        return self.path / "metrics"
+
+    def board_file(self, device: str, incarnation: int) -> Path:
+        """The board of one worker process; see `board.py`."""
+        return self.path / f"board-{_plain(device)}-{incarnation}"
+
+    def socket_path(self, device: str, incarnation: int) -> Path:
+        """The Unix socket of one worker process."""
+        return self.path / f"worker-{_plain(device)}-{incarnation}"
+
+    def socket_url(self, device: str, incarnation: int) -> str:
+        """The same as a ZeroMQ address."""
+        return f"ipc://{self.socket_path(device, incarnation)}"
+
+    def write_settings(self, settings: Settings) -> None:
+        """Publish the configuration, with the hashes of keys in it."""
+        _write(self.path / "settings.json", settings.model_dump_json().encode())
+
+    def read_settings(self) -> Settings:
+        """The configuration as the supervisor published it."""
+        return Settings.model_validate_json((self.path / "settings.json").read_bytes())
+
+    def read_catalog(self) -> list[ModelSpec]:
+        """The models that workers are to hold: the configured ones, and what was loaded and unloaded since."""
+        items = msgspec.json.decode((self.path / "catalog.json").read_bytes(), type=list[str])
+        return [ModelSpec.model_validate_json(item) for item in items]
+
+    def write_catalog(self, specs: Sequence[ModelSpec]) -> None:
+        """Replace the catalog."""
+        items = [spec.model_dump_json() for spec in specs]
+        _write(self.path / "catalog.json", msgspec.json.encode(items))
+
+    def change_catalog(self, change: Callable[[list[ModelSpec]], list[ModelSpec]]) -> None:
+        """Read, change and replace the catalog as one step among all processes; blocks for milliseconds."""
+        descriptor = os.open(self.path / "catalog.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            self.write_catalog(change(self.read_catalog()))
+        finally:
+            os.close(descriptor)  # gives the lock back
+
+
+def holds(spec: ModelSpec, device: str) -> bool:
+    """Whether a device is to hold a model: it is named, or its kind is (`cpu` means every `cpu:N`)."""
+    return spec.devices is None or bool(
+        {device, device.split(":", maxsplit=1)[0]} & set(spec.devices)
+    )
+
+
+def _plain(device: str) -> str:
+    return device.replace(":", "-")
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Replace a file at once: readers see the old or the new content."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+    Path(temporary).replace(path)
