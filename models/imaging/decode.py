@@ -76,8 +76,11 @@ _TURNS: Mapping[int, _Turn] = MappingProxyType(
     }
 )
 
-# A picture drafted to twice the size it will be resized to keeps what the resize needs (measured: mean difference of
-# the model input below half a level).
+DISCONTINUOUS = ("nearest", "box")
+"""Filters that jump: a small error in where a pixel lies may change it altogether."""
+
+# A picture drafted to at least twice the size it will be resized to keeps what the resize needs: the model input
+# differs by less than half a level of 256 on average and by 5 at most (measured on photographs).
 _DRAFT_MARGIN = 2
 _DRAFT_SCALES = (8, 4, 2)
 
@@ -216,7 +219,7 @@ def _load(image: Image.Image, preprocess: Preprocess, *, keep_original: bool) ->
 
 def _draft(image: Image.Image, preprocess: Preprocess, *, keep_original: bool) -> int:
     """Have a JPEG decoded at 1/2, 1/4 or 1/8 where enough is left; returns the divisor."""
-    if image.format not in ("JPEG", "MPO") or preprocess.interpolation == "nearest":
+    if image.format not in ("JPEG", "MPO") or preprocess.interpolation in DISCONTINUOUS:
         return 1
     resize = preprocess.resize
     needed = _DRAFT_MARGIN * (resize if isinstance(resize, int) else max(resize))

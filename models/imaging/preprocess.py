@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from models.imaging.decode import Picture
+from models.imaging.decode import DISCONTINUOUS, Picture
 from models.types import Geometry, Preprocess, Region
 
 _FILTERS: Mapping[str, Image.Resampling] = MappingProxyType(
@@ -27,9 +27,6 @@ _FILTERS: Mapping[str, Image.Resampling] = MappingProxyType(
         "lanczos": Image.Resampling.LANCZOS,
     }
 )
-
-# These filters jump: a rounding error in where a pixel lies may change it altogether.
-_DISCONTINUOUS = ("nearest", "box")
 
 # A picture of extreme shape would be resized to a huge one, of which only the crop is used.
 _MAX_RESIZED_PIXELS = 16_000_000
@@ -161,4 +158,4 @@ def _resizes_directly(picture: Picture, plan: _Plan, spec: Preprocess) -> bool:
     if picture.drafted or plan.width * plan.height > _MAX_RESIZED_PIXELS:
         return True
     landscape = picture.width >= picture.height and isinstance(spec.resize, int)
-    return landscape and spec.interpolation not in _DISCONTINUOUS
+    return landscape and spec.interpolation not in DISCONTINUOUS
