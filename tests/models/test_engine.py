@@ -245,8 +245,8 @@ def test_all_kinds_of_features_on_a_model_that_works_in_place(flat_net, flat_eng
     logits = flat_net.fc2(flat_net.fc1(out.relu().flatten(1)).tanh())
     grads = torch.autograd.grad(logits[0, 2], [out, into])
     for statistic, tensor in zip(found, [out, into, *grads], strict=True):
-        assert statistic.l2 == pytest.approx(float(tensor.norm()), rel=1e-4)
-        assert statistic.mean == pytest.approx(float(tensor.mean()), rel=1e-3, abs=1e-6)
+        assert statistic.l2 == pytest.approx(tensor.norm().item(), rel=1e-4)
+        assert statistic.mean == pytest.approx(tensor.mean().item(), rel=1e-3, abs=1e-6)
     assert [s.target for s in found] == [None, None, 2, 2]
 
 
