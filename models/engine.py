@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from models.answers import Answers
+from models.capture import Capture
 from models.errors import HeatlensError, InvalidOption
-from models.extractor import Extractor
+from models.extractor import Extractor, Tap
 from models.interventions import changes_for
+from models.layers import TokenLayout, to_map
 from models.registry import ModelRegistry, WarmModel
-from models.steps import Exclusive, Forward, InputGradient, Step
+from models.steps import Exclusive, Forward, InputGradient, LayerGradient, Step
 from models.targets import ScoreWeights, class_scores
 from models.trunk import run_trunk
 from models.types import Failure, Job, Outcome
@@ -97,6 +99,7 @@ class Engine:
         for kind, execute in (
             (Forward, self._forward),
             (InputGradient, self._input_gradient),
+            (LayerGradient, self._layer_gradient),
             (Exclusive, self._exclusive),
         ):
             group = [p for p in pending if isinstance(p.step, kind)]
@@ -128,6 +131,41 @@ class Engine:
             scores = ScoreWeights([[t] for t in targets], logits.device).of(logits)[:, 0]
             (gradient,) = torch.autograd.grad(scores.sum(), leaf)
         return list(zip(gradient.float().split(sizes), scores.detach().split(sizes), strict=True))
+
+    @staticmethod
+    def _layer_gradient(group: Sequence[Pending]) -> list[Capture]:
+        warm = group[0].warm
+        inputs, sizes, changes = _merge(group)
+        steps = [p.step for p in group if isinstance(p.step, LayerGradient)]
+        weights = ScoreWeights(
+            [s.targets for s, n in zip(steps, sizes, strict=True) for _ in range(n)], inputs.device
+        )
+        layers = list(dict.fromkeys(step.layer for step in steps))
+        with Extractor(warm.module, _pair_taps(warm, layers), changes=changes) as extractor:
+            logits, _ = class_scores(extractor.forward(inputs), warm.task)
+            scores = weights.of(logits)
+            activations = {layer: extractor.caught(layer, "output") for layer in layers}
+            gradients: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+            for t in range(weights.width):
+                extractor.backward(scores[:, t].sum(), again=t + 1 < weights.width)
+                for layer, caught in gradients.items():
+                    gradient = extractor.caught(layer, "grad_output")
+                    if gradient is None:  # the layer has no part in the score
+                        gradient = torch.zeros_like(activations[layer])
+                    caught.append(gradient)
+        captures, start = [], 0
+        for step, size in zip(steps, sizes, strict=True):
+            rows, width = slice(start, start + size), len(step.targets)
+            captures.append(
+                Capture(
+                    layer=step.layer,
+                    activation=activations[step.layer][rows],
+                    gradient=torch.stack([g[rows] for g in gradients[step.layer][:width]], 1),
+                    score=scores[rows, :width].detach(),
+                )
+            )
+            start += size
+        return captures
 
     @staticmethod
     def _exclusive(group: Sequence[Pending]) -> list[Any]:
@@ -183,6 +221,19 @@ def _channels(layer: str, warm: WarmModel) -> int | None:
         return None
     last = warm.layouts.get(layer) is not None or len(shape) == 2
     return shape[-1] if last else shape[0]
+
+
+def _pair_taps(warm: WarmModel, layers: Sequence[str]) -> list[Tap]:
+    """Taps of the output and its gradient at each layer, as float32 maps."""
+    taps = []
+    for layer in layers:
+        layout = warm.layouts.get(layer)
+
+        def keep(tensor: Tensor, layout: TokenLayout | None = layout) -> Tensor:
+            return to_map(tensor, layout).float()
+
+        taps += [Tap(layer, "output", keep), Tap(layer, "grad_output", keep)]
+    return taps
 
 
 def _merge(group: Sequence[Pending]) -> tuple[Tensor, list[int], list[Any]]:

@@ -57,6 +57,28 @@ class InputGradient:
 
 
 @dataclass(frozen=True)
+class LayerGradient:
+    """Wanted: the `Capture` of a layer for `inputs`: activation (n, K, h, w), gradient (n, T, K, h, w), scores (n, T).
+
+    Only what follows the layer is differentiated, once for each of the T targets.
+
+    Attributes:
+        inputs: normalised, (n, 3, H, W), on the device.
+        layer: dotted name of a layer that is a map.
+        targets: T targets, the same for each input.
+    """
+
+    inputs: Tensor
+    layer: str
+    targets: tuple[ResolvedTarget, ...]
+
+    @property
+    def cost(self) -> int:
+        """Images in the step, a backward pass counted as two forwards: too much for the layers near the end."""
+        return len(self.inputs) * (1 + 2 * len(self.targets))
+
+
+@dataclass(frozen=True)
 class Exclusive:
     """Wanted: what `run` returns; it makes passes with hooks of its own and so shares no batch.
 
@@ -69,7 +91,7 @@ class Exclusive:
     cost: int
 
 
-Step = Forward | InputGradient | Exclusive
+Step = Forward | InputGradient | LayerGradient | Exclusive
 Steps = Generator[Step, Any, Tensor]
 
 

@@ -7,7 +7,7 @@ import torch
 
 from models.errors import MethodNotApplicable
 from models.methods.gradient import gradcam
-from models.steps import Forward, InputGradient
+from models.steps import Forward, InputGradient, LayerGradient
 from models.targets import ResolvedTarget
 from models.types import Intervention
 
@@ -83,3 +83,53 @@ def test_untouched_notices(untouched, pool_net):
         pool_net.pool.train()
     with pytest.raises(AssertionError), untouched(pool_net):
         pool_net.fc.register_forward_hook(lambda *_: None)
+
+
+def pairs(layer):
+    """A long method: the sum of gradient and activation at a layer, one target after the other in one step."""
+
+    def method(subject):
+        capture = yield LayerGradient(subject.inputs, layer, subject.targets)
+        assert capture.layer == layer
+        torch.testing.assert_close(capture.score[0], subject.scores(subject.logits[None])[0])
+        return (capture.gradient + capture.activation[:, None])[0].sum(1)
+
+    return method
+
+
+@pytest.mark.parametrize("targets", [[3], [ResolvedTarget(1, (0, 4)), 2]])
+def test_layer_gradient(targets, drive, subject_of, capture_of, flat_net, images, untouched):
+    subject = subject_of(flat_net, images[0], targets, "body")
+    whole = capture_of(flat_net, images[:1], "body", targets)
+    with untouched(flat_net):
+        maps = drive(pairs("body")(subject), subject)
+    torch.testing.assert_close(maps, (whole.gradient + whole.activation[:, None])[0].sum(1))
+
+
+def test_layer_gradients_of_several_jobs_share_a_batch(drive, subject_of, flat_net, images):
+    """Whatever their layers, numbers of targets and interventions."""
+    change = Intervention(layer="act", channels=(1,), op="zero")
+    wants = [("out", [0], ()), ("stem", [1, ResolvedTarget(2, (3,))], ()), ("out", [4], (change,))]
+    runs = [
+        (pairs(layer)(s), s)
+        for x, (layer, targets, change) in zip(images, wants, strict=False)
+        for s in [subject_of(flat_net, x, targets, layer, interventions=change)]
+    ]
+    alone = [drive(pairs(layer)(s), s) for (layer, *_), (_, s) in zip(wants, runs, strict=True)]
+    for together, expected in zip(drive.together(runs), alone, strict=True):
+        torch.testing.assert_close(together, expected)
+
+
+def test_layer_gradient_is_zero_where_the_layer_has_no_part(drive, subject_of, pool_net, images):
+    class Aside(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.spare = pool_net, torch.nn.Conv2d(3, 2, 1).requires_grad_(False)
+
+        def forward(self, x):
+            self.spare(x)
+            return self.net(x)
+
+    subject = subject_of(Aside().eval(), images[0], [0])
+    maps = drive(pairs("spare")(subject), subject)
+    torch.testing.assert_close(maps, subject.warm.module.spare(images[:1]).sum(1))
