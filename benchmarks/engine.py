@@ -85,7 +85,7 @@ def plain_cases(warm: WarmModel, jobs: list[Job]) -> dict[str, Case]:
 def engine_cases(engine: Engine, warm: WarmModel, batch: int) -> dict[str, Case]:
     """What the engine is asked for, by row of the table."""
     make = job_maker(warm, batch)
-    layer = (warm.target_layer,)
+    layer = (explained_layer(warm),)
     ranks = tuple(Target(cls=ClassRef(kind="rank", value=rank)) for rank in range(1, 6))
 
     def explain(
@@ -113,9 +113,23 @@ def engine_cases(engine: Engine, warm: WarmModel, batch: int) -> dict[str, Case]
 
 
 def ten_layers(warm: WarmModel) -> tuple[str, ...]:
-    """Ten layers spread over the depth."""
-    names = [layer.name for layer in warm.info.layers if layer.spatial and layer.name]
-    return tuple(names[round(i)] for i in np.linspace(0, len(names) - 1, 10))
+    """The stem, eight blocks spread over the depth, and the layer that is explained."""
+    rows = [row for row in warm.info.layers if row.spatial and "." in row.name]
+    blocks: list[str] = []
+    for row in rows:
+        inside = any(row.name.startswith(f"{block}.") for block in blocks)
+        parent = any(other.name.startswith(f"{row.name}.") for other in rows)
+        if parent and not inside and row.type != "Sequential":
+            blocks.append(row.name)
+    chosen = (blocks[round(i)] for i in np.linspace(0, len(blocks) - 1, 8))
+    return (warm.info.feature_layers[0], *chosen, explained_layer(warm))
+
+
+def explained_layer(warm: WarmModel) -> str:
+    """The model's recommended layer."""
+    if warm.target_layer is None:
+        raise SystemExit(f"{warm.name} has no layer to explain")
+    return warm.target_layer
 
 
 def results_table(rows: dict[tuple[str, int], dict[str, Comparison]], *, order: list[str]) -> Table:
