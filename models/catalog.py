@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
+from msgspec import structs
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from models.types import Precision, Task
+from models.types import Precision, Preprocess, Task
 
 DEFAULT_MODEL = "efficientnet_lite0"
 
@@ -25,6 +26,17 @@ class PreprocessSpec(BaseModel):
     interpolation: Interpolation | None = None
     mean: Triple | None = None
     std: Triple | None = None
+
+    def over(self, base: Preprocess) -> Preprocess:
+        """Return `base` with every field that is set here put in its place; a crop is square."""
+        return structs.replace(
+            base,
+            resize=base.resize if self.resize is None else self.resize,
+            crop=base.crop if self.crop is None else (self.crop, self.crop),
+            interpolation=self.interpolation or base.interpolation,
+            mean=self.mean or base.mean,
+            std=self.std or base.std,
+        )
 
 
 class ModelSpec(BaseModel):

@@ -1,0 +1,174 @@
+"""The SOURCES table, and `load`: from a catalog entry to a verified, frozen model on the CPU. No torch at import."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
+
+from models.catalog import ModelSpec
+from models.errors import ModelLoadFailed
+from models.labels import default_labels, read_labels
+from models.types import Preprocess, Task
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SOURCES = {
+    "torchvision": "models.sources.torchvision",
+    "timm": "models.sources.timm",
+    "python": "models.sources.python",
+    "embedded": "models.sources.embedded",
+}
+"""Module of each source, by the prefix of `ModelSpec.source`; each has `build(request) -> Built`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildRequest:
+    """What a source is asked for.
+
+    Attributes:
+        name: what follows the source's prefix.
+        pretrained: whether the library's own weights are wanted.
+        num_classes: scores per picture of an architecture that gets other weights; None keeps its own number.
+            The library's own weights come with their head, whatever is said here.
+        base_dir: directory that relative paths and modules of the configuration start from.
+    """
+
+    name: str
+    pretrained: bool
+    num_classes: int | None
+    base_dir: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """What a source made.
+
+    Attributes:
+        module: the architecture, with its own weights if they were asked for, otherwise with random ones.
+        preprocess: the preprocessing that belongs to the weights.
+        labels: names of the classes that the weights were trained on, if known.
+        ignored_keys: prefixes of checkpoint keys that belong to parts which only training uses.
+    """
+
+    module: nn.Module
+    preprocess: Preprocess
+    labels: tuple[str, ...] | None = None
+    ignored_keys: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model that answered a probe: in eval mode, parameters frozen, float32, on the CPU.
+
+    Attributes:
+        module: (N, 3, H, W) normalised float32 → (N, num_classes) scores (logits).
+        labels: `num_classes` names.
+        preprocess: how a picture becomes its input, the configuration's overrides applied.
+    """
+
+    module: nn.Module
+    labels: tuple[str, ...]
+    num_classes: int
+    task: Task
+    preprocess: Preprocess
+    spec: ModelSpec
+
+
+class Source(Protocol):
+    """A module of this package."""
+
+    def build(self, request: BuildRequest) -> Built:
+        """Make the architecture.
+
+        Raises:
+            ModelLoadFailed: no such architecture, or its weights cannot be had.
+        """
+        ...
+
+
+def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
+    """Build the model that a catalog entry describes, load its weights, and check it on a probe.
+
+    Args:
+        spec: the entry.
+        base_dir: directory that the entry's relative paths start from.
+
+    Raises:
+        ModelLoadFailed: anything that keeps it from answering; the text names what the configuration got wrong.
+    """
+    # Torch takes a second to import; processes that only read SOURCES and LoadedModel never pay for it.
+    from models.compat import define_missing_operators
+    from models.probe import check_answer
+    from models.weights import fill_zero_heads, load_weights, seeded
+
+    define_missing_operators()
+    labels = read_labels(spec, base_dir)
+    kind, _, name = spec.source.partition(":")
+    source = cast("Source", importlib.import_module(SOURCES[kind]))
+    with seeded():
+        built = source.build(
+            BuildRequest(
+                name=name,
+                pretrained=spec.weights == "default",
+                num_classes=_head_size(spec, labels),
+                base_dir=base_dir,
+            )
+        )
+        if spec.weights == "none":
+            fill_zero_heads(built.module)
+    if spec.weights not in ("default", "none"):
+        load_weights(built.module, spec.weights, base_dir=base_dir, ignored=built.ignored_keys)
+    module = built.module.eval().requires_grad_(requires_grad=False)
+    preprocess = _preprocess(spec, built.preprocess)
+    scores = check_answer(module, preprocess)
+    if spec.num_classes not in (None, scores):
+        own = " The default weights come with their own head." if spec.weights == "default" else ""
+        raise ModelLoadFailed(
+            f"The model has {scores} classes, but num_classes is {spec.num_classes}.{own}"
+        )
+    # A single logit tells two classes apart.
+    num_classes = 2 if spec.task == "binary" and scores == 1 else scores
+    return LoadedModel(
+        module=module,
+        labels=_labels(labels, built.labels, num_classes),
+        num_classes=num_classes,
+        task=spec.task,
+        preprocess=preprocess,
+        spec=spec,
+    )
+
+
+def _head_size(spec: ModelSpec, labels: tuple[str, ...] | None) -> int | None:
+    """Scores per picture that the configuration asks for; two classes of a binary model are one logit."""
+    if spec.num_classes is not None or labels is None:
+        return spec.num_classes
+    return 1 if spec.task == "binary" else len(labels)
+
+
+def _labels(
+    configured: tuple[str, ...] | None, library: tuple[str, ...] | None, num_classes: int
+) -> tuple[str, ...]:
+    if configured is None:
+        known = library is not None and len(library) == num_classes
+        return library if library and known else default_labels(num_classes)
+    if len(configured) != num_classes:
+        raise ModelLoadFailed(
+            f"There are {len(configured)} labels, but the model has {num_classes} classes."
+        )
+    return configured
+
+
+def _preprocess(spec: ModelSpec, library: Preprocess) -> Preprocess:
+    merged = spec.preprocess.over(library)
+    if spec.preprocess.resize is None and spec.preprocess.crop is None:
+        return merged
+    short_side = merged.resize if isinstance(merged.resize, int) else min(merged.resize)
+    if max(merged.crop) > short_side:
+        # It would be padded with black, which nobody means who sets these.
+        raise ModelLoadFailed(
+            f"preprocess.crop {max(merged.crop)} is larger than preprocess.resize {short_side}."
+        )
+    return merged

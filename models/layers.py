@@ -1,0 +1,245 @@
+"""The layers of a model: how each output lies in the picture, which one to explain, which ones to describe."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from models.probe import Call, Trace
+from models.types import LayerInfo
+
+MAX_PREFIX_TOKENS = 16
+MAX_FEATURE_LAYERS = 12
+MIN_FEATURE_LAYERS = 4
+
+_PASSIVE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLayout:
+    """How a layer's output lies in the picture, when it is not a plain (N, C, h, w) map.
+
+    Attributes:
+        grid: (h, w) of the map.
+        prefix: tokens before the patch tokens (class, distillation and register tokens); they have no place.
+        channels_last: True for (N, h, w, C) outputs, False for token sequences (N, prefix + h·w, C).
+    """
+
+    grid: tuple[int, int]
+    prefix: int = 0
+    channels_last: bool = False
+
+    def to_map(self, tensor: Tensor) -> Tensor:
+        """Lay a layer's output, or a gradient of its shape, out as a map.
+
+        Args:
+            tensor: (N, h, w, C) or (N, prefix + h·w, C), any dtype.
+
+        Returns:
+            (N, C, h, w): a view where torch can make one, prefix tokens left out.
+        """
+        if self.channels_last:
+            return tensor.permute(0, 3, 1, 2)
+        height, width = self.grid
+        patches = tensor[:, self.prefix :].transpose(1, 2)
+        return patches.reshape(tensor.shape[0], tensor.shape[2], height, width)
+
+
+def to_map(tensor: Tensor, layout: TokenLayout | None) -> Tensor:
+    """Return a layer's output as (N, C, h, w), whatever its layout (None: it is one already)."""
+    return tensor if layout is None else layout.to_map(tensor)
+
+
+Layouts = Mapping[str, TokenLayout | None]
+
+
+def find_layouts(trace: Trace) -> dict[str, TokenLayout | None]:
+    """Tell which outputs are maps of more than one position, and how they lie.
+
+    A 4-D output is a map if two neighbouring dimensions have the proportions of the input: attention heads
+    (N, heads, T, d) and windows (N·windows, …) do not. A 3-D output is one if its tokens, less a few prefix
+    tokens, fill the grid of a map seen before in the pass (the patch embedding); if there was none, a grid of
+    the input's proportions.
+
+    Returns:
+        The layout of each map by layer name, in the order of the trace; None = plain (N, C, h, w).
+    """
+    # What a dropout or identity returns first-hand came from no module: attention weights, single heads.
+    unseen = {group[0].name for group in trace.groups() if isinstance(group[0].module, _PASSIVE)}
+    layouts: dict[str, TokenLayout | None] = {}
+    grids: dict[tuple[int, int], None] = {}
+    for name, call in trace.calls.items():
+        shape = () if call.output is None else tuple(call.output.shape)
+        if len(shape) not in (3, 4) or shape[0] != len(trace.scores) or name in unseen:
+            continue
+        if len(shape) == 3:
+            if layout := _token_layout(shape[1], grids, trace.input_size):
+                layouts[name] = layout
+        elif _is_grid(shape[2:], trace.input_size):
+            layouts[name] = None
+            grids[shape[2], shape[3]] = None
+        elif _is_grid(shape[1:3], trace.input_size):
+            layouts[name] = TokenLayout(grid=(shape[1], shape[2]), channels_last=True)
+            grids[shape[1], shape[2]] = None
+    return layouts
+
+
+def _is_grid(grid: Sequence[int], input_size: tuple[int, int]) -> bool:
+    """Whether (h, w) covers the input with one stride in both directions, give or take rounding."""
+    (height, width), (input_height, input_width) = grid, input_size
+    skew = abs(height * input_width - width * input_height)
+    return (
+        height * width > 1
+        and height <= input_height
+        and width <= input_width
+        and skew <= 2 * abs(input_height - input_width)
+    )
+
+
+def _token_layout(
+    tokens: int, grids: Collection[tuple[int, int]], input_size: tuple[int, int]
+) -> TokenLayout | None:
+    for height, width in grids:
+        if 0 <= tokens - height * width <= MAX_PREFIX_TOKENS:
+            return TokenLayout(grid=(height, width), prefix=tokens - height * width)
+    for prefix in range(0 if grids else min(tokens, MAX_PREFIX_TOKENS + 1)):
+        patches = tokens - prefix
+        height = round((patches * input_size[0] / input_size[1]) ** 0.5)
+        if height and patches % height == 0 and _is_grid((height, patches // height), input_size):
+            return TokenLayout(grid=(height, patches // height), prefix=prefix)
+    return None
+
+
+def layer_infos(
+    trace: Trace, layouts: Layouts, *, target_layer: str | None
+) -> tuple[LayerInfo, ...]:
+    """Describe every module that was called, in the order in which the model defines them."""
+    return tuple(_layer_info(trace.calls[name], layouts, target_layer) for name in trace.names)
+
+
+def _layer_info(call: Call, layouts: Layouts, target_layer: str | None) -> LayerInfo:
+    return LayerInfo(
+        name=call.name,
+        type=type(call.module).__name__,
+        output_shape=() if call.output is None else tuple(call.output.shape[1:]),
+        spatial=call.name in layouts,
+        parameters=sum(parameter.numel() for parameter in call.module.parameters()),
+        recommended=call.name == target_layer,
+    )
+
+
+def choose_target_layer(trace: Trace, layouts: Layouts) -> str | None:
+    """Choose the layer to explain: the last map before the head, by what the probe shows.
+
+    That is the last values which form a map, have a gradient at its positions (a transformer read at its class
+    token has none after the last attention), and are neither what a pooling layer returned nor already one map
+    per class. Where a block hands on what its last module returned, the block is named (`layer4`, `features`).
+
+    Returns:
+        A dotted name, or None if there is no such layer.
+    """
+    class_maps: str | None = None
+    classes = trace.scores.shape[1]
+    # Never all classes: maps of the others must show no gradient to be told as class maps.
+    chosen = sorted({0, classes // 2, max(0, classes - 2)})
+    for group in reversed(trace.groups()):
+        chain = _chain(group, layouts)
+        gradient = _gradient(trace, chain[-1], layouts, chosen) if chain else None
+        if gradient is None or not bool(gradient.any()):
+            continue
+        channels = gradient.abs().sum((0, 2, 3)).nonzero().flatten().tolist()
+        if gradient.shape[1] != classes or not set(channels) <= set(chosen):
+            return chain[-1].name
+        class_maps = class_maps or chain[-1].name
+    return class_maps
+
+
+def has_gradient(trace: Trace, layouts: Layouts, name: str) -> bool:
+    """Whether any score of the probe depends on a map at its positions (its prefix tokens do not count)."""
+    every = range(trace.scores.shape[1])
+    gradient = _gradient(trace, trace.calls[name], layouts, every)
+    return gradient is not None and bool(gradient.any())
+
+
+def _gradient(trace: Trace, call: Call, layouts: Layouts, classes: Sequence[int]) -> Tensor | None:
+    """Gradient (N, C, h, w) of the classes' summed scores at a map; None where it has no part in them."""
+    if call.output is None or not (call.output.requires_grad and trace.scores.requires_grad):
+        return None
+    score = trace.scores[:, list(classes)].sum()
+    gradients: Sequence[Tensor | None] = torch.autograd.grad(
+        score, call.output, retain_graph=True, allow_unused=True
+    )
+    return None if gradients[0] is None else to_map(gradients[0], layouts[call.name])
+
+
+def _chain(group: Sequence[Call], layouts: Layouts) -> list[Call]:
+    """The module that made a group's values and the blocks that end with it, the innermost first.
+
+    Empty if the values were made by pooling, or by a projection within an attention (a linear layer of tokens);
+    modules that are called more than once are left out, their name would not say which call is meant.
+    """
+    producer = group[0]
+    # By the name of its type: libraries have pooling layers of their own.
+    pooled = "Pool" in type(producer.module).__name__
+    tokens = layouts.get(producer.name) is not None
+    if pooled or (tokens and isinstance(producer.module, nn.Linear)):
+        return []
+    blocks = [call for call in group if f"{producer.name}.".startswith(f"{call.name}.")]
+    return [call for call in blocks if call.times == 1 and call.name in layouts]
+
+
+def feature_layers(trace: Trace, layouts: Layouts) -> tuple[str, ...]:
+    """Choose at most 12 maps that are spread over the depth: stages or blocks rather than single operations.
+
+    The tree of maps is cut at one level: the deepest cut of 4 to 12 maps, or else the first that has more,
+    thinned evenly. Values that are overwritten at once (a convolution before an in-place activation) are left out.
+    """
+    blocks: dict[str, Sequence[str]] = {}
+    for group in trace.groups():
+        chain = [call.name for call in _chain(group, layouts) if not call.overwritten]
+        blocks |= dict.fromkeys(chain, chain)
+    levels = _levels(blocks)
+    cut: list[str] = []
+    for level in range(1, 1 + max(levels.values(), default=0)):
+        deeper = _cut(levels, level)
+        if len(deeper) > MAX_FEATURE_LAYERS and len(cut) >= MIN_FEATURE_LAYERS:
+            break
+        cut = deeper
+        if len(cut) > MAX_FEATURE_LAYERS:
+            break
+    kept = min(len(cut), MAX_FEATURE_LAYERS)
+    spread = [cut[round(i * (len(cut) - 1) / max(1, kept - 1))] for i in range(kept)]
+    return tuple(_outermost(name, spread, blocks) for name in spread)
+
+
+def _levels(names: Collection[str]) -> dict[str, int]:
+    """How many of the names each name lies within, itself included."""
+    return {
+        name: 1 + sum(name.startswith(f"{other}.") for other in names if other != name)
+        for name in names
+    }
+
+
+def _cut(levels: Mapping[str, int], level: int) -> list[str]:
+    """The names of a level, and those above it that no other name lies within."""
+    return [
+        name
+        for name, own in levels.items()
+        if own == level
+        or (own < level and not any(other.startswith(f"{name}.") for other in levels))
+    ]
+
+
+def _outermost(name: str, chosen: Sequence[str], blocks: Mapping[str, Sequence[str]]) -> str:
+    """The outermost block that returns the same values as `name` and has no other chosen layer within."""
+    return min(
+        (
+            block
+            for block in blocks[name]
+            if not any(other != name and other.startswith(f"{block}.") for other in chosen)
+        ),
+        key=len,
+    )

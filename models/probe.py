@@ -1,0 +1,157 @@
+"""Probe batches, and what a model does with one: its scores, and what every module on the way returned."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.errors import ModelLoadFailed
+from models.hooks import HookStack
+from models.targets import class_scores
+from models.types import Preprocess, Task
+
+PROBE_IMAGES = 2
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Call:
+    """What one module returned in a probed forward; its last call counts if it was called more than once.
+
+    Attributes:
+        output: the tensor, with its graph; None if the module returned anything but one tensor.
+        values: identifies the values at the moment of return: modules that hand on the same values (a block and
+            its last module, a view, an identity) share it, an in-place successor does not.
+        times: how often the module was called.
+    """
+
+    name: str
+    module: nn.Module
+    output: Tensor | None
+    values: tuple[int, ...]
+    times: int
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether an in-place operation changed the output after it was returned."""
+        return self.output is not None and self.output._version != self.values[-1]  # noqa: SLF001 (torch has no public name for it)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trace:
+    """One probed forward.
+
+    Attributes:
+        input_size: (height, width) of the input.
+        scores: (N, classes), with the graph back to every recorded output.
+        calls: every module that was called except the root, by name, in the order in which they returned.
+        names: the same names in the order in which the model defines them.
+    """
+
+    input_size: tuple[int, int]
+    scores: Tensor
+    calls: Mapping[str, Call]
+    names: tuple[str, ...]
+
+    def groups(self) -> list[list[Call]]:
+        """Calls that returned the same values, the producer first, in the order of production."""
+        groups: dict[tuple[int, ...], list[Call]] = {}
+        for call in self.calls.values():
+            if call.output is not None:
+                groups.setdefault(call.values, []).append(call)
+        return list(groups.values())
+
+
+def probe_batch(
+    preprocess: Preprocess, *, images: int = PROBE_IMAGES, device: str = "cpu"
+) -> Tensor:
+    """Return (images, 3, H, W) float32 of standard normal noise, the same at each call."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(images, 3, *preprocess.crop, generator=generator).to(device)
+
+
+def check_answer(module: nn.Module, preprocess: Preprocess) -> int:
+    """Check that a model answers a probe with one finite row of scores per picture.
+
+    Args:
+        module: in eval mode, on the CPU.
+        preprocess: gives the input's size.
+
+    Returns:
+        The number of scores per picture.
+
+    Raises:
+        ModelLoadFailed: it does not; the text says how.
+    """
+    probe = probe_batch(preprocess)
+    size = f"3 x {preprocess.crop[0]} x {preprocess.crop[1]}"
+    try:
+        with torch.no_grad():
+            scores: object = module(probe)
+    except Exception as error:
+        raise ModelLoadFailed(f"The model fails on an input of {size}.") from error
+    if not isinstance(scores, Tensor):
+        raise ModelLoadFailed("The model does not return one tensor of scores.")
+    if scores.ndim != 2 or scores.shape[0] != len(probe):
+        shape = " x ".join(map(str, scores.shape))
+        raise ModelLoadFailed(
+            f"The model answers {len(probe)} pictures with a tensor of {shape}, "
+            "not with one row of scores per picture."
+        )
+    if not bool(torch.isfinite(scores).all()):
+        raise ModelLoadFailed("The model's scores are not finite; its weights may be damaged.")
+    return scores.shape[1]
+
+
+def trace(module: nn.Module, task: Task, probe: Tensor) -> Trace:
+    """Run a model once with a hook on every module.
+
+    All outputs and their graph are kept until the trace is dropped: about the memory of a training step on the
+    probe batch.
+
+    Args:
+        module: in eval mode, parameters frozen.
+        task: how its output is read as scores.
+        probe: (N, 3, H, W), N at least 2 so that a batch dimension can be told from windows of one picture.
+    """
+    calls: dict[str, Call] = {}
+    times: Counter[str] = Counter()
+    names = {child: name for name, child in module.named_modules() if name}
+
+    def record(child: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        name = names[child]
+        times[name] += 1
+        tensor = output if isinstance(output, Tensor) else None
+        calls.pop(name, None)
+        calls[name] = Call(
+            name=name,
+            module=child,
+            output=tensor,
+            values=() if tensor is None else _values(tensor),
+            times=times[name],
+        )
+
+    with torch.enable_grad(), HookStack() as hooks:
+        for child in names:
+            hooks.forward(child, record)
+        # Not the leaf itself: a model may work on its input in place.
+        scores, _ = class_scores(module(probe.detach().requires_grad_().clone()), task)
+    return Trace(
+        input_size=(probe.shape[2], probe.shape[3]),
+        scores=scores,
+        calls=calls,
+        names=tuple(name for name in names.values() if name in calls),
+    )
+
+
+def _values(tensor: Tensor) -> tuple[int, ...]:
+    return (
+        tensor.untyped_storage().data_ptr(),
+        int(tensor.storage_offset()),
+        tensor.numel(),
+        tensor._version,  # noqa: SLF001 (torch has no public name for it)
+    )

@@ -1,0 +1,116 @@
+"""Models by name and version, loaded, verified and warm on one device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from msgspec import structs
+
+from models.catalog import ModelSpec
+from models.errors import ModelLoadFailed, UnknownModel
+from models.sources import load
+from models.types import ModelCard, ModelInfo
+from models.warm import WARMUP_S, WarmModel, prepare
+
+__all__ = ["ModelRegistry", "WarmModel"]
+
+
+class ModelRegistry:
+    """Holds one warm instance of each model version on one device.
+
+    One thread loads and unloads; any thread may call `get` and `infos` meanwhile, and sees a version either
+    warm or not at all.
+    """
+
+    def __init__(self, device: str, base_dir: Path, *, warmup_s: float = WARMUP_S) -> None:
+        """Args: the torch device, what relative paths of entries start from, and how long a warm-up may measure."""
+        self.device = torch.device(device)
+        self._base_dir = base_dir
+        self._warmup_s = warmup_s
+        self._warm: dict[tuple[str, str], WarmModel] = {}
+        self._unavailable: dict[tuple[str, str], ModelInfo] = {}
+
+    def load(self, spec: ModelSpec) -> ModelInfo:
+        """Load, verify, probe and warm up a model, then put it in the place of its name and version.
+
+        Raises:
+            ModelLoadFailed: the entry is broken, or the device cannot run the model; what was loaded before stays.
+        """
+        loaded = load(spec, self._base_dir)
+        try:
+            warm = prepare(loaded, self.device, warmup_s=self._warmup_s)
+        except ModelLoadFailed:
+            raise
+        except torch.OutOfMemoryError as error:
+            raise ModelLoadFailed("The model does not fit into the device's memory.") from error
+        except Exception as error:
+            raise ModelLoadFailed(f"The model fails on the device {self.device}.") from error
+        self._warm[spec.name, spec.version] = warm
+        self._unavailable.pop((spec.name, spec.version), None)
+        return warm.info
+
+    def unload(self, name: str, version: str | None = None) -> None:
+        """Drop a version, or all versions; passes that still use it keep it until they end.
+
+        Raises:
+            UnknownModel: it is not listed.
+        """
+        keys = [
+            key
+            for key in (*self._warm, *self._unavailable)
+            if key[0] == name and version in (None, key[1])
+        ]
+        if not keys:
+            raise _unknown(name, version)
+        for key in keys:
+            self._warm.pop(key, None)
+            self._unavailable.pop(key, None)
+
+    def mark_unavailable(self, spec: ModelSpec, reason: str) -> ModelInfo:
+        """List a model that failed to load, with the reason; a version that is warm stays as it is."""
+        key = (spec.name, spec.version)
+        if key in self._warm:
+            return self._warm[key].info
+        card = ModelCard(
+            name=spec.name,
+            version=spec.version,
+            state="unavailable",
+            ready=False,
+            source=spec.source,
+            devices=(str(self.device),),
+            reason=reason,
+            task=spec.task,
+        )
+        self._unavailable[key] = ModelInfo(card=card)
+        return self._unavailable[key]
+
+    def get(self, name: str, version: str) -> WarmModel:
+        """Return a warm model.
+
+        Raises:
+            UnknownModel: no such version is warm.
+        """
+        warm = self._warm.get((name, version))
+        if warm is None:
+            raise _unknown(name, version)
+        return warm
+
+    def infos(self) -> list[ModelInfo]:
+        """Return every listed model version, the unavailable ones with their reason."""
+        listed = [warm.info for warm in self._warm.copy().values()]
+        listed += self._unavailable.copy().values()
+        versions: dict[str, tuple[str, ...]] = {}
+        for info in listed:
+            versions[info.card.name] = (*versions.get(info.card.name, ()), info.card.version)
+        return [
+            structs.replace(
+                info, card=structs.replace(info.card, versions=versions[info.card.name])
+            )
+            for info in listed
+        ]
+
+
+def _unknown(name: str, version: str | None) -> UnknownModel:
+    wanted = name if version is None else f"{name}@{version}"
+    return UnknownModel(f"The model {wanted} is not loaded.")

@@ -1,0 +1,95 @@
+"""`python:package.module:factory`: a function of the user's own that returns a network."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from torch import nn
+
+from models.catalog import PreprocessSpec
+from models.errors import ModelLoadFailed
+from models.sources import BuildRequest, Built
+from models.types import Preprocess
+
+_DEFAULT_PREPROCESS = Preprocess(resize=256, crop=(224, 224))
+
+
+def build(request: BuildRequest) -> Built:
+    """Call the factory, with `num_classes` if it is configured and the factory takes it.
+
+    The module is imported from the usual places or from the configuration's directory. The factory returns a
+    network, or (network, {"preprocess": {…}, "labels": […]}), where `preprocess` has the fields of
+    `[models.preprocess]` and labels may be left out.
+
+    Raises:
+        ModelLoadFailed: no such module or function, it raised, or it returned something else.
+    """
+    factory = _factory(request)
+    try:
+        made = factory(**_arguments(factory, request))
+    except Exception as error:
+        raise ModelLoadFailed(f"The factory {request.name} raised an error.") from error
+    module, facts = made if isinstance(made, tuple) and len(made) == 2 else (made, {})
+    if not isinstance(module, nn.Module) or not isinstance(facts, Mapping):
+        raise ModelLoadFailed(
+            f"The factory {request.name} returned neither a torch.nn.Module nor a pair of one "
+            "and a dictionary."
+        )
+    return Built(module=module, preprocess=_preprocess(facts, request), labels=_labels(facts))
+
+
+def _factory(request: BuildRequest) -> Callable[..., Any]:
+    path, _, attribute = request.name.partition(":")
+    if not path or not attribute:
+        raise ModelLoadFailed("A python source is written python:package.module:factory.")
+    _make_importable(request.base_dir)
+    try:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        raise ModelLoadFailed(
+            f"The module {path}, or one that it imports, is not found."
+        ) from error
+    except Exception as error:
+        raise ModelLoadFailed(f"Importing the module {path} raised an error.") from error
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        raise ModelLoadFailed(f"The module {path} has no function {attribute}.")
+    return factory  # type: ignore[no-any-return]  # whatever is callable
+
+
+def _make_importable(directory: Path) -> None:
+    """Let modules beside the configuration be imported, now and when the network itself imports later.
+
+    They come last, so that they never take the place of an installed package.
+    """
+    if (place := str(directory.resolve())) not in sys.path:
+        sys.path.append(place)
+
+
+def _arguments(factory: Callable[..., Any], request: BuildRequest) -> dict[str, Any]:
+    if request.num_classes is None:
+        return {}
+    parameters = inspect.signature(factory).parameters.values()
+    takes = any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters)
+    return {"num_classes": request.num_classes} if takes else {}
+
+
+def _preprocess(facts: Mapping[str, Any], request: BuildRequest) -> Preprocess:
+    try:
+        return PreprocessSpec.model_validate(facts.get("preprocess", {})).over(_DEFAULT_PREPROCESS)
+    except ValidationError as error:
+        raise ModelLoadFailed(
+            f"The preprocess that the factory {request.name} returned is not one: it may have "
+            f"{', '.join(PreprocessSpec.model_fields)}."
+        ) from error
+
+
+def _labels(facts: Mapping[str, Any]) -> tuple[str, ...] | None:
+    labels = facts.get("labels")
+    return None if labels is None else tuple(map(str, labels))

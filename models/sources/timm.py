@@ -1,0 +1,94 @@
+"""`timm:NAME`: an architecture of timm, with the data configuration that belongs to it."""
+
+from __future__ import annotations
+
+import math
+from difflib import get_close_matches
+from typing import Any, get_args
+
+import timm
+from timm.data.config import resolve_model_data_config
+from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
+
+from models.catalog import Interpolation
+from models.errors import ModelLoadFailed
+from models.sources import BuildRequest, Built
+from models.types import Fit, Preprocess
+
+_FITS: dict[str, Fit] = {"squash": "stretch", "border": "contain"}
+"""How timm's crop modes other than `center` make a picture fit a pair of sizes."""
+
+
+def build(request: BuildRequest) -> Built:
+    """Build a model of timm; the name may carry a pretrained tag (`resnet50.a1_in1k`).
+
+    Where other weights are loaded, preprocessing and labels are still those of the named weights: most
+    checkpoints were fine-tuned from them.
+
+    Raises:
+        ModelLoadFailed: unknown name, no classifier, an input of other than 3 channels, or its weights can neither
+            be found nor fetched.
+    """
+    _check_name(request.name)
+    module = _pretrained(request.name) if request.pretrained else _random(request)
+    if not module.num_classes:
+        raise ModelLoadFailed(f"timm's {request.name} has no classifier; configure num_classes.")
+    return Built(
+        module=module, preprocess=_preprocess(module, request.name), labels=_labels(module)
+    )
+
+
+def _check_name(name: str) -> None:
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        close = get_close_matches(architecture.lower(), timm.list_models(), n=3, cutoff=0.5)
+        hint = f" Close names: {', '.join(close)}." if close else ""
+        raise ModelLoadFailed(f"timm has no model {architecture}.{hint}")
+    known = timm.list_pretrained(f"{architecture}.*") if tag else []
+    if tag and name not in known:
+        raise ModelLoadFailed(f"timm has no weights {name}. Known: {', '.join(known) or 'none'}.")
+
+
+def _pretrained(name: str) -> Any:
+    try:
+        return timm.create_model(name, pretrained=True)
+    except Exception as error:
+        raise ModelLoadFailed(
+            f"The default weights of timm's {name} are not on this machine and cannot be fetched."
+        ) from error
+
+
+def _random(request: BuildRequest) -> Any:
+    options: dict[str, Any] = (
+        {} if request.num_classes is None else {"num_classes": request.num_classes}
+    )
+    return timm.create_model(request.name, pretrained=False, **options)
+
+
+def _preprocess(module: Any, name: str) -> Preprocess:
+    """Read timm's data configuration as its evaluation transform does."""
+    config = resolve_model_data_config(module)
+    channels, height, width = config["input_size"]
+    if channels != 3:
+        raise ModelLoadFailed(f"timm's {name} takes {channels} channels; only 3 can be served.")
+    scaled = (
+        math.floor(height / config["crop_pct"]),
+        math.floor(width / config["crop_pct"]),
+    )
+    mode = config["crop_mode"]
+    short_side = mode == "center" and scaled[0] == scaled[1]
+    # timm reads names it does not know (`random` among them) as bilinear.
+    known = config["interpolation"] in get_args(Interpolation)
+    return Preprocess(
+        resize=scaled[0] if short_side else scaled,
+        crop=(height, width),
+        fit=_FITS.get(mode, "cover"),
+        interpolation=config["interpolation"] if known else "bilinear",
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+    )
+
+
+def _labels(module: Any) -> tuple[str, ...] | None:
+    subset = infer_imagenet_subset(module)
+    return tuple(ImageNetInfo(subset).label_descriptions()) if subset else None

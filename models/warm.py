@@ -1,0 +1,215 @@
+"""From a loaded model to a warm one: probed, on its device, and timed there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+
+import torch
+from msgspec import structs
+from torch import Tensor, nn
+
+from models.applicability import ModelFacts, supported_methods
+from models.errors import ModelLoadFailed
+from models.head import HeadProbe, probe_head
+from models.layers import (
+    Layouts,
+    choose_target_layer,
+    feature_layers,
+    find_layouts,
+    has_gradient,
+    layer_infos,
+)
+from models.probe import Trace, probe_batch, trace
+from models.sources import LoadedModel
+from models.types import LayerInfo, ModelCard, ModelInfo, Precision, Task
+from models.warmup import BATCH_SIZES, best_batch, measure_latencies
+
+WARMUP_S = 1.5
+
+_DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WarmModel:
+    """One model version, ready to answer on its device. Shared by all passes; nobody changes it.
+
+    Attributes:
+        name: catalog name.
+        version: version of that model.
+        module: eval mode, parameters frozen, channels_last, of `dtype`; (N, 3, H, W) → (N, outputs) scores.
+        device: where the module is.
+        dtype: dtype of its parameters and input.
+        mean: (1, 3, 1, 1) float32 on the device, in pixel values 0…255.
+        std: the same for the standard deviation.
+        task: how the module's output is read as scores.
+        target_layer: name of the `auto` layer; None if no map of the model has a gradient.
+        head: what follows the target layer.
+        layouts: of every layer that is a map, by name; None = plain (N, C, h, w). Other layers are not in it.
+        info: what the service tells about the model.
+    """
+
+    name: str
+    version: str
+    module: nn.Module
+    device: torch.device
+    dtype: torch.dtype
+    mean: Tensor
+    std: Tensor
+    task: Task
+    target_layer: str | None
+    head: HeadProbe
+    layouts: Layouts
+    info: ModelInfo
+    _layers: Mapping[str, LayerInfo] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_layers", {layer.name: layer for layer in self.info.layers})
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(height, width) of the module's input in pixels."""
+        assert self.info.card.input is not None
+        return self.info.card.input.crop
+
+    @property
+    def chunk(self) -> int:
+        """Pictures that one pass of a long method should hold."""
+        return self.info.card.best_batch
+
+    def channels(self, layer: str) -> int | None:
+        """Number of feature maps of a layer, its features if it is no map; None if it has no tensor output."""
+        known = self._layers.get(layer)
+        if known is None or not known.output_shape:
+            return None
+        last = self.layouts.get(layer) is not None or len(known.output_shape) == 2
+        return known.output_shape[-1 if last else 0]
+
+    def normalise(self, batch: Tensor) -> Tensor:
+        """Turn pictures into the module's input.
+
+        Args:
+            batch: (N, H, W, 3) uint8 on any device.
+
+        Returns:
+            (N, 3, H, W) of `dtype` on the model's device, channels_last in memory: (pixel - mean) / std.
+        """
+        pixels = batch.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        return pixels.sub(self.mean).div_(self.std).to(self.dtype)
+
+
+def prepare(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARMUP_S) -> WarmModel:
+    """Probe a loaded model on the CPU, move it to its device, and time it there.
+
+    The probes run in float32 on the CPU whatever the device and precision, so that the same model gets the same
+    target layer, head and methods everywhere. The loaded module itself is moved.
+
+    Raises:
+        ModelLoadFailed: the configured target layer is none, or scores on the device are not finite.
+    """
+    spec = loaded.spec
+    probe = probe_batch(loaded.preprocess)
+    traced = trace(loaded.module, spec.task, probe)
+    layouts = find_layouts(traced)
+    target = _target_layer(spec.target_layer, traced, layouts)
+    head = HeadProbe(kind="flatten")
+    if target is not None:
+        head = probe_head(
+            loaded.module, target, layout=layouts[target], task=spec.task, probe=probe
+        )
+    info = ModelInfo(
+        card=_card(loaded, device, target=target, head=head),
+        labels=loaded.labels,
+        layers=layer_infos(traced, layouts, target_layer=target),
+        feature_layers=feature_layers(traced, layouts),
+    )
+    dtype = _DTYPES[spec.precision]
+    warm = WarmModel(
+        name=spec.name,
+        version=spec.version,
+        module=_placed(loaded.module, device, dtype),
+        device=device,
+        dtype=dtype,
+        mean=_pixel_values(loaded.preprocess.mean, device),
+        std=_pixel_values(loaded.preprocess.std, device),
+        task=spec.task,
+        target_layer=target,
+        head=head.to(device),
+        layouts=layouts,
+        info=info,
+    )
+    return _timed(warm, warmup_s)
+
+
+def _placed(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    placed: nn.Module = module.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+    return placed
+
+
+def _target_layer(configured: str, traced: Trace, layouts: Layouts) -> str | None:
+    if configured == "auto":
+        return choose_target_layer(traced, layouts)
+    if configured not in traced.calls:
+        close = get_close_matches(configured, traced.calls, n=3)
+        hint = f" Close names: {', '.join(close)}." if close else ""
+        raise ModelLoadFailed(f"The model runs no layer named {configured}.{hint}")
+    if configured not in layouts:
+        raise ModelLoadFailed(f"The output of target_layer {configured} is no map of the picture.")
+    if not has_gradient(traced, layouts, configured):
+        raise ModelLoadFailed(f"The scores do not depend on the map at target_layer {configured}.")
+    return configured
+
+
+def _card(
+    loaded: LoadedModel, device: torch.device, *, target: str | None, head: HeadProbe
+) -> ModelCard:
+    spec = loaded.spec
+    kind = None if target is None else head.kind
+    facts = ModelFacts(target_layer=target, head=kind, closed_form=head.closed_form)
+    return ModelCard(
+        name=spec.name,
+        version=spec.version,
+        state="ready",
+        ready=True,
+        source=spec.source,
+        devices=(str(device),),
+        versions=(spec.version,),
+        num_classes=loaded.num_classes,
+        task=spec.task,
+        input=loaded.preprocess,
+        target_layer=target,
+        head=kind,
+        closed_form=head.closed_form,
+        methods=supported_methods(facts),
+        precision=spec.precision,
+        preparation=("channels_last",),
+    )
+
+
+def _pixel_values(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device).mul_(255.0).view(1, -1, 1, 1)
+
+
+def _timed(warm: WarmModel, warmup_s: float) -> WarmModel:
+    """Run the model by batch size, and return it with its latencies on the card."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (max(BATCH_SIZES), *warm.input_size, 3)
+    pictures = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+    @torch.inference_mode()
+    def run(size: int) -> Tensor:
+        output: Tensor = warm.module(warm.normalise(pictures[:size]))
+        return output
+
+    if not bool(run(1).isfinite().all()):
+        raise ModelLoadFailed(
+            f"The model's scores are not finite on {warm.device} in {warm.info.card.precision}."
+        )
+    latency_ms = measure_latencies(run, warm.device, budget_s=warmup_s)
+    card = structs.replace(warm.info.card, latency_ms=latency_ms, best_batch=best_batch(latency_ms))
+    return replace(warm, info=structs.replace(warm.info, card=card))

@@ -1,0 +1,139 @@
+"""Checkpoints: reading them without running what they hold, and loading them strictly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.errors import ModelLoadFailed
+
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")
+_NAMED_KEYS = 3
+
+
+@contextmanager
+def seeded(seed: int = 0) -> Iterator[None]:
+    """Make random weights the same in every process, and leave torch's own random state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def fill_zero_heads(module: nn.Module) -> None:
+    """Give linear layers of zeros small random weights: some libraries start their classifiers so.
+
+    Such a model would score every class 0 for every picture, and no layer of it could be explained.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear) and not bool(layer.weight.any()):
+            nn.init.normal_(layer.weight, std=0.02)
+
+
+def load_weights(
+    module: nn.Module, weights: str, *, base_dir: Path, ignored: tuple[str, ...] = ()
+) -> None:
+    """Load a checkpoint into a model; every parameter and buffer of the model must be in it, and nothing else.
+
+    Args:
+        module: changed in place.
+        weights: path of a `.safetensors`, `.pth` or `.pt` file, as configured.
+        base_dir: directory that a relative path starts from.
+        ignored: prefixes of keys that are passed over.
+
+    Raises:
+        ModelLoadFailed: the file is missing or unreadable, or does not fit; the text names the first keys.
+    """
+    state = {
+        key: value
+        for key, value in read_state_dict(weights, base_dir=base_dir).items()
+        if not key.startswith(ignored)
+    }
+    _check_fit(module.state_dict(), state, weights)
+    module.load_state_dict(state)
+
+
+def read_state_dict(weights: str, *, base_dir: Path) -> dict[str, Tensor]:
+    """Read the tensors of a checkpoint by name, on the CPU.
+
+    `.pth` and `.pt` files are read with `weights_only=True`. They hold a state dict, or one under `state_dict`,
+    `model_state_dict` or `model`; the prefixes that DataParallel and torch.compile add are taken off.
+
+    Raises:
+        ModelLoadFailed: no such file, another suffix, or not a readable checkpoint of tensors alone.
+    """
+    path = base_dir / weights
+    if path.suffix not in (".safetensors", ".pth", ".pt"):
+        raise ModelLoadFailed(
+            f"The weights {weights} are neither `default`, `none`, nor a .safetensors, .pth or .pt file."
+        )
+    if not path.is_file():
+        raise ModelLoadFailed(f"The weights file {weights} does not exist.")
+    try:
+        content = _read(path)
+    except Exception as error:
+        raise ModelLoadFailed(
+            f"The weights file {weights} cannot be read: it is damaged, or holds more than tensors. "
+            "Save the model's state_dict()."
+        ) from error
+    for wrapper in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if (
+        not isinstance(content, Mapping)
+        or not content
+        or not all(isinstance(value, Tensor) for value in content.values())
+    ):
+        raise ModelLoadFailed(f"The weights file {weights} holds no state dict.")
+    return _without_prefixes(dict(content))
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for _ in range(len(_PREFIXES)):
+        for prefix in _PREFIXES:
+            if all(key.startswith(prefix) for key in state):
+                state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def _check_fit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], weights: str) -> None:
+    # Counters of batches that older checkpoints lack; nothing but training reads them.
+    missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in expected]
+    reshaped = [
+        f"{key} ({_shape(state[key])} instead of {_shape(expected[key])})"
+        for key in expected
+        if key in state and state[key].shape != expected[key].shape
+    ]
+    problems = [
+        f"{kind}: {', '.join(keys[:_NAMED_KEYS])}"
+        + (f" and {len(keys) - _NAMED_KEYS} more" if len(keys) > _NAMED_KEYS else "")
+        for kind, keys in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", reshaped),
+        )
+        if keys
+    ]
+    if problems:
+        hint = " Is num_classes right?" if reshaped and not (missing or unexpected) else ""
+        raise ModelLoadFailed(
+            f"The weights file {weights} does not fit the model: {'; '.join(problems)}.{hint}"
+        )
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "scalar"
