@@ -1,0 +1,5 @@
+"""`python -m service` is `heatlens`."""
+
+from service.cli import main
+
+main()
