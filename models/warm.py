@@ -23,7 +23,7 @@ from models.layers import (
 )
 from models.probe import Trace, probe_batch, trace
 from models.sources import LoadedModel
-from models.types import LayerInfo, ModelCard, ModelInfo, Precision, Task
+from models.types import LayerInfo, ModelCard, ModelInfo, Precision, Preprocess, Task
 from models.warmup import BATCH_SIZES, best_batch, measure_latencies
 
 WARMUP_S = 1.5
@@ -45,8 +45,8 @@ class WarmModel:
         module: eval mode, parameters frozen, channels_last, of `dtype`; (N, 3, H, W) → (N, outputs) scores.
         device: where the module is.
         dtype: dtype of its parameters and input.
-        mean: (1, 3, 1, 1) float32 on the device, in pixel values 0…255.
-        std: the same for the standard deviation.
+        scale: (1, 3, 1, 1) float32 on the device; the input is pixel · scale + shift, for pixels 0…255.
+        shift: the same.
         task: how the module's output is read as scores.
         target_layer: name of the `auto` layer; None if no map of the model has a gradient.
         head: what follows the target layer.
@@ -59,20 +59,16 @@ class WarmModel:
     module: nn.Module
     device: torch.device
     dtype: torch.dtype
-    mean: Tensor
-    std: Tensor
+    scale: Tensor
+    shift: Tensor
     task: Task
     target_layer: str | None
     head: HeadProbe
     layouts: Layouts
     info: ModelInfo
-    _scale: Tensor = field(init=False, repr=False)
-    _shift: Tensor = field(init=False, repr=False)
     _layers: Mapping[str, LayerInfo] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_scale", 1 / self.std)
-        object.__setattr__(self, "_shift", -self.mean / self.std)
         object.__setattr__(self, "_layers", {layer.name: layer for layer in self.info.layers})
 
     @property
@@ -101,12 +97,11 @@ class WarmModel:
             batch: (N, H, W, 3) uint8 on any device.
 
         Returns:
-            (N, 3, H, W) of `dtype` on the model's device, channels_last in memory:
-            (pixel - mean) / std.
+            (N, 3, H, W) of `dtype` on the model's device, channels_last in memory.
         """
         pixels = batch.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         # One operation, seven times faster than a subtraction and a division of uint8 values.
-        return torch.addcmul(self._shift, pixels, self._scale).to(self.dtype)
+        return torch.addcmul(self.shift, pixels, self.scale).to(self.dtype)
 
 
 def prepare(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARMUP_S) -> WarmModel:
@@ -135,14 +130,15 @@ def prepare(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARM
         feature_layers=feature_layers(traced, layouts),
     )
     dtype = _DTYPES[spec.precision]
+    scale, shift = _normalisation(loaded.preprocess)
     warm = WarmModel(
         name=spec.name,
         version=spec.version,
         module=_placed(loaded.module, device, dtype),
         device=device,
         dtype=dtype,
-        mean=_pixel_values(loaded.preprocess.mean, device),
-        std=_pixel_values(loaded.preprocess.std, device),
+        scale=scale.to(device),
+        shift=shift.to(device),
         task=spec.task,
         target_layer=target,
         head=head.to(device),
@@ -197,8 +193,11 @@ def _card(
     )
 
 
-def _pixel_values(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, device=device).mul_(255.0).view(1, -1, 1, 1)
+def _normalisation(preprocess: Preprocess) -> tuple[Tensor, Tensor]:
+    """Scale and shift, (1, 3, 1, 1) each, with (pixel / 255 - mean) / std = pixel · scale + shift."""
+    statistics = torch.tensor([preprocess.mean, preprocess.std], dtype=torch.float64)
+    mean, std = statistics.view(2, 1, -1, 1, 1)
+    return (1 / (255 * std)).float(), (-mean / std).float()
 
 
 def _timed(warm: WarmModel, warmup_s: float) -> WarmModel:
