@@ -97,6 +97,7 @@ class LimitSettings(_Section):
         max_options_kb: options in a multipart part, in thousands of bytes.
         max_pixels: width times height of one image.
         max_images: images in one request.
+        max_results: explanations, or statistics of layers, in one answer.
         max_wait_s: estimated wait for a device beyond which a request is refused.
         timeout_s: deadline of a request that names none.
         max_timeout_s: longest deadline that a request may name; longer ones are cut.
@@ -107,6 +108,7 @@ class LimitSettings(_Section):
     max_options_kb: Annotated[float, Field(gt=0, le=2000)] = 64.0
     max_pixels: Annotated[int, Field(ge=1, le=178_000_000)] = 50_000_000
     max_images: Annotated[int, Field(ge=1, le=1024)] = 32
+    max_results: Annotated[int, Field(ge=1, le=1_000_000)] = 2048
     max_wait_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
     timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
     max_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 300.0

@@ -1,0 +1,34 @@
+"""What the application is made of, and how routes get hold of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from service.inputs import InputReader
+from service.metrics import Metrics
+from service.pipeline import Pipeline
+from service.settings import Settings
+from service.workers.pool import DevicePool
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """One application's parts; made by `create_app`."""
+
+    settings: Settings
+    pool: DevicePool
+    reader: InputReader
+    pipeline: Pipeline
+    metrics: Metrics
+
+
+async def get_service(request: Request) -> Service:
+    """The parts of the application that answers a request."""
+    service: Service = request.app.state.service
+    return service
+
+
+ServiceDep = Annotated[Service, Depends(get_service)]

@@ -1,0 +1,143 @@
+"""Images by URL, without becoming anybody's way into a private network.
+
+Hosts are allow-listed; one parser reads the URL for the check and for the request; the name is resolved once, every
+address must be public, and the connection goes to the very address that was checked. Redirects pass the same checks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+
+import httpx
+
+from models.errors import HeatlensError, ImageTooLarge, ImageUndecodable, UrlInputDisabled
+
+Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
+
+_MAX_REDIRECTS = 3
+_PORTS = {"http": 80, "https": 443}
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+async def resolve(host: str, port: int) -> Sequence[str]:
+    """Addresses of a host, without blocking the loop."""
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [str(entry[4][0]) for entry in found]
+
+
+def is_public(address: str) -> bool:
+    """Whether an address is on the public internet, seen through mapped and tunnelled forms."""
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return False  # a scoped address such as fe80::1%eth0
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip.ipv4_mapped is not None:
+            return is_public(str(ip.ipv4_mapped))
+        if ip in _NAT64 or ip.sixtofour is not None or ip.teredo is not None:
+            return False
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved
+
+
+class UrlFetcher:
+    """Fetches images over HTTP and HTTPS.
+
+    Args:
+        hosts: what may be named: `example.org`, `*.example.org` (any name below it), each with `:port` if it is not
+            the scheme's own.
+        timeout_s: for one image, redirects included.
+        resolve: finds the addresses of a host.
+        allow: says whether an address may be connected to.
+    """
+
+    def __init__(
+        self,
+        hosts: Sequence[str],
+        *,
+        timeout_s: float = 10.0,
+        resolve: Resolve = resolve,
+        allow: Callable[[str], bool] = is_public,
+    ) -> None:
+        self._hosts = frozenset(host.lower() for host in hosts)
+        self._timeout_s = timeout_s
+        self._resolve = resolve
+        self._allow = allow
+        # No proxy or netrc of the environment, no redirects behind our back, no decompression.
+        self._client = httpx.AsyncClient(
+            trust_env=False,
+            follow_redirects=False,
+            timeout=timeout_s,
+            limits=httpx.Limits(
+                max_keepalive_connections=0
+            ),  # a pool by address would mix hosts up
+            headers={"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "heatlens"},
+        )
+
+    async def close(self) -> None:
+        """Close idle connections."""
+        await self._client.aclose()
+
+    async def fetch(self, url: str, *, max_bytes: int) -> bytes:
+        """Get the bytes behind a URL.
+
+        Raises:
+            UrlInputDisabled: the host, or where it leads, is not allowed.
+            ImageTooLarge: more than `max_bytes`.
+            ImageUndecodable: nothing came, in time or at all.
+        """
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._follow(httpx.URL(url), max_bytes)
+        except HeatlensError:
+            raise
+        except httpx.InvalidURL as error:
+            raise UrlInputDisabled("The URL is malformed.") from error
+        except (httpx.HTTPError, OSError, UnicodeError, TimeoutError) as error:
+            raise ImageUndecodable("The URL could not be fetched.") from error
+
+    async def _follow(self, url: httpx.URL, max_bytes: int) -> bytes:
+        for _ in range(_MAX_REDIRECTS + 1):
+            self._check(url)
+            async with self._client.stream(
+                "GET",
+                url.copy_with(host=await self._address(url)),
+                headers={"Host": url.netloc.decode("ascii")},
+                extensions={"sni_hostname": url.raw_host.decode("ascii")},
+            ) as response:
+                if response.has_redirect_location:
+                    url = url.join(response.headers["location"])
+                    continue
+                if response.status_code != 200 or "content-encoding" in response.headers:
+                    raise ImageUndecodable("The URL did not answer with an image.")
+                return await _read(response, max_bytes)
+        raise ImageUndecodable("The URL redirects too often.")
+
+    def _check(self, url: httpx.URL) -> None:
+        if url.scheme not in _PORTS or not url.raw_host or url.userinfo:
+            raise UrlInputDisabled("Only plain http and https URLs are allowed.")
+        host = url.raw_host.decode("ascii").lower()
+        port = "" if url.port in (None, _PORTS[url.scheme]) else f":{url.port}"
+        labels = host.split(".")
+        wildcards = {f"*.{'.'.join(labels[i:])}{port}" for i in range(1, len(labels))}
+        if self._hosts.isdisjoint({host + port, *wildcards}):
+            raise UrlInputDisabled("The host of this URL is not allowed.")
+
+    async def _address(self, url: httpx.URL) -> str:
+        host = url.raw_host.decode("ascii")
+        addresses = await self._resolve(host, url.port or _PORTS[url.scheme])
+        if not addresses or not all(map(self._allow, addresses)):
+            raise UrlInputDisabled("The host of this URL is not on the public internet.")
+        return addresses[0]
+
+
+async def _read(response: httpx.Response, max_bytes: int) -> bytes:
+    data = bytearray()
+    async for chunk in response.aiter_raw():
+        data += chunk
+        if len(data) > max_bytes:
+            raise ImageTooLarge(f"The image has more than {max_bytes} bytes.")
+    return bytes(data)

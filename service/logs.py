@@ -1,0 +1,51 @@
+"""Logs as JSON lines, one object per event, with the request's id wherever there is one."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import sys
+from contextvars import ContextVar
+from typing import Any, TextIO
+
+import msgspec
+
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+"""Id of the request that the running task answers; empty outside of requests."""
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object per record: its time, level, logger, message, request id, and what `extra={"fields": …}` adds."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Encode a record."""
+        moment = datetime.datetime.fromtimestamp(record.created, tz=datetime.UTC)
+        event: dict[str, Any] = {
+            "time": moment.isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if request_id.get():
+            event["request_id"] = request_id.get()
+        event |= getattr(record, "fields", {})
+        if record.exc_info:
+            event["exception"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(event, enc_hook=str).decode()
+
+
+def configure_logging(level: str, *, stream: TextIO | None = None) -> None:
+    """Send all logs of this process to `stream` (standard error) as JSON lines.
+
+    Args:
+        level: `debug`, `info`, `warning` or `error`.
+        stream: where to.
+    """
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    # The middleware writes a better access log; the client library's lines would repeat URLs.
+    for name in ("uvicorn.access", "httpx", "httpcore"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("uvicorn", "uvicorn.error"):
+        logging.getLogger(name).handlers.clear()

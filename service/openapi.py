@@ -1,0 +1,217 @@
+"""The OpenAPI document: routes from FastAPI, answers from `schemas`, options from `options`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from models.imaging.decode import FORMATS
+from service import examples, schemas
+from service.errors import CODES
+from service.inputs import BYTES, FORM, JSON
+from service.multipart import IMAGE_PART, OPTIONS_PART
+from service.options import (
+    AnyOptions,
+    ExplainOptions,
+    FeaturesOptions,
+    ImageOption,
+    PredictOptions,
+    properties,
+)
+
+_REF = "#/components/schemas/{model}"
+_JSON_ONLY = frozenset({"interventions"})
+_QUERY_TARGETS = {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": 16}
+
+_ALWAYS = (404, 405, 500)
+_KEYED = (401, *_ALWAYS)
+_INPUT = (400, *_KEYED, 403, 413, 415, 422, 429, 503, 504)
+
+_HEADERS: dict[str, Any] = {
+    "X-Request-ID": {
+        "description": "The request's id; a sane inbound one is kept.",
+        "schema": {"type": "string"},
+    },
+    "Server-Timing": {
+        "description": "Milliseconds per stage and in total.",
+        "schema": {"type": "string"},
+    },
+}
+_RETRY_AFTER: dict[str, Any] = {
+    "Retry-After": {
+        "description": "Seconds after which a retry makes sense.",
+        "schema": {"type": "integer", "minimum": 1},
+    }
+}
+
+
+def ref(name: str) -> dict[str, Any]:
+    """Reference to a component."""
+    return {"$ref": _REF.format(model=name)}
+
+
+def answers(
+    schema: Mapping[str, Any],
+    description: str,
+    *,
+    errors: tuple[int, ...] = _KEYED,
+    example: Any = None,
+) -> dict[int | str, dict[str, Any]]:
+    """A route's `responses`: what it answers, and the errors it may meet.
+
+    Args:
+        schema: of the JSON answer.
+        description: of the answer.
+        errors: statuses.
+        example: an answer.
+    """
+    content: dict[str, Any] = {"schema": dict(schema)}
+    if example is not None:
+        content["example"] = example
+    found: dict[int | str, dict[str, Any]] = {
+        200: {"description": description, "content": {JSON: content}}
+    }
+    for status in sorted(errors):
+        found[status] = error(status)
+    return found
+
+
+def error(status: int) -> dict[str, Any]:
+    """The `responses` entry of an error status."""
+    return {
+        "description": f"Codes: {', '.join(f'`{code}`' for code in CODES[status])}.",
+        "content": {JSON: {"schema": ref("ErrorAnswer"), "example": examples.ERROR}},
+    }
+
+
+def input_answers(name: str, description: str, *, example: Any) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route that takes images."""
+    return answers(ref(name), description, errors=_INPUT, example=example)
+
+
+def open_answers(schema: Mapping[str, Any], description: str) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route that needs no key."""
+    return answers(schema, description, errors=_ALWAYS)
+
+
+def image_input(options: type[AnyOptions]) -> dict[str, Any]:
+    """The `openapi_extra` of a route that takes images: query parameters and the three input forms."""
+    name = options.__name__
+    picture = {"type": "string", "format": "binary"}
+    form = {
+        "type": "object",
+        "required": [IMAGE_PART],
+        "properties": {
+            IMAGE_PART: {"type": "array", "items": picture, "minItems": 1},
+            OPTIONS_PART: ref(name),
+        },
+    }
+    json_body: dict[str, Any] = {"schema": ref(_request_name(options))}
+    if options is ExplainOptions:
+        json_body["example"] = examples.EXPLAIN_REQUEST
+    return {
+        "parameters": [*_query_parameters(options), _TIMEOUT_HEADER],
+        "requestBody": {
+            "required": True,
+            "content": {
+                FORM: {
+                    "schema": form,
+                    "encoding": {OPTIONS_PART: {"contentType": JSON}},
+                },
+                JSON: json_body,
+                **{media_type: {"schema": picture} for media_type in (*FORMATS, BYTES)},
+            },
+        },
+    }
+
+
+_TIMEOUT_HEADER: dict[str, Any] = {
+    "name": "X-Request-Timeout-Ms",
+    "in": "header",
+    "description": "Deadline in milliseconds, if `timeout_s` is not given.",
+    "schema": {"type": "integer", "minimum": 1, "maximum": 86_400_000},
+}
+
+
+def _query_parameters(options: type[BaseModel]) -> list[dict[str, Any]]:
+    parameters: list[dict[str, Any]] = []
+    for name, schema in properties(options).items():
+        if name in _JSON_ONLY:
+            continue
+        described = {key: value for key, value in schema.items() if key != "title"}
+        parameter: dict[str, Any] = {"name": name, "in": "query", "schema": described}
+        if name == "targets":
+            described |= _QUERY_TARGETS
+        if described.get("type") == "array":
+            parameter |= {"style": "form", "explode": False}
+        if "anyOf" in described:  # optional: absent, never null, in a query
+            described |= described.pop("anyOf")[0]
+            del described["default"]
+        if text := described.pop("description", None):
+            parameter["description"] = text
+        parameters.append(parameter)
+    return parameters
+
+
+def _request_name(options: type[BaseModel]) -> str:
+    return options.__name__.replace("Options", "Request")
+
+
+def _components() -> dict[str, Any]:
+    operations = (PredictOptions, ExplainOptions, FeaturesOptions)
+    _, described = models_json_schema(
+        [(model, "validation") for model in (*operations, ImageOption)], ref_template=_REF
+    )
+    found: dict[str, Any] = described["$defs"]
+    for model in operations:
+        options = found[model.__name__]
+        found[_request_name(model)] = {
+            **options,
+            "title": _request_name(model),
+            "description": "Images and options as JSON.",
+            "properties": {
+                "images": {"type": "array", "items": ref("ImageOption"), "minItems": 1},
+                **options["properties"],
+            },
+            "required": ["images"],
+        }
+    found["ImageOption"]["oneOf"] = [
+        {"required": [one], "properties": {one: {"type": "string"}}} for one in ("b64", "url")
+    ]
+    return {**found, **schemas.components()}
+
+
+def install(app: FastAPI) -> None:
+    """Let the application describe itself by this document, made when it is first asked for."""
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = _document(app)
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign] # FastAPI's own way to replace it
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    document = get_openapi(
+        title=app.title,
+        version=app.version,
+        description=app.description,
+        routes=app.routes,
+        tags=app.openapi_tags,
+    )
+    document["components"] = {
+        **document.get("components", {}),
+        "schemas": dict(sorted(_components().items())),
+    }
+    for path in document["paths"].values():
+        for operation in path.values():
+            for status, response in operation["responses"].items():
+                retry = _RETRY_AFTER if status in ("429", "503") else {}
+                response["headers"] = {**_HEADERS, **retry}
+    return document

@@ -1,0 +1,112 @@
+"""From an HTTP request to a reply: read, resolve, run, unless the client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from fastapi import Request
+
+from models.errors import Cancelled, DeadlineExceeded
+from service.dependencies import Service
+from service.inputs import Submission
+from service.options import AnyOptions
+from service.pipeline import Reply
+from service.requests import Plan, choose_model, make_plan, timeout_s
+
+T = TypeVar("T")
+OptionsT = TypeVar("OptionsT", bound=AnyOptions)
+
+
+async def read(request: Request, service: Service, options: type[OptionsT]) -> Submission[OptionsT]:
+    """Read a request's body and options; a body that trickles in is cut off.
+
+    Raises:
+        DeadlineExceeded: the body took longer than a request may.
+        HeatlensError: what is wrong with it.
+    """
+    try:
+        async with asyncio.timeout(service.settings.limits.timeout_s):
+            return await service.reader.read(request, options)
+    except TimeoutError:
+        raise DeadlineExceeded("The body did not arrive in time.") from None
+
+
+def plan(
+    request: Request, service: Service, submission: Submission[OptionsT], *, started: float
+) -> Plan:
+    """Resolve a submission against the model it names.
+
+    Args:
+        request: for its timeout header, and for the access log.
+        service: for its models and limits.
+        submission: what was sent.
+        started: monotonic time at which the request arrived.
+
+    Raises:
+        HeatlensError: what does not fit.
+    """
+    options, limits = submission.options, service.settings.limits
+    seconds = timeout_s(options, request.headers.get("x-request-timeout-ms"), limits)
+    info = choose_model(options.model, service.pool.models(), service.settings)
+    request.state.log = {"model": info.card.name, "images": len(submission.images)}
+    return make_plan(
+        submission.images,
+        options,
+        info,
+        limits=limits,
+        started=started,
+        deadline=started + seconds,
+    )
+
+
+async def run(request: Request, service: Service, planned: Plan) -> Reply:
+    """Run a plan, and count and log what it took.
+
+    Raises:
+        Cancelled: the client left.
+        HeatlensError: why it failed.
+    """
+    reply = await unless_gone(request, service.pipeline.run(planned))
+    service.metrics.observe(reply, operation=planned.operation, model=planned.info.card.name)
+    request.state.timings = reply.timings
+    request.state.log |= {"batch_size": reply.batch_size, "timings_ms": reply.timings}
+    return reply
+
+
+async def answer(request: Request, service: Service, options: type[OptionsT]) -> tuple[Plan, Reply]:
+    """Read, resolve and run.
+
+    Raises:
+        HeatlensError: why it failed.
+    """
+    started = time.monotonic()
+    submission = await read(request, service, options)
+    planned = plan(request, service, submission, started=started)
+    return planned, await run(request, service, planned)
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Wait for work, but cancel it when the client disconnects. The body must have been read.
+
+    Raises:
+        Cancelled: the client disconnected first.
+    """
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise Cancelled("The client left before the answer.")
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

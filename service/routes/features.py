@@ -1,0 +1,37 @@
+"""`POST /v1/features`: what the layers of the model make of the images."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from fastapi import APIRouter, Request, Response
+
+from service import examples, operations
+from service.answers import json_response, model_used
+from service.dependencies import ServiceDep
+from service.openapi import image_input, input_answers
+from service.options import FeaturesOptions
+from service.schemas import FeaturesAnswer, FeaturesResult
+
+router = APIRouter(tags=["features"])
+
+
+@router.post(
+    "/features",
+    summary="Describe feature maps",
+    response_class=Response,
+    responses=input_answers("FeaturesAnswer", "Statistics of layers.", example=examples.FEATURES),
+    openapi_extra=image_input(FeaturesOptions),
+)
+async def features(request: Request, service: ServiceDep) -> Response:
+    """Statistics of activations, inputs and gradients of any layers, and their strongest channels."""
+    plan, reply = await operations.answer(request, service, FeaturesOptions)
+    return json_response(
+        FeaturesAnswer(
+            request_id=request.state.request_id,
+            model=model_used(plan.info),
+            results=cast("tuple[FeaturesResult, ...]", reply.results),
+            timings_ms=reply.timings,
+            batch_size=reply.batch_size,
+        )
+    )
