@@ -34,6 +34,15 @@ def class_scores(output: Tensor, task: Task) -> tuple[Tensor, Tensor]:
     return logits, logits.detach().softmax(1)
 
 
+def probabilities(scores: Tensor, task: Task) -> Tensor:
+    """Probabilities (N, classes) of the scores that `class_scores` returned, once the model's output is gone.
+
+    The two scores of a single logit, (-z, z), are told from those of two logits by their being opposite.
+    """
+    single_logit = task == "binary" and torch.equal(scores[:, 0], -scores[:, 1])
+    return scores.sigmoid() if single_logit or task == "multi_label" else scores.softmax(1)
+
+
 def resolve_ranks(targets: Sequence[Target], order: Sequence[int]) -> tuple[ResolvedTarget, ...]:
     """Look up ranks in an image's classes, best first."""
 

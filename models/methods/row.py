@@ -25,6 +25,7 @@ class Method(Struct):
         defaults: default `samples`, `steps`, `seed` and the like.
         assumes_nonnegative: whether the derivation needs a layer without negative values; on others the answer
             carries a warning.
+        of_input: whether it explains the input itself, whatever layers are named.
     """
 
     name: str
@@ -37,3 +38,4 @@ class Method(Struct):
     cost: Cost
     defaults: dict[str, Any] = {}
     assumes_nonnegative: bool = False
+    of_input: bool = False

@@ -1,0 +1,105 @@
+"""What a score loses when one channel of the explained layer is taken away."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.extractor import Extractor
+from models.hooks import ForwardHook
+from models.steps import Exclusive, Step, Subject
+from models.targets import class_scores
+
+# A head that begins with pooling is so cheap that one trunk pass may feed many ablations.
+_POOLED_ROWS = 8
+_NONE = -1
+
+
+def closed_form_drops(subject: Subject) -> Tensor | None:
+    """Drops (K, T) from the weights of a linear head: y - y_k = W_ck mean(A_k), without any pass.
+
+    None where this does not hold: the layer is not followed by exactly global average pooling and one linear
+    layer, or something after it may be changed.
+    """
+    linear = subject.warm.head.weight
+    proven = subject.layer == subject.warm.target_layer and not subject.interventions
+    if linear is None or not proven or subject.capture is None:
+        return None
+    rows = subject.scores(linear.T)
+    return rows * subject.capture.activation[0].mean((1, 2))[:, None]
+
+
+def replayed_drops(subject: Subject) -> Generator[Step, Any, Tensor]:
+    """Drops (K, T) from replays of the head, each step one pass in which every row lacks another channel.
+
+    The trunk runs on one picture in each step and its output is spread over the rows at the layer, where the
+    network allows it: the first step finds out. Elsewhere every row runs through the trunk as well.
+    """
+    assert subject.capture is not None
+    activation = subject.capture.activation[0]
+    drops = torch.zeros(len(activation), len(subject.targets), device=activation.device)
+    channels = activation.flatten(1).abs().amax(1).nonzero().flatten().tolist()
+    if not channels:
+        return drops
+    spread = False
+    if not subject.interventions:
+        spread = yield Exclusive(partial(_can_spread, subject, channels[0]), cost=1)
+    rows = subject.chunk * (_POOLED_ROWS if spread and _pooled(subject) else 1)
+    for first in range(0, len(channels), rows):
+        part = channels[first : first + rows]
+        step = partial(_replay, subject, part, spread=spread)
+        logits = yield Exclusive(step, cost=min(len(part), subject.chunk))
+        drops[part] = subject.scores(subject.logits[None]) - subject.scores(logits)
+    return drops
+
+
+def _pooled(subject: Subject) -> bool:
+    warm = subject.warm
+    return warm.head.kind == "gap" and subject.layer == warm.target_layer
+
+
+def _can_spread(subject: Subject, channel: int) -> bool:
+    """Whether the batch may grow at the layer: an untouched row must still answer as alone beside a changed one."""
+    try:
+        logits = _replay(subject, [_NONE, channel], spread=True)
+    except (RuntimeError, ValueError, IndexError, AssertionError):
+        return False  # what follows joins the layer's output to tensors of one row
+    if len(logits) != 2:
+        return False
+    tolerance = 1e-4 if subject.warm.dtype == torch.float32 else 2e-2
+    error = (logits[0] - subject.logits).abs().max()
+    return bool(error <= tolerance * subject.logits.abs().max())
+
+
+def _replay(subject: Subject, channels: Sequence[int], *, spread: bool) -> Tensor:
+    """Scores (n, classes) with another channel set to 0 in each of n rows (`_NONE`: none)."""
+    count = len(channels)
+    changes = [*subject.changes(count), (subject.layer, _ablate(subject, channels, spread=spread))]
+    inputs = subject.inputs if spread else subject.inputs.expand(count, -1, -1, -1)
+    with Extractor(subject.warm.module, [], changes=changes) as extractor:
+        logits, _ = class_scores(extractor.forward(inputs), subject.warm.task)
+    return logits
+
+
+def _ablate(subject: Subject, channels: Sequence[int], *, spread: bool) -> ForwardHook:
+    layout = subject.warm.layouts.get(subject.layer)
+    changed_rows = [row for row, channel in enumerate(channels) if channel != _NONE]
+    chosen = [channel for channel in channels if channel != _NONE]
+
+    def hook(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+        copies = len(channels) if spread else 1
+        changed = output.repeat(copies, *[1] * (output.ndim - 1))
+        if layout is None:
+            changed[changed_rows, chosen] = 0.0
+        elif layout.channels_last:
+            changed[changed_rows, :, :, chosen] = 0.0
+        else:
+            # Prefix tokens have no place in the map: they stay.
+            changed[changed_rows, layout.prefix :, chosen] = 0.0
+        return changed
+
+    return hook

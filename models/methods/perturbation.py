@@ -1,0 +1,165 @@
+"""Methods that change the input or a layer and look at what becomes of the scores.
+
+Each function is a generator of steps for one `Subject` and returns float32 maps (T, h, w), not normalised. Every step
+is at most one chunk of images, whose perturbations are made just before it: memory does not grow with the number of
+channels, windows or masks. All T targets are read from the same passes. Perturbed inputs live in normalised space,
+where 0 is the mean colour of the model's preprocessing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.methods._ablation import closed_form_drops, replayed_drops
+from models.methods._masks import KEPT, RandomMasks, unit_masks, varying_channels
+from models.steps import Forward, Step, Steps, Subject
+from models.targets import probabilities
+
+SMOOTHING = 2.0
+"""Standard deviation of SS-CAM's noise, in units of a mask's range."""
+
+
+def scorecam(subject: Subject) -> Steps:
+    """Score-CAM (Wang et al. 2020, algorithm 1), for T targets at once.
+
+    M = ReLU(sum_k w_k A_k), w = softmax over channels of y_c(X * H_k), H_k = minmax(upsample(A_k)). Scores are
+    logits; the score of the baseline image, subtracted in the paper, cancels in the softmax. Constant channels make
+    no mask and have weight 0.
+    """
+    return _score_weighted(subject, [lambda masks: masks])
+
+
+def ss_cam(subject: Subject) -> Steps:
+    """SS-CAM (Wang, Naidu et al. 2020): Score-CAM with scores averaged over noisy masks.
+
+    y_k = mean over N samples of y_c(X * (H_k + noise)), noise ~ N(0, 2^2) at every pixel. The same N fields of noise
+    are laid over every channel's mask, so that channels differ by their masks alone.
+    """
+    return _score_weighted(subject, _noises(subject))
+
+
+def is_cam(subject: Subject) -> Steps:
+    """IS-CAM (Naidu et al. 2020): Score-CAM with scores integrated from no mask to the whole.
+
+    y_k = mean over i = 1 … N of y_c((i / N) X * H_k).
+    """
+    shares = [(i + 1) / subject.samples for i in range(subject.samples)]
+    return _score_weighted(subject, (_scaling(share) for share in shares))
+
+
+def ablationcam(subject: Subject) -> Steps:
+    """Ablation-CAM (Desai and Ramaswamy 2020).
+
+    M = ReLU(sum_k w_k A_k), w_k = (y_c - y_c with A_k = 0) / |y_c|. The paper divides by y_c itself, which turns the
+    map over where the score is negative. Global average pooling followed by one linear layer needs no pass:
+    y_c - y_k = W_ck mean(A_k).
+    """
+    assert subject.capture is not None
+    drops = closed_form_drops(subject)
+    if drops is None:
+        drops = yield from replayed_drops(subject)
+    size = subject.capture.score[0].abs()
+    weights = drops / torch.where(size > 0, size, 1.0)
+    return torch.einsum("kt,khw->thw", weights, subject.capture.activation[0]).relu_()
+
+
+def occlusion(subject: Subject) -> Steps:
+    """Occlusion (Zeiler and Fergus 2014): what the score loses when a window is grey, signed.
+
+    The input is cut into (n + 1) x (n + 1) cells, n = `steps`; a window of 2 x 2 cells slides by one cell. A cell's
+    value is the mean of y_c - y_c(occluded) over the windows that cover it. Windows are filled with 0 in normalised
+    space, the mean colour.
+
+    Returns:
+        (T, n + 1, n + 1); fewer where the input has fewer pixels.
+    """
+    height, width = subject.inputs.shape[2:]
+    rows, columns = min(subject.steps, height - 1), min(subject.steps, width - 1)
+    edges_y, edges_x = _edges(height, rows + 1), _edges(width, columns + 1)
+    windows = [(r, c) for r in range(rows) for c in range(columns)]
+    whole = subject.scores(subject.logits[None])[0]
+    sums = whole.new_zeros(len(whole), rows + 1, columns + 1)
+    covering = whole.new_zeros(rows + 1, columns + 1)
+    for first in range(0, len(windows), subject.chunk):
+        part = windows[first : first + subject.chunk]
+        occluded = subject.inputs.repeat(len(part), 1, 1, 1)
+        for image, (r, c) in zip(occluded, part, strict=True):
+            image[:, edges_y[r] : edges_y[r + 2], edges_x[c] : edges_x[c + 2]] = 0.0
+        drops = whole - subject.scores((yield Forward(occluded)))
+        for drop, (r, c) in zip(drops, part, strict=True):
+            sums[:, r : r + 2, c : c + 2] += drop[:, None, None]
+            covering[r : r + 2, c : c + 2] += 1
+    return sums / covering
+
+
+def rise(subject: Subject) -> Steps:
+    """RISE (Petsiuk et al. 2018, eq. 6): the mean of random masks, weighted by the probability each leaves.
+
+    M = 1 / (N p) sum_i f_c(X * m_i) m_i with N = `samples` masks from 7 x 7 grids, p = 0.5; f is the probability, as
+    in the paper. Masks depend on the seed and the input size only.
+
+    Returns:
+        (T, H, W), the input's size.
+    """
+    height, width = subject.inputs.shape[2:]
+    random = RandomMasks.draw(subject.samples, (height, width), subject.generator())
+    maps = subject.logits.new_zeros(len(subject.targets), height * width)
+    for first in range(0, subject.samples, subject.chunk):
+        last = min(first + subject.chunk, subject.samples)
+        masks = random.masks(first, last, subject.inputs.device)
+        scores = yield Forward(_masked(subject, masks[:, None]))
+        shares = subject.scores(probabilities(scores, subject.warm.task))
+        maps += shares.T @ masks.flatten(1)
+    return maps.view(-1, height, width) / (subject.samples * KEPT)
+
+
+def _score_weighted(subject: Subject, rounds: Iterable[Callable[[Tensor], Tensor]]) -> Steps:
+    """sum_k softmax_k(y_k) A_k, y_k the mean over rounds of the score under channel k's mask, changed by the round."""
+    assert subject.capture is not None
+    activation = subject.capture.activation[0]
+    channels = varying_channels(activation)
+    if not len(channels):
+        return activation.new_zeros(len(subject.targets), *activation.shape[1:])
+    scores, count = activation.new_zeros(len(channels), len(subject.targets)), 0
+    for change in rounds:
+        scores += yield from _round(subject, activation, channels, change)
+        count += 1
+    weights = (scores / count).softmax(0)
+    return torch.einsum("kt,khw->thw", weights, activation[channels]).relu_()
+
+
+def _round(
+    subject: Subject, activation: Tensor, channels: Tensor, change: Callable[[Tensor], Tensor]
+) -> Generator[Step, Any, Tensor]:
+    """Scores (K', T) of the input under each channel's mask."""
+    height, width = subject.inputs.shape[2:]
+    scores = []
+    for part in channels.split(subject.chunk):
+        masks = change(unit_masks(activation[part], (height, width)))
+        scores.append(subject.scores((yield Forward(_masked(subject, masks)))))
+    return torch.cat(scores)
+
+
+def _masked(subject: Subject, masks: Tensor) -> Tensor:
+    """The input under each of (n, 1, H, W) masks, in the model's precision."""
+    return subject.inputs * masks.to(subject.inputs.dtype)
+
+
+def _noises(subject: Subject) -> Generator[Callable[[Tensor], Tensor], None, None]:
+    generator = subject.generator()
+    for _ in range(subject.samples):
+        noise = SMOOTHING * torch.randn(subject.inputs.shape[2:], generator=generator)
+        yield noise.to(subject.inputs.device).add
+
+
+def _scaling(factor: float) -> Callable[[Tensor], Tensor]:
+    return lambda masks: masks * factor
+
+
+def _edges(pixels: int, cells: int) -> list[int]:
+    """Where each of `cells` cells begins, and where the last one ends."""
+    return [round(i * pixels / cells) for i in range(cells + 1)]
