@@ -198,42 +198,19 @@ def _start(
 
 def _fault(job: Job, warm: WarmModel) -> Failure | None:
     """What makes a job unfit for the batch, found before the pass so that its neighbours are not disturbed."""
-    card = warm.info.card
-    height, width = card.input.crop if card.input else job.input.shape[:2]
+    height, width = warm.input_size
     if job.input.shape != (height, width, 3):
         return failure(
             job,
             InvalidOption(f"The model takes pictures of {width} x {height} pixels, 3 channels."),
         )
     for i, change in enumerate(job.options.interventions):
-        channels = _channels(change.layer, warm)
+        channels = warm.channels(change.layer)
         if channels is None or any(not 0 <= c < channels for c in change.channels):
             limit = "no layer that can be changed" if channels is None else f"{channels} channels"
             error = InvalidOption(f"{change.layer} has {limit}.", field=f"interventions.{i}")
             return failure(job, error)
     return None
-
-
-def _channels(layer: str, warm: WarmModel) -> int | None:
-    """Number of channels of a layer's output, None where it is not one tensor."""
-    shape = next((info.output_shape for info in warm.info.layers if info.name == layer), ())
-    if not shape:
-        return None
-    last = warm.layouts.get(layer) is not None or len(shape) == 2
-    return shape[-1] if last else shape[0]
-
-
-def _pair_taps(warm: WarmModel, layers: Sequence[str]) -> list[Tap]:
-    """Taps of the output and its gradient at each layer, as float32 maps."""
-    taps = []
-    for layer in layers:
-        layout = warm.layouts.get(layer)
-
-        def keep(tensor: Tensor, layout: TokenLayout | None = layout) -> Tensor:
-            return to_map(tensor, layout).float()
-
-        taps += [Tap(layer, "output", keep), Tap(layer, "grad_output", keep)]
-    return taps
 
 
 def _merge(group: Sequence[Pending]) -> tuple[Tensor, list[int], list[Any]]:

@@ -128,7 +128,8 @@ def _count_zeros(values: Tensor) -> Tensor:
     if values.device.type != "cpu":
         return values[0].numel() - values.flatten(1).count_nonzero(1)
     # In memory order, whatever the layout, so that numpy meets contiguous blocks.
-    order = sorted(range(values.ndim), key=lambda d: (d != 0, -values.stride(d)))
+    strides = values.stride()
+    order = sorted(range(values.ndim), key=lambda d: (d != 0, -strides[d]))
     images = values.detach().permute(order).numpy()
     return torch.tensor([image.size - np.count_nonzero(image) for image in images])
 

@@ -142,7 +142,7 @@ def _wishes(warm: WarmModel, jobs: Sequence[Job]) -> dict[Place, _Wish]:
 def _closed_form_layers(warm: WarmModel, jobs: Sequence[Job]) -> tuple[str, ...]:
     """Layers whose gradient this batch gets without differentiating."""
     changed = any(job.options.interventions for job in jobs)
-    if changed or warm.head is None or not warm.head.closed_form or warm.target_layer is None:
+    if changed or not warm.head.closed_form or warm.target_layer is None:
         return ()
     return (warm.target_layer,)
 
@@ -198,7 +198,7 @@ def _captures(
             gradient = _spread(
                 [_maps(target, layer) for target in by_target], kept.maps, wish, differentiated
             )
-        elif warm.head is not None and warm.head.weight is not None and layer == warm.target_layer:
+        elif warm.head.weight is not None and layer == warm.target_layer:
             pixels = kept.maps.shape[-2] * kept.maps.shape[-1]
             gradient = (weights.of_rows(warm.head.weight)[rows] / pixels)[..., None, None]
         capture = Capture(layer, kept.maps, gradient, scores[rows])
@@ -234,5 +234,6 @@ def _reductions(
         if wish.statistics:
             catches = by_target if place[1].startswith("grad_") else [caught]
             kept = [catch[place] for catch in catches]
-            described[place] = ([k and k.reductions for k in kept], wish.statistics)
+            reductions = [None if k is None else k.reductions for k in kept]
+            described[place] = (reductions, wish.statistics)
     return described

@@ -136,12 +136,12 @@ def warm_of(
         module=net,
         device=torch.device("cpu"),
         dtype=torch.float32,
-        mean=torch.full((1, 3, 1, 1), 127.5),
-        std=torch.full((1, 3, 1, 1), 64.0),
+        scale=torch.full((1, 3, 1, 1), 1 / 64),
+        shift=torch.full((1, 3, 1, 1), -127.5 / 64),
         task=task,
         target_layer=target_layer,
         head=head,
-        layouts=layouts or {},
+        layouts={"body": None, "out": None} | (layouts or {}),
         info=ModelInfo(card=card, layers=layers),
     )
 

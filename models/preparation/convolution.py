@@ -1,0 +1,142 @@
+"""A convolution with its batch-norm, activation and residual sum in one operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation as oneDNN names it, and as torch computes it."""
+
+    attribute: str
+    scalars: tuple[float, ...]
+    apply: Callable[[Tensor], Tensor]
+
+
+def activation_of(module: nn.Module) -> Activation | None:
+    """The fusable activation a module is, or None."""
+    functional = nn.functional
+    kind = type(module).__name__
+    if isinstance(module, nn.ReLU6):
+        return Activation("hardtanh", (0.0, 6.0), functional.relu6)
+    if isinstance(module, nn.ReLU):
+        return Activation("relu", (), functional.relu)
+    if isinstance(module, nn.Hardswish) or kind == "HardSwish":
+        return Activation("hardswish", (), functional.hardswish)
+    if isinstance(module, nn.SiLU) or kind in ("Swish", "SwishMe"):
+        return Activation("swish", (), functional.silu)
+    return None
+
+
+RELU = Activation("relu", (), nn.functional.relu)
+
+
+class FusedConv2d(nn.Module):
+    """Convolution + folded batch-norm + activation, and, if given, + residual before the activation.
+
+    On the CPU without autograd it runs as one oneDNN operation on prepacked weights (the operation that
+    `torch.compile` emits when it freezes a model); elsewhere, and where a graph is recorded, as plain torch
+    operations on the folded weights.
+    """
+
+    def __init__(
+        self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, activation: Activation | None
+    ) -> None:
+        """Fold, in float64.
+
+        Args:
+            conv: the convolution, with zero padding; TensorFlow-like "same" padding is recognised by its class.
+            norm: the batch-norm that follows it, in eval mode.
+            activation: what follows that.
+        """
+        super().__init__()
+        weight, bias = _folded(conv, norm)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = nn.Parameter(bias, requires_grad=False)
+        self.activation = activation
+        self.same = type(conv).__name__ == "Conv2dSame"
+        self.padding = (0, 0) if self.same else _pair(conv.padding)
+        self.stride = _pair(conv.stride)
+        self.dilation = _pair(conv.dilation)
+        self.groups = conv.groups
+        self.kernel = _pair(conv.kernel_size)
+        self._packed: Tensor | None = None
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(N, C, H, W) → (N, K, h, w); `residual` of the output's shape is added before the activation."""
+        if self.same:
+            x = self._pad(x)
+        if self._packable(x):
+            return self._run_packed(x, residual)
+        out = nn.functional.conv2d(
+            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+        )
+        if residual is not None:
+            out = out + residual
+        return out if self.activation is None else self.activation.apply(out)
+
+    @staticmethod
+    def _packable(x: Tensor) -> bool:
+        return (
+            x.device.type == "cpu"
+            and x.dtype in (torch.float32, torch.bfloat16)
+            and not (torch.is_grad_enabled() and x.requires_grad)
+            and torch.backends.mkldnn.is_available()
+        )
+
+    def _run_packed(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        ops = torch.ops.mkldnn
+        place = (self.padding, self.stride, self.dilation, self.groups)
+        if self._packed is None:
+            # Packed for the size seen first: with no size oneDNN guesses a layout, and 3x3 layers get slower.
+            self._packed = ops._reorder_convolution_weight(self.weight, *place, list(x.shape))  # noqa: SLF001
+        attribute, scalars = "none", []
+        if self.activation is not None:
+            attribute, scalars = self.activation.attribute, list(self.activation.scalars)
+        convolve = ops._convolution_pointwise  # noqa: SLF001  (the only door to the fused operation)
+        if residual is None:
+            out: Tensor = convolve(x, self._packed, self.bias, *place, attribute, scalars, "")
+        else:
+            unary = None if self.activation is None else attribute
+            out = convolve.binary(
+                x, residual, self._packed, self.bias, *place, "add", 1.0, unary, scalars, ""
+            )
+        return out
+
+    def _pad(self, x: Tensor) -> Tensor:
+        pads: list[int] = []
+        for axis in (1, 0):
+            size, stride = x.shape[2 + axis], self.stride[axis]
+            reach = (self.kernel[axis] - 1) * self.dilation[axis] + 1
+            total = max((-(-size // stride) - 1) * stride + reach - size, 0)
+            pads += [total // 2, total - total // 2]
+        return nn.functional.pad(x, pads) if any(pads) else x
+
+
+def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:
+    weight = conv.weight.detach().double()
+    bias = torch.zeros(len(weight)) if conv.bias is None else conv.bias.detach()
+    bias = bias.to(weight)
+    if norm is not None:
+        mean, variance = norm.running_mean, norm.running_var
+        assert mean is not None
+        assert variance is not None
+        scale = (variance.double() + norm.eps).rsqrt()
+        shift = torch.zeros_like(scale)
+        if norm.affine:
+            scale = scale * norm.weight.detach().double()
+            shift = norm.bias.detach().double()
+        weight = weight * scale[:, None, None, None]
+        bias = (bias - mean.double()) * scale + shift
+    dtype = conv.weight.dtype
+    return weight.to(dtype).contiguous(memory_format=torch.channels_last), bias.to(dtype)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
