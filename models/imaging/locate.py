@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from models.imaging.preprocess import to_input, to_original
-from models.imaging.render import normalise, upsample
+from models.imaging.render import is_degenerate, normalise, upsample
 from models.types import Geometry, Struct
 
 BOX_THRESHOLD = 0.5
@@ -48,6 +48,8 @@ def locate(values: np.ndarray, geometry: Geometry, *, signed: bool) -> Location 
     Returns:
         None if the map is degenerate, or nothing in it speaks for the class.
     """
+    if is_degenerate(values):
+        return None
     full = upsample(values, height=geometry.input_height, width=geometry.input_width)
     unit = normalise(full, signed=signed)
     if unit is None:
@@ -83,7 +85,8 @@ def _island(mask: np.ndarray, row: int, column: int) -> np.ndarray:
     blocks = np.asarray(tiles.any(axis=(1, 3)))
     connected = _grow(blocks, row // _BLOCK, column // _BLOCK)
     whole = connected.repeat(_BLOCK, axis=0).repeat(_BLOCK, axis=1)
-    return np.logical_and(whole[:height, :width], mask)
+    island: np.ndarray = whole[:height, :width] & mask
+    return island
 
 
 def _grow(mask: np.ndarray, row: int, column: int) -> np.ndarray:

@@ -26,6 +26,9 @@ _PEAK_OPACITY = 0.85
 _JPEG_QUALITY = 85
 _WEBP_QUALITY = 80
 
+# Share of its magnitude by which a constant map may vary after interpolation: four roundings of float32.
+_ROUNDING = 4 * 2.0**-23
+
 # Magnitudes whose differences and quotients stay normal numbers of float32.
 _SAFE_MIN, _SAFE_MAX = 1e-30, 1e30
 
@@ -78,17 +81,24 @@ def upsample(values: np.ndarray, *, height: int, width: int) -> np.ndarray:
     return _enlarge(values, _whole_weights(rows, height), _whole_weights(columns, width))
 
 
+def is_degenerate(values: np.ndarray) -> bool:
+    """Whether a map shows nothing: empty, constant up to float32 rounding, or not finite everywhere."""
+    low, high = _extremes(values)
+    greatest = max(abs(low), abs(high))
+    return not np.isfinite(greatest) or high - low <= _ROUNDING * greatest
+
+
 def normalise(values: np.ndarray, *, signed: bool) -> np.ndarray | None:
-    """Scale a map to float32 [0, 1], or None if it is degenerate: constant up to rounding, or not finite.
+    """Scale a map to float32 [0, 1], or None if it is degenerate.
 
     Unsigned maps go from their least value (0) to their greatest (1). Signed maps are divided by their greatest
     magnitude: 0.5 is zero, 1 speaks for the class, 0 against it. No epsilon is added anywhere, so maps of tiny values
     keep their contrast.
     """
-    low, high = float(values.min(initial=np.inf)), float(values.max(initial=-np.inf))
-    greatest = max(abs(low), abs(high))
-    if not np.isfinite(greatest) or high - low <= 4 * np.finfo(np.float32).eps * greatest:
+    if is_degenerate(values):
         return None
+    low, high = _extremes(values)
+    greatest = max(abs(low), abs(high))
     if not _SAFE_MIN < greatest < _SAFE_MAX:
         values = values.astype(np.float64) / greatest
         low, high, greatest = low / greatest, high / greatest, 1.0
@@ -105,7 +115,7 @@ def shade(values: np.ndarray, canvas: Canvas, *, signed: bool) -> np.ndarray | N
     """Enlarge a raw map (h, w) to the canvas's window and normalise it there; None if it is degenerate."""
     height = canvas.rows.stop - canvas.rows.start
     width = canvas.columns.stop - canvas.columns.start
-    if height <= 0 or width <= 0:
+    if height <= 0 or width <= 0 or is_degenerate(values):
         return None
     enlarged = _enlarge(
         values,
@@ -169,6 +179,10 @@ def encode_values(values: np.ndarray) -> tuple[tuple[int, ...], bytes]:
 
 
 # ---------------------------------------------------------------- geometry of maps
+
+
+def _extremes(values: np.ndarray) -> tuple[float, float]:
+    return float(values.min(initial=np.inf)), float(values.max(initial=-np.inf))
 
 
 def _window(size: int, start: float, length: float) -> tuple[slice, tuple[float, float]]:
