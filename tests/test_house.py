@@ -23,7 +23,7 @@ from models.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-LONGEST_FILE = 350
+LONGEST_FILE = 400  # about 300 is the habit; this is the fence
 
 TORCH_ENTRIES = {"service.workers.worker", "service.workers.local"}
 SHARED = ("models.types", "models.errors", "models.catalog", "models.resolve")
@@ -111,9 +111,9 @@ def test_every_method_is_a_function_of_its_family(method: Any) -> None:
 
 
 def test_no_host_and_no_path_of_a_machine_is_tracked() -> None:
-    # Written in pieces, so that this file does not find itself.
+    # Written as patterns, so that this file does not find itself.
     hosts = ["pypi" r"\.org", "files" r"\.pythonhosted", "npmjs" r"\.org", "deb" r"\.debian\.org"]
-    paths = ["/work/", "/farm/", "/tmp/heatlens", "/root/"]
+    paths = ["/[w]ork/", "/[f]arm/", "/[t]mp/heatlens", "/[r]oot/"]
     forbidden = re.compile("|".join(hosts + paths))
     for path in tracked_files():
         try:
