@@ -213,6 +213,19 @@ def _fault(job: Job, warm: WarmModel) -> Failure | None:
     return None
 
 
+def _pair_taps(warm: WarmModel, layers: Sequence[str]) -> list[Tap]:
+    """Taps of the output and its gradient at each layer, as float32 maps."""
+    taps = []
+    for layer in layers:
+        layout = warm.layouts.get(layer)
+
+        def keep(tensor: Tensor, layout: TokenLayout | None = layout) -> Tensor:
+            return to_map(tensor, layout).float()
+
+        taps += [Tap(layer, "output", keep), Tap(layer, "grad_output", keep)]
+    return taps
+
+
 def _merge(group: Sequence[Pending]) -> tuple[Tensor, list[int], list[Any]]:
     """Inputs of several jobs' steps as one batch, the size of each part, and every row's interventions."""
     parts = [p.step.inputs for p in group if not isinstance(p.step, Exclusive)]
