@@ -144,14 +144,15 @@ def choose_target_layer(trace: Trace, layouts: Layouts) -> str | None:
     class_maps: str | None = None
     classes = trace.scores.shape[1]
     # Never all classes: maps of the others must show no gradient to be told as class maps.
-    chosen = sorted({0, classes // 2, max(0, classes - 2)})
+    chosen = sorted({0, (classes - 1) // 2, max(0, classes - 2)})
     for group in reversed(trace.groups()):
         chain = _chain(group, layouts)
         gradient = _gradient(trace, chain[-1], layouts, chosen) if chain else None
         if gradient is None or not bool(gradient.any()):
             continue
         channels = gradient.abs().sum((0, 2, 3)).nonzero().flatten().tolist()
-        if gradient.shape[1] != classes or not set(channels) <= set(chosen):
+        # A single logit that tells two classes apart has one map.
+        if gradient.shape[1] not in (1, classes) or not set(channels) <= set(chosen):
             return chain[-1].name
         class_maps = class_maps or chain[-1].name
     return class_maps
@@ -165,10 +166,12 @@ def has_gradient(trace: Trace, layouts: Layouts, name: str) -> bool:
 
 
 def _gradient(trace: Trace, call: Call, layouts: Layouts, classes: Sequence[int]) -> Tensor | None:
-    """Gradient (N, C, h, w) of the classes' summed scores at a map; None where it has no part in them."""
+    """Gradient (N, C, h, w) of a mixture of the classes' scores at a map; None where it has no part in them."""
     if call.output is None or not (call.output.requires_grad and trace.scores.requires_grad):
         return None
-    score = trace.scores[:, list(classes)].sum()
+    # Weighted, since plain sums may cancel: two classes of one logit, scores that add up to one.
+    weights = torch.arange(1.0, 1 + len(classes), device=trace.scores.device)
+    score = (trace.scores[:, list(classes)] * weights).sum()
     gradients: Sequence[Tensor | None] = torch.autograd.grad(
         score, call.output, retain_graph=True, allow_unused=True
     )
