@@ -51,7 +51,7 @@ class Backend:
 
     registry: Registry
     engine: Engine
-    free_memory: Callable[[], None]
+    free_memory: Callable[[], object]
 
 
 class Listener(Protocol):

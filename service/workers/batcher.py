@@ -127,8 +127,6 @@ class Batcher:
         if excess_s > 0:
             raise Overloaded("The service is at its limit.", retry_after_s=excess_s)
         entry = Entry(job=job, job_class=job_class, arrived=now)
-        if self._count[job_class] == 0:  # no credit for the time it was idle
-            self._finish[job_class] = max(self._finish[job_class], self._virtual_now)
         self._keep(entry)
         self._sequence += 1
         self._queues.setdefault((entry.key, job_class), EntryQueue()).push(entry, self._sequence)
@@ -180,7 +178,7 @@ class Batcher:
             entry.device_s += duration_s
             entry.pending = going_on.get(entry.job.id)
             if entry.pending is not None and not entry.gone:
-                self._pending[entry.job.id] = entry
+                self._hold(entry)
                 continue
             self._forget(entry)
             if entry.job_class == "long" and model is not None and not entry.gone:
@@ -240,8 +238,8 @@ class Batcher:
 
     def _candidates(self, job_class: JobClass) -> list[Entry]:
         """The first of each queue of the class, and for the long class the jobs between steps."""
-        between = [e for e in self._pending.values() if e.job_class == job_class]
-        if job_class == "long" and len(self._pending) >= self._max_pending:
+        between = list(self._pending.values()) if job_class == "long" else []
+        if job_class == "long" and len(between) >= self._max_pending:
             return between
         heads = [
             q.head() for (_, queued_class), q in self._queues.items() if queued_class == job_class
@@ -292,8 +290,19 @@ class Batcher:
     # ---------------------------------------------------------------- bookkeeping
 
     def _keep(self, entry: Entry) -> None:
+        if self._count[entry.job_class] == 0:  # no credit for the time that the class was idle
+            finish = self._finish[entry.job_class]
+            self._finish[entry.job_class] = max(finish, self._virtual_now)
         self._entries[entry.job.id] = entry
         self._count[entry.job_class] += 1
+
+    def _hold(self, entry: Entry) -> None:
+        """Keep a job between two steps; one that proves to need steps is a long one from then on."""
+        if entry.job_class != "long":
+            self._forget(entry)
+            entry.job_class = "long"
+            self._keep(entry)
+        self._pending[entry.job.id] = entry
 
     def _forget(self, entry: Entry) -> None:
         del self._entries[entry.job.id]

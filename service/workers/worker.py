@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -246,12 +247,13 @@ def default_backend(options: WorkerOptions) -> Backend:
     from models.engine import Engine
     from models.registry import ModelRegistry
 
-    on_cpu = options.device.startswith("cpu")
-    if on_cpu:
+    if options.device.startswith("cpu"):
         torch.set_num_threads(options.threads)
-    registry = ModelRegistry("cpu" if on_cpu else options.device, options.base_dir)
-    free_memory = (lambda: None) if on_cpu else torch.cuda.empty_cache
-    return Backend(registry=registry, engine=Engine(registry), free_memory=free_memory)
+        registry = ModelRegistry("cpu", options.base_dir)
+        return Backend(registry=registry, engine=Engine(registry), free_memory=gc.collect)
+    torch.cuda.set_device(options.device)
+    registry = ModelRegistry(options.device, options.base_dir)
+    return Backend(registry=registry, engine=Engine(registry), free_memory=torch.cuda.empty_cache)
 
 
 def main(

@@ -1,0 +1,154 @@
+"""A process that is started again when it ends, up to a budget."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import random
+import signal
+import subprocess
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+log = logging.getLogger("heatlens.supervisor")
+
+_BACKOFF_S = 0.1
+_BACKOFF_MAX_S = 5.0
+_MOST_DOUBLINGS = 16
+
+
+class RestartBudget:
+    """How soon, and how often, a process may be started again.
+
+    The pause doubles with each end in a row of a process that had not proved itself, and is jittered by half, so that
+    processes that fell together do not rise together.
+
+    Args:
+        restarts: allowed within the window.
+        window_s: length of the window in seconds.
+    """
+
+    def __init__(self, *, restarts: int, window_s: float) -> None:
+        self._restarts = restarts
+        self._window_s = window_s
+        self._recent: deque[float] = deque()
+        self._failures = 0
+
+    def pause_s(self, now: float, *, proven: bool) -> float | None:
+        """Time to wait after an end; None if the budget is spent.
+
+        Args:
+            now: the time.
+            proven: whether the process had done its work before.
+        """
+        while self._recent and self._recent[0] <= now - self._window_s:
+            self._recent.popleft()
+        if len(self._recent) >= self._restarts:
+            return None
+        self._recent.append(now)
+        self._failures = 0 if proven else min(self._failures + 1, _MOST_DOUBLINGS)
+        longest = min(_BACKOFF_MAX_S, math.ldexp(_BACKOFF_S, self._failures))
+        return longest * random.uniform(0.5, 1.0)  # noqa: S311  # spreads load, guards nothing
+
+
+class Child:
+    """One process and, after its end, its successors.
+
+    Attributes:
+        name: for logs.
+        incarnation: number of the process that runs, or ran last; 0 = none yet.
+        started_at: when it was started.
+        start_at: when the next one is due; None while one runs, or when none is to come.
+        given_up: whether the budget is spent.
+    """
+
+    def __init__(self, *, name: str, budget: RestartBudget) -> None:
+        self.name = name
+        self.incarnation = 0
+        self.started_at = 0.0
+        self.start_at: float | None = 0.0
+        self.given_up = False
+        self._budget = budget
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether a process was started and its end was not yet seen."""
+        return self._process is not None
+
+    @property
+    def pid(self) -> int | None:
+        """Process id, None if none runs."""
+        return self._process.pid if self._process is not None else None
+
+    def start(
+        self,
+        command: Sequence[str],
+        *,
+        now: float,
+        environment: Mapping[str, str],
+        inherit: Sequence[int] = (),
+    ) -> None:
+        """Start the next process.
+
+        Args:
+            command: program and arguments.
+            now: the time.
+            environment: variables beside our own.
+            inherit: file descriptors that it gets.
+        """
+        self.start_at, self.started_at = None, now
+        # Its own group: Ctrl-C in a terminal reaches the supervisor only, which then stops the others in order.
+        self._process = subprocess.Popen(  # noqa: S603  # our own command, no shell
+            command,
+            env=os.environ | environment,
+            stdin=subprocess.DEVNULL,
+            pass_fds=tuple(inherit),
+            process_group=0,
+        )
+        log.info("started %s, process %d", self.name, self._process.pid)
+
+    def reap(self) -> int | None:
+        """The exit code of a process that has ended (negative: the signal that ended it), once."""
+        if self._process is None:
+            return None
+        code = self._process.poll()
+        if code is not None:
+            self._process = None
+        return code
+
+    def schedule(self, now: float, *, proven: bool) -> bool:
+        """Let a successor start after its pause; False, and `given_up`, if the budget is spent."""
+        pause_s = self._budget.pause_s(now, proven=proven)
+        if pause_s is None:
+            self.given_up = True
+            return False
+        self.start_at = now + pause_s
+        return True
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process, if one runs."""
+        if self._process is not None:
+            self._process.send_signal(number)
+
+    def kill_soon(self) -> None:
+        """Kill the process; `reap` then tells of its end."""
+        self.signal(signal.SIGKILL)
+
+    def kill(self) -> None:
+        """Kill the process, and wait for its end."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+def describe_end(code: int) -> str:
+    """How a process ended, by its exit code: `SIGKILL`, `exit 1`."""
+    if code >= 0:
+        return f"exit {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"

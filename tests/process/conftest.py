@@ -1,0 +1,74 @@
+"""A running service to break: real supervisor, real device workers with the fake engine, a small HTTP process."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import fake_engine
+from running import Service, until
+
+from models.types import Job, JobOptions
+from service.settings import Settings
+
+
+@pytest.fixture
+def start_service() -> Iterator[Callable[..., Service]]:
+    folder = Path(
+        tempfile.mkdtemp(prefix="hl-", dir="/tmp")
+    )  # pytest's own paths are too long for sockets
+    started: list[Service] = []
+
+    def start(
+        *flags: str, workers: dict | None = None, models: list | None = None, **server
+    ) -> Service:
+        settings = Settings(
+            server={"port": 0, "devices": ["cpu"], "http_workers": 1, "grace_s": 5.0, **server},
+            workers={"canary_s": 0.3, "hang_floor_s": 1.0, "hang_factor": 10, **(workers or {})},
+            models=models or [fake_engine.spec()],
+        )
+        started.append(Service(settings, folder, *flags))
+        return started[-1]
+
+    try:
+        yield start
+    finally:
+        for service in started:
+            service.stop()
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+def service(start_service) -> Service:
+    """One device, ready."""
+    running = start_service()
+    until(running.is_ready)
+    return running
+
+
+@pytest.fixture
+def make_job() -> Callable[..., Job]:
+    def make(number: int, fault=fake_engine.Fault.NONE, argument: int = 0, **changes) -> Job:
+        pixels = fake_engine.picture(number, fault, argument)
+        job = Job(
+            id=uuid.uuid4().hex,
+            operation="predict",
+            model="fake",
+            version="1",
+            input=pixels,
+            options=JobOptions(),
+            deadline=time.monotonic() + 20,
+            digest=f"digest-{number}",
+        )
+        return fake_engine.replaced(job, **changes)
+
+    return make

@@ -1,0 +1,153 @@
+"""A supervisor in its own process, and what tests want to know of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import httpx
+import psutil
+
+from service.settings import Settings
+from service.workers.board import BoardFile
+from service.workers.client import SocketPool
+from service.workers.fleet import Fleet, FleetFile
+from service.workers.runtime import RuntimeDir
+
+
+def until(condition: Callable[[], object], *, timeout_s: float = 20.0) -> float:
+    """Wait until a condition holds; returns the seconds that took."""
+    begun = time.monotonic()
+    while not condition():
+        assert time.monotonic() - begun < timeout_s, "it did not happen in time"
+        time.sleep(0.01)
+    return time.monotonic() - begun
+
+
+async def eventually(condition: Callable[[], object], *, timeout_s: float = 20.0) -> float:
+    """The same, while the event loop goes on."""
+    begun = time.monotonic()
+    while not condition():  # what is waited for happens in other processes
+        assert time.monotonic() - begun < timeout_s, "it did not happen in time"
+        await asyncio.sleep(0.005)
+    return time.monotonic() - begun
+
+
+def are_ready(pool: SocketPool) -> bool:
+    """Whether every device is ready."""
+    return all(device.state == "ready" for device in pool.devices())
+
+
+def report(text: str) -> None:
+    """Print a measurement; pytest shows it with -s and when a test fails."""
+    sys.stdout.write(f"{text}\n")
+
+
+class Service:
+    """A supervisor in its own process, and what a test wants to know of it."""
+
+    def __init__(self, settings: Settings, folder: Path, *flags: str) -> None:
+        command = [sys.executable, str(Path(__file__).parent / "run_service.py")]
+        self.process = subprocess.Popen(
+            [*command, settings.model_dump_json(), *flags],
+            env=os.environ | {"TMPDIR": str(folder), "PYTHONPATH": str(Path.cwd())},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.folder = folder
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        until(lambda: self.port or self.process.poll() is not None)
+
+    def _read(self) -> None:
+        self.lines.extend(self.process.stderr)
+
+    @property
+    def log(self) -> str:
+        return "".join(self.lines)
+
+    @property
+    def port(self) -> int:
+        found = re.search(r"listening on http://[^ ]*:(\d+)", self.log)
+        return int(found[1]) if found else 0
+
+    @property
+    def runtime(self) -> RuntimeDir:
+        (path,) = self.folder.glob("heatlens-*")
+        return RuntimeDir(path)
+
+    @property
+    def fleet(self) -> Fleet:
+        file = FleetFile.open(self.runtime.fleet_file)
+        with contextlib.closing(file):
+            return file.read()
+
+    def board(self, device: str = "cpu"):
+        life = next(life for life in self.fleet.devices if life.device == device)
+        try:
+            file = BoardFile.open(self.runtime.board_file(device, life.incarnation))
+        except FileNotFoundError:
+            return None
+        with contextlib.closing(file):
+            return file.read()
+
+    def pids(self, what: str) -> list[int]:
+        """Process ids of children whose command line holds `what`."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children = psutil.Process(self.process.pid).children()
+            return [c.pid for c in children if any(what in word for word in c.cmdline())]
+        return []
+
+    def worker_pid(self, device: str = "cpu") -> int:
+        for pid in self.pids("faulty_worker"):
+            line = psutil.Process(pid).cmdline()
+            if line[line.index("--device") + 1] == device:
+                return pid
+        return 0
+
+    def is_ready(self) -> bool:
+        boards = [self.board(life.device) for life in self.fleet.devices]
+        return all(board is not None and board.ready for board in boards)
+
+    def url(self, path: str = "/") -> str:
+        return f"http://127.0.0.1:{self.port}{path}"
+
+    def answers(self) -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(self.url("/ready"), trust_env=False).status_code == 200
+        return False
+
+    @contextlib.asynccontextmanager
+    async def pool(self) -> AsyncIterator[SocketPool]:
+        pool = SocketPool(self.runtime)
+        await pool.start()
+        try:
+            yield pool
+        finally:
+            await pool.close()
+
+    def journal(self) -> list[list[str]]:
+        """Batches that ran: job ids."""
+        path = self.runtime.path / "journal"
+        return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+
+    def stop(self) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(20)
+        finally:
+            self.process.kill()
+            self.process.wait()
+            self._reader.join(5)
+            self.process.stderr.close()

@@ -1,0 +1,271 @@
+"""Each fault under load with real processes: what was accepted is answered once, with its own answer."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+
+import pytest
+from fake_engine import Fault, expected_class, spec
+from running import are_ready, eventually, report
+
+from models.errors import (
+    DeadlineExceeded,
+    HeatlensError,
+    InputQuarantined,
+    InternalError,
+    Overloaded,
+    UnknownLayer,
+    UnknownModel,
+)
+
+pytestmark = [pytest.mark.process, pytest.mark.anyio]
+
+
+async def submit_all(pool, jobs):
+    """Submit all at once; outcomes or errors in order."""
+    return await asyncio.gather(*(pool.submit(job) for job in jobs), return_exceptions=True)
+
+
+def is_own_answer(job, outcome) -> bool:
+    """Whether an answer was made from its job's picture, and came through the wire unharmed."""
+    return (
+        not isinstance(outcome, BaseException)
+        and outcome.id == job.id
+        and outcome.predictions[0].class_id == expected_class(job.input)
+        and (outcome.explanations[0].map == job.input[:, :, 1]).all()
+    )
+
+
+async def test_every_answer_is_its_own_and_batches_form(service, make_job):
+    async with service.pool() as pool, service.pool() as other:
+        jobs = [make_job(n) for n in range(400)]
+        first, second = await asyncio.gather(
+            submit_all(pool, jobs[::2]), submit_all(other, jobs[1::2])
+        )
+    assert all(map(is_own_answer, jobs[::2], first))
+    assert all(map(is_own_answer, jobs[1::2], second))
+    sizes = [len(batch) for batch in service.journal() if batch != ["canary"]]
+    assert max(sizes) == 8
+    assert sum(sizes) == 400
+    assert max(outcome.batch_size for outcome in first) == 8
+    assert all(outcome.device_ms >= 2 for outcome in first)
+
+
+@pytest.mark.parametrize("fault", [Fault.KILL_ONCE, Fault.SEGFAULT, Fault.DEVICE, Fault.HANG_ONCE])
+async def test_a_worker_that_dies_once_costs_nobody_the_answer(service, make_job, fault):
+    async with service.pool() as pool:
+        await eventually(lambda: are_ready(pool))
+        jobs = [make_job(n) for n in range(60)] + [make_job(1000, fault)]
+        begun = time.monotonic()
+        answers = await submit_all(pool, jobs)
+        report(f"{fault.name}: all answered in {time.monotonic() - begun:.2f} s")
+        (status,) = pool.devices()
+    assert all(map(is_own_answer, jobs, answers))
+    assert status.restarts == 1
+    (death,) = service.fleet.devices[0].deaths
+    assert jobs[-1].id in death.suspects
+    alone = [batch for batch in service.journal() if jobs[-1].id in batch]
+    assert alone[-1] == [jobs[-1].id]
+
+
+async def test_poison_is_quarantined_and_its_neighbours_are_answered(service, make_job):
+    async with service.pool() as pool, service.pool() as other:
+        await eventually(lambda: are_ready(pool))
+        poison, same = make_job(7, Fault.KILL), make_job(7, Fault.KILL)
+        jobs = [make_job(n) for n in range(100, 140)]
+        answers = await submit_all(pool, [*jobs[:20], poison, *jobs[20:]])
+        assert isinstance(answers.pop(20), InputQuarantined)
+        assert all(map(is_own_answer, jobs, answers))
+        assert service.fleet.devices[0].restarts == 2
+        with pytest.raises(InputQuarantined):
+            await other.submit(same)
+        assert service.fleet.devices[0].restarts == 2, "it was tried again"
+
+
+async def test_kills_under_load_lose_nothing(start_service, make_job):
+    running = start_service(workers={"restarts": 100})
+    answers, jobs, over = [], [], asyncio.Event()
+
+    async def client(pool, number):
+        while not over.is_set():
+            jobs.append(make_job(number * 10_000 + len(jobs), Fault.SLOW, 1))
+            job = jobs[-1]
+            try:
+                answers.append((job, await pool.submit(job)))
+            except HeatlensError as error:
+                answers.append((job, error))
+
+    async def killer():
+        for _ in range(5):
+            await eventually(lambda: are_ready(pool))
+            await asyncio.sleep(0.2)
+            # Chance must not kill a job that runs alone because it was in a death before: that quarantines it.
+            await eventually(lambda: not any(job.deaths for job in running.board().jobs))
+            os.kill(running.worker_pid(), signal.SIGKILL)
+            await eventually(lambda: not are_ready(pool))
+        over.set()
+
+    async with running.pool() as pool:
+        await eventually(lambda: are_ready(pool))
+        await asyncio.gather(killer(), *(client(pool, n) for n in range(16)))
+    lost = [answer for job, answer in answers if not is_own_answer(job, answer)]
+    report(f"{len(jobs)} jobs, {running.fleet.devices[0].restarts} kills, {len(lost)} lost")
+    assert running.fleet.devices[0].restarts == 5
+    assert len(answers) == len(jobs)
+    assert len({job.id for job, _ in answers}) == len(jobs)
+    assert not lost
+
+
+async def test_one_of_two_devices_dies_and_the_other_serves(start_service, make_job):
+    running = start_service(devices=["cpu:0", "cpu:1"])
+    async with running.pool() as pool:
+        await eventually(lambda: are_ready(pool))
+        slow = [make_job(n, Fault.SLOW, 2) for n in range(80)]
+        await submit_all(pool, slow)
+        models = pool.models()
+        assert models[0].card.devices == ("cpu:0", "cpu:1")
+        jobs = [make_job(n, Fault.SLOW, 5) for n in range(200, 240)]
+        task = asyncio.create_task(submit_all(pool, jobs))
+        await asyncio.sleep(0.1)
+        os.kill(running.worker_pid("cpu:1"), signal.SIGKILL)
+        assert all(map(is_own_answer, jobs, await task))
+        await eventually(lambda: are_ready(pool))
+    served = {batch[0] for batch in running.journal()}
+    assert {job.id for job in slow} & served
+
+
+async def test_readiness_falls_within_a_second_of_the_last_device(service):
+    async with service.pool() as pool:
+        await eventually(lambda: are_ready(pool))
+        os.kill(
+            service.worker_pid(), signal.SIGSTOP
+        )  # so that the successor cannot come up at once
+        os.kill(service.worker_pid(), signal.SIGKILL)
+        assert await eventually(lambda: not are_ready(pool)) < 1
+        await eventually(lambda: are_ready(pool))
+
+
+async def test_a_hang_while_idle_jobs_wait_is_ended_by_the_watchdog(service, make_job):
+    async with service.pool() as pool:
+        await eventually(lambda: are_ready(pool))
+        hang = make_job(1, Fault.HANG)
+        with pytest.raises(InputQuarantined):
+            await pool.submit(hang)
+    assert [death.reason for death in service.fleet.devices[0].deaths] == ["hang", "hang"]
+
+
+async def test_an_error_of_the_model_harms_only_its_own_job(service, make_job):
+    async with service.pool() as pool:
+        await eventually(lambda: are_ready(pool))
+        jobs = [make_job(n) for n in range(30)]
+        bad, user = make_job(500, Fault.RAISE), make_job(501, Fault.USER)
+        answers = await submit_all(pool, [*jobs, bad, user])
+    assert isinstance(answers[-2], InternalError)
+    assert "like" not in str(answers[-2]), "the text of a foreign exception left the worker"
+    assert isinstance(answers[-1], UnknownLayer)
+    assert answers[-1].field == "layers.0"
+    assert all(map(is_own_answer, jobs, answers[:-2]))
+    assert service.fleet.devices[0].restarts == 0
+
+
+async def test_too_little_memory_halves_the_batch(service, make_job):
+    async with service.pool() as pool:
+        await eventually(lambda: are_ready(pool))
+        jobs = [make_job(n, Fault.SLOW, 3) for n in range(8)] + [make_job(9, Fault.MEMORY)]
+        jobs += [make_job(n) for n in range(100, 106)]
+        never = make_job(10, Fault.MEMORY_ALONE)
+        answers = await submit_all(pool, [*jobs, never])
+        assert all(map(is_own_answer, jobs, answers))
+        assert isinstance(answers[-1], Overloaded)
+        assert answers[-1].retry_after_s
+        later = [make_job(n) for n in range(200, 216)]
+        await submit_all(pool, later)
+    assert service.fleet.devices[0].restarts == 0
+    ids = {job.id for job in later}
+    assert max(len(batch) for batch in service.journal() if batch[0] in ids) < 8
+
+
+async def test_deadlines_hold_even_without_a_worker(service, make_job):
+    async with service.pool() as pool:
+        await eventually(lambda: are_ready(pool))
+        os.kill(service.process.pid, signal.SIGSTOP)  # nobody restarts it
+        try:
+            os.kill(service.worker_pid(), signal.SIGSTOP)
+            begun = time.monotonic()
+            with pytest.raises(DeadlineExceeded):
+                await pool.submit(make_job(1, deadline=begun + 0.3))
+            assert time.monotonic() - begun < 0.6
+        finally:
+            os.kill(service.worker_pid(), signal.SIGCONT)
+            os.kill(service.process.pid, signal.SIGCONT)
+
+
+async def test_a_job_that_nobody_awaits_does_not_run(service, make_job):
+    async with service.pool() as pool:
+        await eventually(lambda: are_ready(pool))
+        blocker = asyncio.create_task(pool.submit(make_job(1, Fault.SLOW, 40)))
+        await asyncio.sleep(0.1)
+        job = make_job(2)
+        cancelled = asyncio.create_task(pool.submit(job))
+        await asyncio.sleep(0.05)
+        cancelled.cancel()
+        long = make_job(3, Fault.LONG, 200)
+        running = asyncio.create_task(pool.submit(long))
+        await blocker
+        await asyncio.sleep(0.1)
+        running.cancel()
+        await asyncio.sleep(0.1)
+        steps = sum(f"step:{long.id}" in batch for batch in service.journal())
+        await asyncio.sleep(0.1)
+        assert 0 < steps == sum(f"step:{long.id}" in batch for batch in service.journal())
+    assert not any(job.id in batch for batch in service.journal())
+
+
+async def test_jobs_run_between_the_steps_of_a_long_one(service, make_job):
+    async with service.pool() as pool:
+        await eventually(lambda: are_ready(pool))
+        long = make_job(3, Fault.LONG, 100)
+        running = asyncio.create_task(pool.submit(long))
+        await asyncio.sleep(0.1)
+        for number in range(10):
+            await pool.submit(make_job(number))
+        assert not running.done(), "the short jobs waited for all its steps"
+        outcome = await running
+    assert is_own_answer(long, outcome)
+    assert outcome.device_ms > 100 * 10
+
+
+async def test_models_load_replace_and_go_without_a_dropped_job(service, make_job):
+    async with service.pool() as pool, service.pool() as other:
+        await eventually(lambda: are_ready(pool))
+        with pytest.raises(UnknownModel):
+            await pool.submit(make_job(1, model="second"))
+        stop = time.monotonic() + 1.5
+        answers = []
+
+        async def client(number):
+            while time.monotonic() < stop:
+                job = make_job(number)
+                answers.append((job, await pool.submit(job)))
+
+        clients = [asyncio.create_task(client(n)) for n in range(8)]
+        await pool.load(spec("second", kind="slow"))
+        job = make_job(5, model="second")
+        assert is_own_answer(job, await other.submit(job))
+        await pool.load(spec("fake", kind="slow"))
+        await pool.unload("second")
+        with pytest.raises(UnknownModel):
+            await other.submit(make_job(1, model="second"))
+        with pytest.raises(HeatlensError, match="broken"):
+            await pool.load(spec("third", kind="broken"))
+        await asyncio.gather(*clients)
+        assert len(answers) > 50
+        assert all(is_own_answer(*pair) for pair in answers)
+
+        await pool.load(spec("kept"))
+        os.kill(service.worker_pid(), signal.SIGKILL)
+        job = make_job(6, model="kept")
+        assert is_own_answer(job, await other.submit(job)), "a loaded model survives a restart"

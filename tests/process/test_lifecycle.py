@@ -1,0 +1,192 @@
+"""Starting, stopping and outliving: the supervisor and its HTTP processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+
+import httpx
+import psutil
+import pytest
+from fake_engine import Fault, expected_class, picture, spec
+from running import report, until
+
+pytestmark = pytest.mark.process
+
+
+def post(url: str, pixels) -> httpx.Response:
+    return httpx.post(url, content=pixels.tobytes(), timeout=30, trust_env=False)
+
+
+def gone(pids: list[int]) -> bool:
+    return not any(
+        psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids
+    )
+
+
+def all_pids(service) -> list[int]:
+    return [*service.pids("faulty_worker"), *service.pids("small_http")]
+
+
+def test_sigterm_finishes_what_was_accepted(service):
+    until(service.answers)
+    pixels = picture(1, Fault.SLOW, 60)
+    answers = []
+    request = threading.Thread(target=lambda: answers.append(post(service.url(), pixels)))
+    request.start()
+    until(lambda: service.board().jobs)
+    pids, folder = all_pids(service), service.runtime.path
+    begun = time.monotonic()
+    service.process.send_signal(signal.SIGTERM)
+    until(lambda: refused(service.port))
+    request.join()
+    assert answers[0].status_code == 200
+    assert answers[0].text == str(expected_class(pixels))
+    assert service.process.wait(10) == 0
+    report(f"drained in {time.monotonic() - begun:.2f} s")
+    assert gone(pids)
+    assert not folder.exists()
+
+
+def refused(port: int) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=1):
+            return False
+    except ConnectionRefusedError:
+        return True
+
+
+def test_what_outlasts_the_grace_ends_with_a_typed_error(start_service):
+    service = start_service(grace_s=2.0, workers={"hang_floor_s": 10})
+    until(service.answers)
+    answers = []
+    request = threading.Thread(
+        target=lambda: answers.append(post(service.url(), picture(1, Fault.LONG, 255)))
+    )
+    slow = threading.Thread(
+        target=lambda: answers.append(post(service.url(), picture(2, Fault.SLOW, 250)))
+    )
+    slow.start()
+    request.start()
+    until(lambda: service.board().queue_depth)
+    begun = time.monotonic()
+    service.process.send_signal(signal.SIGTERM)
+    assert service.process.wait(10) == 0
+    assert time.monotonic() - begun < 4.5
+    request.join()
+    slow.join()
+    assert {answer.text for answer in answers} <= {
+        "draining",
+        str(expected_class(picture(2, Fault.SLOW, 250))),
+    }
+    assert "draining" in {answer.text for answer in answers}
+
+
+def test_a_second_signal_stops_at_once(start_service):
+    service = start_service(workers={"hang_floor_s": 10})
+    until(service.answers)
+    request = threading.Thread(
+        target=ignore_errors, args=(service.url(), picture(1, Fault.SLOW, 250))
+    )
+    request.start()
+    until(lambda: service.board().jobs)
+    pids = all_pids(service)
+    service.process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    begun = time.monotonic()
+    service.process.send_signal(signal.SIGINT)
+    assert service.process.wait(5) == 1
+    assert time.monotonic() - begun < 1
+    assert gone(pids)
+    request.join()
+
+
+def ignore_errors(url: str, pixels) -> None:
+    try:
+        post(url, pixels)
+    except httpx.TransportError:
+        return
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_no_child_outlives_a_killed_supervisor(service, busy):
+    until(service.answers)
+    if busy:
+        request = threading.Thread(
+            target=ignore_errors, args=(service.url(), picture(1, Fault.HANG))
+        )
+        request.start()
+        until(lambda: service.board().jobs)
+    pids = all_pids(service)
+    assert len(pids) == 2
+    service.process.kill()
+    service.process.wait()
+    until(lambda: gone(pids), timeout_s=3)
+
+
+def test_a_killed_http_process_is_replaced_and_nothing_else(start_service):
+    service = start_service(http_workers=2)
+    until(service.answers)
+    worker = service.worker_pid()
+    before = set(service.pids("small_http"))
+    assert len(before) == 2
+    victim = min(before)
+    os.kill(victim, signal.SIGKILL)
+    assert post(service.url(), picture(1)).status_code == 200, "the other one serves"
+    until(lambda: len(set(service.pids("small_http")) - {victim}) == 2)
+    until(
+        lambda: (
+            {int(httpx.get(service.url("/pid"), trust_env=False).text) for _ in range(20)} - before
+        )
+    )
+    assert service.worker_pid() == worker
+    assert service.fleet.devices[0].restarts == 0
+
+
+def test_http_processes_do_not_import_torch(service):
+    until(service.answers)
+    assert httpx.get(service.url("/torch"), trust_env=False).text == "False"
+
+
+def test_readiness_falls_when_the_service_drains(service):
+    until(service.answers)
+    request = threading.Thread(
+        target=ignore_errors, args=(service.url(), picture(1, Fault.SLOW, 60))
+    )
+    request.start()
+    until(lambda: service.board().jobs)
+    with httpx.Client(trust_env=False) as client:
+        assert client.get(service.url("/ready")).status_code == 200
+        os.kill(service.pids("small_http")[0], signal.SIGSTOP)  # hold its own drain, to look at it
+        service.process.send_signal(signal.SIGTERM)
+        until(lambda: service.fleet.draining, timeout_s=1)
+        os.kill(service.pids("small_http")[0], signal.SIGCONT)
+    request.join()
+
+
+def test_a_worker_that_never_starts_spends_the_budget(start_service):
+    service = start_service(
+        devices=["nonsense"], workers={"restarts": 1}, models=[spec(kind="crash")]
+    )
+    assert service.process.wait(20) == 1
+    assert "restart budget" in service.log
+
+
+def test_a_model_that_crashes_while_loading_is_left_out(start_service):
+    service = start_service(
+        models=[spec(), spec("bad", kind="crash"), spec("broken", kind="broken")]
+    )
+    until(lambda: service.fleet.refused_models)
+    until(service.answers)
+    assert service.fleet.refused_models == ("bad@1",)
+    assert service.board().models == ("fake@1",)
+    assert post(service.url(), picture(3)).text == str(expected_class(picture(3)))
+
+
+def test_a_taken_port_is_an_error(service, start_service):
+    second = start_service(port=service.port)
+    assert second.process.wait(10) == 1
+    assert "cannot listen" in second.log
