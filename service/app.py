@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
 
-from fastapi import APIRouter, Depends, FastAPI
+from fastapi import Depends, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from models.imaging.decode import DecodeLimits
@@ -99,8 +99,6 @@ def _add_middleware(app: FastAPI, service: Service) -> None:
 
 
 def _add_routes(app: FastAPI) -> None:
-    v1 = APIRouter(prefix="/v1", dependencies=[Depends(require_api_key)])
     for module in (predict, explain, features, models):
-        v1.include_router(module.router)
-    app.include_router(v1)
+        app.include_router(module.router, dependencies=[Depends(require_api_key)])
     app.include_router(health.router)

@@ -211,6 +211,8 @@ def _document(app: FastAPI) -> dict[str, Any]:
     }
     for path in document["paths"].values():
         for operation in path.values():
+            if "HTTPValidationError" in str(operation["responses"].get("422")):
+                del operation["responses"]["422"]  # the framework's guess: a path is any text here
             for status, response in operation["responses"].items():
                 retry = _RETRY_AFTER if status in ("429", "503") else {}
                 response["headers"] = {**_HEADERS, **retry}

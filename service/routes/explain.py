@@ -23,7 +23,7 @@ from service.pipeline import Reply
 from service.requests import Plan
 from service.schemas import ExplainAnswer, ExplainResult, ExplanationAnswer, PictureData
 
-router = APIRouter(tags=["explain"])
+router = APIRouter(prefix="/v1", tags=["explain"])
 
 _FORMATS: Mapping[str, OverlayFormat] = {f"image/{name}": name for name in get_args(OverlayFormat)}
 _DOCUMENT = input_answers(

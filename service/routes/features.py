@@ -13,7 +13,7 @@ from service.openapi import image_input, input_answers
 from service.options import FeaturesOptions
 from service.schemas import FeaturesAnswer, FeaturesResult
 
-router = APIRouter(tags=["features"])
+router = APIRouter(prefix="/v1", tags=["features"])
 
 
 @router.post(

@@ -15,7 +15,7 @@ from service.openapi import answers, ref
 from service.requests import find_model
 from service.schemas import CardAnswer, InputAnswer, MethodAnswer, ModelsAnswer
 
-router = APIRouter(tags=["models"])
+router = APIRouter(prefix="/v1", tags=["models"])
 
 
 @router.get(

@@ -13,7 +13,7 @@ from service.openapi import image_input, input_answers
 from service.options import PredictOptions
 from service.schemas import PredictAnswer, PredictResult
 
-router = APIRouter(tags=["predict"])
+router = APIRouter(prefix="/v1", tags=["predict"])
 
 
 @router.post(

@@ -85,6 +85,7 @@ class FakePool:
 
     Attributes:
         submitted: every job, in order of arrival.
+        arrived: set when the first job arrives.
         cancelled: ids of jobs that were cancelled while they ran.
         statuses: what `devices` says; may be replaced.
         infos: what `models` says; may be replaced.
@@ -103,6 +104,7 @@ class FakePool:
         self.delay_s = delay_s
         self.fault = fault
         self.submitted: list[Job] = []
+        self.arrived = asyncio.Event()
         self.cancelled: list[str] = []
         self._open = False
 
@@ -120,6 +122,7 @@ class FakePool:
             raise Draining("The service is stopping.")
         info = self._info(job.model, job.version)
         self.submitted.append(job)
+        self.arrived.set()
         try:
             await asyncio.sleep(self.delay_s)
         except asyncio.CancelledError:
