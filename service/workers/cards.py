@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import msgspec
 
@@ -32,17 +32,21 @@ def job_ms(card: ModelCard) -> float:
     return card.latency_ms.get(card.best_batch, 10.0) / max(1, card.best_batch)
 
 
-def merge(by_device: Mapping[str, Sequence[ModelInfo]], *, up: Iterable[str]) -> list[ModelInfo]:
+def merge(
+    by_device: Mapping[str, Sequence[ModelInfo]],
+    *,
+    connected: Container[str],
+    coming: Container[str],
+) -> list[ModelInfo]:
     """One entry for each model version, in order of appearance.
 
-    What a device that is down last said still counts, so that requests can be checked, and wait, while it
-    restarts; but only devices that are up make a model ready.
+    A model is ready if requests for it are taken: it is warm on a device, or was, and the device is coming back.
 
     Args:
         by_device: what each device said last.
-        up: devices that are connected.
+        connected: devices whose worker runs.
+        coming: devices that run or will run again.
     """
-    live = set(up)
     found: dict[tuple[str, str], dict[str, ModelInfo]] = {}
     for device, infos in by_device.items():
         for info in infos:
@@ -50,17 +54,26 @@ def merge(by_device: Mapping[str, Sequence[ModelInfo]], *, up: Iterable[str]) ->
     versions: dict[str, tuple[str, ...]] = {}
     for name, version in found:
         versions[name] = (*versions.get(name, ()), version)
+    merged = []
+    for (name, _), entries in found.items():
+        best = min(entries.values(), key=lambda info: _PREFERENCE[info.card.state])
+        warm = [device for device, info in entries.items() if info.card.ready]
+        card = msgspec.structs.replace(
+            best.card,
+            ready=any(device in coming for device in warm),
+            devices=tuple(device for device in warm if device in connected),
+            versions=versions[name],
+        )
+        merged.append(msgspec.structs.replace(best, card=card))
+    return merged
+
+
+def remember(before: Sequence[ModelInfo], now: Sequence[ModelInfo]) -> list[ModelInfo]:
+    """What a device says now, but what it knew of a model before while it loads that again after a restart."""
+    warm = {(info.card.name, info.card.version): info for info in before if info.card.ready}
     return [
-        _merged(entries, live=live, versions=versions[name]) for (name, _), entries in found.items()
+        warm.get((info.card.name, info.card.version), info)
+        if info.card.state == "loading"
+        else info
+        for info in now
     ]
-
-
-def _merged(
-    entries: Mapping[str, ModelInfo], *, live: set[str], versions: tuple[str, ...]
-) -> ModelInfo:
-    best = min(entries.values(), key=lambda info: _PREFERENCE[info.card.state])
-    devices = tuple(d for d, info in entries.items() if d in live and info.card.ready)
-    card = msgspec.structs.replace(
-        best.card, ready=bool(devices), devices=devices, versions=versions
-    )
-    return msgspec.structs.replace(best, card=card)

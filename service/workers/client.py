@@ -23,7 +23,7 @@ from models.errors import (
     WorkerLost,
 )
 from models.types import Failure, Job, ModelInfo, Outcome
-from service.workers.cards import job_ms, loading_info, merge
+from service.workers.cards import job_ms, loading_info, merge, remember
 from service.workers.failures import to_error, to_failure
 from service.workers.fleet import DeviceLife, Fleet, FleetFile
 from service.workers.link import DeviceLink
@@ -236,7 +236,7 @@ class SocketPool:
                     self._end(link, failure)
             case Models(infos=infos):
                 link.infos = {(info.card.name, info.card.version): info for info in infos}
-                self._said[link.device] = infos
+                self._said[link.device] = remember(self._said[link.device], infos)
                 self._models = None
                 self._dispatch_waiting()
             case Ack():
@@ -252,7 +252,12 @@ class SocketPool:
     def models(self) -> Sequence[ModelInfo]:
         """Every configured model version, devices merged."""
         if self._models is None:
-            self._models = merge(self._said, up=self._links)
+            lives = self._fleet.devices
+            self._models = merge(
+                self._said,
+                connected=self._links,
+                coming={life.device for life in lives if life.life != "given_up"},
+            )
         return self._models
 
     def devices(self) -> Sequence[DeviceStatus]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import uvicorn
 
+from service.logs import configure_logging
 from service.settings import Settings
 from service.workers.client import SocketPool
 from service.workers.lifeline import die_with_parent
@@ -90,6 +91,7 @@ def main(
     die_with_parent(parsed.parent)
     runtime = RuntimeDir(parsed.runtime)
     settings = runtime.read_settings()
+    configure_logging(settings.server.log_level)
     pool = SocketPool(runtime, ready_within_s=settings.server.ready_within_s)
     config = uvicorn.Config(
         make_app(settings, pool),

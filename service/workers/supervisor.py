@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from enum import Enum
 
 from service.cores import available_cores
+from service.logs import configure_logging
 from service.settings import Settings
 from service.workers.child import Child, RestartBudget, describe_end
 from service.workers.device_slot import DeviceSlot
@@ -83,6 +84,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Run the service in this thread, which must be the main one; returns the exit code."""
+        configure_logging(self._settings.server.log_level)
         try:
             listener = _listen(self._settings.server.host, self._settings.server.port)
         except OSError as error:

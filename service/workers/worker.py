@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import gc
 import logging
 import os
 import signal
@@ -26,11 +25,13 @@ from pydantic import ValidationError
 from models.catalog import ModelSpec
 from models.errors import HeatlensError, ModelLoadFailed
 from models.types import Failure, Job, ModelInfo, Outcome
+from service.logs import configure_logging
 from service.settings import Settings
 from service.workers.backend import Backend
 from service.workers.batcher import Batcher
 from service.workers.board import BoardFile
 from service.workers.compute import ComputeThread, Done
+from service.workers.engine_backend import make_engine_backend
 from service.workers.failures import to_failure
 from service.workers.fleet import FleetFile
 from service.workers.lifeline import die_with_parent
@@ -241,19 +242,8 @@ class Worker:
 
 
 def default_backend(options: WorkerOptions) -> Backend:
-    """The real engine on the device; imports torch."""
-    import torch
-
-    from models.engine import Engine
-    from models.registry import ModelRegistry
-
-    if options.device.startswith("cpu"):
-        torch.set_num_threads(options.threads)
-        registry = ModelRegistry("cpu", options.base_dir)
-        return Backend(registry=registry, engine=Engine(registry), free_memory=gc.collect)
-    torch.cuda.set_device(options.device)
-    registry = ModelRegistry(options.device, options.base_dir)
-    return Backend(registry=registry, engine=Engine(registry), free_memory=torch.cuda.empty_cache)
+    """The real engine on the device."""
+    return make_engine_backend(options.device, base_dir=options.base_dir, threads=options.threads)
 
 
 def main(
@@ -270,6 +260,7 @@ def main(
     die_with_parent(parsed.parent)
     runtime = RuntimeDir(parsed.runtime)
     settings = runtime.read_settings()
+    configure_logging(settings.server.log_level)
     options = WorkerOptions(
         runtime=runtime,
         device=parsed.device,
