@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,13 +67,18 @@ class FusedConv2d(nn.Module):
         self.groups = conv.groups
         self.kernel = _pair(conv.kernel_size)
         self._packed: Tensor | None = None
+        self._unpackable = False
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(N, C, H, W) → (N, K, h, w); `residual` of the output's shape is added before the activation."""
         if self.same:
             x = self._pad(x)
         if self._packable(x):
-            return self._run_packed(x, residual)
+            try:
+                return self._run_packed(x, residual)
+            except RuntimeError:
+                # oneDNN has no kernel for some shapes in some dtypes (small grouped bfloat16 sums, for one).
+                self._unpackable = True
         out = nn.functional.conv2d(
             x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
         )
@@ -81,10 +86,16 @@ class FusedConv2d(nn.Module):
             out = out + residual
         return out if self.activation is None else self.activation.apply(out)
 
-    @staticmethod
-    def _packable(x: Tensor) -> bool:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast; weights are packed anew for what comes."""
+        self._packed = None
+        self._unpackable = False
+        return cast("Self", super()._apply(fn, recurse))  # type: ignore[no-untyped-call]  # torch's own
+
+    def _packable(self, x: Tensor) -> bool:
         return (
-            x.device.type == "cpu"
+            not self._unpackable
+            and x.device.type == "cpu"
             and x.dtype in (torch.float32, torch.bfloat16)
             and not (torch.is_grad_enabled() and x.requires_grad)
             and torch.backends.mkldnn.is_available()

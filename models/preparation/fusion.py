@@ -32,7 +32,7 @@ def fuse_convolutions(module: nn.Module) -> tuple[nn.Module, int]:
 
     Args:
         module: in eval mode; changed. Outputs of modules that were fused into a convolution are no longer to be
-            had, and modules inside a fused block may give another tensor than before.
+            had; the fused convolution stands in the place of the last of them.
 
     Returns:
         The module (a new object if its own forward was rewritten), and the number of convolutions that now do
@@ -62,7 +62,7 @@ def _rewrite(module: nn.Module) -> tuple[nn.Module, int]:
     for node in list(graph.nodes):
         name = str(node.target)
         if _calls(node, children, nn.Conv2d) and calls[name] == 1 and _is_plain(children[name]):
-            count += _fuse_at(node, graph, module, children)
+            count += _fuse_at(node, module, children, calls)
     if not count:
         return module, 0
     graph.lint()
@@ -71,7 +71,7 @@ def _rewrite(module: nn.Module) -> tuple[nn.Module, int]:
 
 
 def _fuse_at(
-    node: fx.Node, graph: fx.Graph, module: nn.Module, children: dict[str, nn.Module]
+    node: fx.Node, module: nn.Module, children: dict[str, nn.Module], calls: Counter[str]
 ) -> int:
     """Fuse what follows one convolution; 1 if anything did."""
     conv = children[str(node.target)]
@@ -104,10 +104,16 @@ def _fuse_at(
             chain.append(follower)
     if len(chain) == 1:
         return 0
-    name = str(node.target)
+    # In the place of the chain's last module, whose output it then gives: hooks there stay right.
+    name = next(
+        str(n.target)
+        for n in reversed(chain)
+        if n.op == "call_module" and calls[str(n.target)] == 1
+    )
     fused = FusedConv2d(conv, norm, activation)
     module.get_submodule(name.rpartition(".")[0])._modules[name.rpartition(".")[2]] = fused  # noqa: SLF001
     children[name] = fused
+    graph = node.graph
     with graph.inserting_after(chain[-1]):
         args = (node.args[0],) if residual is None else (node.args[0], residual)
         call = graph.call_module(name, args)
