@@ -12,6 +12,7 @@ from models.capture import Capture
 from models.errors import InternalError
 from models.fuse import fuse
 from models.methods import METHODS, implementation, weights_implementation
+from models.noted import Noted
 from models.registry import WarmModel
 from models.statistics import describe
 from models.steps import Step, Subject
@@ -85,17 +86,23 @@ class Answers:
         """Explanations by one method, in the order target → layer."""
         job, targets = self._jobs[row], self._trunk.targets[row]
         maps: dict[str, np.ndarray] = {}
+        notes: dict[str, tuple[str, ...]] = {}
         for layer in self._layers(name, job):
             ready = self._maps.get((layer, name, row))
             if ready is None:
-                subject = self._subject(name, layer, row)
-                ready = (yield from implementation(name)(subject)).cpu().numpy()
+                made = yield from implementation(name)(self._subject(name, layer, row))
+                if isinstance(made, Noted):
+                    notes[layer] = made.notes
+                    made = made.maps
+                ready = made.cpu().numpy()
             maps[layer] = ready[: len(targets)]
         if job.options.fuse != "none" and len(maps) > 1:
             fused = fuse([torch.from_numpy(m) for m in maps.values()], job.options.fuse)
             maps = {"+".join(maps): fused.numpy()}
         return [
-            self._explanation(name, layer, layer_maps[t], target, row)
+            self._explanation(
+                name, layer, layer_maps[t], target, row, notes=notes.get(layer, ())[t : t + 1]
+            )
             for t, target in enumerate(targets)
             for layer, layer_maps in maps.items()
         ]
@@ -103,7 +110,7 @@ class Answers:
     @staticmethod
     def _layers(name: str, job: Job) -> tuple[str, ...]:
         """Layers a method explains; methods of the input itself have the one empty name."""
-        return ("",) if METHODS[name].family in ("pixels", "transformer") else job.options.layers
+        return ("",) if METHODS[name].of_input else job.options.layers
 
     def _subject(self, name: str, layer: str, row: int) -> Subject:
         options, defaults = self._jobs[row].options, METHODS[name].defaults
@@ -121,12 +128,19 @@ class Answers:
             targets=self._trunk.targets[row],
             capture=capture,
             layer=layer,
-            chunk=max(1, self._warm.info.card.best_batch),
+            chunk=self._warm.chunk,
             **chosen,
         )
 
     def _explanation(
-        self, name: str, layer: str, values: np.ndarray, target: ResolvedTarget, row: int
+        self,
+        name: str,
+        layer: str,
+        values: np.ndarray,
+        target: ResolvedTarget,
+        row: int,
+        *,
+        notes: tuple[str, ...],
     ) -> Explanation:
         values = np.ascontiguousarray(values, dtype=np.float32)
         finite = bool(np.isfinite(values).all())
@@ -138,7 +152,7 @@ class Answers:
             map=values,
             signed=METHODS[name].signed,
             degenerate=bool(values.max() == values.min()),
-            warnings=tuple(self._warnings(name, layer, row, finite=finite)),
+            warnings=(*notes, *self._warnings(name, layer, row, finite=finite)),
         )
 
     def _warnings(self, name: str, layer: str, row: int, *, finite: bool) -> list[str]:

@@ -1,7 +1,8 @@
 """Every hook of the project is registered here, and removed here.
 
 Four kinds take tensors out of a model without touching it: forward pre-hooks (a module's inputs), forward hooks
-(its output), full backward hooks (gradients at the module) and tensor hooks (the gradient of one tensor).
+(its output), full backward hooks (gradients at the module) and tensor hooks (the gradient of one tensor). A fifth,
+node hooks, changes the gradients that reach one operation of a recorded graph.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
 ForwardPreHook = Callable[[nn.Module, tuple[Any, ...]], Any]
 ForwardHook = Callable[[nn.Module, tuple[Any, ...], Any], Any]
 BackwardHook = Callable[[nn.Module, Any, Any], Any]
 TensorHook = Callable[[Tensor], Tensor | None]
+NodeHook = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...] | None]
 
 
 class HookStack:
@@ -63,6 +66,10 @@ class HookStack:
     def tensor(self, tensor: Tensor, hook: TensorHook) -> None:
         """Call `hook(gradient)` when the gradient of `tensor` is known."""
         self._handles.append(tensor.register_hook(hook))
+
+    def node(self, node: Node, hook: NodeHook) -> None:
+        """Call `hook(gradients)` before a node of a recorded graph passes gradients on; it may return others."""
+        self._handles.append(node.register_prehook(hook))
 
     def remove(self) -> None:
         """Remove every hook; safe to call twice."""

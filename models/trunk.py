@@ -122,7 +122,10 @@ def _wishes(warm: WarmModel, jobs: Sequence[Job]) -> dict[Place, _Wish]:
 
     for row, job in enumerate(jobs):
         options = job.options
-        differentiated = any(METHODS[name].needs_gradients for name in options.methods)
+        # Methods of the input itself differentiate passes of their own.
+        differentiated = any(
+            METHODS[name].needs_gradients and not METHODS[name].of_input for name in options.methods
+        )
         for layer in options.layers:
             if job.operation == "features":
                 for kind in options.kinds:

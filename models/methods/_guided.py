@@ -1,0 +1,94 @@
+"""Gradients whose negative part every ReLU stops, found in the recorded graph rather than among the modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from models.errors import MethodNotApplicable
+from models.extractor import Extractor
+from models.hooks import HookStack
+from models.steps import Subject
+from models.targets import ResolvedTarget, ScoreWeights, class_scores
+
+_RELUS = ("ReluBackward", "HardtanhBackward")
+# Rectifiers that are not ReLUs, as autograd calls them; there is no agreed way to guide them.
+_OTHERS = {
+    "Celu": "CELU",
+    "Elu": "ELU",
+    "Gelu": "GELU",
+    "Hardswish": "Hardswish",
+    "LeakyRelu": "LeakyReLU",
+    "LogSigmoid": "LogSigmoid",
+    "Mish": "Mish",
+    "Prelu": "PReLU",
+    "Rrelu": "RReLU",
+    "Silu": "SiLU",
+    "Softplus": "Softplus",
+}
+
+
+def guided_gradients(subject: Subject, targets: Sequence[ResolvedTarget]) -> Tensor:
+    """Gradient of each target's score at the input, float32 (T, 3, H, W), by guided backpropagation.
+
+    At a ReLU only what is positive of the gradient goes on, and only where its input was (Springenberg et al. 2015,
+    eq. in section 3.4). The rule is set on the nodes of the recorded graph: ReLUs called as modules, as functions and
+    in place, ReLU6 among them, are all found there, however often a module is called.
+
+    Raises:
+        MethodNotApplicable: the model has no ReLU, or another rectifier.
+    """
+    count = len(targets)
+    leaf = subject.inputs.detach().repeat(count, 1, 1, 1).requires_grad_()
+    changes = subject.changes(count)
+    with (
+        HookStack() as hooks,
+        Extractor(subject.warm.module, [], changes=changes) as extractor,
+    ):
+        logits, _ = class_scores(extractor.forward(leaf, graph=True), subject.warm.task)
+        scores = ScoreWeights([[target] for target in targets], logits.device).of(logits)
+        for node in relus(scores):
+            hooks.node(node, _positive)
+        (gradient,) = torch.autograd.grad(scores.sum(), leaf)
+    return gradient.float()
+
+
+def relus(scores: Tensor) -> list[Node]:
+    """Nodes of all ReLUs and ReLU6s in the graph of `scores`.
+
+    Raises:
+        MethodNotApplicable: there is none, or another rectifier is among them.
+    """
+    found, others = [], set()
+    for node in _nodes(scores):
+        name = node.name()
+        if name.startswith(_RELUS):
+            found.append(node)
+        others |= {said for kind, said in _OTHERS.items() if name.startswith(f"{kind}")}
+    if others:
+        raise MethodNotApplicable(
+            f"Guided backpropagation is defined for ReLU; the model has {', '.join(sorted(others))}."
+        )
+    if not found:
+        raise MethodNotApplicable("Guided backpropagation is defined for ReLU; the model has none.")
+    return found
+
+
+def _positive(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(gradient.clamp_min(0) for gradient in gradients)
+
+
+def _nodes(scores: Tensor) -> Iterator[Node]:
+    """Every node of a graph, once."""
+    waiting = [scores.grad_fn]
+    seen: set[Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        waiting += [before for before, _ in node.next_functions]
