@@ -23,7 +23,7 @@ from models.imaging.colormaps import Colormap
 from models.methods import METHODS
 from service.files import find_pictures
 from service.settings import ConfigurationError, Settings, load_settings
-from service.tables import failures_table, models_table, predictions_table
+from service.tables import failures_table, models_list, predictions_table
 
 EXIT_SOME_FAILED = 1
 
@@ -197,7 +197,9 @@ def explain(
     except HeatlensError as error:
         raise _bad_option(error) from None
     if explained and not as_json:
-        Console().print(predictions_table(explained))
+        console = Console()
+        console.print(predictions_table(explained))
+        console.print(f"written to {output}", highlight=False, markup=False)
     if failed:
         Console(stderr=True).print(failures_table(failed))
         raise typer.Exit(EXIT_SOME_FAILED)
@@ -224,7 +226,7 @@ def models(*, config: Config = None, as_json: AsJson = False) -> None:
         for card in cards:
             typer.echo(json.dumps(msgspec.to_builtins(card), ensure_ascii=False))
     else:
-        Console().print(models_table(cards, default=settings.default_model))
+        Console().print(models_list(cards, default=settings.default_model))
     if not all(card.ready for card in cards):
         raise typer.Exit(EXIT_SOME_FAILED)
 

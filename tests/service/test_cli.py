@@ -77,7 +77,8 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    wide = {"COLUMNS": "200"}
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], env=wide)
 
 
 def said(result: Result) -> str:
@@ -150,7 +151,7 @@ def test_a_bad_picture_does_not_stop_the_others(
     ("arguments", "flag", "hint"),
     [
         (("-m", "gradcan"), "--method", "gradcam"),
-        (("-t", "zebra"), "--target", "class"),
+        (("-t", "zebra"), "--target", "label"),
         (("-t", "17"), "--target", "2"),
         (("-l", "nowhere"), "--layer", "layer"),
         (("--colormap", "pink"), "--colormap", "turbo"),
