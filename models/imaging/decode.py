@@ -193,24 +193,23 @@ def _check_size(size: tuple[int, int], limits: DecodeLimits) -> None:
 
 
 def _load(image: Image.Image, preprocess: Preprocess, *, keep_original: bool) -> Picture:
-    full_width, full_height = image.size
+    width, height = image.size
     scale = _draft(image, preprocess, keep_original=keep_original)
     image.load()
-    if scale == 1:
-        # A GIF frame may reach beyond its screen, and Pillow turns a TIFF upright while it loads.
-        full_width, full_height = image.size
-    # `scale` rounds up to whole pixels: the last row and column may lie partly outside the original.
-    inner = (full_width / scale, full_height / scale)
     rgb = _to_rgb(image)
     turn = _TURNS.get(_orientation(image))
+    upright = rgb if turn is None else rgb.transpose(turn.transpose)
+    if scale == 1:
+        box = (0.0, 0.0, float(upright.width), float(upright.height))
+        return Picture(upright, width=upright.width, height=upright.height, box=box, drafted=False)
+    # A draft rounds up to whole pixels: its last row and column may lie partly outside the original.
+    inner = (width / scale, height / scale)
     if turn is None:
-        box = (0.0, 0.0, *inner)
-    else:
-        box = _turn_box(inner, turn, rgb.size)
-        rgb = rgb.transpose(turn.transpose)
-        if turn.swap:
-            full_width, full_height = full_height, full_width
-    return Picture(image=rgb, width=full_width, height=full_height, box=box, drafted=scale > 1)
+        return Picture(upright, width=width, height=height, box=(0.0, 0.0, *inner), drafted=True)
+    if turn.swap:
+        width, height = height, width
+    box = _turn_box(inner, turn, rgb.size)
+    return Picture(upright, width=width, height=height, box=box, drafted=True)
 
 
 # ---------------------------------------------------------------- size

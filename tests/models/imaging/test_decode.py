@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from skimage import data as pictures
 
 from models.errors import (
@@ -269,6 +270,14 @@ def test_garbage_in_the_metadata_does_not_cost_the_picture(garbage: bytes) -> No
     plain = encode(photo(), "image/jpeg")
     segment = b"\xff\xe1" + struct.pack(">H", len(garbage) + 2) + garbage
     assert np.array_equal(pixels(plain[:2] + segment + plain[2:]), pixels(plain))
+
+
+@pytest.mark.parametrize("profile", ["exif\n 4\nzzzz", "", "exif\n 8\n4d4d002a"])
+def test_garbage_in_a_text_chunk_does_not_cost_the_picture(profile: str) -> None:
+    text = PngInfo()
+    text.add_text("Raw profile type exif", profile)
+    data = encode(photo(), "image/png", pnginfo=text)
+    assert np.array_equal(pixels(data), np.asarray(photo()))
 
 
 # ---------------------------------------------------------------- draft
