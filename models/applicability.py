@@ -54,4 +54,11 @@ def _needs_closed_form(facts: ModelFacts) -> str | None:
 
 
 _FAMILY_RULES: dict[Family, Rule] = {"gradient": _needs_map, "activation": _needs_map}
-_METHOD_RULES: dict[str, Rule] = {"cam": _needs_closed_form}
+_METHOD_RULES: dict[str, Rule] = {
+    "cam": _needs_closed_form,
+    "scorecam": _needs_map,
+    "ss_cam": _needs_map,
+    "is_cam": _needs_map,
+    "ablationcam": _needs_map,
+    "guided_gradcam": _needs_map,
+}
