@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.types import ClassRef, ClassScore, Target, Task
 
@@ -39,8 +39,20 @@ def probabilities(scores: Tensor, task: Task) -> Tensor:
 
     The two scores of a single logit, (-z, z), are told from those of two logits by their being opposite.
     """
+    return scores.sigmoid() if _independent(scores, task) else scores.softmax(1)
+
+
+def log_probabilities(scores: Tensor, task: Task) -> Tensor:
+    """Logarithms of `probabilities`, finite and with a gradient however small the probability."""
+    if _independent(scores, task):
+        return nn.functional.logsigmoid(scores)
+    return scores.log_softmax(1)
+
+
+def _independent(scores: Tensor, task: Task) -> bool:
+    """Whether each class has a probability of its own."""
     single_logit = task == "binary" and torch.equal(scores[:, 0], -scores[:, 1])
-    return scores.sigmoid() if single_logit or task == "multi_label" else scores.softmax(1)
+    return single_logit or task == "multi_label"
 
 
 def resolve_ranks(targets: Sequence[Target], order: Sequence[int]) -> tuple[ResolvedTarget, ...]:

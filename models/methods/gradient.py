@@ -1,18 +1,31 @@
-"""Methods that need one (activation, gradient) pair: all of them together cost one pass.
+"""Methods that need (activation, gradient) pairs of a layer.
 
-Each function takes a `Capture` and returns float32 maps (N, T, h, w), not normalised. Notation: A_k is channel k of
-the activation, Z its number of pixels, g the gradient of the score, S_k = sum_ij A_kij. Where the gradient is the
-same at every position (shape (N, T, K, 1, 1)) sums over positions are done in closed form.
+Those that need one pair cost one pass all together: each function takes a `Capture` and returns float32 maps
+(N, T, h, w), not normalised. The others are generators of steps for one `Subject` and return maps (T, h, w).
+Notation: A_k is channel k of the activation, Z its number of pixels, g the gradient of the score,
+S_k = sum_ij A_kij. Where the gradient is the same at every position (shape (N, T, K, 1, 1)) sums over positions are
+done in closed form; where it is a row of a linear layer, the generators need no step.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from models.capture import Capture
+from models.errors import MethodNotApplicable
+from models.methods._fullgrad import decompose, obstacle
+from models.methods._heads import linear_head
+from models.methods._shapley import curved_weights, linear_curved_weights
+from models.steps import Exclusive, LayerGradient, Steps, Subject
+from models.targets import ResolvedTarget, ScoreWeights
 
 _SPACE = (-2, -1)
+_NOISE = 0.15
+_FINER_SHARE = 0.6
+_FINER_REFERENCES = 3
 
 
 def cam(capture: Capture) -> Tensor:
@@ -78,6 +91,143 @@ def hirescam(capture: Capture) -> Tensor:
 def layercam(capture: Capture) -> Tensor:
     """LayerCAM (Jiang et al. 2021, eq. 6 and 7)."""
     return _inner(_gradient(capture).relu(), capture.activation).relu_()
+
+
+def gradcam_elementwise(capture: Capture) -> Tensor:
+    """Grad-CAM element-wise of pytorch-grad-cam: sum_k ReLU(g_k * A_k), LayerCAM's on layers without negative values.
+
+    Where the gradient is constant, ReLU(g_k A_k) = ReLU(g_k) ReLU(A_k) + ReLU(-g_k) ReLU(-A_k).
+    """
+    gradient, activation = _gradient(capture), capture.activation
+    if gradient.shape[-2:] == (1, 1):
+        evidence = _inner(gradient.relu(), activation.relu())
+        return evidence.add_(_inner((-gradient).relu(), (-activation).relu()))
+    return (gradient * activation[:, None]).relu_().sum(2)
+
+
+def smooth_gradcam_plus_plus(subject: Subject) -> Steps:
+    """Smooth Grad-CAM++ (Omeiza et al. 2019): Grad-CAM++ with derivatives averaged over noisy inputs.
+
+    D_p is the mean over the samples of g^p, alpha = D_2 / (2 D_2 + S D_3), w_k = sum_ij alpha ReLU(D_1), and A and
+    S_k are those of the clean image. The paper prints D_1 in alpha's numerator, where Grad-CAM++, which this becomes
+    without noise, has the second derivative. The noise is normal, with 0.15 of the input's range as standard
+    deviation, the same for every target. Where the gradient does not depend on the input (a linear head), this is
+    Grad-CAM++ and needs no step.
+    """
+    capture = _captured(subject)
+    if linear_head(subject) is not None:
+        return gradcam_plus_plus(capture)[0]
+    inputs, random = subject.inputs, subject.generator()
+    deviation = _NOISE * (inputs.amax() - inputs.amin())
+    size = max(1, subject.chunk // len(subject.targets))
+    moments = capture.activation.new_zeros(3, len(subject.targets), *capture.activation.shape[1:])
+    for start in range(0, subject.samples, size):
+        count = min(size, subject.samples - start)
+        # Drawn one by one: the noise of a sample does not depend on the chunk it is in.
+        noise = torch.cat([torch.randn(inputs.shape, generator=random) for _ in range(count)])
+        noisy = inputs + deviation * noise.to(inputs)
+        pair: Capture = yield LayerGradient(noisy, subject.layer, subject.targets)
+        powers = [_gradient(pair).pow(p).sum(0) for p in (1, 2, 3)]
+        moments += torch.stack(powers) / subject.samples
+    first, second, third = moments
+    denominator = 2 * second + capture.activation.sum(_SPACE)[0, :, None, None] * third
+    steady = denominator.abs() > 1e-6 * second
+    alpha = second / torch.where(steady, denominator, torch.inf)
+    weights = (alpha * first.relu()).sum(_SPACE)
+    return _weighted_sum(weights[None], capture.activation)[0].relu_()
+
+
+def finercam(subject: Subject) -> Steps:
+    """Finer-CAM (Zhang et al. 2025): Grad-CAM of y_c - 0.6 mean_d y_d, d the 3 classes closest to c in score.
+
+    Of classes that are equally close the lower index comes first. A target that names what it is held against keeps
+    those classes as its d. A linear head needs no step.
+    """
+    capture = _captured(subject)
+    plain = [ResolvedTarget(target.cls) for target in subject.targets]
+    held = [_against_closest(target, subject.logits) for target in subject.targets]
+    linear = linear_head(subject)
+    if linear is not None:
+        rows = [ScoreWeights([t], linear.device).of_rows(linear) for t in (plain, held)]
+        alone, contrast = (row / _pixels(capture) for row in rows)
+    else:
+        # The pass has given one of the two gradients already: of targets as they were named.
+        missing = [
+            p if t.against else h for t, p, h in zip(subject.targets, plain, held, strict=True)
+        ]
+        pair: Capture = yield LayerGradient(subject.inputs, subject.layer, tuple(missing))
+        known, other = (gradcam_weights(c) for c in (capture, pair))
+        named = torch.tensor([bool(t.against) for t in subject.targets], device=known.device)
+        alone = torch.where(named[:, None], other, known)
+        contrast = torch.where(named[:, None], known, other)
+    # d(y_c - s mean y_d) = (1 - s) dy_c + s d(y_c - mean y_d)
+    weights = (1 - _FINER_SHARE) * alone + _FINER_SHARE * contrast
+    return _weighted_sum(weights, capture.activation)[0].relu_()
+
+
+def shapleycam(subject: Subject) -> Steps:
+    """ShapleyCAM (Cai 2025): M = ReLU(sum_k w_k A_k), w_k = mean_ij (g - H A / 2)_kij.
+
+    g and H are gradient and Hessian of the paper's default utility, ReST: the score plus the logarithm of its
+    class's probability, u = y_c + log p_c. H A is a Hessian-vector product through what follows the layer. A linear
+    head needs no step.
+    """
+    capture = _captured(subject)
+    linear = linear_head(subject)
+    if linear is not None:
+        weights = linear_curved_weights(subject, linear)
+    else:
+        parts = []
+        for start in range(0, len(subject.targets), subject.chunk):
+            targets = subject.targets[start : start + subject.chunk]
+            run = partial(curved_weights, subject, targets)
+            parts.append((yield Exclusive(run, cost=6 * len(targets))))
+        weights = torch.cat(parts)
+    return _weighted_sum(weights[None], capture.activation)[0].relu_()
+
+
+def fullgrad(subject: Subject) -> Steps:
+    """FullGrad (Srinivas and Fleuret 2019, eq. 4 and 8), of the input's size, whatever the layer.
+
+    M = psi(x * dx y) + sum over layers of psi(b * g): b the biases of convolutions and the implicit biases
+    beta - gamma mean / sqrt(var + eps) of batch-norms, g the gradient where the bias is added; psi = sum over
+    channels of the bilinearly upsampled |.|, scaled to [0, 1] by the least and greatest value of all channels of the
+    layer. Biases of linear layers have no place and are left out of the map.
+
+    Raises:
+        MethodNotApplicable: the model has biases of other kinds, as those of layer norms.
+    """
+    reason = obstacle(subject.warm.module)
+    if reason is not None:
+        raise MethodNotApplicable(f"FullGrad cannot explain this model: {reason}.")
+    parts = []
+    for start in range(0, len(subject.targets), subject.chunk):
+        targets = subject.targets[start : start + subject.chunk]
+        parts.append((yield Exclusive(partial(_fullgrad, subject, targets), cost=3 * len(targets))))
+    return torch.cat(parts)
+
+
+def _fullgrad(subject: Subject, targets: tuple[ResolvedTarget, ...]) -> Tensor:
+    return decompose(subject, targets).maps
+
+
+def _against_closest(target: ResolvedTarget, logits: Tensor) -> ResolvedTarget:
+    """The target, held against the classes closest to its own in score unless it names others."""
+    if target.against:
+        return target
+    distance = (logits - logits[target.cls]).abs()
+    distance[target.cls] = torch.inf
+    closest = distance.sort(stable=True).indices[: min(_FINER_REFERENCES, len(logits) - 1)]
+    return ResolvedTarget(target.cls, tuple(closest.tolist()))
+
+
+def _captured(subject: Subject) -> Capture:
+    """The explained layer's pair, for the subject's own targets: its batch may have had more."""
+    capture, count = subject.capture, len(subject.targets)
+    if capture is None:
+        raise ValueError("the method explains a layer")
+    gradient = _gradient(capture)[:, :count]
+    return Capture(capture.layer, capture.activation, gradient, capture.score[:, :count])
 
 
 def _gradient(capture: Capture) -> Tensor:

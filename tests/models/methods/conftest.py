@@ -69,10 +69,12 @@ class Drive:
 
     def _check(self, step: Step, subject: Subject) -> None:
         self.taken.append(step)
-        images = step.cost if isinstance(step, Exclusive) else len(step.inputs)
-        assert images > 0
-        # What an exclusive step does is its own affair; its cost must still be honest about backward passes.
-        assert images <= subject.chunk * (3 if isinstance(step, Exclusive) else 1)
+        assert step.cost > 0
+        if isinstance(step, Exclusive):
+            # A chunk of images that are differentiated twice costs as much as six.
+            assert step.cost <= 6 * subject.chunk
+        else:
+            assert 0 < len(step.inputs) <= subject.chunk
 
 
 def _job(subject: Subject, name: str) -> Job:
@@ -122,13 +124,14 @@ def _capture(
     *,
     layout=None,
     interventions=(),
+    task: str = "single_label",
 ) -> Capture:
     weights = ScoreWeights([_resolved(targets)] * len(x), x.device)
     layouts = {layer: layout}
     taps = [Tap(layer, "output"), Tap(layer, "grad_output")]
     changes = changes_for(layouts, [interventions] * len(x))
     with Extractor(net, taps, changes=changes) as extractor:
-        scores = weights.of(extractor.forward(x).float())
+        scores = weights.of(class_scores(extractor.forward(x), task)[0])
         gradients = []
         for t in range(weights.width):
             extractor.backward(scores[:, t].sum(), again=True)
@@ -182,7 +185,13 @@ def _subject(
     capture = None
     if layer:
         capture = _capture(
-            net, x, layer, targets, layout=layouts[layer], interventions=interventions
+            net,
+            x,
+            layer,
+            targets,
+            layout=layouts[layer],
+            interventions=interventions,
+            task=task,
         )
     if capture and warm.head.closed_form and not interventions:
         capture = _closed_form(capture, warm, _resolved(targets))

@@ -1,0 +1,148 @@
+"""The full-gradient decomposition of a score: the part of the input, and the part of every bias."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from models.extractor import Extractor, Tap
+from models.steps import Subject
+from models.targets import ResolvedTarget, ScoreWeights, class_scores
+from models.types import Kind
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """What a score is made of.
+
+    Attributes:
+        maps: float32 (n, H, W), FullGrad's sum over all parts that have a place.
+        total: float32 (n,), sum of x * dx y and of all b * g, those of linear layers included. For networks that
+            are linear piece by piece and whose pieces pass through zero (ReLU, max pooling) it is the score itself.
+        scores: float32 (n,), the scores.
+    """
+
+    maps: Tensor
+    total: Tensor
+    scores: Tensor
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A bias and the tensor to which it is added, where the pass can be tapped."""
+
+    layer: str
+    kind: Kind
+    bias: Tensor
+    channels_last: bool
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """Why a model's biases cannot all be accounted for; None if they can.
+
+    Known are the biases of convolutions and linear layers and the implicit ones of batch-norms.
+    """
+    for child in module.modules():
+        biased = any("bias" in name for name, _ in child.named_parameters(recurse=False))
+        if biased and not isinstance(child, (_ConvNd, nn.Linear, _BatchNorm)):
+            kind = type(child).__name__
+            return (
+                f"it needs every bias in a convolution, linear layer or batch-norm; {kind} has one"
+            )
+    return None
+
+
+def decompose(subject: Subject, targets: Sequence[ResolvedTarget]) -> Decomposition:
+    """Decompose the scores of n targets by one pass of n copies of the image and one backward pass.
+
+    Gradients are reduced as they appear, so that memory is that of the pass.
+    """
+    inputs = subject.inputs.expand(len(targets), -1, -1, -1)
+    leaf = inputs.clone(memory_format=torch.channels_last).requires_grad_()
+    parts = _Parts(len(targets), leaf)
+    taps = [
+        Tap(place.layer, place.kind, parts.taker(place), shares_memory=False)
+        for place in _places(subject.warm.module)
+    ]
+    changes = subject.changes(len(targets))
+    with Extractor(subject.warm.module, taps, changes=changes, tensor_hooks_only=True) as extractor:
+        # Not the leaf itself: a model may work on its input in place.
+        scores, _ = class_scores(extractor.forward(leaf.clone(), graph=True), subject.warm.task)
+        weights = ScoreWeights([[target] for target in targets], scores.device)
+        chosen = weights.of(scores)[:, 0]
+        (gradient,) = torch.autograd.grad(chosen.sum(), leaf)
+    parts.add(gradient.float() * leaf.detach().float())
+    return Decomposition(parts.maps, parts.total, chosen.detach())
+
+
+class _Parts:
+    """Sums of the parts seen so far."""
+
+    def __init__(self, count: int, inputs: Tensor) -> None:
+        self.maps = torch.zeros(count, *inputs.shape[-2:], device=inputs.device)
+        self.total = torch.zeros(count, device=inputs.device)
+
+    def taker(self, place: _Place) -> Callable[[Tensor], None]:
+        """What a tap at a place calls with the gradient there; once for each call of a shared module."""
+
+        def take(gradient: Tensor) -> None:
+            if place.channels_last:
+                self.total += (gradient.float() * place.bias).flatten(1).sum(1)
+            else:
+                shape = (1, -1, *[1] * (gradient.ndim - 2))
+                self.add(gradient.float() * place.bias.view(shape))
+
+        return take
+
+    def add(self, part: Tensor) -> None:
+        """Add a part (n, channels, h, w), or (n, channels) which has no place."""
+        self.total += part.flatten(1).sum(1)
+        if part.ndim == 4:
+            rescaled = _unit(part.abs()).sum(1, keepdim=True)
+            self.maps += nn.functional.interpolate(
+                rescaled, self.maps.shape[-2:], mode="bilinear", align_corners=False
+            )[:, 0]
+
+
+def _unit(magnitudes: Tensor) -> Tensor:
+    """Scaled to [0, 1] by the least and greatest value of each image; zero where they are the same."""
+    low = magnitudes.amin((1, 2, 3), keepdim=True)
+    span = magnitudes.amax((1, 2, 3), keepdim=True) - low
+    return (magnitudes - low) / torch.where(span > 0, span, torch.inf)
+
+
+def _places(module: nn.Module) -> list[_Place]:
+    """Every bias of a model and where it is added."""
+    places = []
+    kind: Kind
+    for name, child in module.named_modules():
+        if isinstance(child, _BatchNorm):
+            bias = _implicit_bias(child)
+            # timm's batch-norms hold an activation: what goes into their first child is the normalised tensor.
+            inner = next((inner for inner, _ in child.named_children()), None)
+            layer, kind = (
+                (name, "grad_output") if inner is None else (f"{name}.{inner}", "grad_input")
+            )
+        elif isinstance(child, (_ConvNd, nn.Linear)):
+            bias, layer, kind = child.bias, name, "grad_output"
+        else:
+            continue
+        if bias is not None:
+            places.append(_Place(layer, kind, bias.detach().float(), isinstance(child, nn.Linear)))
+    return places
+
+
+def _implicit_bias(norm: _BatchNorm) -> Tensor | None:
+    """What a batch-norm adds to gamma / sqrt(var + eps) times its input; None if it normalises by its input."""
+    if norm.running_mean is None or norm.running_var is None:
+        return None
+    mean, variance = norm.running_mean.float(), norm.running_var.float()
+    bias = -mean * (variance + norm.eps).rsqrt()
+    if not norm.affine:
+        return bias
+    return norm.bias.detach().float() + norm.weight.detach().float() * bias
