@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 from skimage import data as pictures
 
 from models.errors import (
@@ -277,6 +277,18 @@ def test_garbage_in_a_text_chunk_does_not_cost_the_picture(profile: str) -> None
     text = PngInfo()
     text.add_text("Raw profile type exif", profile)
     data = encode(photo(), "image/png", pnginfo=text)
+    assert np.array_equal(pixels(data), np.asarray(photo()))
+
+
+def test_metadata_that_cannot_be_read_does_not_cost_the_picture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def getexif(self: Image.Image) -> Image.Exif:
+        raise ValueError
+
+    data = encode(photo(), "image/png", exif=oriented(3))
+    monkeypatch.setattr(Image.Image, "getexif", getexif)
+    monkeypatch.setattr(PngImageFile, "getexif", getexif)
     assert np.array_equal(pixels(data), np.asarray(photo()))
 
 
