@@ -29,8 +29,15 @@ def scorecam(subject: Subject) -> Steps:
     M = ReLU(sum_k w_k A_k), w = softmax over channels of y_c(X * H_k), H_k = minmax(upsample(A_k)). Scores are
     logits; the score of the baseline image, subtracted in the paper, cancels in the softmax. Constant channels make
     no mask and have weight 0.
+
+    One forward for each channel is most of what this costs. If `samples` says so, only that many channels of most
+    energy (sum of squares) take part, the others have weight 0: an approximation of the paper's map.
     """
-    return _score_weighted(subject, [lambda masks: masks])
+    channels = varying_channels(_activation(subject))
+    if 0 < subject.samples < len(channels):
+        energy = _activation(subject)[channels].square().sum((1, 2))
+        channels = channels[energy.argsort(descending=True, stable=True)[: subject.samples]]
+    return _score_weighted(subject, channels, [lambda masks: masks])
 
 
 def ss_cam(subject: Subject) -> Steps:
@@ -39,7 +46,8 @@ def ss_cam(subject: Subject) -> Steps:
     y_k = mean over N samples of y_c(X * (H_k + noise)), noise ~ N(0, 2^2) at every pixel. The same N fields of noise
     are laid over every channel's mask, so that channels differ by their masks alone.
     """
-    return _score_weighted(subject, _noises(subject))
+    channels = varying_channels(_activation(subject))
+    return _score_weighted(subject, channels, _noises(subject))
 
 
 def is_cam(subject: Subject) -> Steps:
@@ -48,7 +56,8 @@ def is_cam(subject: Subject) -> Steps:
     y_k = mean over i = 1 … N of y_c((i / N) X * H_k).
     """
     shares = [(i + 1) / subject.samples for i in range(subject.samples)]
-    return _score_weighted(subject, (_scaling(share) for share in shares))
+    channels = varying_channels(_activation(subject))
+    return _score_weighted(subject, channels, (_scaling(share) for share in shares))
 
 
 def ablationcam(subject: Subject) -> Steps:
@@ -117,31 +126,40 @@ def rise(subject: Subject) -> Steps:
     return maps.view(-1, height, width) / (subject.samples * KEPT)
 
 
-def _score_weighted(subject: Subject, rounds: Iterable[Callable[[Tensor], Tensor]]) -> Steps:
-    """sum_k softmax_k(y_k) A_k, y_k the mean over rounds of the score under channel k's mask, changed by the round."""
-    assert subject.capture is not None
-    activation = subject.capture.activation[0]
-    channels = varying_channels(activation)
+def _score_weighted(
+    subject: Subject, channels: Tensor, rounds: Iterable[Callable[[Tensor], Tensor]]
+) -> Steps:
+    """sum_k softmax_k(y_k) A_k over `channels`, y_k the mean over rounds of the score under k's mask.
+
+    A round says what is done to a mask before it is laid over the input.
+    """
+    activation = _activation(subject)[channels]
     if not len(channels):
         return activation.new_zeros(len(subject.targets), *activation.shape[1:])
     scores, count = activation.new_zeros(len(channels), len(subject.targets)), 0
     for change in rounds:
-        scores += yield from _round(subject, activation, channels, change)
+        scores += yield from _round(subject, activation, change)
         count += 1
     weights = (scores / count).softmax(0)
-    return torch.einsum("kt,khw->thw", weights, activation[channels]).relu_()
+    return torch.einsum("kt,khw->thw", weights, activation).relu_()
 
 
 def _round(
-    subject: Subject, activation: Tensor, channels: Tensor, change: Callable[[Tensor], Tensor]
+    subject: Subject, activation: Tensor, change: Callable[[Tensor], Tensor]
 ) -> Generator[Step, Any, Tensor]:
-    """Scores (K', T) of the input under each channel's mask."""
+    """Scores (K, T) of the input under the mask of each channel of (K, h, w)."""
     height, width = subject.inputs.shape[2:]
     scores = []
-    for part in channels.split(subject.chunk):
-        masks = change(unit_masks(activation[part], (height, width)))
+    for part in activation.split(subject.chunk):
+        masks = change(unit_masks(part, (height, width)))
         scores.append(subject.scores((yield Forward(_masked(subject, masks)))))
     return torch.cat(scores)
+
+
+def _activation(subject: Subject) -> Tensor:
+    """The explained layer's channels, (K, h, w)."""
+    assert subject.capture is not None
+    return subject.capture.activation[0]
 
 
 def _masked(subject: Subject, masks: Tensor) -> Tensor:

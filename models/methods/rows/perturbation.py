@@ -7,7 +7,8 @@ ROWS = (
         name="scorecam",
         title="Score-CAM",
         paper="Wang et al. 2020, arXiv:1910.01279",
-        formula="M = ReLU(sum_k w_k A_k), w = softmax_k(y_c(X * H_k)), H_k = minmax(upsample(A_k))",
+        formula="M = ReLU(sum_k w_k A_k), w = softmax_k(y_c(X * H_k)), H_k = minmax(upsample(A_k)); "
+        "k: all channels that are not constant, or the `samples` of most energy",
         family="perturbation",
         needs_gradients=False,
         signed=False,

@@ -165,6 +165,16 @@ def test_scorecam_leaves_constant_channels_out(drive, subject_of, flat_net, imag
     assert torch.equal(empty, torch.zeros(1, 4, 4))
 
 
+def test_scorecam_of_the_strongest_channels(drive, subject_of, flat_net, images):
+    subject = subject_of(flat_net, images[0], [1, 4], "body", samples=2)
+    activation = subject.capture.activation[0]
+    strongest = sorted(range(6), key=lambda k: -float(activation[k].square().sum()))[:2]
+    found = drive(implementation("scorecam")(subject), subject)
+    assert sum(len(step.inputs) for step in drive.taken) == 2
+    activation[[k for k in range(6) if k not in strongest]] = 0.0
+    torch.testing.assert_close(found, drive(implementation("scorecam")(subject), subject))
+
+
 def test_masks_reach_both_ends():
     channels = torch.randn(5, 3, 7, generator=torch.Generator().manual_seed(0)) * 1e-4 - 3
     masks = unit_masks(channels, (24, 56))
