@@ -75,7 +75,7 @@ def timms(image: Image.Image, size: tuple[int, int], **options: object) -> np.nd
 
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize(("resize", "crop"), [(256, 224), (232, 224), (64, 64), (40, 57)])
+@pytest.mark.parametrize(("resize", "crop"), [(256, 224), (40, 57)])
 def test_torchvisions_presets(
     interpolation: str, size: tuple[int, int], resize: int, crop: int
 ) -> None:
@@ -107,7 +107,7 @@ def test_any_size_equals_torchvision(
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", SIZES[:4], ids=str)
 @pytest.mark.parametrize(("side", "crop_pct"), [(224, 0.875), (224, 0.95), (240, 0.9), (64, 1.0)])
 def test_timms_centre_mode(
     interpolation: str, size: tuple[int, int], side: int, crop_pct: float
