@@ -6,7 +6,7 @@ What depends on the model that answers (labels, layers, methods that apply) is r
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -26,6 +26,7 @@ Measure = Literal["average_drop", "increase", "deletion", "insertion", "road"]
 MAX_TARGETS = 16
 _MAX_AGAINST = 1000
 _MAX_NAME = 512
+_MAX_FIELD = 64
 
 _CLASS_SCHEMA: dict[str, Any] = {
     "anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "minLength": 1}]
@@ -221,13 +222,9 @@ def validate(model: type[OptionsT], values: Mapping[str, Any], *, prefix: str = 
         return model.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join([*([prefix] if prefix else []), *_path(first["loc"])])
+        path = [prefix] if prefix else []
+        field = ".".join([*path, *(str(part)[:_MAX_FIELD] for part in first["loc"])])
         raise InvalidOption(_explain(first, model), field=field or None) from None
-
-
-def _path(loc: Iterable[int | str]) -> list[str]:
-    # What pydantic adds to the path for unions is bracketed or names a type; ours are words and numbers.
-    return [str(part)[:64] for part in loc if isinstance(part, int) or re.fullmatch(r"\w+", part)]
 
 
 _SENTENCES: Mapping[str, str] = {

@@ -246,5 +246,5 @@ def _count(operation: Operation, options: JobOptions) -> int:
 
 def _natural(version: str) -> list[tuple[int, int | str]]:
     """Sort key by which version 10 comes after version 9."""
-    parts = re.findall(r"[0-9]+|[^0-9]+", version)
+    parts = re.findall(r"[0-9]+|[A-Za-z]+|[^0-9A-Za-z]+", version)
     return [(1, int(part)) if part.isdecimal() else (0, part) for part in parts]
