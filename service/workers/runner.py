@@ -66,6 +66,10 @@ class Runner:
         else:
             results = self._attempt(engine.run, [e.job for e in batch.entries], batch)
         self._post_end(results)
+        if any(isinstance(r, Failure) and r.code == Overloaded.code for r in results):
+            self._largest_fit = (
+                None  # one job is too large by itself: smaller batches would not help
+            )
         return results
 
     def canary(self, info: ModelInfo) -> bool:
