@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.answers import Answers
 from models.capture import Capture
@@ -43,6 +43,14 @@ class Pending:
     def cost(self) -> int:
         """Images that the next step is worth."""
         return self.step.cost
+
+    @property
+    def module(self) -> nn.Module:
+        """The model's module that the next step runs on."""
+        layers = [change.layer for change in self.job.options.interventions]
+        if isinstance(self.step, LayerGradient):
+            layers.append(self.step.layer)
+        return self.warm.module_for(layers)
 
     def resume(self, result: Any) -> Outcome | Failure | Pending:
         """Hand the step's result on; returns the outcome, or itself with its next step."""
@@ -95,28 +103,37 @@ class Engine:
         Returns:
             One entry for each, as in `run`.
         """
+        execute: dict[type[Step], Callable[[Sequence[Pending]], list[Any]]] = {
+            Forward: self._forward,
+            InputGradient: self._input_gradient,
+            LayerGradient: self._layer_gradient,
+            Exclusive: self._exclusive,
+        }
+        groups: dict[tuple[type[Step], nn.Module], list[Pending]] = {}
+        for p in pending:
+            groups.setdefault((type(p.step), p.module), []).append(p)
         results: dict[int, Any] = {}
-        for kind, execute in (
-            (Forward, self._forward),
-            (InputGradient, self._input_gradient),
-            (LayerGradient, self._layer_gradient),
-            (Exclusive, self._exclusive),
-        ):
-            group = [p for p in pending if isinstance(p.step, kind)]
-            if group:
-                results |= dict(zip(map(id, group), execute(group), strict=True))
+        for (kind, _), group in groups.items():
+            results |= dict(zip(map(id, group), execute[kind](group), strict=True))
         return [p.resume(results[id(p)]) for p in pending]
 
-    def _answer(self, warm: WarmModel, jobs: Sequence[Job]) -> list[Outcome | Failure | Pending]:
-        if not jobs:
-            return []
-        answers = Answers(warm, jobs, run_trunk(warm, jobs))
-        return [_start(job, warm, answers.steps(row)) for row, job in enumerate(jobs)]
+    @staticmethod
+    def _answer(warm: WarmModel, jobs: Sequence[Job]) -> list[Outcome | Failure | Pending]:
+        """One pass for all jobs, or one for each module they need where a model has a faster twin."""
+        parts: dict[nn.Module, list[int]] = {}
+        for i, job in enumerate(jobs):
+            parts.setdefault(warm.module_for(_layers(job)), []).append(i)
+        answered: dict[int, Outcome | Failure | Pending] = {}
+        for module, rows in parts.items():
+            part = [jobs[i] for i in rows]
+            answers = Answers(warm, part, run_trunk(warm, part, module))
+            answered |= {i: _start(jobs[i], warm, answers.steps(r)) for r, i in enumerate(rows)}
+        return [answered[i] for i in range(len(jobs))]
 
     @staticmethod
     def _forward(group: Sequence[Pending]) -> list[Tensor]:
         inputs, sizes, changes = _merge(group)
-        with Extractor(group[0].warm.module, [], changes=changes) as extractor:
+        with Extractor(group[0].module, [], changes=changes) as extractor:
             logits, _ = class_scores(extractor.forward(inputs), group[0].warm.task)
         return list(logits.split(sizes))
 
@@ -125,7 +142,7 @@ class Engine:
         inputs, sizes, changes = _merge(group)
         steps = [p.step for p in group if isinstance(p.step, InputGradient)]
         targets = [target for step in steps for target in step.targets]
-        with Extractor(group[0].warm.module, [], changes=changes) as extractor:
+        with Extractor(group[0].module, [], changes=changes) as extractor:
             leaf = inputs.detach().requires_grad_()
             logits, _ = class_scores(extractor.forward(leaf, graph=True), group[0].warm.task)
             scores = ScoreWeights([[t] for t in targets], logits.device).of(logits)[:, 0]
@@ -141,7 +158,7 @@ class Engine:
             [s.targets for s, n in zip(steps, sizes, strict=True) for _ in range(n)], inputs.device
         )
         layers = list(dict.fromkeys(step.layer for step in steps))
-        with Extractor(warm.module, _pair_taps(warm, layers), changes=changes) as extractor:
+        with Extractor(group[0].module, _pair_taps(warm, layers), changes=changes) as extractor:
             logits, _ = class_scores(extractor.forward(inputs), warm.task)
             scores = weights.of(logits)
             activations = {layer: extractor.caught(layer, "output") for layer in layers}
@@ -194,6 +211,11 @@ def _start(
     except HeatlensError as error:
         return failure(job, error)
     return Pending(job, warm, steps, first)
+
+
+def _layers(job: Job) -> list[str]:
+    """Layers that the job's trunk pass taps or changes."""
+    return [*job.options.layers, *(change.layer for change in job.options.interventions)]
 
 
 def _fault(job: Job, warm: WarmModel) -> Failure | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.capture import Capture
 from models.extractor import Extractor, InplaceConflict, Tap
@@ -62,35 +62,35 @@ class _Kept:
 _Catches = dict[Place, _Kept | None]
 
 
-def run_trunk(warm: WarmModel, jobs: Sequence[Job]) -> Trunk:
+def run_trunk(warm: WarmModel, jobs: Sequence[Job], module: nn.Module) -> Trunk:
     """Run the one pass that answers a batch of jobs.
 
     Args:
         warm: the model.
         jobs: N jobs for it, their inputs of its input size.
+        module: the model's module that serves the layers of all jobs.
     """
     wishes = _wishes(warm, jobs)
     inputs = warm.normalise(torch.stack([torch.from_numpy(job.input) for job in jobs]))
     try:
-        return _run(warm, jobs, inputs, wishes)
+        return _run(warm, jobs, module, (inputs, wishes))
     except InplaceConflict:
-        return _run(warm, jobs, inputs, wishes, tensor_hooks_only=True)
+        return _run(warm, jobs, module, (inputs, wishes), tensor_hooks_only=True)
 
 
 def _run(
     warm: WarmModel,
     jobs: Sequence[Job],
-    inputs: Tensor,
-    wishes: dict[Place, _Wish],
+    module: nn.Module,
+    wanted: tuple[Tensor, dict[Place, _Wish]],
     *,
     tensor_hooks_only: bool = False,
 ) -> Trunk:
+    inputs, wishes = wanted
     taps = [_tap(warm, place, wish) for place, wish in wishes.items()]
     changes = changes_for(warm.layouts, [job.options.interventions for job in jobs])
     gradients = [place for place in wishes if place[1].startswith("grad_")]
-    with Extractor(
-        warm.module, taps, changes=changes, tensor_hooks_only=tensor_hooks_only
-    ) as extractor:
+    with Extractor(module, taps, changes=changes, tensor_hooks_only=tensor_hooks_only) as extractor:
         logits, probabilities = class_scores(extractor.forward(inputs), warm.task)
         targets = _ranked(jobs, logits.detach())
         weights = ScoreWeights(targets, logits.device)

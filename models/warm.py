@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 
@@ -21,18 +21,15 @@ from models.layers import (
     has_gradient,
     layer_infos,
 )
+from models.preparation.precision import DTYPES
+from models.preparation.prepare import prepare_module
+from models.preparation.twin import Twin
 from models.probe import Trace, probe_batch, trace
 from models.sources import LoadedModel
-from models.types import LayerInfo, ModelCard, ModelInfo, Precision, Preprocess, Task
+from models.types import LayerInfo, ModelCard, ModelInfo, Preprocess, Task
 from models.warmup import BATCH_SIZES, best_batch, measure_latencies
 
 WARMUP_S = 1.5
-
-_DTYPES: dict[Precision, torch.dtype] = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,7 +39,9 @@ class WarmModel:
     Attributes:
         name: catalog name.
         version: version of that model.
-        module: eval mode, parameters frozen, channels_last, of `dtype`; (N, 3, H, W) → (N, outputs) scores.
+        module: eval mode, parameters frozen, channels_last, of `dtype`; (N, 3, H, W) → (N, outputs) scores. Every
+            layer of it can be tapped and changed.
+        twin: a faster module that gives the same tensors at some of the layers; None where there is none.
         device: where the module is.
         dtype: dtype of its parameters and input.
         scale: (1, 3, 1, 1) float32 on the device; the input is pixel · scale + shift, for pixels 0…255.
@@ -57,6 +56,7 @@ class WarmModel:
     name: str
     version: str
     module: nn.Module
+    twin: Twin | None = None
     device: torch.device
     dtype: torch.dtype
     scale: Tensor
@@ -89,6 +89,11 @@ class WarmModel:
             return None
         last = self.layouts.get(layer) is not None or len(known.output_shape) == 2
         return known.output_shape[-1 if last else 0]
+
+    def module_for(self, layers: Iterable[str]) -> nn.Module:
+        """The fastest module for a pass that taps or changes these layers."""
+        twin = self.twin
+        return self.module if twin is None or not twin.serves(layers) else twin.module
 
     def normalise(self, batch: Tensor) -> Tensor:
         """Turn pictures into the module's input.
@@ -129,28 +134,25 @@ def prepare(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARM
         layers=layer_infos(traced, layouts, target_layer=target),
         feature_layers=feature_layers(traced, layouts),
     )
-    dtype = _DTYPES[spec.precision]
+    prepared = prepare_module(loaded.module, probe, device=device, precision=spec.precision)
+    card = structs.replace(info.card, precision=prepared.precision, preparation=prepared.steps)
     scale, shift = _normalisation(loaded.preprocess)
     warm = WarmModel(
         name=spec.name,
         version=spec.version,
-        module=_placed(loaded.module, device, dtype),
+        module=prepared.module,
+        twin=prepared.twin,
         device=device,
-        dtype=dtype,
+        dtype=DTYPES[prepared.precision],
         scale=scale.to(device),
         shift=shift.to(device),
         task=spec.task,
         target_layer=target,
         head=head.to(device),
         layouts=layouts,
-        info=info,
+        info=structs.replace(info, card=card),
     )
     return _timed(warm, warmup_s)
-
-
-def _placed(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    placed: nn.Module = module.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
-    return placed
 
 
 def _target_layer(configured: str, traced: Trace, layouts: Layouts) -> str | None:
@@ -188,8 +190,6 @@ def _card(
         head=kind,
         closed_form=head.closed_form,
         methods=supported_methods(facts),
-        precision=spec.precision,
-        preparation=("channels_last",),
     )
 
 
@@ -208,7 +208,7 @@ def _timed(warm: WarmModel, warmup_s: float) -> WarmModel:
 
     @torch.inference_mode()
     def run(size: int) -> Tensor:
-        output: Tensor = warm.module(warm.normalise(pictures[:size]))
+        output: Tensor = warm.module_for(())(warm.normalise(pictures[:size]))
         return output
 
     if not bool(run(1).isfinite().all()):

@@ -38,7 +38,7 @@ class Large(nn.Module):
         return x * 1e6
 
 def overflowing():
-    return net(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4), Large())
+    return net(Large(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
 """
 
 
@@ -130,17 +130,26 @@ def test_a_configured_target_layer_is_used(registry):
 def test_half_precision(registry):
     registry.load(entry("pooled", precision="bf16"))
     model = registry.get("pooled", "1")
-    assert {p.dtype for p in model.module.parameters()} == {torch.bfloat16}
+    kinds = {name: p.dtype for name, p in model.module.named_parameters()}
+    assert {dtype for name, dtype in kinds.items() if name.startswith("0.")} == {torch.bfloat16}
+    # The layer that makes the scores stays in float32.
+    assert {dtype for name, dtype in kinds.items() if name[0] != "0"} == {torch.float32}
     made = model.normalise(torch.zeros(1, 24, 24, 3, dtype=torch.uint8))
     assert made.dtype == torch.bfloat16
     assert model.head.weight.dtype == torch.float32
     assert model.info.card.precision == "bf16"
 
 
-def test_scores_that_overflow_in_half_precision_are_noticed(registry):
-    registry.load(entry("overflowing"))
-    with pytest.raises(ModelLoadFailed, match="not finite on cpu in fp16"):
-        registry.load(entry("overflowing", version="2", precision="fp16"))
+def test_a_precision_that_spoils_the_scores_is_skipped_and_the_card_says_so(registry):
+    card = registry.load(entry("overflowing", precision="fp16")).card
+    assert card.precision == "fp32"
+    assert any(step.startswith("fp16 skipped") for step in card.preparation)
+
+
+def test_a_model_is_fused_and_the_card_says_so(registry):
+    card = registry.load(entry("pooled")).card
+    assert "1 fused convolutions" in card.preparation
+    assert registry.get("pooled", "1").twin.serves([card.target_layer])
 
 
 def test_a_broken_entry_leaves_what_was_loaded(registry):

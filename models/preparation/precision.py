@@ -1,0 +1,63 @@
+"""Casting a model to half precision, its last layer kept in float32, and what that costs in fidelity."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.types import Precision
+
+DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+LEAST_COSINE = 0.98
+"""Smallest cosine of scores and maps with those of float32 at which a precision is accepted."""
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in float32 whatever it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, features) of any dtype → (…, classes) float32."""
+        return nn.functional.linear(x.float(), self.weight, self.bias)
+
+
+def cast(module: nn.Module, dtype: torch.dtype, *, outputs: int) -> nn.Module:
+    """Cast a model; the linear layer that makes its scores stays in float32, since scores are compared.
+
+    Args:
+        module: float32, changed in place.
+        dtype: what the rest is cast to.
+        outputs: number of scores, by which that layer is found.
+    """
+    if dtype == torch.float32:
+        return module
+    last = [
+        name
+        for name, child in module.named_modules()
+        if type(child) is nn.Linear and child.out_features == outputs
+    ][-1:]
+    kept = {name: module.get_submodule(name) for name in last}
+    for name, linear in kept.items():
+        assert isinstance(linear, nn.Linear)
+        replacement = Float32Linear(
+            linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta"
+        )
+        replacement.weight, replacement.bias = linear.weight, linear.bias
+        parent, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, nn.Identity())
+        kept[name] = replacement.eval()
+    module.to(dtype)
+    for name, linear in kept.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, linear)
+    return module
+
+
+def cosine(found: Tensor, expected: Tensor) -> float:
+    """Smallest cosine, over the images of a batch, of centred values with those of float32."""
+    a, b = (t.float().flatten(1).cpu() for t in (found, expected))
+    a, b = (t - t.mean(1, keepdim=True) for t in (a, b))
+    return float(nn.functional.cosine_similarity(a, b).min())
