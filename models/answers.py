@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from msgspec import structs
 
 from models.capture import Capture
 from models.errors import InternalError
+from models.faithfulness import FaithfulnessTest
 from models.fuse import fuse
 from models.methods import METHODS, implementation, weights_implementation
 from models.noted import Noted
@@ -56,6 +58,8 @@ class Answers:
         explanations: list[Explanation] = []
         for name in job.options.methods:
             explanations += yield from self._explain(name, row)
+        if job.options.faithfulness:
+            explanations = yield from self._test(explanations, row)
         return Outcome(
             id=job.id,
             predictions=self._predictions[row][: job.options.top_k],
@@ -106,6 +110,25 @@ class Answers:
             for t, target in enumerate(targets)
             for layer, layer_maps in maps.items()
         ]
+
+    def _test(
+        self, explanations: Sequence[Explanation], row: int
+    ) -> Generator[Step, Any, list[Explanation]]:
+        """The explanations with their faithfulness measured."""
+        options = self._jobs[row].options
+        test = FaithfulnessTest(
+            names=options.faithfulness,
+            inputs=self._trunk.inputs[row : row + 1],
+            whole=self._trunk.probabilities[row],
+            task=self._warm.task,
+            chunk=self._warm.chunk,
+            seed=options.seed or 0,
+        )
+        tested = []
+        for explanation in explanations:
+            measured = yield from test.steps(explanation)
+            tested.append(structs.replace(explanation, faithfulness=measured))
+        return tested
 
     @staticmethod
     def _layers(name: str, job: Job) -> tuple[str, ...]:

@@ -45,15 +45,13 @@ def replayed_drops(subject: Subject) -> Generator[Step, Any, Tensor]:
     channels = activation.flatten(1).abs().amax(1).nonzero().flatten().tolist()
     if not channels:
         return drops
-    spread = False
-    if not subject.interventions:
-        spread = yield Exclusive(partial(_can_spread, subject, channels[0]), cost=1)
+    spread, whole = yield Exclusive(partial(_begin, subject, channels[0]), cost=2)
     rows = subject.chunk * (_POOLED_ROWS if spread and _pooled(subject) else 1)
     for first in range(0, len(channels), rows):
         part = channels[first : first + rows]
         step = partial(_replay, subject, part, spread=spread)
         logits = yield Exclusive(step, cost=min(len(part), subject.chunk))
-        drops[part] = subject.scores(subject.logits[None]) - subject.scores(logits)
+        drops[part] = whole - subject.scores(logits)
     return drops
 
 
@@ -62,17 +60,28 @@ def _pooled(subject: Subject) -> bool:
     return warm.head.kind == "gap" and subject.layer == warm.target_layer
 
 
-def _can_spread(subject: Subject, channel: int) -> bool:
-    """Whether the batch may grow at the layer: an untouched row must still answer as alone beside a changed one."""
-    try:
-        logits = _replay(subject, [_NONE, channel], spread=True)
-    except (RuntimeError, ValueError, IndexError, AssertionError):
-        return False  # what follows joins the layer's output to tensors of one row
-    if len(logits) != 2:
-        return False
-    tolerance = 1e-4 if subject.warm.dtype == torch.float32 else 2e-2
-    error = (logits[0] - subject.logits).abs().max()
-    return bool(error <= tolerance * subject.logits.abs().max())
+def _begin(subject: Subject, channel: int) -> tuple[bool, Tensor]:
+    """Whether the batch may grow at the layer, and the untouched scores (1, T) that drops are counted from.
+
+    The scores of the trunk pass would not do: it may have run on a module prepared for speed, whose rounding
+    differs by as much as a channel is worth.
+    """
+    whole = _replay(subject, [_NONE], spread=False)
+    if not subject.interventions:
+        try:
+            grown = _replay(subject, [_NONE, channel], spread=True)
+        except (RuntimeError, ValueError, IndexError, AssertionError):
+            pass  # what follows joins the layer's output to tensors of one row
+        else:
+            if len(grown) == 2 and _close(grown[0], whole[0], subject.warm.dtype):
+                return True, subject.scores(grown[:1])
+    return False, subject.scores(whole)
+
+
+def _close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Whether an untouched row answers beside a changed one as it does alone."""
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 def _replay(subject: Subject, channels: Sequence[int], *, spread: bool) -> Tensor:
