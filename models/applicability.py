@@ -16,11 +16,13 @@ class ModelFacts(Struct):
         target_layer: its `auto` layer; None if no map of it has a gradient.
         head: what follows that layer.
         closed_form: whether the gradient there was proved to be W[c]/Z.
+        refusals: by name of a method that was tried on it and refused, the reason.
     """
 
     target_layer: str | None
     head: HeadKind | None
     closed_form: bool
+    refusals: dict[str, str] = {}
 
 
 Rule = Callable[[ModelFacts], str | None]
@@ -28,8 +30,8 @@ Rule = Callable[[ModelFacts], str | None]
 
 
 def method_support(method: Method, facts: ModelFacts) -> MethodSupport:
-    """Tell whether a method can explain a model: by the rule of its family, and its own if it has one."""
-    rules = [_FAMILY_RULES.get(method.family), _METHOD_RULES.get(method.name)]
+    """Tell whether a method can explain a model: by the rule of its family, its own if it has one, and its trial."""
+    rules = [_FAMILY_RULES.get(method.family), _METHOD_RULES.get(method.name), _trial(method.name)]
     reason = next((why for rule in rules if rule and (why := rule(facts))), None)
     return MethodSupport(name=method.name, applicable=reason is None, reason=reason)
 
@@ -51,6 +53,10 @@ def _needs_closed_form(facts: ModelFacts) -> str | None:
             "it needs global average pooling and then a single linear layer after the target layer"
         )
     return None
+
+
+def _trial(name: str) -> Rule:
+    return lambda facts: facts.refusals.get(name)
 
 
 _FAMILY_RULES: dict[Family, Rule] = {"gradient": _needs_map, "activation": _needs_map}

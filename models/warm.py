@@ -21,6 +21,7 @@ from models.layers import (
     has_gradient,
     layer_infos,
 )
+from models.methods.refusals import refusals
 from models.preparation.precision import DTYPES
 from models.preparation.prepare import prepare_module
 from models.preparation.twin import Twin
@@ -128,8 +129,14 @@ def prepare(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARM
         head = probe_head(
             loaded.module, target, layout=layouts[target], task=spec.task, probe=probe
         )
+    facts = ModelFacts(
+        target_layer=target,
+        head=None if target is None else head.kind,
+        closed_form=head.closed_form,
+        refusals=refusals(loaded.module, traced, layouts, task=spec.task, probe=probe),
+    )
     info = ModelInfo(
-        card=_card(loaded, device, target=target, head=head),
+        card=_card(loaded, device, facts),
         labels=loaded.labels,
         layers=layer_infos(traced, layouts, target_layer=target),
         feature_layers=feature_layers(traced, layouts),
@@ -169,12 +176,8 @@ def _target_layer(configured: str, traced: Trace, layouts: Layouts) -> str | Non
     return configured
 
 
-def _card(
-    loaded: LoadedModel, device: torch.device, *, target: str | None, head: HeadProbe
-) -> ModelCard:
+def _card(loaded: LoadedModel, device: torch.device, facts: ModelFacts) -> ModelCard:
     spec = loaded.spec
-    kind = None if target is None else head.kind
-    facts = ModelFacts(target_layer=target, head=kind, closed_form=head.closed_form)
     return ModelCard(
         name=spec.name,
         version=spec.version,
@@ -186,9 +189,9 @@ def _card(
         num_classes=loaded.num_classes,
         task=spec.task,
         input=loaded.preprocess,
-        target_layer=target,
-        head=kind,
-        closed_form=head.closed_form,
+        target_layer=facts.target_layer,
+        head=facts.head,
+        closed_form=facts.closed_form,
         methods=supported_methods(facts),
     )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +19,19 @@ from models.errors import MethodNotApplicable
 from models.extractor import Extractor
 from models.hooks import ForwardHook
 from models.layers import Layouts, TokenLayout
-from models.steps import Subject
+from models.methods._attention_weights import OTHER_ATTENTION, Weigh, way_to_weigh
 from models.targets import ResolvedTarget, ScoreWeights, class_scores
+
+if (
+    TYPE_CHECKING
+):  # steps know the warm models, and whoever warms one up asks here what applies to it
+    from models.steps import Subject
 
 _NOT_A_TRANSFORMER = (
     "Attention methods need a vision transformer whose attention spans all patches."
 )
-_OTHER_ATTENTION = "Attention methods do not know how this model computes its attention."
 _TOLERANCE = 1e-4
 _HALF_TOLERANCE = 0.05
-
-Weigh = Callable[[Any, tuple[Any, ...]], tuple[Tensor, Callable[[Tensor], Tensor]]]
-"""From an attention module and what it was called with: weights (N, heads, T, T), and its output made from them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,11 @@ class Transformer:
     attentions: tuple[Attention, ...]
     layout: TokenLayout
 
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, the prefix among them."""
+        return self.layout.prefix + self.layout.grid[0] * self.layout.grid[1]
+
 
 def find_transformer(module: nn.Module, layouts: Layouts) -> Transformer:
     """Find the attention modules of a vision transformer.
@@ -72,16 +78,29 @@ def find_transformer(module: nn.Module, layouts: Layouts) -> Transformer:
         if "attention" not in type(child).__name__.lower():
             continue
         block = name.rpartition(".")[0]
-        weigh, layout = _way_to_weigh(child), layouts.get(block)
+        weigh, layout = way_to_weigh(child), layouts.get(block)
         if layout is None or layout.channels_last:
             raise MethodNotApplicable(_NOT_A_TRANSFORMER)
         if weigh is None:
-            raise MethodNotApplicable(_OTHER_ATTENTION)
+            raise MethodNotApplicable(OTHER_ATTENTION)
         attentions.append(Attention(name=name, block=block, weigh=weigh))
         found.add(layout)
     if len(found) != 1:
         raise MethodNotApplicable(_NOT_A_TRANSFORMER)
     return Transformer(attentions=tuple(attentions), layout=found.pop())
+
+
+def verify_transformer(module: nn.Module, layouts: Layouts, inputs: Tensor) -> None:
+    """Check that attention can be made visible in a model, by a pass with `inputs` (N, 3, H, W).
+
+    Raises:
+        MethodNotApplicable: it cannot; the text says why.
+    """
+    transformer, seen = find_transformer(module, layouts), Seen()
+    hooks = [(a.name, attention_hook(a, seen)) for a in transformer.attentions]
+    with Extractor(module, [], changes=hooks) as extractor:
+        extractor.forward(inputs, graph=True)
+    seen.check(transformer)
 
 
 def attention_hook(attention: Attention, seen: Seen) -> ForwardHook:
@@ -116,22 +135,23 @@ class Seen:
     def compare(self, made: Tensor, own: Tensor) -> None:
         """Note how far a replaced output is from the module's own, beyond what rounding explains."""
         if made.shape != own.shape:
-            raise MethodNotApplicable(_OTHER_ATTENTION)
+            raise MethodNotApplicable(OTHER_ATTENTION)
         made, own = made.detach(), own.detach()
         tolerance = _TOLERANCE if own.dtype == torch.float32 else _HALF_TOLERANCE
         self._errors.append((made - own).abs().max() - tolerance * own.abs().max())
 
-    def check(self, attentions: int, tokens: int) -> None:
+    def check(self, transformer: Transformer) -> None:
         """Check what was seen, after the pass: one synchronisation with the device for all.
 
         Raises:
             MethodNotApplicable: an output was not reproduced, or attentions did not each see all tokens once.
         """
         shapes = {tuple(weights.shape[-2:]) for weights in self.weights}
-        if len(self.weights) != attentions or shapes != {(tokens, tokens)}:
+        tokens = transformer.tokens
+        if len(self.weights) != len(transformer.attentions) or shapes != {(tokens, tokens)}:
             raise MethodNotApplicable(_NOT_A_TRANSFORMER)
         if not bool(torch.stack(self._errors).max() <= 0):  # NaN is no proof either
-            raise MethodNotApplicable(_OTHER_ATTENTION)
+            raise MethodNotApplicable(OTHER_ATTENTION)
 
 
 @dataclass(frozen=True)
@@ -169,7 +189,7 @@ def attend(
     hooks = [(a.name, attention_hook(a, seen)) for a in transformer.attentions]
     with Extractor(warm.module, [], changes=[*hooks, *subject.changes(1)]) as extractor:
         logits, _ = class_scores(extractor.forward(subject.inputs.clone(), graph=True), warm.task)
-        seen.check(len(hooks), layout.prefix + layout.grid[0] * layout.grid[1])
+        seen.check(transformer)
         scores = ScoreWeights([targets], logits.device).of(logits)[0]
         weights = [w.detach()[0].float() for w in seen.weights]
         maps = []
@@ -208,7 +228,7 @@ def layer_gradients(
     changes = [*hooks, *_by_batch(subject, depth), *blocks]
     with Extractor(warm.module, [], changes=changes) as extractor:
         logits, _ = class_scores(extractor.forward(subject.inputs.clone(), graph=True), warm.task)
-        seen.check(depth, layout.prefix + layout.grid[0] * layout.grid[1])
+        seen.check(transformer)
         scores = ScoreWeights([targets] * depth, logits.device).of(logits)
         by_target = [
             [g[0].float() for g in torch.autograd.grad(score, seen.weights, retain_graph=True)]
@@ -232,55 +252,3 @@ def _either(single: ForwardHook, several: ForwardHook) -> ForwardHook:
         return (single if len(output) == 1 else several)(module, args, output)
 
     return hook
-
-
-def _way_to_weigh(module: nn.Module) -> Weigh | None:
-    if isinstance(module, nn.MultiheadAttention):
-        return _multihead if module.batch_first and module.in_proj_weight is not None else None
-    parts = ("qkv", "q_norm", "k_norm", "proj", "num_heads", "scale")
-    return _joint if all(hasattr(module, part) for part in parts) else None
-
-
-def _multihead(
-    module: nn.MultiheadAttention, args: tuple[Any, ...]
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Weights of torch's own module, as torchvision's transformers use it."""
-    query, key, value, *_ = args
-    if query is not key or key is not value:
-        raise MethodNotApplicable(_OTHER_ATTENTION)
-    joint = nn.functional.linear(query, module.in_proj_weight, module.in_proj_bias)
-    return _weights(joint, module.num_heads, project=module.out_proj)
-
-
-def _joint(module: Any, args: tuple[Any, ...]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Weights of timm's `Attention`: one layer for queries, keys and values, which may be normalised."""
-    return _weights(
-        module.qkv(args[0]),
-        module.num_heads,
-        normalise=(module.q_norm, module.k_norm),
-        scale=module.scale,
-        project=lambda mixed: module.proj(getattr(module, "norm", nn.Identity())(mixed)),
-    )
-
-
-def _weights(
-    joint: Tensor,
-    heads: int,
-    *,
-    project: Callable[[Tensor], Tensor],
-    normalise: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None,
-    scale: float | None = None,
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """softmax(scale q k^T) for `joint` queries, keys and values (N, T, 3 heads d), and the output it leads to."""
-    images, tokens, _ = joint.shape
-    split = joint.reshape(images, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
-    query, key, value = split.unbind(0)
-    if normalise is not None:
-        query, key = normalise[0](query), normalise[1](key)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    weights = (query * scale @ key.transpose(-2, -1)).softmax(-1)
-
-    def mix(weights: Tensor) -> Tensor:
-        return project((weights @ value).transpose(1, 2).reshape(images, tokens, -1))
-
-    return weights, mix

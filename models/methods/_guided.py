@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,8 +12,12 @@ from torch.autograd.graph import Node
 from models.errors import MethodNotApplicable
 from models.extractor import Extractor
 from models.hooks import HookStack
-from models.steps import Subject
 from models.targets import ResolvedTarget, ScoreWeights, class_scores
+
+if (
+    TYPE_CHECKING
+):  # steps know the warm models, and whoever warms one up asks here what applies to it
+    from models.steps import Subject
 
 _RELUS = ("ReluBackward", "HardtanhBackward")
 # Rectifiers that are not ReLUs, as autograd calls them; there is no agreed way to guide them.

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,9 +26,10 @@ from torch.overrides import TorchFunctionMode
 
 from models.errors import MethodNotApplicable
 from models.extractor import Extractor
+from models.hooks import ForwardHook
 from models.methods._lrp_rules import Affine, box_rule, clipped, epsilon_rule, gamma_rule
-from models.steps import Subject
 from models.targets import ResolvedTarget, ScoreWeights, class_scores
+from models.types import Task
 
 _SAME_SCORES = 0.02
 _CONSERVED = 1e-3
@@ -48,16 +50,31 @@ _BATCH_NORM = inspect.signature(nn.functional.batch_norm)
 _HARDTANH = inspect.signature(nn.functional.hardtanh)
 
 
-def relevance(
-    subject: Subject, targets: Sequence[ResolvedTarget], *, low: Tensor, high: Tensor
-) -> list[tuple[Tensor, str]]:
-    """Relevance of the input's pixels for the score of each target, one pass for all of them.
+@dataclass(frozen=True, kw_only=True)
+class Explained:
+    """What relevance is wanted of: one picture in one model.
 
-    Args:
-        subject: what is explained.
-        targets: whose scores.
-        low: the least value of each pixel and colour, (1, 3, H, W) float32.
+    Attributes:
+        module: the model.
+        task: how its output is read as scores.
+        inputs: (1, 3, H, W), normalised.
+        low: the least value of each pixel and colour, of the same shape.
         high: the greatest.
+        logits: (classes,), the scores that the rewritten pass must arrive at.
+        changes: hooks of interventions.
+    """
+
+    module: nn.Module
+    task: Task
+    inputs: Tensor
+    low: Tensor
+    high: Tensor
+    logits: Tensor
+    changes: Sequence[tuple[str, ForwardHook]] = ()
+
+
+def relevance(explained: Explained, targets: Sequence[ResolvedTarget]) -> list[tuple[Tensor, str]]:
+    """Relevance of the input's pixels for the score of each target, one pass for all of them.
 
     Returns:
         A float32 map (H, W) for each target, and how much of the score it holds, in words.
@@ -65,14 +82,13 @@ def relevance(
     Raises:
         MethodNotApplicable: the model computes something that relevance does not pass through conserved.
     """
-    rules = Rules(subject.inputs, low=low, high=high)
-    module, changes = subject.warm.module, subject.changes(1)
-    with Extractor(module, [], changes=changes) as extractor, rules:
+    rules = Rules(explained.inputs, low=explained.low, high=explained.high)
+    with Extractor(explained.module, [], changes=explained.changes) as extractor, rules:
         output = extractor.forward(rules.picture, graph=True)
-    logits, _ = class_scores(rules.settled(output), subject.warm.task)
-    difference = (logits[0].detach() - subject.logits).abs().max()
-    if bool(difference > _SAME_SCORES * subject.logits.abs().max()):
-        raise MethodNotApplicable("LRP cannot follow how this model computes its scores.")
+    logits, _ = class_scores(rules.settled(output), explained.task)
+    difference = (logits[0].detach() - explained.logits).abs().max()
+    if bool(difference > _SAME_SCORES * explained.logits.abs().max()):
+        raise MethodNotApplicable("Relevance cannot follow how this model computes its scores.")
     scores = ScoreWeights([targets], logits.device).of(logits)[0]
     return [rules.explain(score) for score in scores]
 
@@ -116,7 +132,7 @@ class Rules(TorchFunctionMode):
         pixels = shares[0] + shares[1] + shares[2]
         reached, held, total = float(pixels.sum()), float(shares[3]), float(score.detach())
         if abs(reached + held - total) > _CONSERVED * (float(pixels.abs().sum()) + abs(held)):
-            raise MethodNotApplicable("LRP does not conserve relevance in this model.")
+            raise MethodNotApplicable("Relevance is not conserved in this model.")
         note = f"Relevance {reached:.3g} of score {total:.3g} reached the pixels, biases hold the rest."
         return pixels.sum(1)[0], note
 
@@ -153,7 +169,9 @@ class Rules(TorchFunctionMode):
             return self._rewritten(func, self.settled(list(args)), named)
         result = func(*args, **named)
         if _carries(result):
-            raise MethodNotApplicable(f"LRP has no conserving rule for {name.strip('_')} here.")
+            raise MethodNotApplicable(
+                f"Relevance has no conserving rule for {name.strip('_')} here."
+            )
         return result
 
     def _affine(
@@ -188,7 +206,9 @@ class Rules(TorchFunctionMode):
     ) -> Tensor:
         """Batch normalisation becomes part of the convolution before it, or else a scale and a bias."""
         if given["training"]:
-            raise MethodNotApplicable("LRP needs batch normalisation by its running statistics.")
+            raise MethodNotApplicable(
+                "Relevance needs batch normalisation by its running statistics."
+            )
         scale = (running_var.float() + eps).rsqrt()
         scale = scale if weight is None else scale * weight
         shift = -running_mean * scale if bias is None else bias - running_mean * scale
@@ -221,7 +241,9 @@ class Rules(TorchFunctionMode):
             return args[0].clamp_min(0)  # never in place: rules need the values from before
         carrying = sum(map(_carries, args))
         if name in _PRODUCTS and carrying > 1:
-            raise MethodNotApplicable("LRP has no conserving rule for products of activations.")
+            raise MethodNotApplicable(
+                "Relevance has no conserving rule for products of activations."
+            )
         if name in _SUMS and carrying:
             args = [arg if _carries(arg) else arg * self._one for arg in args]
         result = func(*args, **named)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from models.methods._exclusive import exclusively
 from models.methods._guided import guided_gradients
-from models.methods._lrp import relevance
+from models.methods._lrp import Explained, relevance
 from models.methods.gradient import gradcam
 from models.noted import Noted
 from models.steps import Forward, InputGradient, Step, Steps, Subject
@@ -121,14 +121,21 @@ def lrp(subject: Subject) -> Generator[Step, Any, Noted]:
     Raises:
         MethodNotApplicable: the model computes something that relevance does not pass through conserved.
     """
+    explained = Explained(
+        module=subject.warm.module,
+        task=subject.warm.task,
+        inputs=subject.inputs,
+        low=_black(subject),
+        high=_white(subject),
+        logits=subject.logits,
+        changes=subject.changes(1),
+    )
     found: list[tuple[Tensor, str]] = []
     for start in range(0, len(subject.targets), subject.chunk):
         targets = subject.targets[start : start + subject.chunk]
         # Rules cost several forwards, but these are of one image whatever the number of targets.
-        found += yield from exclusively(
-            partial(relevance, subject, targets, low=_black(subject), high=_white(subject)),
-            cost=3 * len(targets),
-        )
+        run = partial(relevance, explained, targets)
+        found += yield from exclusively(run, cost=3 * len(targets))
     return Noted(torch.stack([pixels for pixels, _ in found]), tuple(note for _, note in found))
 
 

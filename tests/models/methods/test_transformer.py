@@ -220,7 +220,7 @@ def test_replaced_attention_gives_the_same_scores_and_rows_of_one(vit, picture):
         logits = extractor.forward(x, graph=True)
     torch.testing.assert_close(logits, vit(x), rtol=1e-5, atol=1e-5)
     tokens = transformer.layout.prefix + GRID[0] * GRID[1]
-    seen.check(DEPTH, tokens)
+    seen.check(transformer)
     expected = Open(vit).run(picture, TARGETS[0])[1]
     for weights, open_weights in zip(seen.weights, expected, strict=True):
         assert weights.shape == (2, 2, tokens, tokens)

@@ -1,0 +1,70 @@
+"""What methods that are tried at load say to models of each kind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from models.compat import define_missing_operators
+from models.layers import find_layouts
+from models.methods import METHODS
+from models.methods.refusals import refusals
+from models.probe import trace
+
+define_missing_operators()
+import torchvision  # noqa: E402  (its operators come first)
+
+GUIDED = {"guided_backprop", "guided_gradcam"}
+ATTENTION = {name for name, row in METHODS.items() if row.family == "transformer"}
+
+
+class Silu(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.fc(nn.functional.silu(self.stem(x)).mean((2, 3)))
+
+
+def reasons_of(net: nn.Module, side: int, task: str = "single_label") -> dict[str, str]:
+    net = net.eval().requires_grad_(False)
+    probe = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    traced = trace(net, task, probe)
+    return refusals(net, traced, find_layouts(traced), task=task, probe=probe)
+
+
+def test_relu_networks_refuse_attention_only(pool_net, flat_net):
+    assert set(reasons_of(pool_net, 8)) == ATTENTION
+    assert set(reasons_of(flat_net, 8)) == ATTENTION | {"lrp"}  # its head ends in a tanh
+
+
+def test_single_logits(pool_net):
+    pool_net.fc = nn.Linear(6, 1).requires_grad_(False)
+    assert set(reasons_of(pool_net, 8, "binary")) == ATTENTION
+
+
+def test_other_rectifiers():
+    found = reasons_of(Silu(), 8)
+    assert set(found) == ATTENTION | GUIDED | {"lrp"}
+    assert found["lrp"] == "relevance has no conserving rule for silu here"
+    assert "SiLU" in found["guided_backprop"]
+
+
+def test_transformers():
+    torch.manual_seed(0)
+    net = torchvision.models.VisionTransformer(
+        image_size=16, patch_size=8, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=8
+    )
+    assert set(reasons_of(net, 16)) == GUIDED | {"lrp"}
+
+
+@pytest.mark.parametrize("net", [Silu(), nn.Sequential(nn.Flatten(), nn.Linear(192, 5))])
+def test_reasons_are_clauses_and_nothing_is_left(net, untouched):
+    net.eval().requires_grad_(False)
+    with untouched(net):
+        found = reasons_of(net, 8)
+    for reason in found.values():
+        assert reason[0].islower()
+        assert not reason.endswith(".")
