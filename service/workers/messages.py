@@ -161,8 +161,6 @@ def _view(ref: _ArrayRef, frames: Sequence[Frame]) -> np.ndarray:
     dtype = _DTYPES.get(ref.dtype)
     if dtype is None or not 0 < ref.frame < len(frames) or len(ref.shape) > MAX_DIMENSIONS:
         raise ValueError("an array reference that is out of range")
-    if min(ref.shape, default=0) < 0:
-        raise ValueError("a negative dimension")
     if math.prod(ref.shape) * dtype.itemsize != memoryview(frames[ref.frame]).nbytes:
         raise ValueError("an array that does not fill its frame")
     return np.frombuffer(frames[ref.frame], dtype=dtype).reshape(ref.shape)

@@ -281,6 +281,23 @@ def test_steps_of_jobs_of_one_model_share_a_batch():
     assert shared.images == 6
 
 
+def test_a_job_that_was_in_a_death_runs_alone_at_every_step():
+    queue = batcher(max_wait_s=1e9)
+    for number in range(6):
+        queue.add(job(number, deaths=int(number == 2), long=True), 0.0)
+    taken = []
+    for now in range(12):
+        batch = queue.next(now).batch
+        taken.append(ids(batch))
+        first_time = not batch.is_step
+        queue.done(now + 0.5, pending=[Step(e.job) for e in batch.entries] if first_time else [])
+        if not queue.depth:
+            break
+    assert taken.count(["2"]) == 2
+    assert all(batch == ["2"] or "2" not in batch for batch in taken)
+    assert max(map(len, taken)) > 1
+
+
 def test_no_more_jobs_are_held_between_steps_than_allowed():
     queue = batcher(max_pending=2, max_wait_s=1e9)
     for number in range(5):

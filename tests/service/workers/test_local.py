@@ -211,10 +211,11 @@ async def test_loading_and_unloading():
         with pytest.raises(ModelLoadFailed):
             await pool.load(spec("third", kind="broken"))
         assert {info.card.name for info in pool.models()} == {"fake", "second"}
-        slow = asyncio.create_task(pool.submit(job(2, Fault.SLOW, 10, model="second")))
+        jobs = [job(n, Fault.SLOW, 1, model="second") for n in range(20)]
+        waiting = asyncio.create_task(submit_all(pool, jobs))
         await asyncio.sleep(0.03)
         await pool.unload("second")
-        assert slow.done(), "the model was dropped under its job"
+        assert all(map(is_own, jobs, await waiting)), "the model was dropped under its jobs"
         with pytest.raises(UnknownModel):
             await pool.submit(job(1, model="second"))
         with pytest.raises(UnknownModel):

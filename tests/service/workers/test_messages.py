@@ -190,6 +190,7 @@ def forged(reference: object) -> list[bytes]:
         [1, "uint8", [13]],  # beyond its frame
         [1, "uint8", [11]],  # short of it
         [1, "float32", [12]],
+        [1, "uint8", [-1]],
         [1, "uint8", [-3, -4]],
         [1, "uint8", [2**62, 2**62]],
         [0, "uint8", [12]],  # the header itself
