@@ -1,4 +1,4 @@
-"""The command line: `heatlens serve`, `heatlens explain`, `heatlens models`.
+"""The command line: `heatlens serve`, `heatlens explain`, `heatlens models`, `heatlens bench`.
 
 Nothing heavy is imported before a command needs it: `heatlens --help` answers at once.
 """
@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from models.errors import HeatlensError
 from models.imaging.colormaps import Colormap
 from models.methods import METHODS
+from service.bench.command import bench
 from service.files import find_pictures
 from service.settings import ConfigurationError, Settings, load_settings
 from service.tables import failures_table, models_list, predictions_table
@@ -38,6 +39,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(bench)
 
 Config = Annotated[
     Path | None,
