@@ -1,13 +1,13 @@
-"""The command line: `heatlens serve`, `heatlens explain`, `heatlens models`, `heatlens bench`.
+"""The command line: `heatlens serve`, `heatlens explain`, `heatlens models`.
 
-Nothing heavy is imported before a command needs it: `heatlens --help` answers at once.
+Torch is imported by the device only, when there is something to run: `heatlens --help` answers at once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -21,8 +21,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from models.errors import HeatlensError
 from models.imaging.colormaps import Colormap
 from models.methods import METHODS
-from service.bench.command import bench
-from service.files import find_pictures
+from service.files import PictureFile, find_pictures
+from service.offline import Explained, Failed, explain_files, load_models
 from service.settings import ConfigurationError, Settings, load_settings
 from service.tables import failures_table, models_list, predictions_table
 
@@ -39,7 +39,6 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(bench)
 
 Config = Annotated[
     Path | None,
@@ -175,27 +174,10 @@ def explain(
         raise typer.BadParameter("There is no picture in these folders.", param_hint="PICTURE")
     settings = _settings(config)
     output.mkdir(parents=True, exist_ok=True)
-    from service.offline import Explained, Failed, explain_files
-
-    explained: list[Explained] = []
-    failed: list[Failed] = []
-
-    async def run() -> None:
-        with _progress() as progress:
-            task = progress.add_task("loading the model", total=len(files))
-            async for report in explain_files(
-                files, options=options, settings=settings, folder=output
-            ):
-                progress.update(task, advance=1, description="explaining")
-                if isinstance(report, Failed):
-                    failed.append(report)
-                else:
-                    explained.append(report)
-                    if as_json:
-                        typer.echo(json.dumps(report.summary(), ensure_ascii=False))
-
     try:
-        asyncio.run(run())
+        explained, failed = asyncio.run(
+            _explain(files, options=options, settings=settings, folder=output, as_json=as_json)
+        )
     except HeatlensError as error:
         raise _bad_option(error) from None
     if explained and not as_json:
@@ -205,6 +187,30 @@ def explain(
     if failed:
         Console(stderr=True).print(failures_table(failed))
         raise typer.Exit(EXIT_SOME_FAILED)
+
+
+async def _explain(
+    files: Sequence[PictureFile],
+    *,
+    options: Mapping[str, Any],
+    settings: Settings,
+    folder: Path,
+    as_json: bool,
+) -> tuple[list[Explained], list[Failed]]:
+    """Explain under a progress bar; what ended well and what did not, each in the order of the files."""
+    reports: dict[str, Explained | Failed] = {}
+    with _progress() as progress:
+        task = progress.add_task("loading the model", total=len(files))
+        async for report in explain_files(files, options=options, settings=settings, folder=folder):
+            reports[report.picture.name] = report
+            progress.update(task, advance=1, description="explaining")
+            if as_json and isinstance(report, Explained):
+                typer.echo(json.dumps(report.summary(), ensure_ascii=False))
+    ordered = [reports[file.name] for file in files]
+    return (
+        [report for report in ordered if isinstance(report, Explained)],
+        [report for report in ordered if isinstance(report, Failed)],
+    )
 
 
 @app.command()
@@ -219,8 +225,6 @@ def models(*, config: Config = None, as_json: AsJson = False) -> None:
     - `heatlens models --config heatlens.toml`
     """
     settings = _settings(config)
-    from service.offline import load_models
-
     with Console(stderr=True).status("loading the models"):
         infos = asyncio.run(load_models(settings))
     cards = [info.card for info in infos]
