@@ -30,6 +30,7 @@ _QUERY_TARGETS = {"type": "array", "items": {"type": "string", "minLength": 1}, 
 
 _ALWAYS = (404, 405, 500)
 _KEYED = (401, *_ALWAYS)
+_MODEL = (*_KEYED, 503)
 _INPUT = (400, *_KEYED, 403, 413, 415, 422, 429, 503, 504)
 
 _HEADERS: dict[str, Any] = {
@@ -92,6 +93,11 @@ def error(status: int) -> dict[str, Any]:
 def input_answers(name: str, description: str, *, example: Any) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route that takes images."""
     return answers(ref(name), description, errors=_INPUT, example=example)
+
+
+def model_answers(schema: Mapping[str, Any], description: str) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route about one model."""
+    return answers(schema, description, errors=_MODEL)
 
 
 def open_answers(schema: Mapping[str, Any], description: str) -> dict[int | str, dict[str, Any]]:

@@ -119,7 +119,8 @@ class ExplainOptions(CommonOptions):
 
     top_k: Annotated[int, Field(ge=1, le=100, description="Number of predictions.")] = 5
     methods: Annotated[
-        list[MethodOption], Field(min_length=1, max_length=32, description="See `/v1/methods`.")
+        list[MethodOption],
+        Field(min_length=1, max_length=len(METHODS), description="See `/v1/methods`."),
     ] = ["gradcam"]
     targets: Annotated[Targets, Field(description="Classes to explain.")] = ["top1"]
     layers: Annotated[

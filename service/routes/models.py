@@ -11,7 +11,7 @@ from models.methods import METHODS
 from models.types import ModelCard, ModelInfo, Preprocess
 from service.answers import json_response
 from service.dependencies import Service, ServiceDep
-from service.openapi import answers, ref
+from service.openapi import answers, model_answers, ref
 from service.requests import find_model
 from service.schemas import CardAnswer, InputAnswer, MethodAnswer, ModelsAnswer
 
@@ -40,7 +40,7 @@ async def list_models(service: ServiceDep) -> Response:
     "/models/{name}",
     summary="Show a model's card",
     response_class=Response,
-    responses=answers(ref("CardAnswer"), "The card; `ready` says whether it answers."),
+    responses=model_answers(ref("CardAnswer"), "The card; `ready` says whether it answers."),
 )
 async def show_model(name: str, service: ServiceDep) -> Response:
     """The card of `name` (its newest ready version) or `name@version`."""
@@ -51,7 +51,9 @@ async def show_model(name: str, service: ServiceDep) -> Response:
     "/models/{name}/labels",
     summary="List a model's labels",
     response_class=Response,
-    responses=answers({"type": "array", "items": {"type": "string"}}, "Labels by class index."),
+    responses=model_answers(
+        {"type": "array", "items": {"type": "string"}}, "Labels by class index."
+    ),
 )
 async def list_labels(name: str, service: ServiceDep) -> Response:
     """Class names in the order of their indices."""
@@ -62,7 +64,9 @@ async def list_labels(name: str, service: ServiceDep) -> Response:
     "/models/{name}/layers",
     summary="List a model's layers",
     response_class=Response,
-    responses=answers({"type": "array", "items": ref("LayerInfo")}, "Layers in the model's order."),
+    responses=model_answers(
+        {"type": "array", "items": ref("LayerInfo")}, "Layers in the model's order."
+    ),
 )
 async def list_layers(name: str, service: ServiceDep) -> Response:
     """Every module that can be explained or described."""

@@ -190,10 +190,11 @@ async def test_errors_of_the_device(
         assert answer.headers["retry-after"] == "3"
 
 
+@pytest.mark.parametrize("seconds", [None, 0.0, 0.01])
 async def test_retry_after_is_never_zero(
-    client: httpx.AsyncClient, pool: FakePool, png: bytes
+    client: httpx.AsyncClient, pool: FakePool, png: bytes, seconds: float | None
 ) -> None:
-    pool.fault = lambda _: ERRORS["overloaded"]("Our words.", retry_after_s=0.01)
+    pool.fault = lambda _: ERRORS["overloaded"]("Our words.", retry_after_s=seconds)
     answer = await client.post("/v1/predict", content=png)
     assert answer.headers["retry-after"] == "1"
 

@@ -80,6 +80,10 @@ async def test_answers_are_what_is_documented(
             for model in ("efficientnet_lite0", "nope"):
                 answer = await client.get(path.replace("{name}", model))
                 conforms(document, answer, path, "get")
+    pool.infos = []
+    answer = await client.get("/v1/models/efficientnet_lite0")
+    assert answer.json()["code"] == "not_ready"
+    conforms(document, answer, "/v1/models/{name}", "get")
     pool.statuses = [DeviceStatus(device="cpu", state="lost")]
     conforms(document, await client.get("/readyz"), "/readyz", "get")
 

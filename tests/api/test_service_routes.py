@@ -227,6 +227,8 @@ async def test_metrics(client: httpx.AsyncClient, pool: FakePool, png: bytes) ->
     assert lines["request_postprocess_seconds_count" + model] == "3.0"
     assert lines["request_predict_seconds_count" + model] == "2.0"
     assert lines["request_explain_seconds_count" + model] == "1.0"
+    # 0.5 ms of queue and 2 ms on the device, for each of two images
+    assert float(lines["request_predict_seconds_sum" + model]) == pytest.approx(0.005)
 
 
 async def test_strange_methods_do_not_become_labels(client: httpx.AsyncClient) -> None:
