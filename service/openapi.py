@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from models.imaging.decode import FORMATS
-from service import examples, schemas
+from models.types import LayerInfo
+from service import examples, listings, schemas
 from service.errors import CODES
 from service.inputs import BYTES, FORM, JSON
 from service.multipart import IMAGE_PART, OPTIONS_PART
@@ -168,6 +170,31 @@ def _request_name(options: type[BaseModel]) -> str:
     return options.__name__.replace("Options", "Request")
 
 
+ANSWERS: tuple[type[Any], ...] = (
+    schemas.ErrorAnswer,
+    schemas.PredictAnswer,
+    schemas.ExplainAnswer,
+    schemas.FeaturesAnswer,
+    listings.ModelsAnswer,
+    listings.CardAnswer,
+    LayerInfo,
+    listings.MethodAnswer,
+    listings.AliveAnswer,
+    listings.ReadyAnswer,
+)
+"""Answers that are documented; what they contain follows by itself."""
+
+
+def _answer_schemas() -> dict[str, Any]:
+    """JSON schemas of all answers, by name."""
+    _, found = msgspec.json.schema_components(ANSWERS, ref_template=_REF.format(model="{name}"))
+    for result in (schemas.PredictResult, schemas.ExplainResult, schemas.FeaturesResult):
+        whole = [field for field in result.__struct_fields__ if field != "error"]
+        found[result.__name__]["oneOf"] = [{"required": whole}, {"required": ["error"]}]
+        del found[result.__name__]["required"]
+    return found
+
+
 def _components() -> dict[str, Any]:
     operations = (PredictOptions, ExplainOptions, FeaturesOptions)
     _, described = models_json_schema(
@@ -189,7 +216,7 @@ def _components() -> dict[str, Any]:
     found["ImageOption"]["oneOf"] = [
         {"required": [one], "properties": {one: {"type": "string"}}} for one in ("b64", "url")
     ]
-    return {**found, **schemas.components()}
+    return {**found, **_answer_schemas()}
 
 
 def install(app: FastAPI) -> None:

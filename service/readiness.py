@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from models.types import ModelInfo
-from service.schemas import DeviceReadiness, ModelReadiness, ReadyAnswer
+from service.listings import DeviceReadiness, ModelReadiness, ReadyAnswer
 from service.settings import Settings
 from service.workers.pool import DevicePool, DeviceStatus
 

@@ -7,9 +7,9 @@ from fastapi import APIRouter, Request, Response
 from service import metrics
 from service.answers import json_response
 from service.dependencies import ServiceDep
+from service.listings import AliveAnswer
 from service.openapi import open_answers, ref
 from service.readiness import readiness
-from service.schemas import AliveAnswer
 
 router = APIRouter(tags=["health"])
 

@@ -11,9 +11,9 @@ from models.methods import METHODS
 from models.types import ModelCard, ModelInfo, Preprocess
 from service.answers import json_response
 from service.dependencies import Service, ServiceDep
+from service.listings import CardAnswer, InputAnswer, MethodAnswer, ModelsAnswer
 from service.openapi import answers, model_answers, ref
 from service.requests import find_model
-from service.schemas import CardAnswer, InputAnswer, MethodAnswer, ModelsAnswer
 
 router = APIRouter(prefix="/v1", tags=["models"])
 
