@@ -15,6 +15,8 @@ PINS    := pyproject.toml constraints.txt
 RUN_OK  := $(VENV)/.installed
 DEV_OK  := $(VENV)/.installed-dev
 
+# Collecting the tests of models takes longer than the tests that spawn processes, which live elsewhere.
+PROCESS_TESTS := tests/process tests/service
 # One thread a test process: the tests run beside each other, and tiny networks gain nothing from more.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
@@ -33,7 +35,7 @@ test: $(DEV_OK) test-process ## Run every test
 	$(PYTEST) -m "not process" -n auto --maxprocesses 4 --dist worksteal
 
 test-process: $(DEV_OK) ## Run the tests that spawn, kill and hang processes, one after the other
-	$(PYTEST) -m process
+	$(PYTEST) -m process $(PROCESS_TESTS)
 
 cov: $(DEV_OK) ## Run the tests that need no processes and report branch coverage
 	$(PYTEST) -m "not process" -n auto --maxprocesses 4 --cov --cov-report term

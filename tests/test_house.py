@@ -166,6 +166,15 @@ def test_make_help_lists_every_target() -> None:
     assert {line.split()[0] for line in shown.splitlines()} == targets
 
 
+def test_make_finds_every_process_test() -> None:
+    found = re.search(r"^PROCESS_TESTS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert found
+    folders = [ROOT / name for name in found[1].split()]
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        if "mark.process" in path.read_text() and path != Path(__file__).resolve():
+            assert any(path.is_relative_to(folder) for folder in folders), path
+
+
 def test_ci_runs_make_check() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
