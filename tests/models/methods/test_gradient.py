@@ -79,6 +79,7 @@ def smooth_by_definition(subject, capture_of, noise) -> np.ndarray:
 
 def test_smooth_by_definition(subject_of, drive, capture_of, flat_net, images):
     targets = [0, ResolvedTarget(3, (1, 2))]
+    flat_net.fc1.weight.mul_(8)  # into the bend of tanh, so that gradients move with the noise
     subject = subject_of(flat_net, images[0], targets, "out", samples=5, seed=9, chunk=4)
     maps = drive(smooth_gradcam_plus_plus(subject), subject)
     random = torch.Generator().manual_seed(9)
@@ -87,6 +88,8 @@ def test_smooth_by_definition(subject_of, drive, capture_of, flat_net, images):
     expected = smooth_by_definition(subject, capture_of, noise)
     np.testing.assert_allclose(maps, expected, rtol=1e-3, atol=1e-5 * expected.max())
     assert maps.amax((1, 2)).min() > 0
+    other = smooth_by_definition(subject, capture_of, [n * 16 / 15 for n in noise])
+    assert np.abs(other - expected).max() > 0.01 * expected.max()
 
 
 def test_smooth_without_noise_is_plus_plus(subject_of, drive, flat_net, images, monkeypatch):
@@ -208,9 +211,13 @@ def flat_head(net):
     return lambda a: double[1](double[0](a.flatten(1)).tanh())
 
 
-def test_shapleycam_by_the_whole_hessian(subject_of, drive, flat_net, images, untouched):
+@pytest.mark.parametrize("scale", [None, 3.0])
+def test_shapleycam_by_the_whole_hessian(scale, subject_of, drive, flat_net, images, untouched):
+    """Of what the layer gives when an earlier one is changed, too."""
     targets = [0, ResolvedTarget(3, (1, 2))]
-    subject = subject_of(flat_net, 3 * images[0], targets, "out")
+    change = Intervention(layer="body", channels=(0, 1, 2), op="scale", value=scale or 1.0)
+    changes = (change,) if scale else ()
+    subject = subject_of(flat_net, 3 * images[0], targets, "out", interventions=changes)
     with untouched(flat_net):
         maps = drive(shapleycam(subject), subject)
     a, head = subject.capture.activation[0], flat_head(flat_net)
@@ -280,8 +287,9 @@ class Attentive(nn.Module):
         self.fc = nn.Linear(4, 3)
 
     def head(self, tokens):
-        mixed = nn.functional.scaled_dot_product_attention(tokens, 2 * tokens, tokens)
-        return self.fc(mixed.mean(1))
+        heads = tokens[:, None]  # of four dimensions, which the fused kernels take
+        mixed = nn.functional.scaled_dot_product_attention(heads, 2 * heads, heads)
+        return self.fc(mixed[:, 0].mean(1))
 
     def forward(self, x):
         return self.head(self.norm(self.tokens(self.embed(x)).mT))
