@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from models.imputation import NOISE, impute
 
 CURVE_STEPS = 56
-"""Steps of deletion and insertion curves: at 224 x 224 each changes 896 pixels, four of the reference's steps."""
+"""Steps of deletion and insertion curves.
+
+At 224 x 224 each changes 896 pixels, four of the authors' steps: a quarter of their passes, and areas within 0.005 of
+theirs (measured on EfficientNet-Lite0 with photographs).
+"""
 
 IMPUTED_SHARES = (0.2, 0.4, 0.6, 0.8)
 """Shares of the pixels that ROAD removes."""

@@ -89,6 +89,9 @@ def test_drop_and_increase_by_hand():
     found = play(SumNet(), test.steps(explanation([[3.0, 3.0, 3.0, -5.0]])))
     assert found["average_drop"].value == 0.0
     assert found["increase"].value == 1.0
+    # Evidence against the class is no reason to keep a pixel: the mask is (1, 1/3, 0, 0).
+    found = play(SumNet(), test.steps(explanation([[3.0, 1.0, 0.0, -1.0]])))
+    assert found["average_drop"].value == pytest.approx((0.8 - 0.5) / 0.8)
 
 
 def test_random_maps_by_hand(on_grey, monkeypatch):

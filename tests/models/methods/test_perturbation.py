@@ -18,6 +18,7 @@ from models.steps import Exclusive, Forward
 from models.targets import ResolvedTarget, class_scores, probabilities
 from models.types import Intervention
 from tests.models.conftest import frozen
+from tests.models.test_engine import finish, job, normalised
 
 OWN = [name for name, row in METHODS.items() if row.family == "perturbation"]
 LAYERED = [name for name in OWN if not METHODS[name].of_input]
@@ -433,3 +434,17 @@ def test_given_up_half_way_leaves_nothing(name, subject_of, flat_net, images, un
         if isinstance(step, Exclusive):
             step.run()
         steps.close()
+
+
+def test_the_engine_answers_with_all_of_them(flat_engine, flat_net, drive, subject_of):
+    item = job("all", seed=4, methods=tuple(OWN), layers=("body",), samples=3, steps=3)
+    outcome = finish(flat_engine, [item])[0]
+    layers = {e.method: e.layer for e in outcome.explanations}
+    assert layers == {name: "body" if name in LAYERED else "" for name in OWN}
+    for explained in outcome.explanations:
+        cls, layer = explained.target.class_id, explained.layer
+        subject = subject_of(
+            flat_net, normalised(item), [cls], layer, samples=3, steps=3, gradients=False
+        )
+        expected = drive(implementation(explained.method)(subject), subject)[0]
+        np.testing.assert_allclose(explained.map, expected, rtol=1e-4, atol=1e-6)
