@@ -15,8 +15,9 @@ DRAWN = 64
 DRAWN_SIZE = (500, 375)
 
 _QUALITY = 85
+_COARSE = 4  # waves are drawn so many times smaller
 _WAVES = 6
-_GRAIN = 12.0
+_GRAIN = 20
 
 
 class NoPictures(ValueError):
@@ -52,17 +53,18 @@ def draw_pictures(
 def _draw(noise: np.random.Generator, size: tuple[int, int]) -> NDArray[np.uint8]:
     """(height, width, 3) pixels: a sum of plane waves in each channel, a disc, and grain."""
     width, height = size
-    y, x = np.mgrid[0:height, 0:width].astype(np.float32) / max(size)
-    pixels = np.full((height, width, 3), 128, dtype=np.float32)
+    small = np.full((max(1, height // _COARSE), max(1, width // _COARSE), 3), 128, np.float32)
+    y, x = np.mgrid[0 : small.shape[0], 0 : small.shape[1]].astype(np.float32) / max(small.shape)
     for _ in range(_WAVES):
         along_x, along_y = noise.uniform(-60, 60, 2)
         wave = np.sin(along_x * x + along_y * y + noise.uniform(0, 2 * np.pi))
-        pixels += wave[..., None] * noise.uniform(-25, 25, 3).astype(np.float32)
+        small += wave[..., None] * noise.uniform(-25, 25, 3).astype(np.float32)
     centre = noise.uniform(0.2, 0.6, 2)
     disc = (x - centre[0]) ** 2 + (y - centre[1]) ** 2 < noise.uniform(0.01, 0.04)
-    pixels[disc] = noise.uniform(0, 255, 3)
-    pixels += noise.standard_normal((height, width, 1), dtype=np.float32) * _GRAIN
-    return np.clip(pixels, 0, 255).astype(np.uint8)
+    small[disc] = noise.uniform(0, 255, 3)
+    smooth = Image.fromarray(np.clip(small, 0, 255).astype(np.uint8)).resize(size)
+    grain = noise.integers(-_GRAIN, _GRAIN + 1, (height, width, 1), dtype=np.int16)
+    return np.clip(np.asarray(smooth) + grain, 0, 255).astype(np.uint8)
 
 
 def _encode(pixels: NDArray[np.uint8]) -> bytes:
