@@ -26,9 +26,10 @@ def eigencam(capture: Capture) -> Tensor:
 
 
 def eigengradcam(capture: Capture) -> Tensor:
-    """Eigen-Grad-CAM: Eigen-CAM of g * A, then a ReLU, since what is decomposed is evidence for the class.
+    """Eigen-Grad-CAM: Eigen-CAM of B = g * A, that is B v_1.
 
-    From pytorch-grad-cam, without its centring. The sign is the one that correlates with sum_k g_k A_k.
+    From pytorch-grad-cam, without its centring and its ReLU, which empties maps whose evidence is negative
+    throughout. The sign is the one that correlates with sum_k g_k A_k, so that more is more evidence for the class.
     """
     if capture.gradient is None:
         raise ValueError("the pass was run without gradients")
@@ -36,7 +37,7 @@ def eigengradcam(capture: Capture) -> Tensor:
     for t in range(capture.score.shape[1]):
         weighted = capture.gradient[:, t] * capture.activation
         targets.append(_oriented(_first_component(weighted), weighted.sum(1)))
-    return torch.stack(targets, 1).relu_()
+    return torch.stack(targets, 1)
 
 
 def kpca_cam(capture: Capture) -> Tensor:

@@ -21,8 +21,8 @@ ROWS = (
         title="Eigen-Grad-CAM",
         paper="pytorch-grad-cam, after Muhammad and Yeasin 2020, arXiv:2008.00299",
         formula=(
-            "M = ReLU(B v_1), B = g * A (positions by channels, not centred), "
-            "v_1 its first right singular vector, its sign such that corr(B v_1, sum_k B_k) >= 0"
+            "M = B v_1, B = g * A (positions by channels, not centred), "
+            "v_1 its first right singular vector, its sign such that corr(M, sum_k B_k) >= 0"
         ),
         family="activation",
         needs_gradients=True,
