@@ -16,6 +16,7 @@ from torch import Tensor
 
 from models.methods._ablation import closed_form_drops, replayed_drops
 from models.methods._masks import KEPT, RandomMasks, unit_masks, varying_channels
+from models.noted import Noted
 from models.steps import Forward, Step, Steps, Subject
 from models.targets import probabilities
 
@@ -23,21 +24,26 @@ SMOOTHING = 2.0
 """Standard deviation of SS-CAM's noise, in units of a mask's range."""
 
 
-def scorecam(subject: Subject) -> Steps:
+def scorecam(subject: Subject) -> Generator[Step, Any, Noted]:
     """Score-CAM (Wang et al. 2020, algorithm 1), for T targets at once.
 
     M = ReLU(sum_k w_k A_k), w = softmax over channels of y_c(X * H_k), H_k = minmax(upsample(A_k)). Scores are
     logits; the score of the baseline image, subtracted in the paper, cancels in the softmax. Constant channels make
     no mask and have weight 0.
 
-    One forward for each channel is most of what this costs. If `samples` says so, only that many channels of most
-    energy (sum of squares) take part, the others have weight 0: an approximation of the paper's map.
+    One forward for each channel is nearly all of what this costs. If `samples` says so, only that many channels of
+    most energy (sum of squares) take part and the others have weight 0: the map approximates the paper's, and a note
+    says so.
     """
     channels = varying_channels(_activation(subject))
+    notes: tuple[str, ...] = ()
     if 0 < subject.samples < len(channels):
+        note = f"Made from the strongest {subject.samples} of {len(channels)} channels."
+        notes = (note,) * len(subject.targets)
         energy = _activation(subject)[channels].square().sum((1, 2))
         channels = channels[energy.argsort(descending=True, stable=True)[: subject.samples]]
-    return _score_weighted(subject, channels, [lambda masks: masks])
+    maps = yield from _score_weighted(subject, channels, [lambda masks: masks])
+    return Noted(maps, notes)
 
 
 def ss_cam(subject: Subject) -> Steps:

@@ -14,11 +14,19 @@ from models.head import HeadProbe
 from models.layers import TokenLayout
 from models.methods import METHODS, implementation
 from models.methods._masks import RandomMasks, unit_masks, varying_channels
+from models.noted import Noted
 from models.steps import Exclusive, Forward
 from models.targets import ResolvedTarget, class_scores, probabilities
 from models.types import Intervention
 from tests.models.conftest import frozen
 from tests.models.test_engine import finish, job, normalised
+
+
+def run(drive, name: str, subject) -> torch.Tensor:
+    """The maps of a method."""
+    made = drive(implementation(name)(subject), subject)
+    return made.maps if isinstance(made, Noted) else made
+
 
 OWN = [name for name, row in METHODS.items() if row.family == "perturbation"]
 LAYERED = [name for name in OWN if not METHODS[name].of_input]
@@ -145,7 +153,7 @@ def rounds_of(name, seed):
 def test_score_weighted_methods_by_definition(name, drive, subject_of, flat_net, images):
     options = OPTIONS.get(name, {})
     subject = subject_of(flat_net, images[0], TARGETS, "body", gradients=False, seed=9, **options)
-    found = drive(implementation(name)(subject), subject)
+    found = run(drive, name, subject)
     activation = subject.capture.activation[0].double().numpy()
     assert len(varying_channels(subject.capture.activation[0])) == len(activation)
     expected = score_weighted(flat_net.double(), images[0].double(), activation, rounds_of(name, 9))
@@ -157,11 +165,11 @@ def test_scorecam_leaves_constant_channels_out(drive, subject_of, flat_net, imag
     subject = subject_of(flat_net, images[0], [1], "body")
     subject.capture.activation[0, [0, 4]] = 0.0
     subject.capture.activation[0, 2] = 1.5
-    drive(implementation("scorecam")(subject), subject)
+    run(drive, "scorecam", subject)
     assert sum(len(step.inputs) for step in drive.taken) == 3
     assert all(step.inputs.isfinite().all() for step in drive.taken)
     subject.capture.activation.fill_(2.0)
-    empty = drive(implementation("scorecam")(subject), subject)
+    empty = run(drive, "scorecam", subject)
     assert not drive.taken
     assert torch.equal(empty, torch.zeros(1, 4, 4))
 
@@ -170,10 +178,12 @@ def test_scorecam_of_the_strongest_channels(drive, subject_of, flat_net, images)
     subject = subject_of(flat_net, images[0], [1, 4], "body", samples=2)
     activation = subject.capture.activation[0]
     strongest = sorted(range(6), key=lambda k: -float(activation[k].square().sum()))[:2]
-    found = drive(implementation("scorecam")(subject), subject)
+    found = run(drive, "scorecam", subject)
     assert sum(len(step.inputs) for step in drive.taken) == 2
+    made = drive(implementation("scorecam")(subject), subject)
+    assert made.notes == ("Made from the strongest 2 of 6 channels.",) * 2
     activation[[k for k in range(6) if k not in strongest]] = 0.0
-    torch.testing.assert_close(found, drive(implementation("scorecam")(subject), subject))
+    torch.testing.assert_close(found, run(drive, "scorecam", subject))
 
 
 def test_masks_reach_both_ends():
@@ -220,13 +230,13 @@ def assert_ablation(found, net, layer, x, *, layout=None):
 
 def test_ablationcam_by_hand(drive, subject_of, hand_net, hand_input):
     subject = subject_of(hand_net, hand_input, [0], "relu1")
-    found = drive(implementation("ablationcam")(subject), subject)
+    found = run(drive, "ablationcam", subject)
     np.testing.assert_allclose(found.flatten(), [0, 4, 28.66667, 34.16667], rtol=1e-5)
 
 
 def test_ablationcam_on_pooled_linear_heads_needs_no_pass(drive, subject_of, pool_net, images):
     subject = subject_of(pool_net, images[0], TARGETS, "out", gradients=False)
-    found = drive(implementation("ablationcam")(subject), subject)
+    found = run(drive, "ablationcam", subject)
     assert not drive.taken
     assert_ablation(found, pool_net, "out", images[0])
 
@@ -238,7 +248,7 @@ def test_ablationcam_replays_other_heads_with_one_trunk_row(
     rows = []
     watch = flat_net.stem.register_forward_hook(lambda m, args, out: rows.append(len(out)))
     with untouched(flat_net):
-        found = drive(implementation("ablationcam")(subject), subject)
+        found = run(drive, "ablationcam", subject)
     watch.remove()
     assert rows == [1] * (1 + len(drive.taken))
     assert len(drive.taken) == 1 + 3
@@ -253,13 +263,13 @@ def test_ablationcam_where_the_batch_cannot_grow(kind, drive, subject_of, images
     # The closed form would hold for the second one: not what is tested here.
     subject.warm.__dict__["head"] = HeadProbe(kind="flatten")
     with untouched(net):
-        found = drive(implementation("ablationcam")(subject), subject)
+        found = run(drive, "ablationcam", subject)
     assert_ablation(found, net, "out", images[0])
 
 
 def test_ablationcam_of_tokens_leaves_the_class_token(drive, subject_of, token_net, images):
     subject = subject_of(token_net, images[0], TARGETS, "norm", layouts=TOKENS, chunk=3)
-    found = drive(implementation("ablationcam")(subject), subject)
+    found = run(drive, "ablationcam", subject)
     assert found.shape == (2, 2, 2)
     assert_ablation(found, token_net, "norm", images[0], layout=TOKENS["norm"])
 
@@ -270,7 +280,7 @@ def test_ablationcam_does_not_flip_with_the_score(drive, subject_of, pool_net, i
     pool_net.fc.bias -= 50
     subject = subject_of(pool_net, images[0], [1], "out")
     assert float(subject.capture.score) < 0
-    found = drive(implementation("ablationcam")(subject), subject)
+    found = run(drive, "ablationcam", subject)
     weights = pool_net.fc.weight[1] * subject.capture.activation[0].mean((1, 2))
     expected = torch.einsum("k,khw->hw", weights, subject.capture.activation[0]).relu()
     torch.testing.assert_close(found[0] * subject.capture.score[0].abs(), expected)
@@ -283,7 +293,7 @@ def test_ablationcam_under_interventions(layer, drive, subject_of, pool_net, ima
     change = Intervention(layer=layer, channels=(1,), op="scale", value=-2.0)
     layouts = {"out": None, "fc": None}
     subject = subject_of(pool_net, images[0], [1], "out", interventions=(change,), layouts=layouts)
-    found = drive(implementation("ablationcam")(subject), subject)
+    found = run(drive, "ablationcam", subject)
     assert all(isinstance(step, Exclusive) for step in drive.taken)
     activation = subject.capture.activation[0]
     weights = pool_net.fc.weight[1] * activation.mean((1, 2))
@@ -294,7 +304,7 @@ def test_ablationcam_under_interventions(layer, drive, subject_of, pool_net, ima
 def test_occlusion_is_captums(drive, subject_of, flat_net, images):
     """Windows of 4 x 4 pixels at stride 2."""
     subject = subject_of(flat_net, images[0], TARGETS, steps=3)
-    found = drive(implementation("occlusion")(subject), subject)
+    found = run(drive, "occlusion", subject)
     assert found.shape == (2, 4, 4)
 
     def score(x):
@@ -311,7 +321,7 @@ def test_occlusion_is_captums(drive, subject_of, flat_net, images):
 
 def test_occlusion_of_one_window_is_feature_ablation(drive, subject_of, flat_net, images):
     subject = subject_of(flat_net, images[0], [2], steps=1)
-    found = drive(implementation("occlusion")(subject), subject)
+    found = run(drive, "occlusion", subject)
     expected = FeatureAblation(flat_net).attribute(
         images[:1], target=2, feature_mask=torch.zeros(1, 1, 1, 1, dtype=torch.long)
     )
@@ -321,7 +331,7 @@ def test_occlusion_of_one_window_is_feature_ablation(drive, subject_of, flat_net
 def test_occlusion_by_definition_on_odd_sides(drive, subject_of, pool_net):
     x = torch.randn(3, 7, 11, generator=torch.Generator().manual_seed(1))
     subject = subject_of(pool_net, x, [0], steps=2)
-    found = drive(implementation("occlusion")(subject), subject)[0]
+    found = run(drive, "occlusion", subject)[0]
     rows, columns = [0, 2, 5, 7], [0, 4, 7, 11]
     whole, sums, counts = float(pool_net(x[None])[0, 0]), np.zeros((3, 3)), np.zeros((3, 3))
     for r in range(2):
@@ -336,7 +346,7 @@ def test_occlusion_by_definition_on_odd_sides(drive, subject_of, pool_net):
 @pytest.mark.parametrize("task", ["single_label", "multi_label"])
 def test_rise_by_definition(task, drive, subject_of, flat_net, images):
     subject = subject_of(flat_net, images[0], TARGETS, samples=21, seed=5, task=task)
-    found = drive(implementation("rise")(subject), subject)
+    found = run(drive, "rise", subject)
     random = RandomMasks.draw(21, (8, 8), torch.Generator().manual_seed(5))
     net, x, cell = flat_net.double(), images[0].double(), math.ceil(8 / 7)
     expected = np.zeros((2, 8, 8))
@@ -372,7 +382,7 @@ def test_rise_finds_the_pixels_that_count(drive, subject_of):
             return torch.stack([4 * bright, -4 * bright], 1)
 
     subject = subject_of(frozen(Corner()), torch.ones(3, 28, 28), [0, 1], samples=400)
-    found, other = drive(implementation("rise")(subject), subject)
+    found, other = run(drive, "rise", subject)
     assert found[:8, :8].mean() > 1.2 * found[14:, 14:].mean()
     assert other[:8, :8].mean() < other[14:, 14:].mean()
 
@@ -406,19 +416,22 @@ def test_common_properties(name, drive, subject_of, flat_net, images, untouched)
 
     method = implementation(name)
     with untouched(flat_net):
-        expected = drive(method(subject(4)), subject(4))
+        expected = run(drive, name, subject(4))
         assert expected.isfinite().all()
         assert expected.dtype == torch.float32
         assert len(expected) == 2
         assert METHODS[name].signed or expected.min() >= -1e-6 or name == "rise"
         for chunk in (1, 3, 64):
-            torch.testing.assert_close(drive(method(subject(chunk)), subject(chunk)), expected)
+            torch.testing.assert_close(run(drive, name, subject(chunk)), expected)
         both = [subject(3), subject(5, image=1, targets=[0])]
-        first, second = drive.together([(method(s), s) for s in both])
+        first, second = (
+            made.maps if isinstance(made, Noted) else made
+            for made in drive.together([(method(s), s) for s in both])
+        )
         torch.testing.assert_close(first, expected)
-        torch.testing.assert_close(second, drive(method(both[1]), both[1]))
+        torch.testing.assert_close(second, run(drive, name, both[1]))
         if "seed" in METHODS[name].defaults:
-            other = drive(method(subject(4, seed=4)), subject(4))
+            other = run(drive, name, subject(4, seed=4))
             assert not torch.allclose(other, expected)
 
 
@@ -446,5 +459,5 @@ def test_the_engine_answers_with_all_of_them(flat_engine, flat_net, drive, subje
         subject = subject_of(
             flat_net, normalised(item), [cls], layer, samples=3, steps=3, gradients=False
         )
-        expected = drive(implementation(explained.method)(subject), subject)[0]
+        expected = run(drive, explained.method, subject)[0]
         np.testing.assert_allclose(explained.map, expected, rtol=1e-4, atol=1e-6)

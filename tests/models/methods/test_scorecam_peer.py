@@ -54,7 +54,7 @@ def test_scorecam_of_pytorch_grad_cam(net, drive, subject_of, monkeypatch):
     x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     x = nn.functional.interpolate(x, (64, 64), mode="bicubic")
     subject = subject_of(net, x, [4], LAYER, gradients=False, chunk=16)
-    found = drive(implementation("scorecam")(subject), subject)[0]
+    found = drive(implementation("scorecam")(subject), subject).maps[0]
     # Its masks are enlarged corner to corner, its maps and all others pixel centre to pixel centre.
     correlation, _ = spearmanr(found.flatten(), theirs(net, x, 4).flatten())
     assert 0.95 <= correlation < 1.0
