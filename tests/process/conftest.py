@@ -37,6 +37,7 @@ def start_service() -> Iterator[Callable[..., Service]]:
             models=models or [fake_engine.spec()],
         )
         started.append(Service(settings, folder, *flags))
+        started[-1].wait_listening()
         return started[-1]
 
     try:

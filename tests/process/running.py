@@ -67,7 +67,6 @@ class Service:
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        until(lambda: self.port or self.process.poll() is not None)
 
     def _read(self) -> None:
         self.lines.extend(self.process.stderr)
@@ -78,7 +77,7 @@ class Service:
 
     @property
     def port(self) -> int:
-        found = re.search(r"listening on http://[^ ]*:(\d+)", self.log)
+        found = re.search(r'listening on http://[^ "]*:(\d+)"', self.log)
         return int(found[1]) if found else 0
 
     @property
@@ -140,6 +139,10 @@ class Service:
         """Batches that ran: job ids."""
         path = self.runtime.path / "journal"
         return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+
+    def wait_listening(self) -> None:
+        """Wait until the port is known, or the process has ended."""
+        until(lambda: self.port or self.process.poll() is not None)
 
     def stop(self) -> int:
         if self.process.poll() is None:
