@@ -75,7 +75,7 @@ def plain_cases(warm: WarmModel, jobs: list[Job]) -> dict[str, Case]:
 
     def forward(inputs: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            logits: torch.Tensor = warm.module(inputs)
+            logits: torch.Tensor = warm.module_for(())(inputs)
         return logits.float().cpu()  # waits for the device, as reading an answer does
 
     inputs = ready()

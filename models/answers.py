@@ -140,7 +140,8 @@ class Answers:
         capture = None
         if layer:
             whole, rows = self._trunk.captures[layer]
-            capture = whole.rows(torch.tensor([rows.index(row)], device=whole.activation.device))
+            place = torch.tensor([rows.index(row)], device=whole.activation.device)
+            capture = whole.rows(place).first(len(self._trunk.targets[row]))
         asked = {"samples": options.samples, "steps": options.steps, "seed": options.seed}
         chosen = {k: defaults.get(k, 0) if v is None else v for k, v in asked.items()}
         return Subject(

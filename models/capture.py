@@ -32,3 +32,12 @@ class Capture:
             gradient=None if self.gradient is None else self.gradient[index],
             score=self.score[index],
         )
+
+    def first(self, targets: int) -> Capture:
+        """The same for the first few targets only: a batch repeats targets where images have fewer than others."""
+        return Capture(
+            layer=self.layer,
+            activation=self.activation,
+            gradient=None if self.gradient is None else self.gradient[:, :targets],
+            score=self.score[:, :targets],
+        )

@@ -1,12 +1,14 @@
 """Statistics of feature maps, reduced on the device inside the hook, so that only a few numbers leave it.
 
 The reductions are the cheap ones: sums, norms, maxima. The standard deviation comes from the L2 norm and the mean;
-quantiles come from a fixed, evenly spread subsample of at most `SUBSAMPLE` values (exact for smaller tensors).
+quantiles come from a fixed subsample of `SUBSAMPLE` values, one at random from each of as many equal stretches of the
+tensor (exact for tensors that are no larger).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -27,7 +29,7 @@ class Reductions:
         channels: float32 (N, 3, C): mean, maximum and minimum of each channel.
         norm: float32 (N,), L2 norm.
         zeros: (N,), number of values that are exactly 0.
-        sample: float32 (N, at most `SUBSAMPLE`), for quantiles.
+        sample: float32 (N, at most `SUBSAMPLE`), in ascending order, for quantiles.
         maps: float32 (N, C, h, w), kept only where a picture grid was asked for.
     """
 
@@ -123,26 +125,43 @@ def describe(
     )
 
 
+def _in_memory_order(values: Tensor) -> Tensor:
+    """(N, …) → (N, values of an image) without a copy, whatever the layout of a dense tensor."""
+    strides = values.stride()
+    order = sorted(range(1, values.ndim), key=lambda dimension: -strides[dimension])
+    return values.permute(0, *order).reshape(len(values), -1)
+
+
 def _count_zeros(values: Tensor) -> Tensor:
     """Zeros of each image. On the CPU numpy counts several times faster than torch does."""
     if values.device.type != "cpu":
         return values[0].numel() - values.flatten(1).count_nonzero(1)
-    # In memory order, whatever the layout, so that numpy meets contiguous blocks.
-    strides = values.stride()
-    order = sorted(range(values.ndim), key=lambda d: (d != 0, -strides[d]))
-    images = values.detach().permute(order).numpy()
-    return torch.tensor([image.size - np.count_nonzero(image) for image in images])
+    images = _in_memory_order(values).numpy()
+    # Counting the booleans is four times faster than counting the floats.
+    return torch.tensor([image.size - np.count_nonzero(image != 0) for image in images])
 
 
 def _subsample(values: Tensor) -> Tensor:
-    flat = values.reshape(len(values), -1)
-    size = flat.shape[1]
-    if size <= SUBSAMPLE:
-        return flat.clone()
-    index = torch.arange(SUBSAMPLE, device=values.device) * size // SUBSAMPLE
-    return flat[:, index]
+    flat = _in_memory_order(values)
+    if flat.shape[1] > SUBSAMPLE:
+        flat = flat[:, _places(flat.shape[1]).to(values.device)]
+    if values.device.type != "cpu":
+        return flat.sort(1).values
+    return torch.from_numpy(np.sort(flat.numpy(), axis=1))
 
 
-def _quantiles(sample: np.ndarray) -> Quantiles:
-    p01, p25, p50, p75, p99 = map(float, np.quantile(sample, _QUANTILES))
+@lru_cache(maxsize=256)
+def _places(size: int) -> Tensor:
+    """One place in each of `SUBSAMPLE` equal stretches: a plain stride could meet the same channels only."""
+    jitter = torch.rand(SUBSAMPLE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return ((torch.arange(SUBSAMPLE) + jitter) * (size / SUBSAMPLE)).long().clamp_max(size - 1)
+
+
+def _quantiles(ascending: np.ndarray) -> Quantiles:
+    """Quantiles by linear interpolation between the two nearest values, as numpy's default."""
+    places = np.multiply(_QUANTILES, len(ascending) - 1)
+    below = np.floor(places).astype(int)
+    above = np.minimum(below + 1, len(ascending) - 1)
+    low, high = ascending[below].astype(float), ascending[above].astype(float)
+    p01, p25, p50, p75, p99 = map(float, low + (high - low) * (places - below))
     return Quantiles(p01=p01, p25=p25, p50=p50, p75=p75, p99=p99)

@@ -139,9 +139,11 @@ def prepare(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARM
         card=_card(loaded, device, facts),
         labels=loaded.labels,
         layers=layer_infos(traced, layouts, target_layer=target),
-        feature_layers=feature_layers(traced, layouts),
     )
     prepared = prepare_module(loaded.module, probe, device=device, precision=spec.precision)
+    # Described by default: layers of the faster module, so that asking for them costs no other pass.
+    quick = {k: v for k, v in layouts.items() if not prepared.twin or prepared.twin.serves([k])}
+    info = structs.replace(info, feature_layers=feature_layers(traced, quick))
     card = structs.replace(info.card, precision=prepared.precision, preparation=prepared.steps)
     scale, shift = _normalisation(loaded.preprocess)
     warm = WarmModel(

@@ -66,19 +66,19 @@ class FusedConv2d(nn.Module):
         self.dilation = _pair(conv.dilation)
         self.groups = conv.groups
         self.kernel = _pair(conv.kernel_size)
-        self._packed: Tensor | None = None
+        self._packed: dict[tuple[int, int, int], Tensor] = {}
         self._unpackable = False
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(N, C, H, W) → (N, K, h, w); `residual` of the output's shape is added before the activation."""
-        if self.same:
-            x = self._pad(x)
         if self._packable(x):
             try:
                 return self._run_packed(x, residual)
             except RuntimeError:
                 # oneDNN has no kernel for some shapes in some dtypes (small grouped bfloat16 sums, for one).
                 self._unpackable = True
+        if self.same:
+            x = nn.functional.pad(x, self._same_padding(x))
         out = nn.functional.conv2d(
             x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
         )
@@ -88,7 +88,7 @@ class FusedConv2d(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast; weights are packed anew for what comes."""
-        self._packed = None
+        self._packed = {}
         self._unpackable = False
         return cast("Self", super()._apply(fn, recurse))  # type: ignore[no-untyped-call]  # torch's own
 
@@ -102,32 +102,47 @@ class FusedConv2d(nn.Module):
         )
 
     def _run_packed(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        ops = torch.ops.mkldnn
-        place = (self.padding, self.stride, self.dilation, self.groups)
-        if self._packed is None:
+        padding = self.padding
+        weight: Tensor = self.weight
+        if self.same:
+            left, right, top, bottom = pads = self._same_padding(x)
+            padding = (bottom, right)
+            if (left, top) == (right - 1, bottom - 1) and self.groups > 1:
+                # One more pixel at the end is the same as even padding and a kernel that begins with zeros: the
+                # padded copy of the input costs a grouped convolution more than the wider kernel does.
+                weight = nn.functional.pad(weight, (1, 0, 1, 0))
+            elif (left, top) != (right, bottom):
+                x, padding = nn.functional.pad(x, pads), (0, 0)
+        place = (padding, self.stride, self.dilation, self.groups)
+        key = (*padding, weight.shape[-1])
+        if key not in self._packed:
             # Packed for the size seen first: with no size oneDNN guesses a layout, and 3x3 layers get slower.
-            self._packed = ops._reorder_convolution_weight(self.weight, *place, list(x.shape))  # noqa: SLF001
+            weight = weight.contiguous(memory_format=torch.channels_last)
+            reorder = torch.ops.mkldnn._reorder_convolution_weight  # noqa: SLF001
+            self._packed[key] = reorder(weight, *place, list(x.shape))
+        packed = self._packed[key]
         attribute, scalars = "none", []
         if self.activation is not None:
             attribute, scalars = self.activation.attribute, list(self.activation.scalars)
-        convolve = ops._convolution_pointwise  # noqa: SLF001  (the only door to the fused operation)
+        convolve = torch.ops.mkldnn._convolution_pointwise  # noqa: SLF001  (the only door to it)
         if residual is None:
-            out: Tensor = convolve(x, self._packed, self.bias, *place, attribute, scalars, "")
+            out: Tensor = convolve(x, packed, self.bias, *place, attribute, scalars, "")
         else:
             unary = None if self.activation is None else attribute
             out = convolve.binary(
-                x, residual, self._packed, self.bias, *place, "add", 1.0, unary, scalars, ""
+                x, residual, packed, self.bias, *place, "add", 1.0, unary, scalars, ""
             )
         return out
 
-    def _pad(self, x: Tensor) -> Tensor:
+    def _same_padding(self, x: Tensor) -> tuple[int, int, int, int]:
+        """TensorFlow's "same" padding (left, right, top, bottom): the odd pixel goes to the end."""
         pads: list[int] = []
         for axis in (1, 0):
             size, stride = x.shape[2 + axis], self.stride[axis]
             reach = (self.kernel[axis] - 1) * self.dilation[axis] + 1
             total = max((-(-size // stride) - 1) * stride + reach - size, 0)
             pads += [total // 2, total - total // 2]
-        return nn.functional.pad(x, pads) if any(pads) else x
+        return pads[0], pads[1], pads[2], pads[3]
 
 
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:

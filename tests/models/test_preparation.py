@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from models.compat import define_missing_operators
 from models.extractor import Extractor, Tap
 from models.preparation.convolution import FusedConv2d
 from models.preparation.fusion import fuse_convolutions
@@ -181,3 +182,33 @@ def test_a_twin_that_answers_differently_is_refused(net, probe, monkeypatch):
 
     monkeypatch.setattr(FusedConv2d, "forward", broken)
     assert fused_twin(net, probe) is None
+
+
+class Same(nn.Module):
+    """A TensorFlow-like convolution, as timm builds it."""
+
+    def __init__(self, stride: int, kernel: int, groups: int) -> None:
+        super().__init__()
+        define_missing_operators()
+        from timm.layers import Conv2dSame
+
+        self.conv = Conv2dSame(6, 6, kernel, stride=stride, groups=groups, bias=False)
+        self.bn = nn.BatchNorm2d(6)
+        self.act = nn.ReLU6()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.bn(self.conv(x)))
+
+
+@pytest.mark.parametrize("groups", [1, 6])
+@pytest.mark.parametrize("kernel", [2, 3, 5])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_same_padding_of_every_parity(stride, kernel, groups):
+    torch.manual_seed(0)
+    net = frozen(Same(stride, kernel, groups))
+    twin, fused = fuse_convolutions(copy.deepcopy(net))
+    assert fused == 1
+    for height, width in ((12, 12), (13, 13), (12, 13), (7, 10), (12, 12)):
+        x = torch.randn(2, 6, height, width)
+        with torch.inference_mode():
+            torch.testing.assert_close(twin(x), net(x), rtol=1e-4, atol=1e-5)

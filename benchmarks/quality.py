@@ -1,0 +1,221 @@
+"""How good each method's maps are on the real default model: pointing, faithfulness, time.
+
+    python -m benchmarks.quality --pictures FOLDER --write docs/methods.md
+
+FOLDER holds photographs and a `labels.csv` with the columns `file` and `class_id`. Two things are measured.
+
+Grid pointing game: mosaics of 2 x 2 photographs of four different classes, each classified correctly alone. Each of
+the four classes is explained in turn; the score is the share of the map, as it is drawn, that lies in the right cell.
+A map that knows nothing scores 25 %.
+
+Faithfulness on single photographs: deletion (less is better), insertion (more is better) and average drop (less is
+better), each minus the same measure of a random map, so that 0 is what chance reaches.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks.timing import machine_line
+from models.catalog import PreprocessSpec, default_spec
+from models.engine import Engine, Pending
+from models.imaging.decode import DecodeLimits, decode
+from models.imaging.preprocess import preprocess
+from models.imaging.render import normalise, upsample
+from models.methods import METHODS
+from models.registry import ModelRegistry, WarmModel
+from models.types import ClassRef, Job, JobOptions, Outcome, Target
+
+SIDE = 224
+MEASURES = ("deletion", "insertion", "average_drop")
+START, END = "<!-- quality: begin -->", "<!-- quality: end -->"
+
+
+def main(
+    pictures: Annotated[Path, typer.Option(help="Folder with photographs and labels.csv.")],
+    mosaics: Annotated[int, typer.Option(help="Mosaics for each method.")] = 12,
+    slow_mosaics: Annotated[int, typer.Option(help="Mosaics for methods of many passes.")] = 2,
+    singles: Annotated[int, typer.Option(help="Photographs for faithfulness.")] = 6,
+    samples: Annotated[int, typer.Option(help="Masks of RISE, instead of its default.")] = 1000,
+    methods: Annotated[str, typer.Option(help="Comma-separated; all applicable by default.")] = "",
+    write: Annotated[Path | None, typer.Option(help="Document to put the table into.")] = None,
+) -> None:
+    """Measure every applicable method and print one table."""
+    console = Console()
+    registry = ModelRegistry("cpu", Path())
+    single = _load(registry, "single", SIDE, 256)
+    mosaic = _load(registry, "mosaic", 2 * SIDE, 2 * SIDE)
+    engine = Engine(registry)
+    known = _correct(engine, single, pictures)
+    console.print(f"{len(known)} photographs are classified correctly; {machine_line()}")
+    wanted = [name for name in methods.split(",") if name] or [
+        row.name for row in single.info.card.methods if row.applicable
+    ]
+    scenes = _mosaics(known, mosaics)
+    rows = []
+    with Progress(console=console) as progress:
+        task = progress.add_task("methods", total=len(wanted))
+        for name in wanted:
+            progress.update(task, description=name)
+            slow = METHODS[name].cost == "many"
+            chosen = scenes[:slow_mosaics] if slow else scenes
+            pointing = _pointing(engine, mosaic, name, chosen, samples)
+            faithful, seconds = _faithfulness(engine, single, name, known[:singles], samples)
+            rows.append((name, pointing, len(chosen) * 4, faithful, seconds))
+            progress.advance(task)
+    table = _table(rows)
+    console.print(table, markup=False)
+    if write is not None:
+        text = write.read_text()
+        block = f"{START}\n{table}\n{END}"
+        write.write_text(re.sub(f"{START}.*{END}", lambda _: block, text, flags=re.DOTALL))
+
+
+def _load(registry: ModelRegistry, name: str, side: int, resize: int) -> WarmModel:
+    spec = default_spec().model_copy(
+        update={"name": name, "preprocess": PreprocessSpec(crop=side, resize=resize)}
+    )
+    registry.load(spec)
+    return registry.get(name, spec.version)
+
+
+Picture = tuple[np.ndarray, int]
+
+
+def _correct(engine: Engine, warm: WarmModel, folder: Path) -> list[Picture]:
+    """Model inputs and classes of the photographs that the model gets right."""
+    assert warm.info.card.input is not None
+    found = []
+    with (folder / "labels.csv").open() as file:
+        for row in csv.DictReader(file):
+            picture = decode(
+                (folder / row["file"]).read_bytes(),
+                limits=DecodeLimits(),
+                preprocess=warm.info.card.input,
+            )
+            pixels, _ = preprocess(picture, warm.info.card.input)
+            outcome, _ = _answer(engine, _job(warm, pixels, JobOptions(top_k=1), "predict"))
+            if outcome.predictions[0].class_id == int(row["class_id"]):
+                found.append((pixels, int(row["class_id"])))
+    return found
+
+
+def _mosaics(known: Sequence[Picture], count: int) -> list[tuple[np.ndarray, list[int]]]:
+    order = np.random.default_rng(0)
+    scenes = []
+    for _ in range(count):
+        chosen = [known[i] for i in order.choice(len(known), 4, replace=False)]
+        a, b, c, d = (pixels for pixels, _ in chosen)
+        scenes.append((np.vstack([np.hstack([a, b]), np.hstack([c, d])]), [k for _, k in chosen]))
+    return scenes
+
+
+def _pointing(
+    engine: Engine,
+    warm: WarmModel,
+    name: str,
+    scenes: Sequence[tuple[np.ndarray, list[int]]],
+    samples: int,
+) -> float:
+    """Mean share of the drawn map inside the cell of the explained class."""
+    shares = []
+    for pixels, classes in scenes:
+        outcome, _ = _answer(engine, _job(warm, pixels, _options(warm, name, classes, samples)))
+        for cell, explanation in enumerate(outcome.explanations):
+            large = upsample(explanation.map, height=2 * SIDE, width=2 * SIDE)
+            unit = normalise(large, signed=explanation.signed)
+            if unit is None:
+                shares.append(0.25)
+                continue
+            positive = np.maximum(unit - 0.5, 0) if explanation.signed else unit
+            y, x = divmod(cell, 2)
+            inside = positive[y * SIDE : (y + 1) * SIDE, x * SIDE : (x + 1) * SIDE].sum()
+            shares.append(float(inside / positive.sum()) if positive.any() else 0.25)
+    return float(np.mean(shares))
+
+
+def _faithfulness(
+    engine: Engine, warm: WarmModel, name: str, known: Sequence[Picture], samples: int
+) -> tuple[dict[str, float], float]:
+    """Mean of each measure less that of random maps, and the median seconds of a map without them."""
+    sums: dict[str, list[float]] = defaultdict(list)
+    seconds = []
+    for pixels, cls in known:
+        options = _options(warm, name, [cls], samples)
+        _, taken = _answer(engine, _job(warm, pixels, options))
+        seconds.append(taken)
+        measured = _options(warm, name, [cls], samples, faithfulness=MEASURES)
+        outcome, _ = _answer(engine, _job(warm, pixels, measured))
+        for measure, pair in outcome.explanations[0].faithfulness.items():
+            sums[measure].append(pair.value - pair.random)
+    return {measure: float(np.mean(values)) for measure, values in sums.items()}, float(
+        np.median(seconds)
+    )
+
+
+def _options(
+    warm: WarmModel,
+    name: str,
+    classes: Sequence[int],
+    samples: int,
+    *,
+    faithfulness: tuple[str, ...] = (),
+) -> JobOptions:
+    assert warm.target_layer is not None
+    return JobOptions(
+        methods=(name,),
+        layers=(warm.target_layer,),
+        targets=tuple(Target(cls=ClassRef(kind="index", value=c)) for c in classes),
+        faithfulness=faithfulness,
+        samples=samples if name == "rise" else None,
+    )
+
+
+def _job(
+    warm: WarmModel, pixels: np.ndarray, options: JobOptions, operation: str = "explain"
+) -> Job:
+    return Job(
+        id="0",
+        operation=operation,  # type: ignore[arg-type]  # a literal of the caller
+        model=warm.name,
+        version=warm.version,
+        input=pixels,
+        options=options,
+        deadline=time.monotonic() + 86_400,
+    )
+
+
+def _answer(engine: Engine, job: Job) -> tuple[Outcome, float]:
+    started = time.perf_counter()
+    answer = engine.run([job])[0]
+    while isinstance(answer, Pending):
+        answer = engine.advance([answer])[0]
+    if not isinstance(answer, Outcome):
+        raise RuntimeError(answer.message)
+    return answer, time.perf_counter() - started
+
+
+def _table(rows: Sequence[tuple[str, float, int, dict[str, float], float]]) -> str:
+    lines = [
+        "| method | pointing, % in the cell | maps | deletion | insertion | average drop | s a map |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, pointing, maps, faithful, seconds in sorted(rows, key=lambda row: -row[1]):
+        measures = " | ".join(f"{faithful[m]:+.3f}" for m in MEASURES)
+        lines.append(f"| `{name}` | {100 * pointing:.1f} | {maps} | {measures} | {seconds:.3f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    typer.run(main)
