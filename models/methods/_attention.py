@@ -19,7 +19,7 @@ from models.errors import MethodNotApplicable
 from models.extractor import Extractor
 from models.hooks import ForwardHook
 from models.layers import Layouts, TokenLayout
-from models.methods._attention_weights import OTHER_ATTENTION, Weigh, way_to_weigh
+from models.methods._attention_weights import Weigh, way_to_weigh
 from models.targets import ResolvedTarget, ScoreWeights, class_scores
 
 if (
@@ -30,6 +30,7 @@ if (
 _NOT_A_TRANSFORMER = (
     "Attention methods need a vision transformer whose attention spans all patches."
 )
+_OTHER_ATTENTION = "Attention methods do not know how this model computes its attention."
 _TOLERANCE = 1e-4
 _HALF_TOLERANCE = 0.05
 
@@ -82,7 +83,7 @@ def find_transformer(module: nn.Module, layouts: Layouts) -> Transformer:
         if layout is None or layout.channels_last:
             raise MethodNotApplicable(_NOT_A_TRANSFORMER)
         if weigh is None:
-            raise MethodNotApplicable(OTHER_ATTENTION)
+            raise MethodNotApplicable(_OTHER_ATTENTION)
         attentions.append(Attention(name=name, block=block, weigh=weigh))
         found.add(layout)
     if len(found) != 1:
@@ -110,6 +111,8 @@ def attention_hook(attention: Attention, seen: Seen) -> ForwardHook:
     """
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not args:  # called by keywords, which a hook does not see
+            raise MethodNotApplicable(_OTHER_ATTENTION)
         own = output if isinstance(output, Tensor) else output[0]
         weights, mix = attention.weigh(module, args)
         weights = weights if weights.requires_grad else weights.detach().requires_grad_()
@@ -135,7 +138,7 @@ class Seen:
     def compare(self, made: Tensor, own: Tensor) -> None:
         """Note how far a replaced output is from the module's own, beyond what rounding explains."""
         if made.shape != own.shape:
-            raise MethodNotApplicable(OTHER_ATTENTION)
+            raise MethodNotApplicable(_OTHER_ATTENTION)
         made, own = made.detach(), own.detach()
         tolerance = _TOLERANCE if own.dtype == torch.float32 else _HALF_TOLERANCE
         self._errors.append((made - own).abs().max() - tolerance * own.abs().max())
@@ -151,7 +154,7 @@ class Seen:
         if len(self.weights) != len(transformer.attentions) or shapes != {(tokens, tokens)}:
             raise MethodNotApplicable(_NOT_A_TRANSFORMER)
         if not bool(torch.stack(self._errors).max() <= 0):  # NaN is no proof either
-            raise MethodNotApplicable(OTHER_ATTENTION)
+            raise MethodNotApplicable(_OTHER_ATTENTION)
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.errors import MethodNotApplicable
-
-OTHER_ATTENTION = "Attention methods do not know how this model computes its attention."
-
 Weigh = Callable[[Any, tuple[Any, ...]], tuple[Tensor, Callable[[Tensor], Tensor]]]
 """From an attention module and what it was called with: weights (N, heads, T, T), and its output made from them."""
 
@@ -26,11 +22,8 @@ def way_to_weigh(module: nn.Module) -> Weigh | None:
 def _multihead(
     module: nn.MultiheadAttention, args: tuple[Any, ...]
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Weights of torch's own module, as torchvision's transformers use it."""
-    query, key, value, *_ = args
-    if query is not key or key is not value:
-        raise MethodNotApplicable(OTHER_ATTENTION)
-    joint = nn.functional.linear(query, module.in_proj_weight, module.in_proj_bias)
+    """Weights of torch's own module where it attends from tokens to themselves, as in torchvision's transformers."""
+    joint = nn.functional.linear(args[0], module.in_proj_weight, module.in_proj_bias)
     return _weights(joint, module.num_heads, project=module.out_proj)
 
 

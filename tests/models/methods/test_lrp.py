@@ -241,8 +241,12 @@ def test_equals_captum_where_the_rules_agree(run, monkeypatch, picture):
 # ---------------------------------------------------------------- conservation and refusals
 
 
-def held_and_reached(net, x, target):
-    rules = Rules(x[None], low=torch.full_like(x[None], LOW), high=torch.full_like(x[None], HIGH))
+def rules_of(x, *, low=LOW, high=HIGH):
+    return Rules(x[None], low=torch.full_like(x[None], low), high=torch.full_like(x[None], high))
+
+
+def held_and_reached(net, x, target, **bounds):
+    rules = rules_of(x, **bounds)
     with rules:
         logits = net(rules.picture)
     score = rules.settled(logits)[0, target]
@@ -314,6 +318,41 @@ class Gated(nn.Module):
     def forward(self, x):
         x = self.gate(self.stem(x).relu())
         return self.fc(x.mean((2, 3)))
+
+
+def test_a_model_that_normalises_its_input_is_explained_alike(conv_net, picture):
+    """Bounds go through what comes before the first convolution; constants in there hold no relevance."""
+
+    class Normalising(nn.Module):
+        def forward(self, x):
+            return conv_net((x - 0.25) / 0.5)
+
+    plain = (picture - 0.25) / 0.5
+    expected, held, score = held_and_reached(conv_net, plain, 2, low=-4.5, high=3.5)
+    found = held_and_reached(Normalising().eval(), picture, 2)
+    torch.testing.assert_close(torch.stack(found), torch.stack([expected, held, score]))
+    maps = []
+    for net, x, low, high in (
+        (conv_net, plain, -4.5, 3.5),
+        (Normalising().eval(), picture, LOW, HIGH),
+    ):
+        rules = rules_of(x, low=low, high=high)
+        with rules:
+            logits = net(rules.picture)
+        maps.append(rules.explain(rules.settled(logits)[0, 2])[0])
+    assert maps[0].abs().max() > 1e-3
+    torch.testing.assert_close(maps[0], maps[1])
+
+
+@pytest.mark.parametrize("shift", [0.5, torch.tensor([0.1, -0.2, 0.3, 0.9]).view(4, 1, 1)])
+def test_constants_that_are_added_hold_relevance_like_biases(shift, run, picture):
+    """As in a frozen batch normalisation that is written out."""
+    torch.manual_seed(3)
+    net = frozen(Gated(lambda x: x * 2 + shift))
+    run(net, picture)
+    reached, held, score = held_and_reached(net, picture, 2)
+    torch.testing.assert_close(reached + held, score)
+    assert abs(held) > 1e-3
 
 
 class Doubling(torch.autograd.Function):

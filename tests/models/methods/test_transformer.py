@@ -278,6 +278,19 @@ def test_refuses_attention_between_different_tokens(run, picture):
     refused(run, net, picture, "do not know")
 
 
+def test_refuses_attention_called_by_keywords(run, picture):
+    net = build("torchvision")
+    block = net.encoder.layers[0]
+
+    def by_keywords(x):
+        y = block.ln_1(x)
+        x = x + block.self_attention(query=y, key=y, value=y, need_weights=False)[0]
+        return x + block.mlp(block.ln_2(x))
+
+    block.forward = by_keywords
+    refused(run, net, picture, "do not know")
+
+
 # ---------------------------------------------------------------- properties
 
 
