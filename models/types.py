@@ -137,6 +137,8 @@ class Job(Struct):
         digest: digest of model and input, by which an input is recognised after a worker death.
         deaths: worker deaths this job was already part of; such a job runs alone.
         traceparent: W3C trace context, empty when tracing is off.
+        request_id: of the request that the job is part of, for logs.
+        revision: `ModelCard.revision` that the options were resolved against; empty = any.
     """
 
     id: str
@@ -149,6 +151,8 @@ class Job(Struct):
     digest: str = ""
     deaths: int = 0
     traceparent: str = ""
+    request_id: str = ""
+    revision: str = ""
 
 
 # ---------------------------------------------------------------- outcomes
@@ -314,7 +318,12 @@ class LayerInfo(Struct):
 
 
 class ModelCard(Struct):
-    """What is known of one model version; unready models carry `reason` and few other fields."""
+    """What is known of one model version; unready models carry `reason` and few other fields.
+
+    Attributes:
+        revision: digest of what requests are resolved against (labels, layers, input, …); it changes when a version is
+            replaced by another model.
+    """
 
     name: str
     version: str
@@ -335,6 +344,7 @@ class ModelCard(Struct):
     preparation: tuple[str, ...] = ()
     best_batch: int = 1
     latency_ms: dict[int, float] = {}
+    revision: str = ""
 
 
 class ModelInfo(Struct):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastapi import Depends, FastAPI
@@ -13,15 +14,17 @@ from starlette.middleware.cors import CORSMiddleware
 
 from models.imaging.decode import DecodeLimits
 from service import errors, openapi
+from service.concurrency import KeyTallies
 from service.cores import available_cores
 from service.dependencies import Service
 from service.inputs import InputReader
 from service.metrics import Metrics
 from service.middleware import RequestContext
 from service.pipeline import Pipeline
-from service.routes import explain, features, health, models, predict
-from service.security import require_api_key
+from service.routes import admin, explain, features, health, models, predict
+from service.security import limit_key, require_admin_key, require_api_key
 from service.settings import Settings
+from service.tracing import http_tracing
 from service.workers.pool import DevicePool
 
 if TYPE_CHECKING:
@@ -32,20 +35,33 @@ _EXPOSED = [
     "X-Request-ID",
     "Server-Timing",
     "Retry-After",
+    "traceparent",
     "X-Class-Id",
     "X-Label",
     "X-Probability",
 ]
 
 
-def create_app(settings: Settings, pool: DevicePool) -> FastAPI:
+def create_app(
+    settings: Settings,
+    pool: DevicePool,
+    *,
+    read_settings: Callable[[], Settings] | None = None,
+    tallies_dir: Path | None = None,
+) -> FastAPI:
     """Build the application; its lifespan starts and closes `pool`, and may be entered again after it ended.
 
     Args:
         settings: the configuration.
         pool: the devices, not yet started.
+        read_settings: reads the configuration again, for models that are to be loaded; None = it never changes.
+        tallies_dir: where other processes of the same service count the requests of each key; None = there are none.
     """
-    metrics = Metrics(pool, ready_within_s=settings.server.ready_within_s)
+    metrics = Metrics(
+        pool,
+        ready_within_s=settings.server.ready_within_s,
+        nv_aliases=settings.metrics.nv_aliases,
+    )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -55,10 +71,22 @@ def create_app(settings: Settings, pool: DevicePool) -> FastAPI:
             fetcher = _fetcher(settings)
             if fetcher is not None:
                 stack.push_async_callback(fetcher.close)
+            tallies = _tallies(settings, tallies_dir)
+            if tallies is not None:
+                stack.callback(tallies.close)
+            app.state.tracing = tracing = http_tracing(settings.tracing)
+            if tracing is not None:
+                stack.callback(tracing.close)
             stack.push_async_callback(pool.close)
             await pool.start()
-            app.state.service = _service(
-                settings, pool=pool, threads=threads, fetcher=fetcher, metrics=metrics
+            app.state.service = Service(
+                settings=settings,
+                read_settings=read_settings or (lambda: settings),
+                pool=pool,
+                reader=InputReader(settings.limits, threads=threads, fetcher=fetcher),
+                pipeline=_pipeline(settings, pool=pool, threads=threads),
+                metrics=metrics,
+                tallies=tallies,
             )
             yield
 
@@ -71,8 +99,9 @@ def create_app(settings: Settings, pool: DevicePool) -> FastAPI:
     )
     errors.install(app)
     openapi.install(app)
-    _add_middleware(app, settings, metrics)
-    _add_routes(app)
+    _add_cors(app, settings)
+    app.add_middleware(RequestContext, metrics=metrics)  # last added = outermost
+    _add_routes(app, settings)
     return app
 
 
@@ -85,26 +114,18 @@ def _fetcher(settings: Settings) -> UrlFetcher | None:
     return UrlFetcher(hosts)
 
 
-def _service(
-    settings: Settings,
-    *,
-    pool: DevicePool,
-    threads: ThreadPoolExecutor,
-    fetcher: UrlFetcher | None,
-    metrics: Metrics,
-) -> Service:
+def _tallies(settings: Settings, folder: Path | None) -> KeyTallies | None:
+    limit = settings.limits.max_concurrent_per_key
+    return None if limit is None else KeyTallies(limit, folder)
+
+
+def _pipeline(settings: Settings, *, pool: DevicePool, threads: ThreadPoolExecutor) -> Pipeline:
     limits = settings.limits
     caps = DecodeLimits(max_bytes=limits.max_image_bytes, max_pixels=limits.max_pixels)
-    return Service(
-        settings=settings,
-        pool=pool,
-        reader=InputReader(limits, threads=threads, fetcher=fetcher),
-        pipeline=Pipeline(pool, limits=caps, threads=threads),
-        metrics=metrics,
-    )
+    return Pipeline(pool, limits=caps, threads=threads)
 
 
-def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
+def _add_cors(app: FastAPI, settings: Settings) -> None:
     origins = settings.security.cors_origins
     if origins:
         app.add_middleware(
@@ -114,10 +135,15 @@ def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
             allow_headers=["*"],
             expose_headers=_EXPOSED,
         )
-    app.add_middleware(RequestContext, metrics=metrics)  # last added = outermost
 
 
-def _add_routes(app: FastAPI) -> None:
-    for module in (predict, explain, features, models):
-        app.include_router(module.router, dependencies=[Depends(require_api_key)])
+def _add_routes(app: FastAPI, settings: Settings) -> None:
+    known = [Depends(require_api_key)]
+    limited = known
+    if settings.limits.max_concurrent_per_key is not None:
+        limited = [*known, Depends(limit_key)]
+    for module in (predict, explain, features):
+        app.include_router(module.router, dependencies=limited)
+    app.include_router(models.router, dependencies=known)
+    app.include_router(admin.router, dependencies=[Depends(require_admin_key)])
     app.include_router(health.router)

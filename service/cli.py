@@ -1,4 +1,4 @@
-"""The command line: `heatlens serve`, `heatlens explain`, `heatlens models`.
+"""The command line: `heatlens serve`, `heatlens explain`, `heatlens models`, `heatlens bench`.
 
 Torch is imported by the device only, when there is something to run: `heatlens --help` answers at once.
 """
@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from models.errors import HeatlensError
 from models.imaging.colormaps import Colormap
 from models.methods import METHODS
+from service.bench.command import bench
 from service.files import PictureFile, find_pictures
 from service.offline import Explained, Failed, explain_files, load_models
 from service.settings import ConfigurationError, Settings, load_settings
@@ -39,6 +40,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(bench)
 
 Config = Annotated[
     Path | None,
@@ -87,7 +89,8 @@ def serve(
 ) -> None:
     """Serve over HTTP until SIGTERM or Ctrl-C.
 
-    Options win over the environment (`HEATLENS_SERVER__PORT=9000`), the environment over the file.
+    Options win over the environment (`HEATLENS_SERVER__PORT=9000`), the environment over the file. SIGHUP reads the
+    configuration again.
 
     For example:
 
@@ -101,12 +104,17 @@ def serve(
         "http_workers": http_workers,
         "log_level": log_level,
     }
-    settings = _settings(config, {key: value for key, value in given.items() if value is not None})
+    server = {key: value for key, value in given.items() if value is not None}
+    settings = _settings(config, server)
+    from service.configuration import ConfigurationSource
     from service.logs import configure_logging
     from service.workers.supervisor import Supervisor
 
     configure_logging(settings.server.log_level)
-    raise typer.Exit(Supervisor(settings).run())
+    source = ConfigurationSource(
+        path=config.absolute() if config else None, overrides={"server": server}
+    )
+    raise typer.Exit(Supervisor(settings, source=source).run())
 
 
 @app.command()

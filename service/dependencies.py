@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Request
 
+from service.concurrency import KeyTallies
 from service.inputs import InputReader
 from service.metrics import Metrics
 from service.pipeline import Pipeline
@@ -16,13 +18,20 @@ from service.workers.pool import DevicePool
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """One application's parts; made by `create_app`."""
+    """One application's parts; made by `create_app`.
+
+    Attributes:
+        read_settings: reads the configuration as it is now; `settings` are those in force.
+        tallies: counts the requests of each key; None = they are not limited.
+    """
 
     settings: Settings
+    read_settings: Callable[[], Settings]
     pool: DevicePool
     reader: InputReader
     pipeline: Pipeline
     metrics: Metrics
+    tallies: KeyTallies | None = None
 
 
 async def get_service(request: Request) -> Service:

@@ -51,6 +51,7 @@ STATUS: Mapping[str, int] = MappingProxyType(
         "internal": 500,
         "input_quarantined": 500,
         "not_ready": 503,
+        "model_replaced": 503,
         "draining": 503,
         "worker_lost": 503,
         "deadline_exceeded": 504,

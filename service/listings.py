@@ -110,3 +110,15 @@ class ReadyAnswer(Struct):
     missing: tuple[str, ...]
     devices: tuple[DeviceReadiness, ...]
     models: tuple[ModelReadiness, ...]
+
+
+# ---------------------------------------------------------------- administration
+
+
+class RepositoryModel(Struct):
+    """One model version, as Triton's model repository lists it."""
+
+    name: str
+    version: str
+    state: Annotated[str, Meta(examples=["READY", "UNAVAILABLE", "LOADING", "UNLOADING"])]
+    reason: str

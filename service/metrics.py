@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -16,10 +17,11 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from models.types import Operation
+from models.types import Operation, Struct
+from service.nv_aliases import nv_families
 from service.pipeline import Reply
 from service.readiness import is_up
-from service.workers.pool import DevicePool
+from service.workers.pool import DevicePool, DeviceStatus
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 MULTIPROCESS_DIR = "PROMETHEUS_MULTIPROC_DIR"
@@ -27,6 +29,18 @@ MULTIPROCESS_DIR = "PROMETHEUS_MULTIPROC_DIR"
 _REQUEST_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 _STAGE_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 _BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
+_STAGES = ("decode", "queue", "device", "render")
+_RESTART_REASONS = ("hang", "device_lost", "crash", "exit")
+
+Sample = tuple[tuple[str, ...], float]
+
+
+class Served(Struct):
+    """Who serves a request, and how: known once its options are resolved."""
+
+    model: str
+    version: str
+    operation: Operation
 
 
 class Metrics:
@@ -35,13 +49,17 @@ class Metrics:
     Args:
         pool: asked for the state of the devices at each scrape.
         ready_within_s: age of its last pass up to which a device counts as up.
+        nv_aliases: whether to add Triton's names.
     """
 
-    def __init__(self, pool: DevicePool, *, ready_within_s: float) -> None:
+    def __init__(
+        self, pool: DevicePool, *, ready_within_s: float, nv_aliases: bool = False
+    ) -> None:
+        self._pool = pool
+        self._nv_aliases = nv_aliases
         self._multiprocess = MULTIPROCESS_DIR in os.environ
-        self._registry = CollectorRegistry()
+        self._registry = own = CollectorRegistry()
         self._devices = _DeviceCollector(pool, ready_within_s)
-        own = self._registry
         self.request_seconds = Histogram(
             "http_request_duration_seconds",
             "Duration of requests by route template.",
@@ -49,10 +67,17 @@ class Metrics:
             buckets=_REQUEST_SECONDS,
             registry=own,
         )
+        self.model_request_seconds = Histogram(
+            "heatlens_request_duration_seconds",
+            "Duration of requests for images by model, operation and error code (ok = none).",
+            ["model", "version", "operation", "code"],
+            buckets=_REQUEST_SECONDS,
+            registry=own,
+        )
         self.stage_seconds = Histogram(
             "heatlens_stage_duration_seconds",
             "Duration of each stage of an image.",
-            ["stage"],
+            ["stage", "model", "version", "operation"],
             buckets=_STAGE_SECONDS,
             registry=own,
         )
@@ -85,29 +110,53 @@ class Metrics:
             for name in ("preprocess", "predict", "explain", "postprocess")
         }
 
-    def observe(self, reply: Reply, *, operation: Operation, model: str) -> None:
+    def observe(self, reply: Reply, served: Served) -> None:
         """Count what a reply's images took."""
-        run = self._model_seconds["explain" if operation == "explain" else "predict"]
+        model = served.model
+        run = self._model_seconds["explain" if served.operation == "explain" else "predict"]
+        by_stage = [
+            (stage, self.stage_seconds.labels(stage, model, served.version, served.operation))
+            for stage in _STAGES
+        ]
         for image in reply.images:
-            for stage in ("decode", "queue", "device", "render"):
-                self.stage_seconds.labels(stage).observe(getattr(image, stage) / 1000)
+            for stage, seconds in by_stage:
+                seconds.observe(getattr(image, stage) / 1000)
             self.batch_size.observe(image.batch_size)
             self._model_seconds["preprocess"].labels(model).observe(image.decode / 1000)
             run.labels(model).observe((image.queue + image.device) / 1000)
             self._model_seconds["postprocess"].labels(model).observe(image.render / 1000)
 
+    def observe_request(self, served: Served, *, code: str, seconds: float) -> None:
+        """Count a request for images that has ended; `code` is its error's, empty if there was none."""
+        labels = (served.model, served.version, served.operation, code or "ok")
+        self.model_request_seconds.labels(*labels).observe(seconds)
+
     def exposition(self) -> bytes:
         """All metrics in Prometheus's text format."""
-        if not self._multiprocess:
-            return generate_latest(self._registry) + generate_latest(self._devices_registry())
-        registry = self._devices_registry()
-        MultiProcessCollector(registry)  # type: ignore[no-untyped-call] # untyped in the library
+        counted = list(self._counted().collect())
+        known = list(self._devices.collect())
+        if self._nv_aliases:
+            known += nv_families(counted, self._pool.devices())
+        registry = CollectorRegistry()
+        registry.register(_Collected([*counted, *known]))
         return generate_latest(registry)
 
-    def _devices_registry(self) -> CollectorRegistry:
+    def _counted(self) -> CollectorRegistry:
+        if not self._multiprocess:
+            return self._registry
         registry = CollectorRegistry()
-        registry.register(self._devices)
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call] # untyped in the library
         return registry
+
+
+class _Collected(Collector):
+    """What has been collected already."""
+
+    def __init__(self, families: Sequence[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
 
 
 class _DeviceCollector(Collector):
@@ -118,30 +167,74 @@ class _DeviceCollector(Collector):
         self._ready_within_s = ready_within_s
 
     def collect(self) -> Iterable[Metric]:
+        yield _gauge(
+            "heatlens_build_info", "Version.", [((version("heatlens"),), 1.0)], labels=["version"]
+        )
+        cards = [info.card for info in self._pool.models()]
+        yield _gauge(
+            "heatlens_model_ready",
+            "Whether a model version answers requests.",
+            [((card.name, card.version), float(card.ready)) for card in cards],
+            labels=["model", "version"],
+        )
         statuses = self._pool.devices()
+        yield from self._gauges(statuses)
+        yield from _counters(statuses)
+
+    def _gauges(self, statuses: Sequence[DeviceStatus]) -> Iterable[Metric]:
         within = self._ready_within_s
-        up = [(status.device, float(is_up(status, within_s=within))) for status in statuses]
-        yield _gauge("heatlens_device_up", "Whether a device completed a pass recently.", up)
-        yield _gauge(
-            "heatlens_queue_depth",
-            "Jobs waiting or running on a device.",
-            [(status.device, float(status.queue_depth)) for status in statuses],
-        )
-        yield _gauge(
-            "heatlens_device_wait_seconds",
-            "Estimated wait of a new job.",
-            [(status.device, status.wait_ms / 1000) for status in statuses],
-        )
-        restarts = CounterMetricFamily(
-            "heatlens_worker_restarts", "Restarts of device workers.", labels=["device"]
-        )
-        for status in statuses:
-            restarts.add_metric([status.device], status.restarts)
-        yield restarts
+        rows = [
+            (
+                "heatlens_device_up",
+                "Whether a device completed a pass recently.",
+                [float(is_up(status, within_s=within)) for status in statuses],
+            ),
+            (
+                "heatlens_queue_depth",
+                "Jobs waiting or running on a device.",
+                [float(status.queue_depth) for status in statuses],
+            ),
+            (
+                "heatlens_device_wait_seconds",
+                "Estimated wait of a new job.",
+                [status.wait_ms / 1000 for status in statuses],
+            ),
+            (
+                "heatlens_device_memory_bytes",
+                "Memory that a worker holds: on its GPU, or of its process on a CPU.",
+                [float(status.memory_bytes) for status in statuses],
+            ),
+        ]
+        devices = [(status.device,) for status in statuses]
+        for name, text, values in rows:
+            yield _gauge(name, text, list(zip(devices, values, strict=True)), labels=["device"])
 
 
-def _gauge(name: str, text: str, values: Sequence[tuple[str, float]]) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(name, text, labels=["device"])
-    for device, value in values:
-        family.add_metric([device], value)
+def _counters(statuses: Sequence[DeviceStatus]) -> Iterable[Metric]:
+    restarts = CounterMetricFamily(
+        "heatlens_worker_restarts",
+        "Restarts of device workers by why they had ended.",
+        labels=["device", "reason"],
+    )
+    labels = ["device", "model", "version", "reason"]
+    batches = CounterMetricFamily(
+        "heatlens_batches", "Batches by what set their size.", labels=labels
+    )
+    images = CounterMetricFamily("heatlens_batch_images", "Images in these batches.", labels=labels)
+    for status in statuses:
+        for reason in _RESTART_REASONS:
+            restarts.add_metric([status.device, reason], status.restart_reasons.get(reason, 0))
+        for count in status.batches:
+            values = [status.device, count.model, count.version, count.reason]
+            batches.add_metric(values, count.batches)
+            images.add_metric(values, count.images)
+    return restarts, batches, images
+
+
+def _gauge(
+    name: str, text: str, samples: Sequence[Sample], *, labels: Sequence[str]
+) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(name, text, labels=labels)
+    for values, value in samples:
+        family.add_metric(values, value)
     return family

@@ -10,11 +10,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import logs
+from service import logs, tracing
 from service.errors import CLIENT_GONE, error_response, internal_error
 from service.metrics import Metrics
 from service.request_ids import request_id_of
 from service.schemas import Timings
+from service.tracing import HttpTracing, RequestTrace
 
 _access = logging.getLogger("heatlens.access")
 _log = logging.getLogger(__name__)
@@ -27,8 +28,8 @@ _STAGES = ("decode", "queue", "device", "render")
 class RequestContext:
     """The outermost middleware (pure ASGI); nothing but typed errors gets past it.
 
-    It puts `request_id` into the scope's state and reads from there what the request left: `timings`, `error_code`
-    and `log` (fields for the access log).
+    It puts `request_id` into the scope's state and reads from there what the request left: `timings`, `error_code`,
+    `served` (by whom) and `log` (fields for the access log).
     """
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
@@ -43,6 +44,8 @@ class RequestContext:
         state = scope.setdefault("state", {})
         state["request_id"] = request_id_of(Headers(scope=scope).get("x-request-id"))
         token = logs.request_id.set(state["request_id"])
+        trace = _trace(scope)
+        traced = tracing.current.set(trace)
         started = time.perf_counter()
         status: int | None = None
 
@@ -53,6 +56,8 @@ class RequestContext:
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = state["request_id"]
                 headers["Server-Timing"] = _server_timing(state.get("timings"), _since(started))
+                if trace is not None:
+                    headers["traceparent"] = trace.traceparent
             await send(message)
 
         self._metrics.inflight.inc()
@@ -68,16 +73,23 @@ class RequestContext:
                 await response(scope, receive, send_with_headers)
         finally:
             self._metrics.inflight.dec()
-            self._record(scope, CLIENT_GONE if status is None else status, _since(started))
+            self._record(scope, CLIENT_GONE if status is None else status, _since(started), trace)
+            tracing.current.reset(traced)
             logs.request_id.reset(token)
 
-    def _record(self, scope: Scope, status: int, duration_ms: float) -> None:
+    def _record(
+        self, scope: Scope, status: int, duration_ms: float, trace: RequestTrace | None
+    ) -> None:
         state = scope["state"]
         route = getattr(scope.get("route"), "path", "unmatched")
-        code = state.get("error_code")
+        code = "cancelled" if status == CLIENT_GONE else state.get("error_code", "")
         # Clients choose the method's name: only known ones may become a label.
         method = scope["method"] if scope["method"] in _METHODS else "other"
         seconds = duration_ms / 1000
+        if trace is not None:
+            trace.end(method=method, route=route, status=status, code=code)
+        if "served" in state:
+            self._metrics.observe_request(state["served"], code=code, seconds=seconds)
         self._metrics.request_seconds.labels(method, route, str(status)).observe(seconds)
         if status == CLIENT_GONE:
             self._metrics.cancelled.inc()
@@ -94,6 +106,12 @@ class RequestContext:
         }
         level = logging.DEBUG if route in _QUIET else logging.INFO
         _access.log(level, "request", extra={"fields": fields})
+
+
+def _trace(scope: Scope) -> RequestTrace | None:
+    """The request's span, where the application that answers it makes traces; probes and scrapes have none."""
+    maker: HttpTracing | None = getattr(scope["app"].state, "tracing", None)
+    return None if maker is None or scope["path"] in _QUIET else maker.request(Headers(scope=scope))
 
 
 def _since(started: float) -> float:

@@ -107,6 +107,22 @@ def open_answers(schema: Mapping[str, Any], description: str) -> dict[int | str,
     return answers(schema, description, errors=_ALWAYS)
 
 
+def admin_answers(schema: Mapping[str, Any], description: str) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route that needs an admin key."""
+    return answers(schema, description, errors=(400, *_KEYED, 403, 413, 422, 503))
+
+
+def repository_body(**fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The `openapi_extra` of a route of the model repository: an object of these fields, or nothing.
+
+    Args:
+        fields: schema of each field beside `parameters`.
+    """
+    properties = {"parameters": {"type": "object"}, **fields}
+    schema = {"type": "object", "properties": properties}
+    return {"requestBody": {"required": False, "content": {JSON: {"schema": schema}}}}
+
+
 def image_input(options: type[AnyOptions]) -> dict[str, Any]:
     """The `openapi_extra` of a route that takes images: query parameters and the three input forms."""
     name = options.__name__
@@ -181,6 +197,7 @@ ANSWERS: tuple[type[Any], ...] = (
     listings.MethodAnswer,
     listings.AliveAnswer,
     listings.ReadyAnswer,
+    listings.RepositoryModel,
 )
 """Answers that are documented; what they contain follows by itself."""
 

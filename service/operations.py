@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import Request
 
-from models.errors import Cancelled, DeadlineExceeded
+from models.errors import Cancelled, DeadlineExceeded, ModelReplaced
 from service.dependencies import Service
 from service.inputs import Submission
+from service.metrics import Served
 from service.options import AnyOptions
 from service.pipeline import Reply
 from service.requests import Plan, choose_model, make_plan, timeout_s
+
+_ATTEMPTS = 4
+_NEWS_S = 0.02
 
 T = TypeVar("T")
 OptionsT = TypeVar("OptionsT", bound=AnyOptions)
@@ -52,6 +56,9 @@ def plan(
     seconds = timeout_s(options, request.headers.get("x-request-timeout-ms"), limits)
     info = choose_model(options.model, service.pool.models(), service.settings)
     request.state.log = {"model": info.card.name, "images": len(submission.images)}
+    request.state.served = Served(
+        model=info.card.name, version=info.card.version, operation=options.operation
+    )
     return make_plan(
         submission.images,
         options,
@@ -70,21 +77,43 @@ async def run(request: Request, service: Service, planned: Plan) -> Reply:
         HeatlensError: why it failed.
     """
     reply = await unless_gone(request, service.pipeline.run(planned))
-    service.metrics.observe(reply, operation=planned.operation, model=planned.info.card.name)
+    service.metrics.observe(reply, request.state.served)
     request.state.timings = reply.timings
     request.state.log |= {"batch_size": reply.batch_size, "timings_ms": reply.timings}
     return reply
 
 
-async def answer(request: Request, service: Service, options: type[OptionsT]) -> tuple[Plan, Reply]:
-    """Read, resolve and run.
+def _unchanged(planned: Plan) -> Plan:
+    return planned
+
+
+async def answer(
+    request: Request,
+    service: Service,
+    options: type[OptionsT],
+    *,
+    adapt: Callable[[Plan], Plan] = _unchanged,
+) -> tuple[Plan, Reply]:
+    """Read, resolve and run; resolve and run again where the model was replaced meanwhile.
+
+    Args:
+        request: the request.
+        service: what answers it.
+        options: what it may ask for.
+        adapt: changes the plan before it is run.
 
     Raises:
         HeatlensError: why it failed.
     """
     started = time.monotonic()
     submission = await read(request, service, options)
-    planned = plan(request, service, submission, started=started)
+    for _ in range(_ATTEMPTS - 1):
+        planned = adapt(plan(request, service, submission, started=started))
+        try:
+            return planned, await run(request, service, planned)
+        except ModelReplaced:
+            await asyncio.sleep(_NEWS_S)  # the new model's card is on its way to this process
+    planned = adapt(plan(request, service, submission, started=started))
     return planned, await run(request, service, planned)
 
 

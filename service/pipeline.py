@@ -17,10 +17,17 @@ from typing import TypeVar
 
 import numpy as np
 
-from models.errors import DeadlineExceeded, HeatlensError, InternalError, NotReady
+from models.errors import (
+    DeadlineExceeded,
+    HeatlensError,
+    InternalError,
+    ModelReplaced,
+    NotReady,
+)
 from models.imaging.decode import DecodeLimits, decode
 from models.imaging.preprocess import preprocess
 from models.types import Job, ModelInfo, Outcome, Struct
+from service import logs, tracing
 from service.rendering import View, render
 from service.requests import Plan, PlannedImage
 from service.schemas import (
@@ -89,6 +96,7 @@ class Pipeline:
 
         Raises:
             DeadlineExceeded: the plan's deadline passed.
+            ModelReplaced: the model was replaced meanwhile; a plan for the new one may succeed.
             HeatlensError: the first image's error, when every image failed.
         """
         try:
@@ -96,6 +104,11 @@ class Pipeline:
                 ends = await asyncio.gather(*(self._end_of(image, plan) for image in plan.images))
         except TimeoutError:
             raise DeadlineExceeded("The deadline passed before the answer was ready.") from None
+        for end in ends:
+            if isinstance(
+                end, ModelReplaced
+            ):  # not this image's fault: none of them has its answer
+                raise end
         return _reply(ends, plan)
 
     async def _end_of(
@@ -112,17 +125,20 @@ class Pipeline:
     async def _run_image(self, image: PlannedImage, plan: Plan) -> tuple[Result, ImageTimings]:
         if image.input.error is not None:
             raise image.input.error
-        decoding = time.perf_counter()
+        decoding = time.monotonic()
         view, digest = await self._in_thread(lambda: self._prepare(image, plan))
-        submitted = time.perf_counter()
+        submitted = time.monotonic()
+        tracing.stage("decode", began=decoding, ended=submitted)
         outcome = await self._submit(image, view.input, digest, plan)
-        answered = time.perf_counter()
+        answered = time.monotonic()
         result = await self._in_thread(lambda: render(outcome, view, plan))
+        rendered = time.monotonic()
+        tracing.stage("render", began=answered, ended=rendered)
         return result, ImageTimings(
             decode=_ms(submitted - decoding),
             queue=round(outcome.queue_ms, 3),
             device=round(outcome.device_ms, 3),
-            render=_ms(time.perf_counter() - answered),
+            render=_ms(rendered - answered),
             batch_size=outcome.batch_size,
         )
 
@@ -140,6 +156,9 @@ class Pipeline:
                 options=image.options,
                 deadline=plan.deadline,
                 digest=digest,
+                traceparent=tracing.traceparent(),
+                request_id=logs.request_id.get(),
+                revision=card.revision,
             )
         )
 

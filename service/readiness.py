@@ -17,7 +17,7 @@ def is_up(status: DeviceStatus, *, within_s: float) -> bool:
 def readiness(pool: DevicePool, settings: Settings) -> ReadyAnswer:
     """Ready means: a device completed a pass recently, a model is warm, and the default one is not still loading.
 
-    A model that failed to load does not take the others off the air; it is named as missing.
+    A model that failed to load, or that was unloaded, does not take the others off the air; it is named as missing.
     """
     statuses = pool.devices()
     infos = pool.models()
@@ -26,11 +26,11 @@ def readiness(pool: DevicePool, settings: Settings) -> ReadyAnswer:
     models = tuple(_model(info) for info in infos)
     missing = [*map(_missing_device, devices), *map(_missing_model, models)]
     known = {model.name for model in models}
-    missing += [f"model {s.name}: not loaded yet" for s in settings.models if s.name not in known]
+    missing += [f"model {s.name}: not loaded" for s in settings.models if s.name not in known]
     if not devices:
         missing.append("no device is known yet")
     default = [model for model in models if model.name == settings.default_model]
-    settled = any(model.ready or model.state == "unavailable" for model in default)
+    settled = not default or any(model.ready or model.state == "unavailable" for model in default)
     return ReadyAnswer(
         ready=any(d.ready for d in devices) and any(m.ready for m in models) and settled,
         missing=tuple(text for text in missing if text),

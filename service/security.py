@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated
 
 from fastapi import Depends
@@ -39,6 +39,19 @@ async def require_api_key(service: ServiceDep, key: KeyDep) -> None:
         raise Unauthorized("A valid key is required.")
 
 
+async def limit_key(service: ServiceDep, key: KeyDep) -> AsyncIterator[None]:
+    """Count a request against its key while it is under way; requests without a key are not counted.
+
+    Raises:
+        Overloaded: the key has as many under way as it may.
+    """
+    if service.tallies is None or not key:
+        yield
+        return
+    with service.tallies.one_more(_hash(key)):
+        yield
+
+
 async def require_admin_key(service: ServiceDep, key: KeyDep) -> None:
     """Let a request pass if it shows an admin key.
 
@@ -61,8 +74,12 @@ def _is_one_of(key: str | None, hashes: Sequence[str]) -> bool:
     """Compare with every hash, so that the time taken tells nothing."""
     if not key:
         return False
-    digest = "sha256:" + hashlib.sha256(key.encode()).hexdigest()
+    digest = _hash(key)
     found = False
     for known in hashes:
         found |= hmac.compare_digest(digest, known)
     return found
+
+
+def _hash(key: str) -> str:
+    return "sha256:" + hashlib.sha256(key.encode()).hexdigest()

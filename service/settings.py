@@ -101,6 +101,8 @@ class LimitSettings(_Section):
         max_wait_s: estimated wait for a device beyond which a request is refused.
         timeout_s: deadline of a request that names none.
         max_timeout_s: longest deadline that a request may name; longer ones are cut.
+        max_concurrent_per_key: requests for images that one key may have under way, in all HTTP processes together;
+            None = any number.
     """
 
     max_body_mb: Annotated[float, Field(gt=0, le=2000)] = 20.0
@@ -112,6 +114,7 @@ class LimitSettings(_Section):
     max_wait_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
     timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
     max_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 300.0
+    max_concurrent_per_key: Annotated[int, Field(ge=1)] | None = None
 
     @property
     def max_body_bytes(self) -> int:
@@ -165,6 +168,29 @@ class WorkerSettings(_Section):
     canary_s: Annotated[float, Field(gt=0)] = 5.0
 
 
+class MetricsSettings(_Section):
+    """`[metrics]`.
+
+    Attributes:
+        nv_aliases: whether `/metrics` also has the main names of Triton, `nv_inference_*`, for dashboards made for it.
+    """
+
+    nv_aliases: bool = False
+
+
+class TracingSettings(_Section):
+    """`[tracing]`: OpenTelemetry; needs the extra `otel`.
+
+    Attributes:
+        enabled: None = if there is an `endpoint`, here or in OpenTelemetry's own variables.
+        endpoint: base address of an OTLP collector that speaks HTTP, such as `http://127.0.0.1:4318`; None leaves it to
+            OpenTelemetry's own variables.
+    """
+
+    enabled: bool | None = None
+    endpoint: Annotated[str, Field(pattern=r"^https?://.+")] | None = None
+
+
 class Settings(_Section):
     """The whole configuration, valid and complete; `load_settings` makes it for the service.
 
@@ -182,6 +208,8 @@ class Settings(_Section):
     limits: LimitSettings = LimitSettings()
     security: SecuritySettings = SecuritySettings()
     workers: WorkerSettings = WorkerSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    tracing: TracingSettings = TracingSettings()
     models: Annotated[list[ModelSpec], BeforeValidator(_split)] = []
     base_dir: Path = Field(default_factory=Path.cwd)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import re
-import time
 from collections.abc import Mapping
 from typing import cast, get_args
 from urllib.parse import quote
@@ -47,14 +46,15 @@ async def explain(request: Request, service: ServiceDep) -> Response:
     With `Accept: image/png`, `image/jpeg` or `image/webp`, and one image, method, target and layer, the answer is the
     overlay itself; `X-Class-Id`, `X-Label` (percent-encoded) and `X-Probability` tell what it shows.
     """
-    started = time.monotonic()
-    submission = await operations.read(request, service, ExplainOptions)
-    plan = operations.plan(request, service, submission, started=started)
-    wanted = picture_wanted(request.headers.get("accept", ""), plan.render.overlay_format)
-    if wanted is not None:
-        plan = _for_picture(plan, wanted)
-        return _picture(await operations.run(request, service, plan))
-    reply = await operations.run(request, service, plan)
+    accept = request.headers.get("accept", "")
+
+    def adapt(plan: Plan) -> Plan:
+        wanted = picture_wanted(accept, plan.render.overlay_format)
+        return plan if wanted is None else _for_picture(plan, wanted)
+
+    plan, reply = await operations.answer(request, service, ExplainOptions, adapt=adapt)
+    if picture_wanted(accept, plan.render.overlay_format) is not None:
+        return _picture(reply)
     return json_response(
         ExplainAnswer(
             request_id=request.state.request_id,

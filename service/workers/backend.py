@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from models.catalog import ModelSpec
@@ -45,13 +47,28 @@ class Registry(Protocol):
         ...
 
 
+def process_memory_bytes() -> int:
+    """Resident memory of this process: what a CPU device holds. 0 where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """What runs on the device; made in the compute thread and used by no other."""
+    """What runs on the device; made in the compute thread and used by no other.
+
+    Attributes:
+        free_memory: gives back what is not in use.
+        memory_bytes: memory that is held on the device.
+    """
 
     registry: Registry
     engine: Engine
     free_memory: Callable[[], object]
+    memory_bytes: Callable[[], int] = process_memory_bytes
 
 
 class Listener(Protocol):

@@ -13,10 +13,11 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from models.errors import DeadlineExceeded, NotReady, Overloaded, UnknownModel
+from models.errors import DeadlineExceeded, ModelReplaced, NotReady, Overloaded, UnknownModel
 from models.types import Job
 from service.workers.entries import (
     Batch,
+    BatchReason,
     Entry,
     EntryQueue,
     JobClass,
@@ -35,6 +36,7 @@ class _Model:
     best_batch: int
     passes: LatencyModel
     steps: LatencyModel
+    revision: str = ""
     long_ms: float = 0.0
     closing: bool = False
     batch_cap: int = 0
@@ -74,13 +76,30 @@ class Batcher:
 
     # ---------------------------------------------------------------- models
 
-    def set_model(self, key: ModelKey, *, best_batch: int, latency_ms: Mapping[int, float]) -> None:
-        """Admit jobs for a model that is warm, or take over what its reloading measured."""
-        self._models[key] = _Model(
+    def set_model(
+        self,
+        key: ModelKey,
+        *,
+        best_batch: int,
+        latency_ms: Mapping[int, float],
+        revision: str = "",
+    ) -> list[Entry]:
+        """Admit jobs for a model that is warm, or take over what its reloading measured.
+
+        Returns:
+            Entries that waited for another revision; they are no longer here and must be told.
+        """
+        self._models[key] = model = _Model(
             best_batch=max(1, best_batch),
             passes=LatencyModel(latency_ms),
             steps=LatencyModel(latency_ms),
+            revision=revision,
         )
+        waiting = [e for e in self._entries.values() if e.key == key and e.started is None]
+        stale = [entry for entry in waiting if _is_stale(entry.job, model)]
+        for entry in stale:
+            self.cancel(entry.job.id)
+        return stale
 
     def close_model(self, key: ModelKey) -> None:
         """Admit no more jobs for a model; those that wait are still run."""
@@ -111,6 +130,7 @@ class Batcher:
         Raises:
             UnknownModel: its model is not on this device.
             NotReady: its model is being unloaded.
+            ModelReplaced: it was resolved against a model that was replaced since.
             DeadlineExceeded: nobody waits for it any more.
             Overloaded: the estimated wait is over the limit, or over what the job's deadline leaves.
         """
@@ -119,6 +139,8 @@ class Batcher:
             raise UnknownModel("The model is not loaded on this device.", field="model")
         if model.closing:
             raise NotReady("The model is being unloaded.")
+        if _is_stale(job, model):
+            raise ModelReplaced("The model was replaced while the request was on its way.")
         if job.deadline <= now:
             raise DeadlineExceeded("The deadline passed before the job reached a device.")
         job_class: JobClass = "long" if is_long(job) else "interactive"
@@ -176,6 +198,7 @@ class Batcher:
             learnt.observe(batch.images, 1000 * duration_s)
         for entry in batch.entries:
             entry.device_s += duration_s
+            entry.batches += 1
             entry.pending = going_on.get(entry.job.id)
             if entry.pending is not None and not entry.gone:
                 self._hold(entry)
@@ -248,18 +271,35 @@ class Batcher:
 
     def _take_fresh(self, first: Entry, now: float) -> Batch:
         model, queue = self._models[first.key], self._queues[first.key, first.job_class]
-        limit = model.batch_limit(now)
-        if first.job_class == "long":
-            limit = min(limit, self._max_pending - len(self._pending))
-        limit = _fit(min(limit, len(queue)), model.passes, slack_s=first.job.deadline - now)
+        limit, reason = self._limit(first, now)
+        waiting = len(queue)
+        if waiting < limit:
+            limit, reason = waiting, "idle"
+        fitting = _fit(limit, model.passes, slack_s=first.job.deadline - now)
+        if fitting < limit:
+            limit, reason = fitting, "deadline"
         entries = [queue.pop()]
         while len(entries) < limit and _may_join(entries, queue.head()):
             entries.append(queue.pop())
+        if first.job.deaths or len(entries) < limit:
+            reason = "alone"
         for entry in entries:
             entry.started = now
             entry.batch_size = len(entries)
         predicted_ms = model.passes.predict_ms(len(entries))
-        return self._batch(entries, images=len(entries), predicted_ms=predicted_ms, now=now)
+        return _batch(
+            entries, images=len(entries), predicted_ms=predicted_ms, now=now, reason=reason
+        )
+
+    def _limit(self, first: Entry, now: float) -> tuple[int, BatchReason]:
+        """Most jobs that may join in a first pass, and what sets that limit."""
+        model = self._models[first.key]
+        limit = model.batch_limit(now)
+        reason: BatchReason = "memory" if limit < model.best_batch else "full"
+        held = self._max_pending - len(self._pending)
+        if first.job_class == "long" and held < limit:
+            return held, "held"
+        return limit, reason
 
     def _take_steps(self, first: Entry, now: float) -> Batch:
         model = self._models[first.key]
@@ -272,20 +312,8 @@ class Batcher:
                 images += _cost(entry)
         for entry in entries:
             del self._pending[entry.job.id]
-        return self._batch(
-            entries, images=images, predicted_ms=model.steps.predict_ms(images), now=now
-        )
-
-    @staticmethod
-    def _batch(entries: list[Entry], *, images: int, predicted_ms: float, now: float) -> Batch:
-        return Batch(
-            key=entries[0].key,
-            job_class=entries[0].job_class,
-            entries=tuple(entries),
-            images=images,
-            predicted_s=predicted_ms / 1000,
-            started=now,
-        )
+        predicted_ms = model.steps.predict_ms(images)
+        return _batch(entries, images=images, predicted_ms=predicted_ms, now=now, reason="step")
 
     # ---------------------------------------------------------------- bookkeeping
 
@@ -308,6 +336,25 @@ class Batcher:
         del self._entries[entry.job.id]
         self._pending.pop(entry.job.id, None)
         self._count[entry.job_class] -= 1
+
+
+def _batch(
+    entries: list[Entry], *, images: int, predicted_ms: float, now: float, reason: BatchReason
+) -> Batch:
+    return Batch(
+        key=entries[0].key,
+        job_class=entries[0].job_class,
+        entries=tuple(entries),
+        images=images,
+        predicted_s=predicted_ms / 1000,
+        started=now,
+        reason=reason,
+    )
+
+
+def _is_stale(job: Job, model: _Model) -> bool:
+    """Whether a job was resolved against another revision of its model; without one it fits any."""
+    return bool(job.revision and model.revision) and job.revision != model.revision
 
 
 def _may_join(entries: list[Entry], entry: Entry | None) -> bool:

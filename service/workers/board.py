@@ -16,7 +16,7 @@ from service.workers.shared_record import SharedRecord
 
 Activity = Literal["idle", "batch", "canary", "load"]
 
-_CAPACITY = 32 * 1024
+_CAPACITY = 128 * 1024
 
 
 class RunningJob(Struct):
@@ -24,11 +24,23 @@ class RunningJob(Struct):
 
     Attributes:
         deaths: worker deaths it was part of before.
+        request_id: of the request that it is part of.
     """
 
     id: str
     digest: str
     deaths: int
+    request_id: str = ""
+
+
+class BatchCount(Struct):
+    """How many batches of a model this worker has started, by the reason for their size; see `BatchReason`."""
+
+    model: str
+    version: str
+    reason: str
+    batches: int = 0
+    images: int = 0
 
 
 class Board(Struct):
@@ -45,6 +57,8 @@ class Board(Struct):
         queue_depth: jobs waiting and running.
         wait_ms: estimated wait of a new job.
         models: models that are warm, as `name@version`.
+        memory_bytes: memory that the worker holds on its device.
+        batches: what it has run since it started.
     """
 
     ready: bool = False
@@ -57,6 +71,8 @@ class Board(Struct):
     queue_depth: int = 0
     wait_ms: float = 0.0
     models: tuple[str, ...] = ()
+    memory_bytes: int = 0
+    batches: tuple[BatchCount, ...] = ()
 
 
 class BoardFile:

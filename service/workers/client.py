@@ -17,6 +17,7 @@ from models.errors import (
     Draining,
     HeatlensError,
     InputQuarantined,
+    ModelReplaced,
     NotReady,
     Overloaded,
     UnknownModel,
@@ -147,7 +148,11 @@ class SocketPool:
             if hopeless is not None:
                 self._fail(ticket, hopeless)
             return
-        link = min(ready, key=DeviceLink.load_ms)
+        fitting = [link for link in ready if job.revision in {"", link.infos[key].card.revision}]
+        if not fitting:
+            self._fail(ticket, ModelReplaced("The model was replaced; ask again."))
+            return
+        link = min(fitting, key=DeviceLink.load_ms)
         link.outstanding[job.id] = job_ms(link.infos[key].card)
         ticket.link, ticket.was_sent = link, True
         link.send(Submit(job=job))
@@ -273,6 +278,7 @@ class SocketPool:
                 device=life.device,
                 state="draining" if self._fleet.draining else state,
                 restarts=life.restarts,
+                restart_reasons=life.restart_reasons,
             )
         last_pass_s = time.monotonic() - board.last_pass if board.last_pass else None
         state = "starting"
@@ -286,6 +292,9 @@ class SocketPool:
             wait_ms=board.wait_ms,
             models=board.models,
             restarts=life.restarts,
+            restart_reasons=life.restart_reasons,
+            memory_bytes=board.memory_bytes,
+            batches=board.batches,
         )
 
     # ---------------------------------------------------------------- loading

@@ -12,14 +12,17 @@ from dataclasses import dataclass
 import msgspec
 
 from models.catalog import ModelSpec
-from models.errors import HeatlensError, ModelLoadFailed, UnknownModel
+from models.errors import HeatlensError, ModelLoadFailed, ModelReplaced, UnknownModel
 from models.types import Failure, Job, ModelInfo, Outcome
+from service.tracing import DeviceTracing
 from service.workers.backend import Backend, DeviceLost, Listener, Result
 from service.workers.batcher import Batcher
 from service.workers.board import Board
 from service.workers.cards import loading_info
-from service.workers.entries import Entry, ModelKey, Turn
+from service.workers.entries import Batch, Entry, ModelKey, Turn
+from service.workers.failures import to_failure
 from service.workers.faults import classify
+from service.workers.revision import with_revision
 from service.workers.runner import Runner
 
 log = logging.getLogger("heatlens.compute")
@@ -52,6 +55,7 @@ class ComputeThread:
         listener: hears of results, in the thread.
         write_board: publishes the board before the device is touched.
         canary_s: idle time after which a real pass is made, so that readiness means something.
+        tracing: hears of batches, in the thread; None = no one wants to know.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class ComputeThread:
         write_board: Callable[[Board], None],
         refused: Collection[str] = (),
         canary_s: float = 5.0,
+        tracing: DeviceTracing | None = None,
     ) -> None:
         self._batcher = batcher
         self._make_backend = make_backend
@@ -71,6 +76,8 @@ class ComputeThread:
         self._write_board = write_board
         self._refused = frozenset(refused)
         self._canary_s = canary_s
+        self._tracing = tracing
+        self._stale: list[Entry] = []
         self._canary_at = 0.0
         self._changed = threading.Condition()
         self._tasks = deque(_Task(_ignore, spec=spec, initial=True) for spec in specs)
@@ -192,21 +199,32 @@ class ComputeThread:
 
     def _serve(self, turn: Turn) -> None:
         answers: list[Outcome | Failure] = [_expired(entry) for entry in turn.expired]
+        if self._tracing is not None:
+            for entry in turn.expired:
+                self._tracing.expired(entry, now=time.monotonic())
         if turn.batch is not None:
-            results = self._runner.run(turn.batch)
-            pending = [r for r in results if not isinstance(r, Outcome | Failure)]
-            now = time.monotonic()
-            self._canary_at = now + self._canary_s
-            with self._changed:
-                self._batcher.done(now, pending=pending)
-                if self._runner.largest_fit is not None:
-                    self._batcher.lower_batch(
-                        turn.batch.key, self._runner.largest_fit, until=now + _BATCH_CAP_S
-                    )
-            pairs = zip(turn.batch.entries, results, strict=True)
-            answers += [answer for pair in pairs if (answer := _answer(*pair)) is not None]
+            answers += self._run_batch(turn.batch)
         if answers:
             self._listener.answered(answers)
+
+    def _run_batch(self, batch: Batch) -> list[Outcome | Failure]:
+        """Run a batch; what the clients of those entries get that have ended."""
+        began = time.monotonic()
+        results = self._runner.run(batch)
+        now = time.monotonic()
+        pending = [r for r in results if not isinstance(r, Outcome | Failure)]
+        self._canary_at = now + self._canary_s
+        with self._changed:
+            self._batcher.done(now, pending=pending)
+            if self._runner.largest_fit is not None:
+                self._batcher.lower_batch(
+                    batch.key, self._runner.largest_fit, until=now + _BATCH_CAP_S
+                )
+        pairs = zip(batch.entries, results, strict=True)
+        answers = [answer for pair in pairs if (answer := _answer(*pair)) is not None]
+        if self._tracing is not None:
+            self._tracing.ran(batch, began=began, ended=now, done=time.monotonic())
+        return answers
 
     def _pass_canary(self, model: ModelInfo) -> None:
         self._canary_at = time.monotonic() + self._canary_s
@@ -228,7 +246,16 @@ class ComputeThread:
             if not task.keys:
                 error = UnknownModel("No such model is loaded.", field="model")
         self._refresh()
+        self._turn_away()
         task.done(error)
+
+    def _turn_away(self) -> None:
+        """End what waited for a model that has been replaced: clients know the new one by now, and ask again."""
+        error = ModelReplaced("The model was replaced while the request waited.")
+        failures = [to_failure(entry.job.id, error) for entry in self._stale]
+        self._stale = []
+        if failures:
+            self._listener.answered(failures)
 
     def _load(self, spec: ModelSpec, *, initial: bool) -> HeatlensError | None:
         subject = f"{spec.name}@{spec.version}"
@@ -248,7 +275,7 @@ class ComputeThread:
             )
         self._runner.post("load", subject=subject)
         try:
-            card = self._backend.registry.load(spec).card
+            card = with_revision(self._backend.registry.load(spec)).card
         except HeatlensError as error:
             return type(error)(error.message, field=error.field)
         except Exception as error:
@@ -261,13 +288,16 @@ class ComputeThread:
                 return ModelLoadFailed("The device has no memory for the model.")
             return ModelLoadFailed("The model could not be loaded; the service's log says why.")
         with self._changed:
-            self._batcher.set_model(
-                (card.name, card.version), best_batch=card.best_batch, latency_ms=card.latency_ms
+            self._stale += self._batcher.set_model(
+                (card.name, card.version),
+                best_batch=card.best_batch,
+                latency_ms=card.latency_ms,
+                revision=card.revision,
             )
         return None
 
     def _refresh(self) -> None:
-        infos = self._backend.registry.infos()
+        infos = [with_revision(info) for info in self._backend.registry.infos()]
         models = tuple("@".join(_key(info)) for info in infos if info.card.ready)
         self._runner.post("idle", models=models)
         self._announce(infos)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from service.settings import WorkerSettings
 from service.workers.board import Board, BoardFile, is_hung
 from service.workers.child import Child, RestartBudget, describe_end
+from service.workers.faults import EXIT_DEVICE_LOST
 from service.workers.fleet import MAX_DEATHS, Death, DeviceLife, Life
 from service.workers.runtime import RuntimeDir
 
@@ -44,6 +45,7 @@ class DeviceSlot:
         self._hung = False
         self._deaths: tuple[Death, ...] = ()
         self._load_deaths: Counter[str] = Counter()
+        self._restart_reasons: Counter[str] = Counter()
         self._quarantined: list[str] = []
 
     def life(self) -> DeviceLife:
@@ -54,6 +56,7 @@ class DeviceSlot:
             incarnation=self.child.incarnation,
             life="given_up" if self.child.given_up else life,
             restarts=max(0, self.child.incarnation - 1),
+            restart_reasons=dict(self._restart_reasons),
             deaths=self._deaths,
         )
 
@@ -62,13 +65,21 @@ class DeviceSlot:
         code = self.child.reap()
         if code is not None:
             reason = "hang" if self._hung else describe_end(code)
-            log.log(
-                logging.ERROR if restart else logging.INFO, "%s ended: %s", self.child.name, reason
-            )
             board = self._learn(reason)
+            log.log(
+                logging.ERROR if restart else logging.INFO,
+                "%s ended: %s",
+                self.child.name,
+                reason,
+                extra=_requests(board),
+            )
             runtime.board_file(self.device, self.child.incarnation).unlink(missing_ok=True)
             runtime.socket_path(self.device, self.child.incarnation).unlink(missing_ok=True)
-            if restart and not self.child.schedule(now, proven=board.ready):
+            if not restart:
+                return
+            if self.child.schedule(now, proven=board.ready):
+                self._restart_reasons["hang" if self._hung else _kind_of_end(code)] += 1
+            else:
                 log.error("%s is given up: its restart budget is spent", self.child.name)
         elif self.child.running and not self._hung and self._is_hung(now):
             log.error("%s hangs: killing it", self.child.name)
@@ -133,3 +144,16 @@ class DeviceSlot:
         )
         self._deaths = (*self._deaths, death)[-MAX_DEATHS:]
         return board
+
+
+def _kind_of_end(code: int) -> str:
+    """Why a process ended, as a label of few values."""
+    if code == EXIT_DEVICE_LOST:
+        return "device_lost"
+    return "crash" if code < 0 else "exit"
+
+
+def _requests(board: Board) -> dict[str, object]:
+    """Whose jobs were on the device: `extra` for the logger."""
+    ids = tuple(dict.fromkeys(job.request_id for job in board.jobs if job.request_id))
+    return {"fields": {"request_ids": ids}} if ids else {}

@@ -28,4 +28,9 @@ def make_engine_backend(device: str, *, base_dir: Path, threads: int | None = No
         return Backend(registry=registry, engine=Engine(registry), free_memory=gc.collect)
     torch.cuda.set_device(device)
     registry = ModelRegistry(device, base_dir)
-    return Backend(registry=registry, engine=Engine(registry), free_memory=torch.cuda.empty_cache)
+    return Backend(
+        registry=registry,
+        engine=Engine(registry),
+        free_memory=torch.cuda.empty_cache,
+        memory_bytes=torch.cuda.memory_reserved,
+    )

@@ -10,6 +10,13 @@ from models.methods import METHODS
 from models.types import Job
 
 JobClass = Literal["interactive", "long"]
+BatchReason = Literal["full", "idle", "deadline", "memory", "held", "alone", "step"]
+"""Why a batch has the size it has.
+
+`full`: the best batch. `idle`: all that waited was taken. `deadline`: more would have made the earliest deadline pass.
+`memory`: the device had no memory for more a while ago. `held`: as many long jobs are between steps as may be.
+`alone`: a job that was in a worker's death runs by itself. `step`: next steps of long jobs.
+"""
 ModelKey = tuple[str, str]
 """Name and version."""
 
@@ -37,6 +44,7 @@ class Entry:
         started: when its first batch started; None while it waits for that.
         device_s: device time of its batches so far.
         batch_size: jobs in its first batch.
+        batches: that it was part of and that have ended.
         pending: its state between steps.
         gone: whether it was cancelled while it waited.
     """
@@ -47,6 +55,7 @@ class Entry:
     started: float | None = None
     device_s: float = 0.0
     batch_size: int = 1
+    batches: int = 0
     pending: Pending | None = None
     gone: bool = False
 
@@ -66,6 +75,7 @@ class Batch:
     images: int
     predicted_s: float
     started: float
+    reason: BatchReason
 
     @property
     def is_step(self) -> bool:

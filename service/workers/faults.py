@@ -6,6 +6,9 @@ from typing import Literal
 
 Fault = Literal["memory", "device", "model"]
 
+EXIT_DEVICE_LOST = 70
+"""Exit code by which a worker says that its device needs a new process."""
+
 _MEMORY = (
     "out of memory",
     "can't allocate memory",

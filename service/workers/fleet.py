@@ -41,6 +41,7 @@ class DeviceLife(Struct):
         incarnation: number of the process that is running, or ran last; 0 = none yet.
         life: `down` while a restart is due, `given_up` when the restart budget is spent.
         restarts: times it was started again.
+        restart_reasons: the same by why it had ended: `hang`, `device_lost`, `crash` (a signal), `exit`.
         deaths: the last few, oldest first.
     """
 
@@ -48,6 +49,7 @@ class DeviceLife(Struct):
     incarnation: int = 0
     life: Life = "down"
     restarts: int = 0
+    restart_reasons: dict[str, int] = {}
     deaths: tuple[Death, ...] = ()
 
 

@@ -23,6 +23,7 @@ from models.errors import (
 from models.types import Failure, Job, ModelInfo, Outcome
 from service.cores import available_cores
 from service.settings import Settings
+from service.tracing import device_tracing
 from service.workers.backend import Backend
 from service.workers.batcher import Batcher
 from service.workers.board import Board
@@ -61,6 +62,7 @@ class LocalPool:
         self._board = Board()
         self._lost = False
         self._closed = False
+        self._tracing = device_tracing(settings.tracing, device=device)
         self._compute = ComputeThread(
             batcher=Batcher(max_wait_s=settings.limits.max_wait_s),
             make_backend=make_backend
@@ -69,6 +71,7 @@ class LocalPool:
             listener=self,
             write_board=self._post,
             canary_s=_CANARY_S,
+            tracing=self._tracing,
         )
 
     async def start(self) -> None:
@@ -98,6 +101,8 @@ class LocalPool:
         self._closed = True
         self._fail_all(Draining("The pool is closed."))
         await asyncio.to_thread(self._compute.stop)
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
 
     async def submit(self, job: Job) -> Outcome:
         """Run one job; see `DevicePool.submit`."""
@@ -140,6 +145,8 @@ class LocalPool:
                 queue_depth=depth,
                 wait_ms=wait_ms,
                 models=self._board.models,
+                memory_bytes=self._board.memory_bytes,
+                batches=self._board.batches,
             )
         ]
 

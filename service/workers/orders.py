@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from models.catalog import ModelSpec
@@ -31,8 +31,12 @@ class ModelOrders:
         self._runtime = runtime
         self._open: dict[str, _Order] = {}
 
-    async def load(self, spec: ModelSpec, links: Iterable[DeviceLink]) -> None:
+    async def load(self, spec: ModelSpec, links: Collection[DeviceLink]) -> None:
         """Load or replace a model version on its devices; the first one alone, so that a bad entry harms one only.
+
+        Args:
+            spec: the model.
+            links: those that are up; looked at again in the end.
 
         Raises:
             ModelLoadFailed: it could not be loaded or verified.
@@ -43,10 +47,16 @@ class ModelOrders:
             raise NotReady("None of the model's devices is up.")
         text = spec.model_dump_json()
         for group in (own[:1], own[1:]):
-            await self._run([(link, Load(request_id=_new_id(), spec=text)) for link in group])
+            up = [link for link in group if link in links]
+            await self._run([(link, Load(request_id=_new_id(), spec=text)) for link in up])
         await asyncio.to_thread(self._runtime.change_catalog, lambda specs: _with(specs, spec))
+        # Workers that have come up since may have read the catalog before it was changed.
+        new = [link for link in links if holds(spec, link.device) and link not in own]
+        await self._run([(link, Load(request_id=_new_id(), spec=text)) for link in new])
 
-    async def unload(self, name: str, version: str | None, *, links: Iterable[DeviceLink]) -> None:
+    async def unload(
+        self, name: str, version: str | None, *, links: Collection[DeviceLink]
+    ) -> None:
         """Drop a model version (None: all of them) everywhere once its jobs are done.
 
         Raises:

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from models.catalog import ModelSpec
 from models.types import Job, ModelInfo, Outcome, Struct
+from service.workers.board import BatchCount
 
 
 class DeviceStatus(Struct):
@@ -23,6 +24,9 @@ class DeviceStatus(Struct):
         wait_ms: estimated wait of a new job in device-milliseconds.
         models: models that are warm on it, as `name@version`.
         restarts: times its worker was restarted.
+        restart_reasons: the same by why it had ended; see `DeviceLife`.
+        memory_bytes: memory that its worker holds there.
+        batches: what the worker has run since it started.
     """
 
     device: str
@@ -32,6 +36,9 @@ class DeviceStatus(Struct):
     wait_ms: float = 0.0
     models: tuple[str, ...] = ()
     restarts: int = 0
+    restart_reasons: dict[str, int] = {}
+    memory_bytes: int = 0
+    batches: tuple[BatchCount, ...] = ()
 
 
 class DevicePool(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 from models.errors import HeatlensError, InternalError, Overloaded
 from models.types import Failure, Job, JobOptions, ModelInfo
 from service.workers.backend import Backend, DeviceLost, Result
-from service.workers.board import Activity, Board, RunningJob
+from service.workers.board import Activity, BatchCount, Board, RunningJob
 from service.workers.entries import Batch, Pending
 from service.workers.failures import to_failure
 from service.workers.faults import classify
@@ -23,6 +24,7 @@ log = logging.getLogger("heatlens.compute")
 Call = Callable[[Sequence[Any]], Sequence[Result]]
 
 _MEMORY_RETRY_S = 1.0
+_MEASURE_S = 1.0
 
 
 class Runner:
@@ -37,6 +39,8 @@ class Runner:
         self._backend = backend
         self._write_board = write_board
         self._largest_fit: int | None = None
+        self._counts: dict[tuple[str, str, str], BatchCount] = {}
+        self._measured = -math.inf
         self.board = Board()
 
     @property
@@ -60,6 +64,7 @@ class Runner:
             DeviceLost: the device needs a new process; the board still names the jobs.
         """
         self._largest_fit = None
+        self._count(batch)
         engine = self._backend.engine
         if batch.is_step:
             results = self._attempt(engine.advance, [e.pending for e in batch.entries], batch)
@@ -101,6 +106,7 @@ class Runner:
             jobs=tuple(_running(item) for item in items),
             subject="@".join(batch.key),
             predicted_s=batch.predicted_s,
+            batches=tuple(self._counts.values()),
         )
         results, error = self._call(call, items)
         if results is not None:
@@ -125,14 +131,19 @@ class Runner:
             results = list(call(items))
             if len(results) == len(items) and all(result is not None for result in results):
                 return results, InternalError("")
-            log.error("the engine gave %d results for %d jobs", len(results), len(items))
+            log.error(
+                "the engine gave %d results for %d jobs",
+                len(results),
+                len(items),
+                extra=_requests(items),
+            )
         except HeatlensError as error:
             return None, type(error)(
                 error.message, field=error.field, retry_after_s=error.retry_after_s
             )
         except Exception as error:  # whatever a model raises must end its own jobs only
             fault = classify(error)
-            log.exception("a batch of %d failed: %s", len(items), fault)
+            log.exception("a batch of %d failed: %s", len(items), fault, extra=_requests(items))
             if fault == "device":
                 raise DeviceLost("device error") from None
             if fault == "memory":
@@ -143,11 +154,21 @@ class Runner:
 
     def _post_end(self, results: Sequence[Result]) -> bool:
         passed = any(not isinstance(result, Failure) for result in results)
-        if passed:
-            self.post("idle", last_pass=time.monotonic())
-        else:
-            self.post("idle")
+        now = time.monotonic()
+        if now - self._measured > _MEASURE_S:
+            memory_bytes = self._backend.memory_bytes()
+            self.board = msgspec.structs.replace(self.board, memory_bytes=memory_bytes)
+            self._measured = now
+        self.post("idle", last_pass=now if passed else self.board.last_pass)
         return passed
+
+    def _count(self, batch: Batch) -> None:
+        key = (*batch.key, batch.reason)
+        name, version, reason = key
+        known = self._counts.get(key, BatchCount(model=name, version=version, reason=reason))
+        self._counts[key] = msgspec.structs.replace(
+            known, batches=known.batches + 1, images=known.images + batch.images
+        )
 
 
 def _job(item: Job | Pending) -> Job:
@@ -156,4 +177,12 @@ def _job(item: Job | Pending) -> Job:
 
 def _running(item: Job | Pending) -> RunningJob:
     job = _job(item)
-    return RunningJob(id=job.id, digest=job.digest, deaths=job.deaths)
+    return RunningJob(id=job.id, digest=job.digest, deaths=job.deaths, request_id=job.request_id)
+
+
+def _requests(items: Sequence[Job | Pending]) -> dict[str, Any]:
+    """Whose requests a line of the log is about: `extra` for the logger."""
+    ids = tuple(dict.fromkeys(_job(item).request_id for item in items if _job(item).request_id))
+    if len(ids) == 1:
+        return {"fields": {"request_id": ids[0]}}
+    return {"fields": {"request_ids": ids}} if ids else {}

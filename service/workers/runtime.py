@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from models.catalog import ModelSpec
+from service.configuration import ConfigurationSource
 from service.settings import Settings
 
 _SOCKET_PATH_LIMIT = 107  # bytes of a Unix socket's address on Linux
@@ -38,7 +39,8 @@ class RuntimeDir:
         if len(os.fsencode(runtime.socket_path("cuda:000", 1_000_000))) > _SOCKET_PATH_LIMIT:
             path.rmdir()
             raise OSError(f"{path} is too long for a Unix socket; set TMPDIR to a shorter path")
-        runtime.metrics_dir.mkdir(mode=0o700)
+        for folder in (runtime.metrics_dir, runtime.tallies_dir):
+            folder.mkdir(mode=0o700)
         return runtime
 
     @property
@@ -50,6 +52,22 @@ class RuntimeDir:
     def metrics_dir(self) -> Path:
         """Where HTTP processes keep their shares of the metrics."""
         return self.path / "metrics"
+
+    @property
+    def tallies_dir(self) -> Path:
+        """Where HTTP processes say how many requests of each key they have; see `concurrency.py`."""
+        return self.path / "tallies"
+
+    def http_file(self, pid: int) -> Path:
+        """What an HTTP process makes once it serves."""
+        return self.path / f"http-{pid}"
+
+    def forget_http(self, pid: int) -> None:
+        """Drop what an HTTP process that has ended said of the moment; its counters stay."""
+        self.http_file(pid).unlink(missing_ok=True)
+        (self.tallies_dir / str(pid)).unlink(missing_ok=True)
+        for path in self.metrics_dir.glob(f"gauge_live*_{pid}.db"):
+            path.unlink(missing_ok=True)
 
     def board_file(self, device: str, incarnation: int) -> Path:
         """The board of one worker process; see `board.py`."""
@@ -71,15 +89,29 @@ class RuntimeDir:
         """The configuration as the supervisor published it."""
         return Settings.model_validate_json((self.path / "settings.json").read_bytes())
 
+    def write_source(self, source: ConfigurationSource) -> None:
+        """Publish where the configuration can be read again."""
+        _write(self.path / "source.json", source.model_dump_json().encode())
+
+    def read_source(self) -> ConfigurationSource:
+        """Where the configuration can be read again."""
+        return ConfigurationSource.model_validate_json((self.path / "source.json").read_bytes())
+
     def read_catalog(self) -> list[ModelSpec]:
         """The models that workers are to hold: the configured ones, and what was loaded and unloaded since."""
-        items = msgspec.json.decode((self.path / "catalog.json").read_bytes(), type=list[str])
-        return [ModelSpec.model_validate_json(item) for item in items]
+        return _read_specs(self.path / "catalog.json")
 
     def write_catalog(self, specs: Sequence[ModelSpec]) -> None:
         """Replace the catalog."""
-        items = [spec.model_dump_json() for spec in specs]
-        _write(self.path / "catalog.json", msgspec.json.encode(items))
+        _write_specs(self.path / "catalog.json", specs)
+
+    def read_wanted(self) -> list[ModelSpec]:
+        """The models that a reload is to end with."""
+        return _read_specs(self.path / "wanted.json")
+
+    def write_wanted(self, specs: Sequence[ModelSpec]) -> None:
+        """Say with which models a reload is to end."""
+        _write_specs(self.path / "wanted.json", specs)
 
     def change_catalog(self, change: Callable[[list[ModelSpec]], list[ModelSpec]]) -> None:
         """Read, change and replace the catalog as one step among all processes; blocks for milliseconds."""
@@ -100,6 +132,15 @@ def holds(spec: ModelSpec, device: str) -> bool:
 
 def _plain(device: str) -> str:
     return device.replace(":", "-")
+
+
+def _read_specs(path: Path) -> list[ModelSpec]:
+    items = msgspec.json.decode(path.read_bytes(), type=list[str])
+    return [ModelSpec.model_validate_json(item) for item in items]
+
+
+def _write_specs(path: Path, specs: Sequence[ModelSpec]) -> None:
+    _write(path, msgspec.json.encode([spec.model_dump_json() for spec in specs]))
 
 
 def _write(path: Path, content: bytes) -> None:

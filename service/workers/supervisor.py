@@ -15,13 +15,17 @@ import time
 from collections.abc import Iterator, Sequence
 from enum import Enum
 
+from service import tracing
+from service.configuration import ConfigurationSource
 from service.cores import available_cores
 from service.logs import configure_logging
 from service.settings import Settings
-from service.workers.child import Child, RestartBudget, describe_end
+from service.workers.child import Child
 from service.workers.device_slot import DeviceSlot
 from service.workers.devices import resolve_devices, threads_per_device
 from service.workers.fleet import MAX_QUARANTINED, Fleet, FleetFile
+from service.workers.http_slot import HttpLaunch, HttpSlot
+from service.workers.reload import Reload
 from service.workers.runtime import RuntimeDir
 
 log = logging.getLogger("heatlens.supervisor")
@@ -32,7 +36,6 @@ HTTP_COMMAND = (sys.executable, "-m", "service.workers.http_process")
 _TICK_S = 0.05
 _BACKLOG = 2048
 _WORKER_STOP_S = 5.0
-_PROVEN_S = 5.0
 
 
 class _Phase(Enum):
@@ -46,11 +49,12 @@ class Supervisor:
     """Runs the service until it is told to stop.
 
     SIGTERM or SIGINT: no longer ready at once, requests that were accepted finish or expire within the grace, exit
-    code 0. A second signal stops at once. When no device, or no HTTP process, is left within its restart budget,
-    everything is stopped and the exit code is 1.
+    code 0. A second signal stops at once. SIGHUP: the configuration is read again and taken over; see `Reload`. When
+    no device, or no HTTP process, is left within its restart budget, everything is stopped and the exit code is 1.
 
     Args:
         settings: the configuration.
+        source: where that can be read again; None = the environment only.
         worker_command: program and first arguments of a device worker.
         http_command: the same of an HTTP process.
     """
@@ -59,10 +63,12 @@ class Supervisor:
         self,
         settings: Settings,
         *,
+        source: ConfigurationSource | None = None,
         worker_command: Sequence[str] = WORKER_COMMAND,
         http_command: Sequence[str] = HTTP_COMMAND,
     ) -> None:
         self._settings = settings
+        self._source = source or ConfigurationSource()
         self._http_command = tuple(http_command)
         cores = available_cores()
         devices = resolve_devices(settings.server.devices, cores=cores)
@@ -72,19 +78,23 @@ class Supervisor:
             for device in devices
         ]
         self._http = [
-            Child(name=f"HTTP process {index}", budget=self._budget())
+            HttpSlot(index, settings.workers)
             for index in range(settings.server.http_worker_count())
         ]
         self._phase = _Phase.SERVING
         self._phase_ends = 0.0
         self._exit_code = 0
         self._signals = 0
+        self._reload_wanted = False
         self._quarantined: tuple[str, ...] = ()
         self._published: Fleet | None = None
 
     def run(self) -> int:
         """Run the service in this thread, which must be the main one; returns the exit code."""
         configure_logging(self._settings.server.log_level)
+        if tracing.is_on(self._settings.tracing) and not tracing.is_installed():
+            log.error(tracing.EXTRA_MISSING)
+            return 1
         try:
             listener = _listen(self._settings.server.host, self._settings.server.port)
         except OSError as error:
@@ -96,6 +106,7 @@ class Supervisor:
                 self._prepare(runtime, listener)
                 for number in (signal.SIGTERM, signal.SIGINT):
                     signal.signal(number, self._count_signal)
+                signal.signal(signal.SIGHUP, self._want_reload)
                 while self._phase is not _Phase.STOPPED:
                     self._tick(time.monotonic())
                     select.select([wakeups], [], [], _TICK_S)
@@ -109,7 +120,12 @@ class Supervisor:
 
     def _prepare(self, runtime: RuntimeDir, listener: socket.socket) -> None:
         self._runtime, self._listener = runtime, listener
+        self._launch = HttpLaunch(self._http_command, runtime, listener.fileno())
+        self._reload = Reload(
+            self._settings, source=self._source, launch=self._launch, slots=self._http
+        )
         runtime.write_settings(self._settings)
+        runtime.write_source(self._source)
         runtime.write_catalog(self._settings.models)
         self._fleet_file = FleetFile.create(runtime.fleet_file)
         self._publish()
@@ -129,57 +145,39 @@ class Supervisor:
         for slot in self._slots:
             slot.start_if_due(self._runtime, now)
         self._publish()
-        for child in self._http:
-            self._tend_http(child, now)
-        if self._phase is _Phase.SERVING and self._is_hopeless():
+        serving = self._phase is _Phase.SERVING
+        for http in self._http:
+            http.tend(self._launch, now, restart=serving)
+        if serving:
+            self._tick_reload(now)
+        if serving and self._is_hopeless():
             self._exit_code = 1
             self._drain(now)
         self._go_on(now)
 
-    def _tend_http(self, child: Child, now: float) -> None:
-        pid = child.pid
-        code = child.reap()
-        if code is not None and pid is not None:
-            log.info("%s ended: %s", child.name, describe_end(code))
-            self._forget_metrics(pid)
-            proven = now - child.started_at > _PROVEN_S
-            if self._phase is _Phase.SERVING and not child.schedule(now, proven=proven):
-                log.error("%s is given up: its restart budget is spent", child.name)
-        due = child.start_at is not None and child.start_at <= now
-        if due and self._phase is _Phase.SERVING:
-            self._start_http(child, now)
-
-    def _start_http(self, child: Child, now: float) -> None:
-        child.incarnation += 1
-        arguments = {
-            "--runtime": str(self._runtime.path),
-            "--socket": str(self._listener.fileno()),
-            "--parent": str(os.getpid()),
-        }
-        child.start(
-            [*self._http_command, *(word for pair in arguments.items() for word in pair)],
-            now=now,
-            environment={
-                "PROMETHEUS_MULTIPROC_DIR": str(self._runtime.metrics_dir),
-                "OPENBLAS_NUM_THREADS": "1",  # each thread of a BLAS nobody calls costs memory
-            },
-            inherit=[self._listener.fileno()],
-        )
+    def _tick_reload(self, now: float) -> None:
+        if self._reload_wanted and not self._reload.busy:
+            self._reload_wanted = False
+            self._reload.begin(now)
+        self._reload.tick(now)
 
     def _is_hopeless(self) -> bool:
         devices = all(slot.child.given_up for slot in self._slots)
         if devices:
             log.error("no device is left within its restart budget: stopping")
-        return devices or any(child.given_up for child in self._http)
+        return devices or any(slot.child.given_up for slot in self._http)
 
     # ---------------------------------------------------------------- stopping
 
     def _count_signal(self, *_: object) -> None:
         self._signals += 1
 
+    def _want_reload(self, *_: object) -> None:
+        self._reload_wanted = True
+
     def _obey_signals(self, now: float) -> None:
         if self._signals and self._phase is _Phase.SERVING:
-            log.info("stopping: accepted requests have %g s", self._settings.server.grace_s)
+            log.info("stopping: accepted requests have %g s", self._grace_s)
             self._drain(now)
             self._signals = 1
         elif self._signals > 1:
@@ -189,19 +187,24 @@ class Supervisor:
 
     def _drain(self, now: float) -> None:
         self._phase = _Phase.DRAINING
-        self._phase_ends = now + self._settings.server.grace_s + 1
+        self._phase_ends = now + self._grace_s + 1
         self._publish()
         self._listener.close()  # new connections are refused once the HTTP processes have closed theirs
-        for child in self._http:
-            child.signal(signal.SIGTERM)
+        for slot in self._http:
+            slot.stop()
+
+    @property
+    def _grace_s(self) -> float:
+        return self._reload.settings.server.grace_s
 
     def _go_on(self, now: float) -> None:
         """Move to the next phase once this one's processes have ended, or its time is up."""
         late = now >= self._phase_ends
         if self._phase is _Phase.DRAINING:
-            for child in self._http if late else ():
+            serving = [child for slot in self._http for child in slot.children()]
+            for child in serving if late else ():
                 child.kill()
-            if not any(child.running for child in self._http):
+            if not any(child.running for child in serving):
                 self._phase, self._phase_ends = _Phase.STOPPING, now + _WORKER_STOP_S
                 for slot in self._slots:
                     slot.child.signal(signal.SIGTERM)
@@ -230,17 +233,9 @@ class Supervisor:
             self._fleet_file.write(fleet)
             self._published = fleet
 
-    def _forget_metrics(self, pid: int) -> None:
-        """Drop the live gauges of an HTTP process that has ended; its counters stay."""
-        for path in self._runtime.metrics_dir.glob(f"gauge_live*_{pid}.db"):
-            path.unlink(missing_ok=True)
-
-    def _budget(self) -> RestartBudget:
-        workers = self._settings.workers
-        return RestartBudget(restarts=workers.restarts, window_s=workers.restart_window_s)
-
     def _children(self) -> list[Child]:
-        return [*self._http, *(slot.child for slot in self._slots)]
+        http = [child for slot in self._http for child in slot.children()]
+        return [*http, *self._reload.children(), *(slot.child for slot in self._slots)]
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -27,12 +27,14 @@ from models.errors import HeatlensError, ModelLoadFailed
 from models.types import Failure, Job, ModelInfo, Outcome
 from service.logs import configure_logging
 from service.settings import Settings
+from service.tracing import device_tracing
 from service.workers.backend import Backend
 from service.workers.batcher import Batcher
 from service.workers.board import BoardFile
 from service.workers.compute import ComputeThread, Done
 from service.workers.engine_backend import make_engine_backend
 from service.workers.failures import to_failure
+from service.workers.faults import EXIT_DEVICE_LOST
 from service.workers.fleet import FleetFile
 from service.workers.lifeline import die_with_parent
 from service.workers.messages import (
@@ -53,8 +55,6 @@ from service.workers.messages import (
 from service.workers.runtime import RuntimeDir, holds
 
 log = logging.getLogger("heatlens.worker")
-
-EXIT_DEVICE_LOST = 70
 
 _LINGER_MS = 1000
 
@@ -103,6 +103,7 @@ class Worker:
         self._board = BoardFile.open(
             options.runtime.board_file(options.device, options.incarnation)
         )
+        self._tracing = device_tracing(settings.tracing, device=options.device)
         self._compute = self._make_compute()
 
     def _make_compute(self) -> ComputeThread:
@@ -120,6 +121,7 @@ class Worker:
             listener=self,
             write_board=self._board.write,
             canary_s=settings.workers.canary_s,
+            tracing=self._tracing,
         )
 
     async def run(self) -> int:
@@ -142,6 +144,8 @@ class Worker:
                     await task
         if self._exit_code == 0:
             await asyncio.to_thread(self._compute.stop)
+            if self._tracing is not None:
+                await asyncio.to_thread(self._tracing.close)
             await asyncio.sleep(0)  # what the thread said last is sent
         self._context.destroy(linger=_LINGER_MS)
         return self._exit_code

@@ -12,9 +12,10 @@ import httpx
 import pytest
 from msgspec import structs
 
-from models.catalog import ModelSpec
+from models.catalog import DEFAULT_MODEL, ModelSpec
 from models.methods import METHODS
 from service.logs import JsonFormatter, configure_logging
+from service.workers.board import BatchCount
 from service.workers.fake import LABELS, FakePool, fake_info
 from service.workers.pool import DeviceStatus
 
@@ -175,8 +176,13 @@ async def test_readiness_of_models(serve: Serve, pool: FakePool) -> None:
         main, other = fake_info(spec("main")), fake_info(spec("other"))
         pool.infos = [other]
         answer = await client.get("/readyz")
+        assert answer.status_code == 200  # it was unloaded, the others serve on
+        assert "model main: not loaded" in answer.json()["missing"]
+        loading = structs.replace(main.card, ready=False, state="loading")
+        pool.infos = [structs.replace(main, card=loading), other]
+        answer = await client.get("/readyz")
         assert answer.status_code == 503  # the default model is still to come
-        assert "model main: not loaded yet" in answer.json()["missing"]
+        assert "model main@1: loading" in answer.json()["missing"]
         broken = structs.replace(main.card, ready=False, state="unavailable", reason="why")
         pool.infos = [structs.replace(main, card=broken), other]
         answer = await client.get("/readyz")
@@ -196,7 +202,16 @@ async def test_metrics(client: httpx.AsyncClient, pool: FakePool, png: bytes) ->
     await client.post("/v1/predict", content=b"")
     await client.get("/v1/models/efficientnet_lite0")
     await client.get("/no/such/path")
-    pool.statuses = [structs.replace(pool.statuses[0], queue_depth=3, wait_ms=250, restarts=2)]
+    pool.statuses = [
+        structs.replace(
+            pool.statuses[0],
+            queue_depth=3,
+            wait_ms=250,
+            restart_reasons={"hang": 2},
+            memory_bytes=5_000,
+            batches=(BatchCount(model="m", version="2", reason="idle", batches=3, images=7),),
+        )
+    ]
     answer = await client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=")
     lines = dict(
@@ -209,10 +224,10 @@ async def test_metrics(client: httpx.AsyncClient, pool: FakePool, png: bytes) ->
     assert lines[requests + '{method="GET",route="/v1/models/{name}",status="200"}'] == "1.0"
     assert lines[requests + '{method="GET",route="unmatched",status="404"}'] == "1.0"
     for stage in ("decode", "queue", "device", "render"):
-        assert lines[f'heatlens_stage_duration_seconds_count{{stage="{stage}"}}'] == "3.0"
-    assert float(lines['heatlens_stage_duration_seconds_sum{stage="device"}']) == pytest.approx(
-        0.006
-    )
+        its = f'{{model="{DEFAULT_MODEL}",operation="predict",stage="{stage}",version="1"}}'
+        assert lines["heatlens_stage_duration_seconds_count" + its] == "2.0"
+    device = f'{{model="{DEFAULT_MODEL}",operation="explain",stage="device",version="1"}}'
+    assert float(lines["heatlens_stage_duration_seconds_sum" + device]) == pytest.approx(0.002)
     assert lines["heatlens_batch_size_count"] == "3.0"
     assert lines["heatlens_batch_size_sum"] == "12.0"
     assert lines["heatlens_inflight"] == "1.0"
@@ -221,7 +236,16 @@ async def test_metrics(client: httpx.AsyncClient, pool: FakePool, png: bytes) ->
     assert lines['heatlens_device_up{device="cpu"}'] == "1.0"
     assert lines['heatlens_queue_depth{device="cpu"}'] == "3.0"
     assert lines['heatlens_device_wait_seconds{device="cpu"}'] == "0.25"
-    assert lines['heatlens_worker_restarts_total{device="cpu"}'] == "2.0"
+    assert lines['heatlens_worker_restarts_total{device="cpu",reason="hang"}'] == "2.0"
+    assert lines['heatlens_worker_restarts_total{device="cpu",reason="crash"}'] == "0.0"
+    assert lines['heatlens_device_memory_bytes{device="cpu"}'] == "5000.0"
+    batches = '{device="cpu",model="m",reason="idle",version="2"}'
+    assert lines["heatlens_batches_total" + batches] == "3.0"
+    assert lines["heatlens_batch_images_total" + batches] == "7.0"
+    model = f'model="{DEFAULT_MODEL}"'
+    assert lines[f'heatlens_model_ready{{{model},version="1"}}'] == "1.0"
+    served = f'{{code="ok",{model},operation="predict",version="1"}}'
+    assert lines["heatlens_request_duration_seconds_count" + served] == "1.0"
     model = '{model_name="efficientnet_lite0"}'
     assert lines["request_preprocess_seconds_count" + model] == "3.0"
     assert lines["request_postprocess_seconds_count" + model] == "3.0"

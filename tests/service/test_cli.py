@@ -210,8 +210,8 @@ def test_serve_passes_its_options_on(config: Path, monkeypatch: pytest.MonkeyPat
     seen = []
 
     class Supervisor:
-        def __init__(self, settings: object) -> None:
-            seen.append(settings)
+        def __init__(self, settings: object, *, source: object) -> None:
+            seen.extend([settings, source])
 
         def run(self) -> int:
             return 7
@@ -221,8 +221,10 @@ def test_serve_passes_its_options_on(config: Path, monkeypatch: pytest.MonkeyPat
     result = run("serve", "-c", config, "--port", "9001", "--devices", "cpu:0,cpu:1",
                  "--http-workers", "3", "--log-level", "warning")  # fmt: skip
     assert result.exit_code == 7
-    level, settings = seen
+    level, settings, source = seen
     assert level == "warning"
+    assert source.read() == settings, "a reload forgets what was said on the command line"
+    assert source.path == config.absolute()
     assert settings.server.port == 9001
     assert settings.server.devices == ["cpu:0", "cpu:1"]
     assert settings.server.http_workers == 3
