@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from models.extractor import Extractor, Tap
-from models.steps import Subject
 from models.targets import ResolvedTarget, ScoreWeights, class_scores
 from models.types import Kind
+
+if TYPE_CHECKING:  # as in _attention: whoever warms a model up asks here what applies to it
+    from models.steps import Subject
 
 
 @dataclass(frozen=True)

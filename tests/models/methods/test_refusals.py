@@ -57,7 +57,33 @@ def test_transformers():
     net = torchvision.models.VisionTransformer(
         image_size=16, patch_size=8, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=8
     )
-    assert set(reasons_of(net, 16)) == GUIDED | {"lrp"}
+    found = reasons_of(net, 16)
+    assert set(found) == GUIDED | {"lrp", "fullgrad"}
+    assert "LayerNorm" in found["fullgrad"]
+
+
+class Seen(nn.Module):
+    """Notes the sizes of the pictures that a network is given."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.sides = net, []
+
+    def forward(self, x):
+        self.sides.append(x.shape[-1])
+        return self.net(x)
+
+
+def test_relevance_is_tried_on_a_small_picture(pool_net):
+    net = Seen(pool_net)
+    assert "lrp" not in reasons_of(net, 200)
+    assert net.sides == [200, 96, 96]  # traced, scored, explained
+
+
+def test_relevance_is_tried_on_a_whole_picture_where_the_model_takes_no_other(flat_net):
+    net = Seen(flat_net)
+    assert "tanh" in reasons_of(net, 8)["lrp"]
+    assert net.sides == [8, 96, 8, 8]
 
 
 @pytest.mark.parametrize("net", [Silu(), nn.Sequential(nn.Flatten(), nn.Linear(192, 5))])
