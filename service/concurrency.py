@@ -34,11 +34,12 @@ class KeyTallies:
     def __init__(self, limit: int, folder: Path | None) -> None:
         self._limit = limit
         self._folder = folder
+        self._name = str(os.getpid())
         self._own: Counter[str] = Counter()
         self._decoder = msgspec.msgpack.Decoder(dict[str, int])
         self._record: SharedRecord | None = None
         if folder is not None:
-            self._record = SharedRecord.create(folder / str(os.getpid()), capacity=_CAPACITY)
+            self._record = SharedRecord.create(folder / self._name, capacity=_CAPACITY)
         self._others: dict[str, SharedRecord] = {}
         self._listed_at = float("-inf")
 
@@ -67,7 +68,7 @@ class KeyTallies:
         self._others.clear()
         if self._record is not None and self._folder is not None:
             self._record.close()
-            (self._folder / str(os.getpid())).unlink(missing_ok=True)
+            (self._folder / self._name).unlink(missing_ok=True)
 
     def _add(self, key: str, number: int) -> None:
         self._own[key] += number
@@ -88,7 +89,7 @@ class KeyTallies:
 
     def _list_again(self, folder: Path) -> None:
         """Open the records of processes that have come; close those of processes that have gone."""
-        names = {path.name for path in folder.iterdir()} - {str(os.getpid())}
+        names = {path.name for path in folder.iterdir()} - {self._name}
         for name in self._others.keys() - names:
             self._others.pop(name).close()
         for name in names - self._others.keys():

@@ -147,7 +147,10 @@ class FakePool:
 
     async def unload(self, name: str, version: str | None = None) -> None:
         """Drop a model, or one version of it."""
-        self.infos = self._without(name, version)
+        left = self._without(name, version)
+        if len(left) == len(self.infos):
+            raise UnknownModel("There is no such model.", field="model")
+        self.infos = left
 
     def _without(self, name: str, version: str | None) -> list[ModelInfo]:
         return [

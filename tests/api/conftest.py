@@ -57,8 +57,10 @@ def serve(pool: FakePool) -> Serve:
     """Starts an application on `pool`, with the given sections of the settings, and yields a client of it."""
 
     @asynccontextmanager
-    async def serve(**sections: Any) -> AsyncIterator[httpx.AsyncClient]:
-        app = create_app(Settings(**sections), pool)
+    async def serve(
+        read_settings: Callable[[], Settings] | None = None, **sections: Any
+    ) -> AsyncIterator[httpx.AsyncClient]:
+        app = create_app(Settings(**sections), pool, read_settings=read_settings)
         transport = httpx.ASGITransport(app)
         async with (
             app.router.lifespan_context(app),

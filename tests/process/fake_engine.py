@@ -93,11 +93,13 @@ class FakeRegistry:
             ready=True,
             source=spec.source,
             num_classes=1_000_000,
+            task=spec.task,
             input=Preprocess(resize=SIDE, crop=(SIDE, SIDE)),
             best_batch=8,
             latency_ms={1: 2.0, 2: 2.5, 4: 3.0, 8: 4.0},
         )
-        info = ModelInfo(card=card)
+        labels = tuple(spec.labels) if isinstance(spec.labels, list) else ()
+        info = ModelInfo(card=card, labels=labels)
         self._infos[spec.name, spec.version] = info
         return info
 
