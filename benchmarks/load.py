@@ -1,0 +1,169 @@
+"""The service under load: throughput against clients, latency against the rate of arrivals, refusals above the limit.
+
+    python -m benchmarks.load
+    python -m benchmarks.load --models efficientnet_lite0,resnet50 --precisions fp32,bf16 --duration 15
+
+Starts the service itself, for each model and precision, and measures a closed loop at 1 to 64 clients, then Poisson
+arrivals at 50, 80 and 120 % of the best throughput (latency counted from the due time). Every answer is compared with
+the one that its picture gets alone. Against a service that runs already: `heatlens bench URL --sweep`.
+
+Takes (8 x (warm-up + duration) + start) for each model and precision: about 2 minutes each; at most 40 s more a load
+if the service hangs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import httpx
+import msgspec
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks.loading import TIMEOUT_S, Measured, in_loop, measure, pictures_of
+from benchmarks.servers import Server, heatlens, model_entry
+from benchmarks.timing import machine_line
+from service.bench.client import Client
+from service.bench.loops import Bounds, Closed, Open
+from service.bench.requests import BenchOperation, Request, picture_requests
+from service.bench.summary import Summary
+from service.bench.sweep import STAGES, sweep
+from service.bench.tables import summaries_table
+from service.bench.verify import DEFAULT_TOLERANCE, learn
+from service.cores import available_cores
+
+HALF_TOLERANCE = 0.05  # batches of another size round otherwise
+
+
+def main(
+    *,
+    models: Annotated[str, typer.Option(help="Comma-separated.")] = "efficientnet_lite0",
+    precisions: Annotated[str, typer.Option(help="Of fp32, bf16, fp16.")] = "fp32",
+    operation: Annotated[BenchOperation, typer.Option()] = BenchOperation.EXPLAIN,
+    duration: Annotated[float, typer.Option(help="Seconds of each load.")] = 10.0,
+    warmup: Annotated[float, typer.Option(help="Seconds before that.")] = 2.0,
+    max_wait: Annotated[
+        float, typer.Option(help="The service refuses beyond this estimated wait, seconds.")
+    ] = 1.0,
+    devices: Annotated[str, typer.Option(help="As of heatlens serve.")] = "auto",
+    http_workers: Annotated[str, typer.Option(help="As of heatlens serve.")] = "auto",
+    pictures: Annotated[Path | None, typer.Option(help="Folder; drawn without.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One second a load.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers.")] = None,
+) -> None:
+    """Measure and print one table for each model and precision."""
+    console = Console(width=120)
+    bounds = Bounds(warmup_s=0.3 if quick else warmup, duration_s=1.0 if quick else duration)
+    data = pictures_of(pictures, count=16 if quick else 64)
+    runs: dict[str, list[Summary]] = {}
+    with Progress(console=Console(stderr=True)) as progress:
+        cases = [(m, p) for m in models.split(",") for p in precisions.split(",")]
+        task = progress.add_task("load", total=len(cases) * STAGES)
+        for model, precision in cases:
+            title = f"{model} {precision}"
+            progress.update(task, description=f"starting {title}")
+            with heatlens(
+                models=[model_entry(model, precision=precision)],
+                server={"devices": devices, "http-workers": http_workers},
+                settings={"LIMITS__MAX_WAIT_S": str(max_wait)},
+            ) as server:
+                ready_s = server.wait_ready()
+                progress.update(task, description=title)
+                found = in_loop(
+                    _sweep(
+                        server,
+                        picture_requests(server.address, data, operation=operation),
+                        bounds,
+                        tolerance=_tolerance(operation, precision),
+                        step=lambda: progress.advance(task),
+                    )
+                )
+                runs[title] = [row.summary for row in found]
+                console.print(f"\n[bold]{title}[/], {operation}, ready after {ready_s:.1f} s")
+                console.print(summaries_table(runs[title]))
+                for line in findings(found, card=_card(server)):
+                    console.print(line, highlight=False)
+    console.print(f"\n{machine_line('torch')}; refused beyond an estimated wait of {max_wait} s")
+    if json_file is not None:
+        json_file.write_bytes(msgspec.json.format(msgspec.json.encode(runs), indent=2))
+
+
+async def _sweep(
+    server: Server,
+    requests: list[Request],
+    bounds: Bounds,
+    *,
+    tolerance: float | None,
+    step: Callable[[], None],
+) -> list[Measured]:
+    check = None
+    if tolerance is not None:
+        alone = Client(server.address, requests, timeout_s=TIMEOUT_S)
+        check = (await learn(alone, requests, tolerance=tolerance)).is_right
+    found: list[Measured] = []
+
+    async def one(load: Closed | Open) -> Summary:
+        found.append(await measure(server, requests, load, bounds, check=check))
+        step()
+        return found[-1].summary
+
+    async for _ in sweep(one):
+        pass
+    return found
+
+
+def _tolerance(operation: BenchOperation, precision: str) -> float | None:
+    """Of the comparison with the answer alone; features have no scores to compare."""
+    if operation is BenchOperation.FEATURES:
+        return None
+    return DEFAULT_TOLERANCE if precision == "fp32" else HALF_TOLERANCE
+
+
+def _card(server: Server) -> dict[str, object]:
+    card: dict[str, object] = httpx.get(server.url("/v1/models"), trust_env=False).json()["cards"][
+        0
+    ]
+    return card
+
+
+def findings(found: list[Measured], *, card: dict[str, object]) -> list[str]:
+    """The numbers that the design has targets for."""
+    closed = [row for row in found if row.summary.clients is not None]
+    arrivals = {row.summary.rate: row.summary for row in found if row.summary.rate is not None}
+    best = max(closed, key=lambda row: row.summary.throughput)
+    lines = [_share_of_limit(best, card)]
+    alone = closed[0].summary.latency
+    if alone and arrivals:
+        half, above = arrivals[min(arrivals)], arrivals[max(arrivals)]
+        if half.latency:
+            ratio = half.latency.p99 / alone.p50
+            lines.append(f"p99 at 50 % over the unloaded median: {ratio:.1f}x (target at most 3x)")
+        refused = above.failed / max(above.answered + above.failed, 1)
+        late = f"{above.refused_latency.p99:.0f} ms" if above.refused_latency else "-"
+        kept = f"{above.latency.p99:.0f} ms" if above.latency else "-"
+        lines.append(
+            f"at 120 %: {refused:.0%} refused, p99 of refusals {late}, p99 of answers {kept}"
+        )
+    memory = ", ".join(f"{role} {mb:.0f} MB" for role, mb in found[-1].usage.largest_mb.items())
+    return [*lines, f"resident memory of the largest process: {memory}"]
+
+
+def _share_of_limit(best: Measured, card: dict[str, object]) -> str:
+    """Throughput over cores / (device time of an image at the best batch + host time of an answer)."""
+    latency = {int(size): ms for size, ms in dict(card["latency_ms"]).items()}  # type: ignore[call-overload]
+    size = int(str(card["best_batch"]))
+    device_ms = latency.get(size, min(ms / n for n, ms in latency.items()) * size) / size
+    host_ms = best.by_role.get("http", 0.0) + best.by_role.get("other", 0.0)
+    limit = 1000 * available_cores() / (device_ms + host_ms)
+    return (
+        f"best {best.summary.throughput:.1f}/s = {best.summary.throughput / limit:.0%} of "
+        f"{available_cores()} cores / ({device_ms:.1f} ms device at batch {size} + {host_ms:.1f} ms host); "
+        f"{best.core_ms:.1f} core-ms an answer in all"
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
