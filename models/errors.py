@@ -24,7 +24,7 @@
     ├── DeadlineExceeded         deadline_exceeded         anywhere after acceptance
     ├── Cancelled                cancelled                 the client left (logged as 499, never sent)
     ├── NotReady                 not_ready                 no warm model yet, or the model failed to load
-    ├── ModelReplaced            model_replaced            the model was replaced while the request was on its way
+    ├── ModelReplaced            model_replaced            the model was replaced or unloaded under way
     ├── Draining                 draining                  the service is stopping
     ├── WorkerLost               worker_lost               a device worker died and no retry was left
     ├── ModelLoadFailed          model_load_failed         loading or verifying a model
@@ -204,7 +204,7 @@ class NotReady(HeatlensError):
 
 
 class ModelReplaced(HeatlensError):
-    """The model version was replaced after the request was resolved against it; resolve it again."""
+    """The model version was replaced or unloaded after the request was resolved against it; resolve it again."""
 
     code = "model_replaced"
     retryable = True

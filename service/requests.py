@@ -24,6 +24,9 @@ from service.options import (
 from service.settings import LimitSettings, Settings
 
 
+_UNREADY = {"unavailable": "could not be loaded", "unloading": "is being unloaded"}
+
+
 class RenderOptions(Struct):
     """How maps become pictures."""
 
@@ -90,7 +93,7 @@ def choose_model(
     """
     info = find_model(reference or settings.default_model, infos, settings)
     if not info.card.ready:
-        text = "could not be loaded" if info.card.state == "unavailable" else "is not ready yet"
+        text = _UNREADY.get(info.card.state, "is not ready yet")
         raise NotReady(
             f"The model {text}; GET /v1/models/{info.card.name} says more.", field="model"
         )

@@ -130,17 +130,17 @@ class Batcher:
         Raises:
             UnknownModel: its model is not on this device.
             NotReady: its model is being unloaded.
-            ModelReplaced: it was resolved against a model that was replaced since.
+            ModelReplaced: it was resolved against a model that was replaced or is being unloaded since.
             DeadlineExceeded: nobody waits for it any more.
             Overloaded: the estimated wait is over the limit, or over what the job's deadline leaves.
         """
         model = self._models.get((job.model, job.version))
+        if job.revision and (model is None or model.closing or _is_stale(job, model)):
+            raise ModelReplaced("The model was replaced or unloaded meanwhile.")
         if model is None:
             raise UnknownModel("The model is not loaded on this device.", field="model")
         if model.closing:
             raise NotReady("The model is being unloaded.")
-        if _is_stale(job, model):
-            raise ModelReplaced("The model was replaced while the request was on its way.")
         if job.deadline <= now:
             raise DeadlineExceeded("The deadline passed before the job reached a device.")
         job_class: JobClass = "long" if is_long(job) else "interactive"

@@ -145,6 +145,8 @@ class SocketPool:
         ]
         if not ready:
             hopeless = self._hopeless(ticket)
+            if isinstance(hopeless, UnknownModel) and job.revision:  # it was there a moment ago
+                hopeless = ModelReplaced("The model was unloaded; ask again.")
             if hopeless is not None:
                 self._fail(ticket, hopeless)
             return

@@ -78,6 +78,7 @@ class ComputeThread:
         self._canary_s = canary_s
         self._tracing = tracing
         self._stale: list[Entry] = []
+        self._closing: set[ModelKey] = set()
         self._canary_at = 0.0
         self._changed = threading.Condition()
         self._tasks = deque(_Task(_ignore, spec=spec, initial=True) for spec in specs)
@@ -127,6 +128,9 @@ class ComputeThread:
         with self._changed:
             for key in keys:
                 self._batcher.close_model(key)
+            self._closing |= set(keys)
+            self._infos = tuple(map(self._as_seen, self._infos))
+        self._listener.models_changed(self._infos)
         self._order(_Task(done, keys=keys))
 
     @property
@@ -191,10 +195,14 @@ class ComputeThread:
             return None
 
     def _ready_task(self) -> _Task | None:
-        """The first task that can start: an unload waits for the model's jobs."""
+        """The first task that can start: an unload waits for the model's jobs, and what follows it for the unload."""
+        waiting: set[ModelKey] = set()
         for task in self._tasks:
-            if not any(self._batcher.has_jobs(key) for key in task.keys):
+            keys = {(task.spec.name, task.spec.version)} if task.spec else set(task.keys)
+            busy = any(self._batcher.has_jobs(key) for key in task.keys)
+            if not busy and not keys & waiting:
                 return task
+            waiting |= keys
         return None
 
     def _serve(self, turn: Turn) -> None:
@@ -243,6 +251,7 @@ class ComputeThread:
                 self._backend.registry.unload(*key)
                 with self._changed:
                     self._batcher.drop_model(key)
+                    self._closing.discard(key)
             if not task.keys:
                 error = UnknownModel("No such model is loaded.", field="model")
         self._refresh()
@@ -298,19 +307,29 @@ class ComputeThread:
 
     def _refresh(self) -> None:
         infos = [with_revision(info) for info in self._backend.registry.infos()]
-        models = tuple("@".join(_key(info)) for info in infos if info.card.ready)
-        self._runner.post("idle", models=models)
         self._announce(infos)
+        models = tuple("@".join(_key(info)) for info in self._infos if info.card.ready)
+        self._runner.post("idle", models=models)
 
     def _announce(self, infos: Sequence[ModelInfo]) -> None:
         """Say which models there are, those included that are still to be loaded."""
         known = {_key(info) for info in infos}
         coming = [task.spec for task in self._tasks if task.initial and task.spec is not None]
-        self._infos = (
-            *infos,
-            *(loading_info(spec) for spec in coming if (spec.name, spec.version) not in known),
-        )
+        with self._changed:
+            self._infos = (
+                *map(self._as_seen, infos),
+                *(loading_info(spec) for spec in coming if (spec.name, spec.version) not in known),
+            )
         self._listener.models_changed(self._infos)
+
+    def _as_seen(self, info: ModelInfo) -> ModelInfo:
+        """A model as clients are to see it: one that takes no more jobs is not ready."""
+        if _key(info) not in self._closing:
+            return info
+        card = msgspec.structs.replace(
+            info.card, state="unloading", ready=False, reason="The model is being unloaded."
+        )
+        return msgspec.structs.replace(info, card=card)
 
     def _publish(self, board: Board) -> None:
         depth, wait_ms = self.load_state()

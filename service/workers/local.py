@@ -95,6 +95,7 @@ class LocalPool:
                 raise ModelLoadFailed(reason or "The model could not be loaded.")
             self._changed.clear()
             await self._changed.wait()
+        await asyncio.sleep(0)  # what the thread said before it was ready is heard first
 
     async def close(self) -> None:
         """Fail outstanding jobs with `Draining`, and end the compute thread after what it runs."""

@@ -10,7 +10,10 @@ from typing import Any
 
 import httpx
 import pytest
+from msgspec import structs
 
+from models.errors import ModelReplaced
+from models.types import Job
 from service.app import create_app
 from service.settings import Settings
 from service.workers.fake import FakePool
@@ -159,3 +162,41 @@ async def test_an_answer_in_time_leaves_no_task_behind(
     before = asyncio.all_tasks()
     assert (await client.post("/v1/explain", content=png)).status_code == 200
     assert asyncio.all_tasks() == before
+
+
+# ---------------------------------------------------------------- models that are replaced meanwhile
+
+
+@pytest.mark.parametrize("path", ["/v1/predict", "/v1/explain", "/v1/features"])
+async def test_a_request_whose_model_was_replaced_is_asked_again(
+    client: httpx.AsyncClient, pool: FakePool, png: bytes, path: str
+) -> None:
+    """Options are resolved anew, against the labels of the model that answers."""
+    (old,) = pool.infos
+    new = structs.replace(
+        old, labels=("a", "b", "c", "d", "e"), card=structs.replace(old.card, revision="new")
+    )
+    pool.infos = [structs.replace(old, card=structs.replace(old.card, revision="old"))]
+
+    def replaced(job: Job) -> ModelReplaced | None:
+        if job.revision == "new":
+            return None
+        pool.infos = [new]
+        return ModelReplaced("It was replaced.")
+
+    pool.fault = replaced
+    answer = await client.post(path, files=[("image", png)] * 2)
+    assert answer.status_code == 200
+    labels = {item["label"] for r in answer.json()["results"] for item in r["predictions"]}
+    assert labels <= set(new.labels)
+    assert [job.revision for job in pool.submitted] == ["old", "old", "new", "new"]
+
+
+async def test_a_model_that_is_replaced_over_and_over_is_a_typed_error(
+    client: httpx.AsyncClient, pool: FakePool, png: bytes
+) -> None:
+    pool.fault = lambda job: ModelReplaced("It was replaced.")
+    answer = await client.post("/v1/predict", content=png)
+    assert (answer.status_code, answer.json()["code"]) == (503, "model_replaced")
+    assert answer.json()["retryable"] is True
+    assert len(pool.submitted) == 4

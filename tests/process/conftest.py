@@ -15,6 +15,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import fake_engine
+from configured import Configured
 from running import Service, until
 
 from models.types import Job, JobOptions
@@ -45,6 +46,24 @@ def start_service() -> Iterator[Callable[..., Service]]:
     finally:
         for service in started:
             service.stop()
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+def configured() -> Iterator[Callable[..., Configured]]:
+    """Starts services with real HTTP processes and a configuration file."""
+    folder = Path(tempfile.mkdtemp(prefix="hl-", dir="/tmp"))
+    started: list[Configured] = []
+
+    def start(*flags: str, **values) -> Configured:
+        started.append(Configured(folder, *flags, **values))
+        return started[-1]
+
+    try:
+        yield start
+    finally:
+        for item in started:
+            item.service.stop()
         shutil.rmtree(folder)
 
 

@@ -57,9 +57,10 @@ class Service:
 
     def __init__(self, settings: Settings, folder: Path, *flags: str) -> None:
         command = [sys.executable, str(Path(__file__).parent / "run_service.py")]
+        path = os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
         self.process = subprocess.Popen(
             [*command, settings.model_dump_json(), *flags],
-            env=os.environ | {"TMPDIR": str(folder), "PYTHONPATH": str(Path.cwd())},
+            env=os.environ | {"TMPDIR": str(folder), "PYTHONPATH": path},
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from fake_engine import Fault, make_backend, picture, spec
 
-from models.errors import ModelReplaced
+from models.errors import ModelReplaced, NotReady, UnknownModel
 from models.types import Job, JobOptions, LayerInfo, ModelCard, ModelInfo, Preprocess
 from service.settings import Settings
 from service.workers.batcher import Batcher
@@ -138,6 +138,10 @@ async def test_who_waits_while_a_model_is_replaced_learns_the_new_one_first():
                 deadline=time.monotonic() + 10,
             )
 
+        heard = []
+        told, answered = pool.models_changed, pool.answered
+        pool.models_changed = lambda infos: (heard.append("models"), told(infos))
+        pool.answered = lambda ends: (heard.extend(end.id for end in ends), answered(ends))
         running = asyncio.create_task(pool.submit(fresh(0, Fault.SLOW, 30)))
         await asyncio.sleep(0.1)
         loading = asyncio.create_task(pool.load(spec(task="multi_label")))
@@ -152,7 +156,51 @@ async def test_who_waits_while_a_model_is_replaced_learns_the_new_one_first():
         await loading
         await running
         assert len(seen) > 1
+        assert heard.index("models") < heard.index("1")
         assert set(seen) == {pool.models()[0].card.revision} != {old}
+    finally:
+        await pool.close()
+
+
+def test_jobs_for_a_model_that_goes_are_asked_again_unless_they_name_no_revision():
+    queue = batcher()
+    queue.close_model(KEY)
+    with pytest.raises(ModelReplaced):
+        queue.add(job(1, revision="old"), 0)
+    with pytest.raises(NotReady):
+        queue.add(job(2), 0)
+    queue.drop_model(KEY)
+    with pytest.raises(ModelReplaced):
+        queue.add(job(3, revision="old"), 0)
+    with pytest.raises(UnknownModel):
+        queue.add(job(4), 0)
+
+
+@pytest.mark.anyio
+async def test_a_load_does_not_overtake_the_unload_of_the_same_model():
+    settings = Settings(models=[spec(), spec("other")], server={"devices": ["cpu"]})
+    pool = LocalPool(settings, make_backend=make_backend)
+    await pool.start()
+    try:
+        await pool.wait_ready()
+        slow = job(
+            0,
+            model="fake",
+            input=picture(0, Fault.LONG, 30),  # between its steps the thread is free
+            deadline=time.monotonic() + 10,
+        )
+        running = asyncio.create_task(pool.submit(slow))
+        await asyncio.sleep(0.1)
+        unloading = asyncio.create_task(pool.unload("fake"))
+        await asyncio.sleep(0.05)
+        (card,) = [info.card for info in pool.models() if info.card.name == "fake"]
+        assert (card.state, card.ready) == ("unloading", False)
+        await asyncio.gather(pool.load(spec()), unloading, running)
+        assert {info.card.name: info.card.state for info in pool.models()} == {
+            "fake": "ready",
+            "other": "ready",
+        }
+        await pool.submit(job(1, model="fake", input=picture(1), deadline=time.monotonic() + 10))
     finally:
         await pool.close()
 

@@ -1,0 +1,84 @@
+"""A service with real HTTP processes that was started with a configuration file."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import httpx
+from fake_engine import picture
+from running import Service, report, until
+from traffic import Traffic, png
+
+from service.settings import Settings
+
+FAKE = {"name": "fake", "source": "python:fake.fast"}
+BASE: dict[str, Any] = {
+    "server": {"port": 0, "devices": ["cpu"], "http_workers": 2, "grace_s": 5},
+    "workers": {"canary_s": 0.3},
+    "security": {"api_keys": ["one"], "admin_keys": ["admin"]},
+    "models": [FAKE],
+}
+
+
+def toml(values: dict[str, Any]) -> str:
+    """The configuration as TOML, whose values these are written as in JSON."""
+    lines = [f"{key} = {json.dumps(v)}" for key, v in values.items() if isinstance(v, str)]
+    for name, section in values.items():
+        if isinstance(section, dict):
+            lines += [f"[{name}]", *(f"{key} = {json.dumps(v)}" for key, v in section.items())]
+    for model in values["models"]:
+        lines += ["[[models]]", *(f"{key} = {json.dumps(v)}" for key, v in model.items())]
+    return "\n".join(lines)
+
+
+class Configured:
+    """A service with real HTTP processes and the file that it was started with."""
+
+    def __init__(self, folder: Path, *flags: str, **values: Any) -> None:
+        self.file = folder / "heatlens.toml"
+        self.write(**values)
+        self.service = Service(Settings(), folder, "real-http", f"config={self.file}", *flags)
+        until(self.is_ready, timeout_s=60)
+
+    def write(self, **values: Any) -> None:
+        self.file.write_text(toml({**BASE, **values}))
+
+    def is_ready(self) -> bool:
+        try:
+            answer = httpx.get(self.service.url("/readyz"), trust_env=False)
+        except httpx.TransportError:
+            return False
+        return answer.status_code == 200
+
+    def reload(self, *, until_log: str = "the configuration is reloaded", **values: Any) -> None:
+        self.write(**values)
+        self.hangup(until_log)
+
+    def hangup(self, until_log: str) -> None:
+        before = self.service.log.count(until_log)
+        self.service.process.send_signal(signal.SIGHUP)
+        took = until(lambda: self.service.log.count(until_log) > before, timeout_s=60)
+        report(f"{until_log} after {took:.2f} s")
+
+    def ask(self, *, key: str = "one", model: str = "", images: int = 1) -> httpx.Response:
+        return httpx.post(
+            self.service.url("/v1/predict" + (f"?model={model}" if model else "")),
+            files=[("image", png(picture(n))) for n in range(images)],
+            headers={"X-API-Key": key},
+            timeout=30,
+            trust_env=False,
+        )
+
+    def http_pids(self) -> set[int]:
+        return set(self.service.pids("service.workers.http_process"))
+
+    def traffic(self, **rest: Any) -> Traffic:
+        return Traffic(
+            self.service.url("/v1/predict"),
+            lambda number, i: png(picture(1000 * number + i)),
+            headers={"X-API-Key": "one"},
+            **rest,
+        )
