@@ -70,13 +70,18 @@ def resolve_ranks(targets: Sequence[Target], order: Sequence[int]) -> tuple[Reso
 class ScoreWeights:
     """Scores of T targets for each of N images as linear forms of their logits.
 
-    Images with fewer targets than the most repeat their first one; callers drop what that yields.
+    Images with fewer targets than the most repeat their first one, those without any (predictions) class 0; callers
+    drop what that yields.
     """
 
     def __init__(self, targets: Sequence[Sequence[ResolvedTarget]], device: torch.device) -> None:
-        """Args: the targets of each image (at least one each), and where the tensors live."""
-        self.width = max(map(len, targets))
-        padded = [[*row, *[row[0]] * (self.width - len(row))] for row in targets]
+        """Args: the targets of each image, and where the tensors live."""
+        self.width = max([1, *map(len, targets)])
+        fill = [row[0] if row else ResolvedTarget(cls=0) for row in targets]
+        padded = [
+            [*row, *[other] * (self.width - len(row))]
+            for row, other in zip(targets, fill, strict=True)
+        ]
         self._index = torch.tensor([[t.cls for t in row] for row in padded], device=device)
         self._against = [
             (n, t, torch.tensor(target.against, device=device))

@@ -90,7 +90,7 @@ def assert_same(found: Any, expected: Any, *, rtol: float = 1e-5, atol: float = 
 
 
 MIXED = [
-    job("predict", "predict", seed=1, top_k=2),
+    job("predict", "predict", seed=1, top_k=2, targets=()),
     job("one", seed=2),
     job("many", seed=3, methods=FREE[1:], targets=(Target(cls=rank(1)), Target(cls=index(4)))),
     job("contrast", seed=4, targets=(Target(cls=rank(2), against=(rank(1), index(0))),)),
