@@ -174,18 +174,19 @@ async def test_an_error_of_the_model_harms_only_its_own_job(service, make_job):
 async def test_too_little_memory_halves_the_batch(service, make_job):
     async with service.pool() as pool:
         await eventually(lambda: are_ready(pool))
-        jobs = [make_job(n, Fault.SLOW, 3) for n in range(8)] + [make_job(9, Fault.MEMORY)]
-        jobs += [make_job(n) for n in range(100, 106)]
-        never = make_job(10, Fault.MEMORY_ALONE)
-        answers = await submit_all(pool, [*jobs, never])
+        blocker = asyncio.create_task(pool.submit(make_job(0, Fault.SLOW, 40)))
+        await eventually(lambda: service.board().jobs)
+        jobs = [make_job(n) for n in range(1, 8)] + [make_job(9, Fault.MEMORY)]
+        answers = await submit_all(pool, jobs)
         assert all(map(is_own_answer, jobs, answers))
-        assert isinstance(answers[-1], Overloaded)
-        assert answers[-1].retry_after_s
+        await blocker
         later = [make_job(n) for n in range(200, 216)]
-        await submit_all(pool, later)
+        answers = await submit_all(pool, later)
+        assert max(answer.batch_size for answer in answers) < 8
+        with pytest.raises(Overloaded) as refused:
+            await pool.submit(make_job(10, Fault.MEMORY_ALONE))
+        assert refused.value.retry_after_s
     assert service.fleet.devices[0].restarts == 0
-    ids = {job.id for job in later}
-    assert max(len(batch) for batch in service.journal() if batch[0] in ids) < 8
 
 
 async def test_deadlines_hold_even_without_a_worker(service, make_job):

@@ -31,9 +31,10 @@ def all_pids(service) -> list[int]:
     return [*service.pids("faulty_worker"), *service.pids("small_http")]
 
 
-def test_sigterm_finishes_what_was_accepted(service):
+def test_sigterm_finishes_what_was_accepted(start_service):
+    service = start_service(workers={"hang_floor_s": 10})
     until(service.answers)
-    pixels = picture(1, Fault.SLOW, 60)
+    pixels = picture(1, Fault.SLOW, 200)
     answers = []
     request = threading.Thread(target=lambda: answers.append(post(service.url(), pixels)))
     request.start()
@@ -42,6 +43,7 @@ def test_sigterm_finishes_what_was_accepted(service):
     begun = time.monotonic()
     service.process.send_signal(signal.SIGTERM)
     until(lambda: refused(service.port))
+    assert not answers, "new connections were refused only after the old request's end"
     request.join()
     assert answers[0].status_code == 200
     assert answers[0].text == str(expected_class(pixels))
