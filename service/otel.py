@@ -33,7 +33,7 @@ def make_provider(endpoint: str | None, *, process: str) -> TracerProvider:
     """
     defaults = {"service.name": "heatlens", "service.version": version("heatlens")}
     resource = Resource.create({"heatlens.process": process})
-    resource = Resource(defaults).merge(resource) if _is_unnamed(resource) else resource
+    resource = resource.merge(Resource(defaults)) if _is_unnamed(resource) else resource
     provider = TracerProvider(resource=resource)
     url = None if endpoint is None else endpoint.rstrip("/") + _TRACES_PATH
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=url)))

@@ -82,6 +82,7 @@ async def load(model: str, request: Request, service: ServiceDep) -> Response:
         raise UnknownModel("The configuration has no such model.")
     for spec in specs:
         await service.pool.load(spec)
+        log.info("model %s@%s was loaded by request", spec.name, spec.version)
     return json_response({})
 
 
@@ -103,6 +104,7 @@ async def unload(model: str, request: Request, service: ServiceDep) -> Response:
         await service.pool.unload(name, version or None)
     except UnknownModel as error:
         raise UnknownModel(error.message) from None  # the path is no option: no field to blame
+    log.info("model %s was unloaded by request", model)
     return json_response({})
 
 

@@ -1,0 +1,51 @@
+"""The limit of a key holds for all HTTP processes together."""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from configured import BASE
+from fake_engine import Fault, picture
+from running import until
+from traffic import png
+
+pytestmark = pytest.mark.process
+
+
+def test_a_key_is_limited_across_processes(configured):
+    running = configured(
+        server={**BASE["server"], "http_workers": 3},
+        limits={"max_concurrent_per_key": 3},
+        security={"api_keys": ["one", "two"]},
+    )
+    until(lambda: len(list(running.service.runtime.tallies_dir.iterdir())) == 3)
+
+    def ask(number: int, key: str = "one") -> httpx.Response:
+        return httpx.post(
+            running.service.url("/v1/predict"),
+            content=png(picture(number, Fault.SLOW, 150)),
+            headers={"X-API-Key": key},
+            timeout=30,
+            trust_env=False,
+        )
+
+    def under_way() -> int:
+        text = httpx.get(running.service.url("/metrics"), trust_env=False).text
+        return int(float(re.findall(r"^heatlens_inflight (.*)$", text, re.MULTILINE)[0])) - 1
+
+    with ThreadPoolExecutor(4) as threads:
+        first = []
+        for number in range(
+            3
+        ):  # one after the other: of two at the same moment both may be refused
+            first.append(threads.submit(ask, number))
+            until(lambda: under_way() == len(first))
+        refused = [ask(number).status_code for number in range(10, 20)]
+        other = threads.submit(ask, 50, "two")
+        assert [answer.result().status_code for answer in first] == [200, 200, 200]
+    assert refused == [429] * 10
+    assert other.result().status_code == 200
+    assert ask(60).status_code == 200
