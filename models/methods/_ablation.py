@@ -14,8 +14,9 @@ from models.hooks import ForwardHook
 from models.steps import Exclusive, Step, Subject
 from models.targets import class_scores
 
-# A head that begins with pooling is so cheap that one trunk pass may feed many ablations.
-_POOLED_ROWS = 8
+# What follows the target layer is so much cheaper than the trunk that one pass of it may feed many ablations: of a
+# head that begins with pooling as many times the best batch, of another at least so many.
+_ROWS = 8
 _NONE = -1
 
 
@@ -46,7 +47,7 @@ def replayed_drops(subject: Subject) -> Generator[Step, Any, Tensor]:
     if not channels:
         return drops
     spread, whole = yield Exclusive(partial(_begin, subject, channels[0]), cost=2)
-    rows = subject.chunk * (_POOLED_ROWS if spread and _pooled(subject) else 1)
+    rows = _rows(subject) if spread else subject.chunk
     for first in range(0, len(channels), rows):
         part = channels[first : first + rows]
         step = partial(_replay, subject, part, spread=spread)
@@ -55,9 +56,11 @@ def replayed_drops(subject: Subject) -> Generator[Step, Any, Tensor]:
     return drops
 
 
-def _pooled(subject: Subject) -> bool:
-    warm = subject.warm
-    return warm.head.kind == "gap" and subject.layer == warm.target_layer
+def _rows(subject: Subject) -> int:
+    """Ablations that one trunk pass feeds, where its batch may grow at the layer."""
+    if subject.layer != subject.warm.target_layer:
+        return subject.chunk
+    return _ROWS * subject.chunk if subject.warm.head.kind == "gap" else max(_ROWS, subject.chunk)
 
 
 def _begin(subject: Subject, channel: int) -> tuple[bool, Tensor]:

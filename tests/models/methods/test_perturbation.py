@@ -241,17 +241,20 @@ def test_ablationcam_on_pooled_linear_heads_needs_no_pass(drive, subject_of, poo
     assert_ablation(found, pool_net, "out", images[0])
 
 
+@pytest.mark.parametrize(("target_layer", "replays"), [("out", 1), ("elsewhere", 3)])
 def test_ablationcam_replays_other_heads_with_one_trunk_row(
-    drive, subject_of, flat_net, images, untouched
+    target_layer, replays, drive, subject_of, flat_net, images, untouched
 ):
+    """All six channels at once after the target layer, chunks of two after any other."""
     subject = subject_of(flat_net, images[0], TARGETS, "out", gradients=False, chunk=2)
+    subject.warm.__dict__["target_layer"] = target_layer
     rows = []
     watch = flat_net.stem.register_forward_hook(lambda m, args, out: rows.append(len(out)))
     with untouched(flat_net):
         found = run(drive, "ablationcam", subject)
     watch.remove()
     assert rows == [1] * (1 + len(drive.taken))
-    assert len(drive.taken) == 1 + 3
+    assert len(drive.taken) == 1 + replays
     assert_ablation(found, flat_net, "out", images[0])
 
 
