@@ -23,7 +23,6 @@ from service.options import (
 )
 from service.settings import LimitSettings, Settings
 
-
 _UNREADY = {"unavailable": "could not be loaded", "unloading": "is being unloaded"}
 
 

@@ -9,9 +9,7 @@ no credit for it. Inside a class the earliest deadline goes first, with jobs of 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from models.errors import DeadlineExceeded, ModelReplaced, NotReady, Overloaded, UnknownModel
 from models.types import Job
@@ -26,24 +24,10 @@ from service.workers.entries import (
     Turn,
     is_long,
 )
+from service.workers.forming import QueuedModel, cost, fit, make_batch, may_join
 from service.workers.latency import LatencyModel
 
 _CLASSES: tuple[JobClass, JobClass] = ("interactive", "long")
-
-
-@dataclass(slots=True)
-class _Model:
-    best_batch: int
-    passes: LatencyModel
-    steps: LatencyModel
-    revision: str = ""
-    long_ms: float = 0.0
-    closing: bool = False
-    batch_cap: int = 0
-    cap_until: float = -math.inf
-
-    def batch_limit(self, now: float) -> int:
-        return min(self.best_batch, self.batch_cap) if now < self.cap_until else self.best_batch
 
 
 class Batcher:
@@ -64,7 +48,7 @@ class Batcher:
             "interactive": interactive_share,
             "long": 1 - interactive_share,
         }
-        self._models: dict[ModelKey, _Model] = {}
+        self._models: dict[ModelKey, QueuedModel] = {}
         self._queues: dict[tuple[ModelKey, JobClass], EntryQueue] = {}
         self._entries: dict[str, Entry] = {}
         self._pending: dict[str, Entry] = {}
@@ -89,14 +73,14 @@ class Batcher:
         Returns:
             Entries that waited for another revision; they are no longer here and must be told.
         """
-        self._models[key] = model = _Model(
+        self._models[key] = model = QueuedModel(
             best_batch=max(1, best_batch),
             passes=LatencyModel(latency_ms),
             steps=LatencyModel(latency_ms),
             revision=revision,
         )
         waiting = [e for e in self._entries.values() if e.key == key and e.started is None]
-        stale = [entry for entry in waiting if _is_stale(entry.job, model)]
+        stale = [entry for entry in waiting if model.has_replaced(entry.job)]
         for entry in stale:
             self.cancel(entry.job.id)
         return stale
@@ -135,7 +119,7 @@ class Batcher:
             Overloaded: the estimated wait is over the limit, or over what the job's deadline leaves.
         """
         model = self._models.get((job.model, job.version))
-        if job.revision and (model is None or model.closing or _is_stale(job, model)):
+        if job.revision and (model is None or model.closing or model.has_replaced(job)):
             raise ModelReplaced("The model was replaced or unloaded meanwhile.")
         if model is None:
             raise UnknownModel("The model is not loaded on this device.", field="model")
@@ -275,11 +259,11 @@ class Batcher:
         waiting = len(queue)
         if waiting < limit:
             limit, reason = waiting, "idle"
-        fitting = _fit(limit, model.passes, slack_s=first.job.deadline - now)
+        fitting = fit(limit, model.passes, slack_s=first.job.deadline - now)
         if fitting < limit:
             limit, reason = fitting, "deadline"
         entries = [queue.pop()]
-        while len(entries) < limit and _may_join(entries, queue.head()):
+        while len(entries) < limit and may_join(entries, queue.head()):
             entries.append(queue.pop())
         if first.job.deaths or len(entries) < limit:
             reason = "alone"
@@ -287,7 +271,7 @@ class Batcher:
             entry.started = now
             entry.batch_size = len(entries)
         predicted_ms = model.passes.predict_ms(len(entries))
-        return _batch(
+        return make_batch(
             entries, images=len(entries), predicted_ms=predicted_ms, now=now, reason=reason
         )
 
@@ -303,17 +287,17 @@ class Batcher:
 
     def _take_steps(self, first: Entry, now: float) -> Batch:
         model = self._models[first.key]
-        entries, images = [first], _cost(first)
+        entries, images = [first], cost(first)
         others = (e for e in self._pending.values() if e.key == first.key and e is not first)
         for entry in sorted(others, key=lambda e: e.job.deadline):
-            fits = images + _cost(entry) <= model.batch_limit(now)
-            if fits and _may_join(entries, entry):
+            fits = images + cost(entry) <= model.batch_limit(now)
+            if fits and may_join(entries, entry):
                 entries.append(entry)
-                images += _cost(entry)
+                images += cost(entry)
         for entry in entries:
             del self._pending[entry.job.id]
         predicted_ms = model.steps.predict_ms(images)
-        return _batch(entries, images=images, predicted_ms=predicted_ms, now=now, reason="step")
+        return make_batch(entries, images=images, predicted_ms=predicted_ms, now=now, reason="step")
 
     # ---------------------------------------------------------------- bookkeeping
 
@@ -336,40 +320,3 @@ class Batcher:
         del self._entries[entry.job.id]
         self._pending.pop(entry.job.id, None)
         self._count[entry.job_class] -= 1
-
-
-def _batch(
-    entries: list[Entry], *, images: int, predicted_ms: float, now: float, reason: BatchReason
-) -> Batch:
-    return Batch(
-        key=entries[0].key,
-        job_class=entries[0].job_class,
-        entries=tuple(entries),
-        images=images,
-        predicted_s=predicted_ms / 1000,
-        started=now,
-        reason=reason,
-    )
-
-
-def _is_stale(job: Job, model: _Model) -> bool:
-    """Whether a job was resolved against another revision of its model; without one it fits any."""
-    return bool(job.revision and model.revision) and job.revision != model.revision
-
-
-def _may_join(entries: list[Entry], entry: Entry | None) -> bool:
-    """A job that was on the device when a worker died runs alone."""
-    return entry is not None and entry.job.deaths == 0 and entries[0].job.deaths == 0
-
-
-def _cost(entry: Entry) -> int:
-    return max(1, entry.pending.cost) if entry.pending is not None else 1
-
-
-def _fit(size: int, latency: LatencyModel, *, slack_s: float) -> int:
-    """The largest batch that ends by the earliest deadline; `size` if not even one job would."""
-    if latency.predict_ms(1) > 1000 * slack_s:
-        return size
-    while size > 1 and latency.predict_ms(size) > 1000 * slack_s:
-        size -= 1
-    return size

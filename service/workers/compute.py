@@ -21,7 +21,7 @@ from service.workers.board import Board
 from service.workers.cards import loading_info
 from service.workers.entries import Batch, Entry, ModelKey, Turn
 from service.workers.failures import to_failure
-from service.workers.faults import classify
+from service.workers.loading import load_model
 from service.workers.revision import with_revision
 from service.workers.runner import Runner
 
@@ -283,19 +283,9 @@ class ComputeThread:
                 "Loading this model has ended device workers; it is not tried again."
             )
         self._runner.post("load", subject=subject)
-        try:
-            card = with_revision(self._backend.registry.load(spec)).card
-        except HeatlensError as error:
-            return type(error)(error.message, field=error.field)
-        except Exception as error:
-            fault = classify(error)
-            log.exception("loading %s failed: %s", subject, fault)
-            if fault == "device":
-                raise DeviceLost("device error") from None
-            if fault == "memory":
-                self._backend.free_memory()
-                return ModelLoadFailed("The device has no memory for the model.")
-            return ModelLoadFailed("The model could not be loaded; the service's log says why.")
+        card = load_model(self._backend, spec)
+        if isinstance(card, HeatlensError):
+            return card
         with self._changed:
             self._stale += self._batcher.set_model(
                 (card.name, card.version),
