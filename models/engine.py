@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from models.answers import Answers
 from models.capture import Capture
-from models.errors import HeatlensError, InvalidOption
+from models.errors import HeatlensError, InternalError, InvalidOption
 from models.extractor import Extractor, Tap
 from models.interventions import changes_for
 from models.layers import TokenLayout, to_map
@@ -19,6 +20,8 @@ from models.steps import Exclusive, Forward, InputGradient, LayerGradient, Step
 from models.targets import ScoreWeights, class_scores
 from models.trunk import run_trunk
 from models.types import Failure, Job, Outcome
+
+logger = logging.getLogger("heatlens.engine")
 
 
 class Pending:
@@ -61,6 +64,10 @@ class Pending:
             return outcome
         except HeatlensError as error:
             return failure(self.job, error)
+        except Exception:
+            # The generator is spent, so the step cannot be tried again: the fault ends this job only.
+            logger.exception("a step of job %s failed", self.job.id)
+            return failure(self.job, InternalError("The explanation failed; the logs say more."))
         return self
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import msgspec
@@ -10,10 +11,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from models.engine import Engine, Pending
 from models.hooks import HookStack
-from models.methods import METHODS
+from models.methods import METHODS, implementation
+from models.steps import Forward
 from models.types import (
     ClassRef,
     Failure,
@@ -291,3 +294,19 @@ def test_the_model_keeps_no_trace(flat_net, flat_engine):
     assert hooks_left(flat_net) == 0
     assert all(p.grad is None for p in flat_net.parameters())
     assert not any(m.training for m in flat_net.modules())
+
+
+def test_a_step_that_fails_ends_its_own_job(flat_engine, flat_net, monkeypatch):
+    def broken(subject):
+        yield Forward(subject.inputs)
+        raise RuntimeError("the method's own fault")
+
+    module = sys.modules[implementation("eigencam").__module__]
+    monkeypatch.setattr(module, "eigencam", broken)
+    monkeypatch.setitem(METHODS, "eigencam", structs.replace(METHODS["eigencam"], cost="many"))
+    found = finish(flat_engine, [job("a", methods=("eigencam",)), job("b", seed=1)])
+    assert isinstance(found[0], Failure)
+    assert found[0].code == "internal"
+    assert "own fault" not in found[0].message
+    assert isinstance(found[1], Outcome)
+    assert hooks_left(flat_net) == 0
