@@ -42,7 +42,7 @@ MEASURES = ("deletion", "insertion", "average_drop")
 START, END = "<!-- quality: begin -->", "<!-- quality: end -->"
 
 
-def main(
+def main(  # noqa: PLR0917  (typer reads its options off the signature)
     pictures: Annotated[Path, typer.Option(help="Folder with photographs and labels.csv.")],
     mosaics: Annotated[int, typer.Option(help="Mosaics for each method.")] = 12,
     slow_mosaics: Annotated[int, typer.Option(help="Mosaics for methods of many passes.")] = 2,
@@ -201,8 +201,7 @@ def _answer(engine: Engine, job: Job) -> tuple[Outcome, float]:
     answer = engine.run([job])[0]
     while isinstance(answer, Pending):
         answer = engine.advance([answer])[0]
-    if not isinstance(answer, Outcome):
-        raise RuntimeError(answer.message)
+    assert isinstance(answer, Outcome), answer
     return answer, time.perf_counter() - started
 
 

@@ -158,6 +158,7 @@ class WorkerSettings(_Section):
         hang_floor_s: shortest time after which a running batch is called a hang.
         hang_factor: times its predicted duration after which a running batch is called a hang.
         canary_s: pause after which an idle device proves itself by a real pass.
+        keep_heap: whether CPU workers keep freed memory for the next pass (glibc only); faster, a little larger.
     """
 
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
@@ -166,6 +167,7 @@ class WorkerSettings(_Section):
     hang_floor_s: Annotated[float, Field(gt=0)] = 10.0
     hang_factor: Annotated[float, Field(gt=1)] = 10.0
     canary_s: Annotated[float, Field(gt=0)] = 5.0
+    keep_heap: bool = True
 
 
 class MetricsSettings(_Section):

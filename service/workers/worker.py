@@ -36,6 +36,7 @@ from service.workers.engine_backend import make_engine_backend
 from service.workers.failures import to_failure
 from service.workers.faults import EXIT_DEVICE_LOST
 from service.workers.fleet import FleetFile
+from service.workers.heap import keep_heap
 from service.workers.lifeline import die_with_parent
 from service.workers.messages import (
     Ack,
@@ -265,6 +266,8 @@ def main(
     runtime = RuntimeDir(parsed.runtime)
     settings = runtime.read_settings()
     configure_logging(settings.server.log_level)
+    if settings.workers.keep_heap and parsed.device.startswith("cpu"):
+        keep_heap()
     options = WorkerOptions(
         runtime=runtime,
         device=parsed.device,
