@@ -1,4 +1,4 @@
-"""What holds for every row of METHODS, on tiny networks of four kinds, through the engine."""
+"""What holds for every row of METHODS, on tiny networks of three kinds, through the engine."""
 
 from __future__ import annotations
 
