@@ -35,6 +35,8 @@ from service.workers.runtime import RuntimeDir, holds
 
 _POLL_S = 0.02
 _MAX_WAITING = 512
+_NEWS_S = 1.0
+_NEWS_POLL_S = 0.002
 
 
 @dataclass(slots=True, eq=False)
@@ -73,7 +75,7 @@ class SocketPool:
         self._closed = False
 
     async def start(self) -> None:
-        """Read the fleet and connect; returns before any device is ready."""
+        """Read the fleet and connect; returns once those devices that are ready have named their models."""
         self._context = zmq.asyncio.Context()
         self._fleet_file = FleetFile.open(self._runtime.fleet_file)
         specs = self._runtime.read_catalog()
@@ -83,6 +85,9 @@ class SocketPool:
             ]
         self._apply(self._fleet_file.read())
         self._watching = asyncio.create_task(self._watch())
+        until = time.monotonic() + _NEWS_S
+        while time.monotonic() < until and any(map(_is_awaited, self._links.values())):  # noqa: ASYNC110 # it is milliseconds, once
+            await asyncio.sleep(_NEWS_POLL_S)
 
     async def close(self) -> None:
         """Refuse new jobs, fail the outstanding ones with `Draining`, disconnect."""
@@ -308,6 +313,12 @@ class SocketPool:
     async def unload(self, name: str, version: str | None = None) -> None:
         """Let a model (version) finish its jobs, then drop it; see `DevicePool.unload`."""
         await self._orders.unload(name, version, links=self._links.values())
+
+
+def _is_awaited(link: DeviceLink) -> bool:
+    """Whether a device that is ready has not yet answered our Hello: it would be taken for one that loads."""
+    board = link.board()
+    return board is not None and board.ready and not link.infos
 
 
 def _quarantined() -> InputQuarantined:
