@@ -1,0 +1,117 @@
+"""Eight methods on one photograph, explained by the embedded default model, as one picture for the documentation.
+
+    python -m benchmarks.contact_sheet docs/images
+
+Photographs are scikit-image's own. To take seconds, RISE is made from 1,000 masks instead of its default, Score-CAM
+from the 256 strongest channels.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from PIL import Image, ImageDraw, ImageFont
+from skimage import data
+
+from models.catalog import default_spec
+from models.engine import Engine, Pending
+from models.imaging.decode import DecodeLimits, decode
+from models.imaging.preprocess import preprocess
+from models.imaging.render import input_canvas, overlay, shade
+from models.registry import ModelRegistry, WarmModel
+from models.types import Explanation, Job, JobOptions, Outcome
+
+PHOTOGRAPHS = ("chelsea", "coffee")
+METHODS_SHOWN = (
+    "gradcam", "layercam", "eigencam", "fullgrad", "lrp", "integrated_gradients", "scorecam", "rise",
+)  # fmt: skip
+SAMPLES = {"rise": 1000, "scorecam": 256}
+COLUMNS = 3
+TILE, TITLE = 224, 18
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="Where NAME-methods.jpg are written.")],
+    photographs: Annotated[str, typer.Option(help="Of skimage.data.")] = ",".join(PHOTOGRAPHS),
+) -> None:
+    """Explain each photograph and write its sheet."""
+    registry, spec = ModelRegistry("cpu", Path()), default_spec()
+    registry.load(spec)
+    warm = registry.get(spec.name, spec.version)
+    for name in photographs.split(","):
+        pixels = model_input(getattr(data, name)(), warm)
+        outcome = explain(Engine(registry), warm, pixels)
+        best = outcome.predictions[0]
+        title = f"{warm.info.labels[best.class_id]}, {best.probability:.0%}"
+        path = folder / f"{name}-methods.jpg"
+        sheet(pixels, outcome.explanations, title=title).save(path, "JPEG", quality=80)
+        typer.echo(f"{path}: {title}, {path.stat().st_size // 1000} kB")
+
+
+def model_input(photograph: np.ndarray, warm: WarmModel) -> np.ndarray:
+    """What the service would hand to the model."""
+    file = io.BytesIO()
+    Image.fromarray(photograph).save(file, "PNG")
+    assert warm.info.card.input is not None
+    picture = decode(file.getvalue(), limits=DecodeLimits(), preprocess=warm.info.card.input)
+    pixels, _ = preprocess(picture, warm.info.card.input)
+    return pixels
+
+
+def explain(engine: Engine, warm: WarmModel, pixels: np.ndarray) -> Outcome:
+    """Maps of every shown method for the best class."""
+    maps: list[Explanation] = []
+    for method in METHODS_SHOWN:
+        options = JobOptions(
+            methods=(method,),
+            layers=(warm.target_layer or "",),
+            samples=SAMPLES.get(method),
+        )
+        job = Job(
+            id=method,
+            operation="explain",
+            model=warm.name,
+            version=warm.version,
+            input=pixels,
+            options=options,
+            deadline=time.monotonic() + 86_400,
+        )
+        answer = engine.run([job])[0]
+        while isinstance(answer, Pending):
+            answer = engine.advance([answer])[0]
+        if not isinstance(answer, Outcome):
+            raise RuntimeError(answer)  # noqa: TRY004  (a failure of the model, no wrong type)
+        maps += answer.explanations
+    return Outcome(id="", predictions=answer.predictions, explanations=tuple(maps))
+
+
+def sheet(pixels: np.ndarray, explanations: tuple[Explanation, ...], *, title: str) -> Image.Image:
+    """The photograph, then its overlays, titled, three in a row."""
+    tiles = [(title, Image.fromarray(pixels))]
+    canvas = input_canvas(pixels)
+    for explanation in explanations:
+        drawn = overlay(
+            shade(explanation.map, canvas, signed=explanation.signed),
+            canvas,
+            colormap="coolwarm" if explanation.signed else "turbo",
+            alpha=0.6 if explanation.signed else 0.5,
+            image_format="png",
+        )
+        tiles.append((explanation.method, Image.open(io.BytesIO(drawn))))
+    rows = -(-len(tiles) // COLUMNS)
+    whole = Image.new("RGB", (COLUMNS * TILE, rows * (TILE + TITLE)), "white")
+    draw, font = ImageDraw.Draw(whole), ImageFont.load_default(13)
+    for i, (name, tile) in enumerate(tiles):
+        x, y = i % COLUMNS * TILE, i // COLUMNS * (TILE + TITLE)
+        draw.text((x + 4, y + 1), name, "black", font)
+        whole.paste(tile.resize((TILE, TILE)), (x, y + TITLE))
+    return whole
+
+
+if __name__ == "__main__":
+    typer.run(main)
