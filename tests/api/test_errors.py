@@ -203,7 +203,8 @@ async def test_a_device_error_of_one_image_is_its_own(
     client: httpx.AsyncClient, pool: FakePool, png: bytes
 ) -> None:
     def second(job: Job) -> HeatlensError | None:
-        return ERRORS["input_quarantined"]("Our words.") if job is pool.submitted[1] else None
+        is_second = [other.id for other in pool.submitted[1:2]] == [job.id]
+        return ERRORS["input_quarantined"]("Our words.") if is_second else None
 
     pool.fault = second
     answer = await client.post("/v1/predict", files=[("image", png)] * 3)
