@@ -84,6 +84,7 @@ class ComputeThread:
         self._tasks = deque(_Task(_ignore, spec=spec, initial=True) for spec in specs)
         self._tasks_turn = True
         self._stopping = False
+        self._published = (0, 0.0)
         self._infos: tuple[ModelInfo, ...] = ()
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
 
@@ -114,7 +115,9 @@ class ComputeThread:
     def cancel(self, job_id: str) -> bool:
         """Drop a job; False if no such job waits, runs or is between steps."""
         with self._changed:
-            return self._batcher.cancel(job_id) is not None
+            cancelled = self._batcher.cancel(job_id) is not None
+            self._changed.notify()
+            return cancelled
 
     def load(self, spec: ModelSpec, done: Done) -> None:
         """Load or replace a model version between batches; `done` is called in the thread."""
@@ -191,6 +194,9 @@ class ComputeThread:
             model = next((info for info in self._infos if info.card.ready), None)
             if model is not None and wait_s <= 0:
                 return model
+            if self._published != self.load_state():
+                # What ended since the last batch began (answered, cancelled, expired) waits no more.
+                self._publish(self._runner.board)
             self._changed.wait(timeout=None if model is None else wait_s)
             return None
 
@@ -322,7 +328,7 @@ class ComputeThread:
         return msgspec.structs.replace(info, card=card)
 
     def _publish(self, board: Board) -> None:
-        depth, wait_ms = self.load_state()
+        depth, wait_ms = self._published = self.load_state()
         self._write_board(msgspec.structs.replace(board, queue_depth=depth, wait_ms=wait_ms))
 
 
