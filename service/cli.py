@@ -12,7 +12,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-import click
 import msgspec
 import typer
 from rich.console import Console
@@ -255,7 +254,7 @@ def _settings(config: Path | None, server: Mapping[str, Any] | None = None) -> S
 def _bad_option(error: HeatlensError) -> Exception:
     """A request that no picture can answer: an unknown method, label, layer or model."""
     if error.field is None:
-        return click.ClickException(error.message)
+        return typer.BadParameter(error.message)
     option = error.field.split(".")[0]
     return typer.BadParameter(error.message, param_hint=FLAG_BY_OPTION.get(option, f"--{option}"))
 

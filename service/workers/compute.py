@@ -228,6 +228,8 @@ class ComputeThread:
         now = time.monotonic()
         pending = [r for r in results if not isinstance(r, Outcome | Failure)]
         self._canary_at = now + self._canary_s
+        if any(not isinstance(result, Failure) for result in results):
+            self._prove()
         with self._changed:
             self._batcher.done(now, pending=pending)
             if self._runner.largest_fit is not None:
@@ -242,11 +244,15 @@ class ComputeThread:
 
     def _pass_canary(self, model: ModelInfo) -> None:
         self._canary_at = time.monotonic() + self._canary_s
-        passed = self._runner.canary(model)
-        if passed and not self._runner.board.ready and not any(t.initial for t in self._tasks):
-            self._runner.post("idle", ready=True)
-        if not passed:
+        if self._runner.canary(model):
+            self._prove()
+        else:
             log.error("the canary pass of %s failed", model.card.name)
+
+    def _prove(self) -> None:
+        """A real pass makes the device ready, once every configured model was tried."""
+        if not self._runner.board.ready and not any(task.initial for task in self._tasks):
+            self._runner.post("idle", ready=True)
 
     def _perform(self, task: _Task) -> None:
         error: HeatlensError | None = None

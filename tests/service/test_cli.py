@@ -77,7 +77,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def run(*arguments: object) -> Result:
-    wide = {"COLUMNS": "200"}
+    wide = {"COLUMNS": "400"}
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], env=wide)
 
 

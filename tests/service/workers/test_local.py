@@ -240,3 +240,11 @@ async def test_failures_are_heatlens_errors_only():
         answers = await submit_all(pool, [job(1, Fault.RAISE), job(2, Fault.USER)])
         assert all(isinstance(answer, HeatlensError) for answer in answers)
         assert answers[1].field == "layers.0"
+
+
+async def test_jobs_that_came_first_prove_the_device_too():
+    """Jobs that wait for the model are served before any canary; the device is then ready all the same."""
+    running = Running()
+    async with running as pool:
+        await submit_all(pool, [job(n) for n in range(4)])
+        await asyncio.wait_for(pool.wait_ready(), timeout=5)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import stat
+import tempfile
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -206,11 +208,10 @@ def test_an_unknown_code_is_an_internal_error():
 
 
 @pytest.fixture
-def runtime(tmp_path, monkeypatch) -> RuntimeDir:
-    short = tmp_path / "t"
-    short.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(short))
-    return RuntimeDir.create()
+def runtime(monkeypatch) -> Iterator[RuntimeDir]:
+    with tempfile.TemporaryDirectory(prefix="h") as short:  # shorter than pytest's own folder
+        monkeypatch.setattr("tempfile.tempdir", short)
+        yield RuntimeDir.create()
 
 
 def test_the_folder_is_private(runtime):
