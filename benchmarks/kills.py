@@ -1,0 +1,88 @@
+"""One device worker after another is killed under load: is any request lost?
+
+    python -m benchmarks.kills                 # a kill every 3 s for 60 s
+    python -m benchmarks.kills --seconds 20 --clients 2
+
+Clients wait for their answers in a closed loop; every answer is compared with its own picture's. Nothing may come but
+answers: a request whose worker dies is sent again to another one. The budget of restarts is widened for this run, since
+the service is meant to give up on a device that dies twenty times a minute.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import signal
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from benchmarks.loading import TIMEOUT_S, in_loop, measure, pictures_of
+from benchmarks.servers import Server, heatlens, model_entry, role_of
+from benchmarks.timing import machine_line
+from service.bench.client import Client
+from service.bench.loops import Bounds, Closed
+from service.bench.requests import Request, picture_requests
+from service.bench.summary import Summary
+from service.bench.verify import learn
+
+
+def main(
+    *,
+    seconds: Annotated[float, typer.Option(help="How long clients send.")] = 60.0,
+    every: Annotated[float, typer.Option(help="Seconds from one kill to the next.")] = 3.0,
+    clients: Annotated[int, typer.Option(min=1, max=64)] = 4,
+    pictures: Annotated[Path | None, typer.Option(help="Folder; drawn without.")] = None,
+) -> None:
+    """Kill, count, and judge: exit code 1 if anything but right answers came."""
+    console = Console(width=120)
+    with heatlens(
+        models=[model_entry("efficientnet_lite0")],
+        server={"http-workers": "1"},
+        settings={"WORKERS__RESTARTS": "1000"},
+    ) as server:
+        server.wait_ready()
+        requests = picture_requests(
+            server.address, pictures_of(pictures, count=16), operation="explain"
+        )
+        load = Closed(clients=clients)
+        summary = in_loop(_run(server, requests, load, seconds=seconds, every=every))
+    console.print(machine_line(), highlight=False)
+    console.print(summary, highlight=False)
+    raise typer.Exit(1 if summary.failed else 0)
+
+
+async def _run(
+    server: Server, requests: Sequence[Request], load: Closed, *, seconds: float, every: float
+) -> Summary:
+    client = Client(server.address, requests, timeout_s=TIMEOUT_S)
+    verifier = await learn(client, requests)
+    client.close()
+    kills = asyncio.create_task(_kill(server, every))
+    measured = await measure(
+        server, requests, load, Bounds(warmup_s=0, duration_s=seconds), check=verifier
+    )
+    kills.cancel()
+    with suppress(asyncio.CancelledError):
+        await kills
+    return measured.summary
+
+
+async def _kill(server: Server, every: float) -> None:
+    """Kill device workers in turns; only processes that this run's service started."""
+    for turn in itertools.count():
+        await asyncio.sleep(every)
+        workers = sorted(
+            (p for p in server.processes() if role_of(p) == "device"), key=lambda p: p.pid
+        )
+        if workers:
+            os.kill(workers[turn % len(workers)].pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    typer.run(main)
