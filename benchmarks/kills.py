@@ -65,7 +65,7 @@ async def _run(
     client.close()
     kills = asyncio.create_task(_kill(server, every))
     measured = await measure(
-        server, requests, load, Bounds(warmup_s=0, duration_s=seconds), check=verifier
+        server, requests, load, Bounds(warmup_s=0, duration_s=seconds), check=verifier.is_right
     )
     kills.cancel()
     with suppress(asyncio.CancelledError):

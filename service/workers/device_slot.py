@@ -45,6 +45,7 @@ class DeviceSlot:
         self._hung = False
         self._deaths: tuple[Death, ...] = ()
         self._load_deaths: Counter[str] = Counter()
+        self._proven: set[str] = set()
         self._restart_reasons: Counter[str] = Counter()
         self._quarantined: list[str] = []
 
@@ -133,7 +134,9 @@ class DeviceSlot:
             self._board = None
         # A job that was in a death before ran alone: there is no one else to blame for this one.
         self._quarantined += [job.digest for job in board.jobs if job.deaths > 0 and job.digest]
-        if board.activity == "load":
+        self._proven.update(board.models)
+        # A model that was warm here before is not what ended a worker that was killed while it loaded it again.
+        if board.activity == "load" and board.subject not in self._proven:
             self._load_deaths[board.subject] += 1
             if self._load_deaths[board.subject] >= _LOAD_DEATHS:
                 self.refused_models.add(board.subject)
