@@ -38,7 +38,10 @@ class Answers:
         self._jobs = jobs
         self._trunk = trunk
         self._predictions = predictions(
-            trunk.logits, trunk.probabilities, max(job.options.top_k for job in jobs)
+            trunk.logits,
+            trunk.probabilities,
+            trunk.order,
+            top_k=max(job.options.top_k for job in jobs),
         )
         self._finite = trunk.logits.isfinite().all(1).tolist()
         self._maps: dict[tuple[str, str, int], np.ndarray] = {}

@@ -85,10 +85,9 @@ class Extractor:
         self._hooks = HookStack()
         self._roots: list[Tensor] = []
         self._caught: dict[tuple[str, Kind], Any] = {}
-        self._modules = dict(module.named_modules(remove_duplicate=False))
-        for layer in [tap.layer for tap in taps] + [layer for layer, _ in changes]:
-            if layer not in self._modules:
-                raise UnknownLayer(f"The model has no layer {layer!r}.")
+        # Looked up one by one: listing a model's hundreds of modules costs more than a small pass may.
+        named = [*(tap.layer for tap in taps), *(layer for layer, _ in changes)]
+        self._modules = {layer: _submodule(module, layer) for layer in named}
 
     @property
     def records_graph(self) -> bool:
@@ -233,6 +232,13 @@ class Extractor:
 
     def _catch(self, tap: Tap, tensor: Tensor) -> None:
         self._caught[tap.layer, tap.kind] = tap.keep(tensor.detach())
+
+
+def _submodule(module: nn.Module, layer: str) -> nn.Module:
+    try:
+        return module.get_submodule(layer)
+    except AttributeError:
+        raise UnknownLayer(f"The model has no layer {layer!r}.") from None
 
 
 def _first(value: Any) -> tuple[Tensor | None, tuple[Any, ...]]:

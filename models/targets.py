@@ -108,11 +108,12 @@ class ScoreWeights:
         return rows
 
 
-def predictions(logits: Tensor, probabilities: Tensor, top_k: int) -> list[tuple[ClassScore, ...]]:
-    """The `top_k` best classes of each image, best first, ties by lower index."""
-    values, order = logits.sort(dim=1, descending=True, stable=True)
+def predictions(
+    logits: Tensor, probabilities: Tensor, order: Tensor, *, top_k: int
+) -> list[tuple[ClassScore, ...]]:
+    """The `top_k` best classes of each image, as `order` (N, classes) ranks them."""
     chosen = order[:, :top_k]
-    scores = values[:, :top_k].tolist()
+    scores = logits.gather(1, chosen).tolist()
     shares = probabilities.gather(1, chosen).tolist()
     return [
         tuple(

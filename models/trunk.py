@@ -28,6 +28,7 @@ class Trunk:
         inputs: normalised batch (N, 3, H, W).
         logits: float32 (N, classes).
         probabilities: float32 (N, classes).
+        order: classes of each image, best first, ties by lower index, (N, classes).
         targets: targets of each image, ranks looked up.
         captures: by explained layer, its capture and the batch row of each of its images.
         reductions: by described place, its reductions (for gradients one per target, None where the place has
@@ -37,6 +38,7 @@ class Trunk:
     inputs: Tensor
     logits: Tensor
     probabilities: Tensor
+    order: Tensor
     targets: tuple[tuple[ResolvedTarget, ...], ...]
     captures: dict[str, tuple[Capture, list[int]]]
     reductions: dict[Place, tuple[list[Reductions | None], list[int]]]
@@ -92,7 +94,8 @@ def _run(
     gradients = [place for place in wishes if place[1].startswith("grad_")]
     with Extractor(module, taps, changes=changes, tensor_hooks_only=tensor_hooks_only) as extractor:
         logits, probabilities = class_scores(extractor.forward(inputs), warm.task)
-        targets = _ranked(jobs, logits.detach())
+        ranked = logits.detach().sort(dim=1, descending=True, stable=True)
+        targets = _ranked(jobs, ranked.indices)
         weights = ScoreWeights(targets, logits.device)
         caught: _Catches = {p: extractor.caught(*p) for p in wishes if p not in gradients}
         by_target: list[_Catches] = []
@@ -107,6 +110,7 @@ def _run(
         inputs=inputs,
         logits=logits,
         probabilities=probabilities,
+        order=ranked.indices,
         targets=targets,
         captures=_captures(warm, wishes, caught, by_target, (weights, weights.of(logits))),
         reductions=_reductions(wishes, caught, by_target),
@@ -172,12 +176,13 @@ def _tap(warm: WarmModel, place: Place, wish: _Wish) -> Tap:
     return Tap(place[0], place[1], keep, shares_memory=bool(wish.maps))
 
 
-def _ranked(jobs: Sequence[Job], logits: Tensor) -> tuple[tuple[ResolvedTarget, ...], ...]:
+def _ranked(jobs: Sequence[Job], order: Tensor) -> tuple[tuple[ResolvedTarget, ...], ...]:
+    """Targets of each image, ranks looked up in its classes, best first, (N, classes)."""
     refs = [ref for job in jobs for t in job.options.targets for ref in (t.cls, *t.against)]
     deepest = max((ref.value for ref in refs if ref.kind == "rank"), default=1)
-    best = logits.sort(dim=1, descending=True, stable=True).indices[:, :deepest].tolist()
+    best = order[:, :deepest].tolist()
     return tuple(
-        resolve_ranks(job.options.targets, order) for job, order in zip(jobs, best, strict=True)
+        resolve_ranks(job.options.targets, classes) for job, classes in zip(jobs, best, strict=True)
     )
 
 
