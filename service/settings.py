@@ -17,7 +17,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from models.catalog import ModelSpec, default_spec
 from service.cores import available_cores
@@ -55,6 +63,16 @@ def _hash_key(value: object) -> object:
 
 
 Names = Annotated[list[str], BeforeValidator(_split)]
+
+
+def _known_devices(names: list[str]) -> list[str]:
+    for name in names:
+        if not re.fullmatch(r"auto|(cpu|cuda)(:[0-9]{1,3})?", name):
+            raise ValueError("allowed are auto, cpu, cpu:N, cuda and cuda:N")
+    return names
+
+
+Devices = Annotated[Names, AfterValidator(_known_devices), Field(min_length=1)]
 KeyHash = Annotated[str, BeforeValidator(_hash_key)]
 KeyHashes = Annotated[list[KeyHash], BeforeValidator(_split)]
 
@@ -76,7 +94,7 @@ class ServerSettings(_Section):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     http_workers: Literal["auto"] | Annotated[int, Field(ge=1, le=256)] = "auto"
-    devices: Annotated[Names, Field(min_length=1)] = ["auto"]
+    devices: Devices = ["auto"]
     log_level: LogLevel = "info"
     grace_s: Annotated[float, Field(ge=0, le=3600)] = 30.0
     ready_within_s: Annotated[float, Field(gt=0, le=3600)] = 30.0

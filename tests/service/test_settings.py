@@ -174,3 +174,10 @@ def test_cores_respect_the_container(tmp_path: Path) -> None:
     assert available_cores(quota) == 1
     quota.write_text("max 100000")
     assert available_cores(quota) == unlimited
+
+
+@pytest.mark.parametrize("name", ["tpu", "cpu:x", "cuda:", "cpu:0:1", "CPU"])
+def test_a_device_that_there_is_not_is_refused_with_those_that_there_are(name):
+    with pytest.raises(ConfigurationError, match="cpu, cpu:N, cuda and cuda:N") as caught:
+        load_settings(overrides={"server": {"devices": ["cpu:0", name]}}, environ={})
+    assert "devices" in str(caught.value)
