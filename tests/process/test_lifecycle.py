@@ -170,9 +170,7 @@ def test_readiness_falls_when_the_service_drains(service):
 
 
 def test_a_worker_that_never_starts_spends_the_budget(start_service):
-    service = start_service(
-        devices=["nonsense"], workers={"restarts": 1}, models=[spec(kind="crash")]
-    )
+    service = start_service(workers={"restarts": 1}, models=[spec(kind="crash")])
     assert service.process.wait(20) == 1
     assert "restart budget" in service.log
 
