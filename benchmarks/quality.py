@@ -45,8 +45,8 @@ START, END = "<!-- quality: begin -->", "<!-- quality: end -->"
 def main(  # noqa: PLR0917  (typer reads its options off the signature)
     pictures: Annotated[Path, typer.Option(help="Folder with photographs and labels.csv.")],
     mosaics: Annotated[int, typer.Option(help="Mosaics for each method.")] = 12,
-    slow_mosaics: Annotated[int, typer.Option(help="Mosaics for methods of many passes.")] = 2,
     singles: Annotated[int, typer.Option(help="Photographs for faithfulness.")] = 6,
+    slow: Annotated[int, typer.Option(help="Of both, for methods of many passes.")] = 2,
     samples: Annotated[int, typer.Option(help="Masks of RISE, instead of its default.")] = 1000,
     methods: Annotated[str, typer.Option(help="Comma-separated; all applicable by default.")] = "",
     write: Annotated[Path | None, typer.Option(help="Document to put the table into.")] = None,
@@ -68,10 +68,10 @@ def main(  # noqa: PLR0917  (typer reads its options off the signature)
         task = progress.add_task("methods", total=len(wanted))
         for name in wanted:
             progress.update(task, description=name)
-            slow = METHODS[name].cost == "many"
-            chosen = scenes[:slow_mosaics] if slow else scenes
+            many = METHODS[name].cost == "many"
+            chosen, alone = scenes[: slow if many else None], known[: slow if many else singles]
             pointing = _pointing(engine, mosaic, name, chosen, samples)
-            faithful, seconds = _faithfulness(engine, single, name, known[:singles], samples)
+            faithful, seconds = _faithfulness(engine, single, name, alone, samples)
             rows.append((name, pointing, len(chosen) * 4, faithful, seconds))
             progress.advance(task)
     table = _table(rows)
