@@ -34,6 +34,22 @@ def activation_of(module: nn.Module) -> Activation | None:
     return None
 
 
+@dataclass(frozen=True)
+class _Packing:
+    """A convolution prepared for inputs of one size.
+
+    Attributes:
+        weight: in oneDNN's layout.
+        place: padding, stride, dilation and groups.
+        pads: pixels (left, right, top, bottom) that the input gets first, where no padding of oneDNN's will do.
+    """
+
+    weight: Tensor
+    place: tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
+    pads: tuple[int, int, int, int] | None
+
+
+_PACKABLE = (torch.float32, torch.bfloat16)
 RELU = Activation("relu", (), nn.functional.relu)
 
 
@@ -66,8 +82,8 @@ class FusedConv2d(nn.Module):
         self.dilation = _pair(conv.dilation)
         self.groups = conv.groups
         self.kernel = _pair(conv.kernel_size)
-        self._packed: dict[tuple[int, int, int], Tensor] = {}
-        self._unpackable = False
+        self._packings: dict[tuple[int, int], _Packing] = {}
+        self._unpackable = not torch.backends.mkldnn.is_available()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(N, C, H, W) → (N, K, h, w); `residual` of the output's shape is added before the activation."""
@@ -88,51 +104,58 @@ class FusedConv2d(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast; weights are packed anew for what comes."""
-        self._packed = {}
-        self._unpackable = False
+        self._packings = {}
+        self._unpackable = not torch.backends.mkldnn.is_available()
         return cast("Self", super()._apply(fn, recurse))  # type: ignore[no-untyped-call]  # torch's own
 
     def _packable(self, x: Tensor) -> bool:
         return (
             not self._unpackable
-            and x.device.type == "cpu"
-            and x.dtype in (torch.float32, torch.bfloat16)
-            and not (torch.is_grad_enabled() and x.requires_grad)
-            and torch.backends.mkldnn.is_available()
+            and x.is_cpu
+            and x.dtype in _PACKABLE
+            and not (x.requires_grad and torch.is_grad_enabled())
         )
 
     def _run_packed(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        padding = self.padding
+        size = (x.shape[2], x.shape[3])
+        packing = self._packings.get(size)
+        if packing is None:
+            self._packings[size] = packing = self._pack(x)
+        if packing.pads is not None:
+            x = nn.functional.pad(x, packing.pads)
+        attribute, scalars = "none", []
+        if self.activation is not None:
+            attribute, scalars = self.activation.attribute, list(self.activation.scalars)
+        convolve = torch.ops.mkldnn._convolution_pointwise  # noqa: SLF001  (the only door to it)
+        if residual is None:
+            out: Tensor = convolve(
+                x, packing.weight, self.bias, *packing.place, attribute, scalars, ""
+            )
+        else:
+            unary = None if self.activation is None else attribute
+            out = convolve.binary(
+                x, residual, packing.weight, self.bias, *packing.place, "add", 1.0, unary, scalars, ""
+            )  # fmt: skip
+        return out
+
+    def _pack(self, x: Tensor) -> _Packing:
+        """Pack for an input's size: with no size oneDNN guesses a layout, and 3x3 layers get slower."""
+        padding, pads = self.padding, None
         weight: Tensor = self.weight
         if self.same:
-            left, right, top, bottom = pads = self._same_padding(x)
+            left, right, top, bottom = self._same_padding(x)
             padding = (bottom, right)
             if (left, top) == (right - 1, bottom - 1) and self.groups > 1:
                 # One more pixel at the end is the same as even padding and a kernel that begins with zeros: the
                 # padded copy of the input costs a grouped convolution more than the wider kernel does.
                 weight = nn.functional.pad(weight, (1, 0, 1, 0))
             elif (left, top) != (right, bottom):
-                x, padding = nn.functional.pad(x, pads), (0, 0)
+                pads, padding = (left, right, top, bottom), (0, 0)
         place = (padding, self.stride, self.dilation, self.groups)
-        key = (*padding, weight.shape[-1])
-        if key not in self._packed:
-            # Packed for the size seen first: with no size oneDNN guesses a layout, and 3x3 layers get slower.
-            weight = weight.contiguous(memory_format=torch.channels_last)
-            reorder = torch.ops.mkldnn._reorder_convolution_weight  # noqa: SLF001
-            self._packed[key] = reorder(weight, *place, list(x.shape))
-        packed = self._packed[key]
-        attribute, scalars = "none", []
-        if self.activation is not None:
-            attribute, scalars = self.activation.attribute, list(self.activation.scalars)
-        convolve = torch.ops.mkldnn._convolution_pointwise  # noqa: SLF001  (the only door to it)
-        if residual is None:
-            out: Tensor = convolve(x, packed, self.bias, *place, attribute, scalars, "")
-        else:
-            unary = None if self.activation is None else attribute
-            out = convolve.binary(
-                x, residual, packed, self.bias, *place, "add", 1.0, unary, scalars, ""
-            )
-        return out
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        reorder = torch.ops.mkldnn._reorder_convolution_weight  # noqa: SLF001
+        shape = list(x.shape if pads is None else nn.functional.pad(x, pads).shape)
+        return _Packing(weight=reorder(weight, *place, shape), place=place, pads=pads)
 
     def _same_padding(self, x: Tensor) -> tuple[int, int, int, int]:
         """TensorFlow's "same" padding (left, right, top, bottom): the odd pixel goes to the end."""
