@@ -23,10 +23,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.photographs import Photograph, answer, job_for, photographs
+from benchmarks.photographs import Photograph, answer, engine_of, job_for, photographs
 from benchmarks.timing import machine_line
 from models.catalog import default_spec
-from models.engine import Engine
 from models.registry import ModelRegistry, WarmModel
 from models.types import ClassRef, JobOptions, Outcome, Precision, Target
 
@@ -72,8 +71,7 @@ def load(device: str, changes: dict[str, str]) -> WarmModel:
 def explained(warm: WarmModel, known: Sequence[Photograph], title: str) -> list[Outcome]:
     """First class and its Grad-CAM for each photograph."""
     assert warm.target_layer is not None
-    registry = mock.Mock(get=lambda *_: warm)
-    engine, best = Engine(registry), Target(cls=ClassRef(kind="rank", value=1))
+    engine, best = engine_of(warm), Target(cls=ClassRef(kind="rank", value=1))
     options = JobOptions(methods=("gradcam",), layers=(warm.target_layer,), targets=(best,))
     jobs = [job_for(warm, photograph.pixels, options) for photograph in known]
     return [answer(engine, job) for job in track(jobs, title, console=Console(stderr=True))]

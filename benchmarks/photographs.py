@@ -6,13 +6,15 @@ import csv
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 
 from models.engine import Engine, Pending
 from models.imaging.decode import DecodeLimits, decode
 from models.imaging.preprocess import preprocess
-from models.registry import WarmModel
+from models.registry import ModelRegistry, WarmModel
 from models.types import Job, JobOptions, Operation, Outcome
 
 
@@ -39,6 +41,11 @@ def model_input(data: bytes, warm: WarmModel) -> np.ndarray:
     picture = decode(data, limits=DecodeLimits(), preprocess=warm.info.card.input)
     pixels, _ = preprocess(picture, warm.info.card.input)
     return pixels
+
+
+def engine_of(warm: WarmModel) -> Engine:
+    """An engine that has this one model."""
+    return Engine(cast("ModelRegistry", SimpleNamespace(get=lambda *_: warm)))
 
 
 def job_for(

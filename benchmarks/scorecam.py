@@ -20,11 +20,10 @@ import typer
 from rich.console import Console
 
 from benchmarks.engine import job_maker, model_spec
-from benchmarks.photographs import answer
+from benchmarks.photographs import answer, engine_of
 from benchmarks.timing import machine_line
-from models.engine import Engine
 from models.imaging.render import upsample
-from models.registry import ModelRegistry
+from models.registry import ModelRegistry, WarmModel
 from models.types import ClassRef, JobOptions, Target
 
 SIDE = 224
@@ -41,8 +40,12 @@ def main(
     peer_s, peer = _peer(model)
     console.print(f"pytorch-grad-cam, fp32: {peer_s:.1f} s", highlight=False)
     for precision in ("fp32", "bf16"):
+        warm = _load(model, precision)
+        if warm.info.card.precision != precision:
+            console.print(f"Heatlens, {precision}: not served on this device", highlight=False)
+            continue
         for samples in (None, 512):
-            seconds, found = _ours(model, precision, samples)
+            seconds, found = _ours(warm, samples)
             name = f"Heatlens, {precision}, " + (
                 "all channels" if samples is None else "strongest 512"
             )
@@ -53,11 +56,14 @@ def main(
             )
 
 
-def _ours(model: str, precision: str, samples: int | None) -> tuple[float, np.ndarray]:
+def _load(model: str, precision: str) -> WarmModel:
     registry = ModelRegistry("cpu", Path())
     spec = model_spec(model, precision)
     registry.load(spec)
-    warm = registry.get(spec.name, spec.version)
+    return registry.get(spec.name, spec.version)
+
+
+def _ours(warm: WarmModel, samples: int | None) -> tuple[float, np.ndarray]:
     assert warm.target_layer is not None
     options = JobOptions(
         methods=("scorecam",),
@@ -65,10 +71,9 @@ def _ours(model: str, precision: str, samples: int | None) -> tuple[float, np.nd
         targets=(Target(cls=ClassRef(kind="rank", value=1)),),
         samples=samples,
     )
-    engine = Engine(registry)
     (job,) = job_maker(warm, 1)("explain", options)
     started = time.perf_counter()
-    values = answer(engine, job).explanations[0].map
+    values = answer(engine_of(warm), job).explanations[0].map
     return time.perf_counter() - started, upsample(values, height=SIDE, width=SIDE)
 
 
@@ -76,10 +81,7 @@ def _peer(model: str) -> tuple[float, np.ndarray]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from pytorch_grad_cam import ScoreCAM
-    registry = ModelRegistry("cpu", Path(), warmup_s=0.1)
-    spec = model_spec(model, "fp32")
-    registry.load(spec)
-    warm = registry.get(spec.name, spec.version)
+    warm = _load(model, "fp32")
     assert warm.target_layer is not None
     inputs = warm.normalise(
         torch.from_numpy(job_maker(warm, 1)("predict", JobOptions())[0].input)[None]
