@@ -11,8 +11,8 @@ A map that knows nothing scores 25 %.
 Faithfulness on single photographs: deletion (less is better), insertion (more is better) and average drop (less is
 better), each minus the same measure of a random map, so that 0 is what chance reaches.
 
-To take minutes, RISE is made from 1,000 masks, Score-CAM from its 256 strongest channels, SS-CAM from 2 samples a channel
-and IS-CAM from 4.
+To take minutes, RISE is made from 1,000 masks, Score-CAM from its 256 strongest channels, SS-CAM from 2 samples a
+channel and IS-CAM from 4.
 """
 
 from __future__ import annotations
