@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.transfer import indices
 from models.types import ClassRef, ClassScore, Target, Task
 
 
@@ -67,6 +69,26 @@ def resolve_ranks(targets: Sequence[Target], order: Sequence[int]) -> tuple[Reso
     )
 
 
+def coded(targets: Sequence[Target]) -> tuple[ResolvedTarget, ...]:
+    """Targets whose ranks are still to be looked up (`look_up`): rank r, from 1, stands as class -r."""
+
+    def code(ref: ClassRef) -> int:
+        return ref.value if ref.kind == "index" else -ref.value
+
+    return tuple(ResolvedTarget(code(t.cls), tuple(code(a) for a in t.against)) for t in targets)
+
+
+def look_up(codes: Tensor, order: Tensor) -> Tensor:
+    """Replace ranks by classes, on the device.
+
+    Args:
+        codes: int64 (N, T), class indices, or -r for rank r.
+        order: int64 (N, classes), classes of each image, best first.
+    """
+    by_rank = order.gather(1, (-codes - 1).clamp_min(0))
+    return torch.where(codes < 0, by_rank, codes)
+
+
 class ScoreWeights:
     """Scores of T targets for each of N images as linear forms of their logits.
 
@@ -74,21 +96,39 @@ class ScoreWeights:
     drop what that yields.
     """
 
-    def __init__(self, targets: Sequence[Sequence[ResolvedTarget]], device: torch.device) -> None:
-        """Args: the targets of each image, and where the tensors live."""
+    def __init__(
+        self,
+        targets: Sequence[Sequence[ResolvedTarget]],
+        device: torch.device,
+        *,
+        order: Tensor | None = None,
+    ) -> None:
+        """Make the linear forms.
+
+        Args:
+            targets: of each image.
+            device: where the tensors live.
+            order: classes of each image, best first, (N, classes), where the targets are `coded`.
+        """
         self.width = max([1, *map(len, targets)])
         fill = [row[0] if row else ResolvedTarget(cls=0) for row in targets]
         padded = [
             [*row, *[other] * (self.width - len(row))]
             for row, other in zip(targets, fill, strict=True)
         ]
-        self._index = torch.tensor([[t.cls for t in row] for row in padded], device=device)
+        self._index = indices([[t.cls for t in row] for row in padded], device)
         self._against = [
-            (n, t, torch.tensor(target.against, device=device))
+            (n, t, indices(target.against, device))
             for n, row in enumerate(padded)
             for t, target in enumerate(row)
             if target.against
         ]
+        if order is not None:
+            self._index = look_up(self._index, order)
+            self._against = [
+                (n, t, look_up(against[None], order[n : n + 1])[0])
+                for n, t, against in self._against
+            ]
 
     def of(self, values: Tensor) -> Tensor:
         """Apply the linear forms to logits, (N, C) → (N, T), keeping the graph."""
@@ -109,16 +149,15 @@ class ScoreWeights:
 
 
 def predictions(
-    logits: Tensor, probabilities: Tensor, order: Tensor, *, top_k: int
+    logits: np.ndarray, probabilities: np.ndarray, order: np.ndarray
 ) -> list[tuple[ClassScore, ...]]:
-    """The `top_k` best classes of each image, as `order` (N, classes) ranks them."""
-    chosen = order[:, :top_k]
-    scores = logits.gather(1, chosen).tolist()
-    shares = probabilities.gather(1, chosen).tolist()
+    """The best classes of each image, as `order` (N, k) ranks them; scores and shares are (N, classes)."""
+    scores = np.take_along_axis(logits, order, 1).tolist()
+    shares = np.take_along_axis(probabilities, order, 1).tolist()
     return [
         tuple(
             ClassScore(class_id=c, score=s, probability=p)
             for c, s, p in zip(classes, row_scores, row_shares, strict=True)
         )
-        for classes, row_scores, row_shares in zip(chosen.tolist(), scores, shares, strict=True)
+        for classes, row_scores, row_shares in zip(order.tolist(), scores, shares, strict=True)
     ]

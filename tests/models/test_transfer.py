@@ -1,0 +1,132 @@
+"""What a batch's answers read crosses to the host once, whatever is asked; on the CPU nothing is copied."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from models import transfer
+from models.engine import Engine
+from models.transfer import fetch, indices
+from models.types import Target
+from tests.models.conftest import OneModel, warm_of
+from tests.models.test_engine import FREE, MIXED, assert_same, finish, index, job, rank
+
+TENSORS = {
+    "flags": torch.tensor([True, False, True]),
+    "maps": torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
+    "one for all": torch.randn(2, 1, 3).expand(2, 4, 3),
+    "ranks": torch.tensor([[2**40, -1]]),
+    "number": torch.tensor(2.5),
+    "nothing": torch.zeros(0, 3),
+    "halves": torch.randn(5).half(),
+}
+
+
+@pytest.fixture
+def transfers(monkeypatch) -> list[int]:
+    """Bytes of each transfer from a device that is not the host, though it computes like it."""
+    made: list[int] = []
+
+    def to_host(packed: torch.Tensor) -> np.ndarray:
+        made.append(packed.numel())
+        return packed.clone().numpy()
+
+    monkeypatch.setattr(transfer, "_on_host", lambda tensor: False)
+    monkeypatch.setattr(transfer, "_to_host", to_host)
+    return made
+
+
+def assert_fetched() -> None:
+    found = fetch(TENSORS)
+    assert found.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert found[name].dtype == tensor.numpy().dtype
+        np.testing.assert_array_equal(found[name], tensor.numpy())
+
+
+def test_all_dtypes_and_shapes_cross_in_one_transfer(transfers):
+    assert_fetched()
+    assert transfers == [sum(t.numel() * t.element_size() for t in TENSORS.values())]
+
+
+def test_nothing_is_copied_on_the_host():
+    found = fetch(TENSORS)
+    for name, tensor in TENSORS.items():
+        assert np.shares_memory(found[name], tensor.numpy()) or name == "nothing"
+
+
+def jobs_of(count: int, **options: object) -> list:
+    return [job(f"{i}", seed=i, **options) for i in range(count)]
+
+
+@pytest.mark.parametrize("which", ["pool_engine", "flat_engine"])
+@pytest.mark.parametrize(
+    "batch",
+    [
+        jobs_of(1),
+        jobs_of(7),
+        jobs_of(3, methods=FREE[1:], targets=tuple(Target(cls=rank(r)) for r in range(1, 6))),
+        jobs_of(2, layers=("body", "out"), statistics=True),
+        jobs_of(2, layers=("body", "out"), fuse="max", targets=(Target(cls=index(1)),)),
+        jobs_of(2, targets=(Target(cls=rank(2), against=(rank(1), index(0))),)),
+        [m for m in MIXED if not m.options.interventions],
+        [job("features", "features", layers=("body", "out"), kinds=("output", "grad_output"))],
+    ],
+    ids=["1", "7", "methods and targets", "layers", "fused", "contrast", "mixed", "features"],
+)
+def test_one_transfer_whatever_is_asked(which, batch, transfers, request):
+    engine = request.getfixturevalue(which)
+    finish(engine, batch)
+    assert len(transfers) == 1
+
+
+def test_the_host_is_told_the_same(flat_net, monkeypatch, request):
+    engine = Engine(OneModel(warm_of(flat_net)))
+    plain = finish(engine, MIXED)
+    request.getfixturevalue("transfers")
+    for found, expected in zip(finish(engine, MIXED), plain, strict=True):
+        assert_same(found, expected)
+
+
+def test_nothing_else_is_read_from_the_device_while_the_pass_runs(pool_engine, monkeypatch):
+    """Reading one number is enough to wait for a device: with every such door closed the batch is answered."""
+    batch = jobs_of(3, methods=FREE, targets=(Target(cls=rank(2)), Target(cls=index(0))))
+    expected = finish(pool_engine, batch)
+    arrays: list[dict] = []
+
+    def fetched(tensors: dict) -> dict:
+        with monkeypatch.context() as opened:
+            for name, door in doors.items():
+                opened.setattr(torch.Tensor, name, door)
+            arrays.append(fetch(tensors))
+        return arrays[-1]
+
+    def closed(*_: object) -> None:
+        raise AssertionError("read from the device")
+
+    names = ("tolist", "item", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__")
+    doors = {name: getattr(torch.Tensor, name) for name in names}
+    monkeypatch.setattr("models.host.fetch", fetched)
+    for name in names:
+        monkeypatch.setattr(torch.Tensor, name, closed)
+    found = finish(pool_engine, batch)
+    monkeypatch.undo()
+    assert len(arrays) == 1
+    for a, b in zip(found, expected, strict=True):
+        assert_same(a, b)
+
+
+def test_indices_keep_their_shape():
+    assert indices([[3, 1]], torch.device("cpu")).tolist() == [[3, 1]]
+
+
+@pytest.mark.gpu
+def test_tensors_of_a_gpu_cross():
+    far = {name: tensor.cuda() for name, tensor in TENSORS.items()}
+    found = fetch(far | {"here": TENSORS["maps"]})
+    for name, tensor in TENSORS.items():
+        np.testing.assert_array_equal(found[name], tensor.numpy())
+    np.testing.assert_array_equal(found["here"], TENSORS["maps"].numpy())
+    assert indices([[3, 1]], torch.device("cuda")).tolist() == [[3, 1]]
