@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.capture import Capture
 from models.methods import METHODS, implementation, weights_implementation
 from models.statistics import Reductions
 from models.targets import resolve_ranks
@@ -44,9 +43,9 @@ class HostResults:
             ("order",): trunk.order[:, : _depth(jobs)],
         }
         self._rows: dict[_Key, list[int]] = {}
-        for layer, (capture, rows) in trunk.captures.items():
-            for key, tensor, part in _explain(jobs, layer, capture, rows):
-                tensors[key], self._rows[key] = tensor, part
+        for layer in trunk.captures:
+            for key, tensor, rows in _explain(jobs, layer, trunk):
+                tensors[key], self._rows[key] = tensor, rows
         tensors |= _numbers(trunk)
         self._values = fetch(tensors)
         self._trunk = trunk
@@ -76,7 +75,11 @@ class HostResults:
         by_target, rows = self._trunk.reductions.get(place, ([], []))
         if row not in rows:
             return [], 0
-        return [r and self._filled(r, place, t) for t, r in enumerate(by_target)], rows.index(row)
+        filled = [
+            None if reductions is None else self._filled(reductions, place, target)
+            for target, reductions in enumerate(by_target)
+        ]
+        return filled, rows.index(row)
 
     def _value(self, key: _Key, row: int) -> np.ndarray | None:
         rows = self._rows.get(key, [])
@@ -101,14 +104,18 @@ def _depth(jobs: Sequence[Job]) -> int:
 
 
 def _explain(
-    jobs: Sequence[Job], layer: str, capture: Capture, rows: list[int]
+    jobs: Sequence[Job], layer: str, trunk: Trunk
 ) -> Iterator[tuple[_Key, Tensor, list[int]]]:
     """Maps and weights of every one-pass method asked for at a layer: key, values, and the row of each."""
+    capture, rows = trunk.captures[layer]
     names = dict.fromkeys(name for row in rows for name in jobs[row].options.methods)
     if any(METHODS[name].assumes_nonnegative for name in names):
         yield ("negative", layer), (capture.activation < 0).flatten(1).any(1), rows
     for name in names:
         if METHODS[name].cost not in ("pass", "head"):
+            continue
+        if name in trunk.maps:
+            yield ("map", layer, name), trunk.maps[name], rows
             continue
         chosen = [i for i, row in enumerate(rows) if name in jobs[row].options.methods]
         part = capture

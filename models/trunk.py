@@ -33,6 +33,7 @@ class Trunk:
         captures: by explained layer, its capture and the batch row of each of its images.
         reductions: by described place, its reductions (for gradients one per target, None where the place has
             no part in the score) and the batch row of each of their images.
+        maps: by one-pass method, its maps (N, T, h, w) at the target layer, where the pass itself made them.
     """
 
     inputs: Tensor
@@ -41,6 +42,7 @@ class Trunk:
     order: Tensor
     captures: dict[str, tuple[Capture, list[int]]]
     reductions: dict[Place, tuple[list[Reductions | None], list[int]]]
+    maps: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -63,16 +65,19 @@ class _Kept:
 _Catches = dict[Place, _Kept | None]
 
 
-def run_trunk(warm: WarmModel, jobs: Sequence[Job], module: nn.Module) -> Trunk:
+def run_trunk(
+    warm: WarmModel, jobs: Sequence[Job], *, module: nn.Module, pictures: Tensor
+) -> Trunk:
     """Run the one pass that answers a batch of jobs.
 
     Args:
         warm: the model.
         jobs: N jobs for it, their inputs of its input size.
         module: the model's module that serves the layers of all jobs.
+        pictures: the jobs' inputs, (N, H, W, 3) uint8 on any device.
     """
     wishes = _wishes(warm, jobs)
-    inputs = warm.normalise(torch.stack([torch.from_numpy(job.input) for job in jobs]))
+    inputs = warm.normalise(pictures)
     try:
         return _run(warm, jobs, module, (inputs, wishes))
     except InplaceConflict:

@@ -43,6 +43,7 @@ def assert_fetched() -> None:
     assert found.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
         assert found[name].dtype == tensor.numpy().dtype
+        assert found[name].flags.aligned
         np.testing.assert_array_equal(found[name], tensor.numpy())
 
 
