@@ -48,7 +48,10 @@ class HostResults:
                 tensors[key], self._rows[key] = tensor, rows
         tensors |= _numbers(trunk)
         self._values = fetch(tensors)
-        self._trunk = trunk
+        self._reductions = {
+            place: ([self._filled(r, place, t) for t, r in enumerate(by_target)], rows)
+            for place, (by_target, rows) in trunk.reductions.items()
+        }
         self.logits = self._values["logits",]
         self.probabilities = self._values["probabilities",]
         self.order = self._values["order",]
@@ -72,14 +75,8 @@ class HostResults:
 
         Maps of grids stay on the device: few of a layer's channels are drawn.
         """
-        by_target, rows = self._trunk.reductions.get(place, ([], []))
-        if row not in rows:
-            return [], 0
-        filled = [
-            None if reductions is None else self._filled(reductions, place, target)
-            for target, reductions in enumerate(by_target)
-        ]
-        return filled, rows.index(row)
+        by_target, rows = self._reductions.get(place, ([], []))
+        return (by_target, rows.index(row)) if row in rows else ([], 0)
 
     def _value(self, key: _Key, row: int) -> np.ndarray | None:
         rows = self._rows.get(key, [])
@@ -88,9 +85,12 @@ class HostResults:
         value: np.ndarray = self._values[key][rows.index(row)]
         return value
 
-    def _filled(self, reductions: Reductions, place: Place, target: int) -> Reductions:
+    def _filled(self, reductions: Reductions | None, *key: Any) -> Reductions | None:
+        """The reductions with what was fetched in the place of their tensors."""
+        if reductions is None:
+            return None
         found: dict[str, Any] = {
-            name: torch.from_numpy(self._values["reductions", place, target, name])
+            name: torch.from_numpy(self._values["reductions", *key, name])
             for name in _tensors(reductions)
         }
         return replace(reductions, **found)

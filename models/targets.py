@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -116,19 +117,26 @@ class ScoreWeights:
             [*row, *[other] * (self.width - len(row))]
             for row, other in zip(targets, fill, strict=True)
         ]
-        self._index = indices([[t.cls for t in row] for row in padded], device)
-        self._against = [
-            (n, t, indices(target.against, device))
-            for n, row in enumerate(padded)
-            for t, target in enumerate(row)
-            if target.against
-        ]
-        if order is not None:
-            self._index = look_up(self._index, order)
-            self._against = [
-                (n, t, look_up(against[None], order[n : n + 1])[0])
-                for n, t, against in self._against
-            ]
+        self._padded, self._device, self._order = padded, device, order
+
+    @cached_property
+    def _index(self) -> Tensor:
+        """Class of each target, (N, T); made when it is first used, since predictions use none."""
+        index = indices([[t.cls for t in row] for row in self._padded], self._device)
+        return index if self._order is None else look_up(index, self._order)
+
+    @cached_property
+    def _against(self) -> list[tuple[int, int, Tensor]]:
+        """Image, target, and the classes that it is held against."""
+        found = []
+        for n, row in enumerate(self._padded):
+            for t, target in enumerate(row):
+                if target.against:
+                    against = indices(target.against, self._device)
+                    if self._order is not None:
+                        against = look_up(against[None], self._order[n : n + 1])[0]
+                    found.append((n, t, against))
+        return found
 
     def of(self, values: Tensor) -> Tensor:
         """Apply the linear forms to logits, (N, C) → (N, T), keeping the graph."""
@@ -152,8 +160,8 @@ def predictions(
     logits: np.ndarray, probabilities: np.ndarray, order: np.ndarray
 ) -> list[tuple[ClassScore, ...]]:
     """The best classes of each image, as `order` (N, k) ranks them; scores and shares are (N, classes)."""
-    scores = np.take_along_axis(logits, order, 1).tolist()
-    shares = np.take_along_axis(probabilities, order, 1).tolist()
+    rows = np.arange(len(order))[:, None]
+    scores, shares = logits[rows, order].tolist(), probabilities[rows, order].tolist()
     return [
         tuple(
             ClassScore(class_id=c, score=s, probability=p)

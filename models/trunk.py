@@ -115,7 +115,7 @@ def _run(
         logits=logits,
         probabilities=probabilities,
         order=ranked.indices,
-        captures=_captures(warm, wishes, caught, by_target, (weights, weights.of(logits))),
+        captures=_captures(warm, wishes, caught, by_target, (weights, logits)),
         reductions=_reductions(wishes, caught, by_target),
     )
 
@@ -186,13 +186,13 @@ def _captures(
     by_target: list[_Catches],
     scored: tuple[ScoreWeights, Tensor],
 ) -> dict[str, tuple[Capture, list[int]]]:
-    weights, scores = scored
+    weights, logits = scored
     captures = {}
     for (layer, kind), wish in wishes.items():
         kept = caught.get((layer, kind))
         if kind != "output" or kept is None or kept.maps is None:
             continue
-        rows = indices(wish.maps, scores.device)
+        rows = indices(wish.maps, logits.device)
         gradient: Tensor | None = None
         differentiated = wishes.get((layer, "grad_output"))
         if differentiated is not None and differentiated.maps:
@@ -202,7 +202,7 @@ def _captures(
         elif warm.head.weight is not None and layer == warm.target_layer:
             pixels = kept.maps.shape[-2] * kept.maps.shape[-1]
             gradient = (weights.of_rows(warm.head.weight)[rows] / pixels)[..., None, None]
-        capture = Capture(layer, kept.maps, gradient, scores[rows])
+        capture = Capture(layer, kept.maps, gradient, weights.of(logits)[rows])
         captures[layer] = (capture, wish.maps)
     return captures
 
