@@ -9,7 +9,6 @@ from the 64 strongest channels.
 from __future__ import annotations
 
 import io
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -18,13 +17,12 @@ import typer
 from PIL import Image, ImageDraw, ImageFont
 from skimage import data
 
+from benchmarks.photographs import answer, job_for, model_input
 from models.catalog import default_spec
-from models.engine import Engine, Pending
-from models.imaging.decode import DecodeLimits, decode
-from models.imaging.preprocess import preprocess
+from models.engine import Engine
 from models.imaging.render import input_canvas, overlay, shade
 from models.registry import ModelRegistry, WarmModel
-from models.types import Explanation, Job, JobOptions, Outcome
+from models.types import Explanation, JobOptions, Outcome
 
 PHOTOGRAPHS = ("chelsea", "coffee")
 METHODS_SHOWN = (
@@ -44,23 +42,15 @@ def main(
     registry.load(spec)
     warm = registry.get(spec.name, spec.version)
     for name in photographs.split(","):
-        pixels = model_input(getattr(data, name)(), warm)
+        file = io.BytesIO()
+        Image.fromarray(getattr(data, name)()).save(file, "PNG")
+        pixels = model_input(file.getvalue(), warm)
         outcome = explain(Engine(registry), warm, pixels)
         best = outcome.predictions[0]
         title = f"{warm.info.labels[best.class_id]}, {best.probability:.0%}"
         path = folder / f"{name}-methods.jpg"
         sheet(pixels, outcome.explanations, title=title).save(path, "JPEG", quality=80)
         typer.echo(f"{path}: {title}, {path.stat().st_size // 1000} kB")
-
-
-def model_input(photograph: np.ndarray, warm: WarmModel) -> np.ndarray:
-    """What the service would hand to the model."""
-    file = io.BytesIO()
-    Image.fromarray(photograph).save(file, "PNG")
-    assert warm.info.card.input is not None
-    picture = decode(file.getvalue(), limits=DecodeLimits(), preprocess=warm.info.card.input)
-    pixels, _ = preprocess(picture, warm.info.card.input)
-    return pixels
 
 
 def explain(engine: Engine, warm: WarmModel, pixels: np.ndarray) -> Outcome:
@@ -72,22 +62,9 @@ def explain(engine: Engine, warm: WarmModel, pixels: np.ndarray) -> Outcome:
             layers=(warm.target_layer or "",),
             samples=SAMPLES.get(method),
         )
-        job = Job(
-            id=method,
-            operation="explain",
-            model=warm.name,
-            version=warm.version,
-            input=pixels,
-            options=options,
-            deadline=time.monotonic() + 86_400,
-        )
-        answer = engine.run([job])[0]
-        while isinstance(answer, Pending):
-            answer = engine.advance([answer])[0]
-        if not isinstance(answer, Outcome):
-            raise RuntimeError(answer)  # noqa: TRY004  (a failure of the model, no wrong type)
-        maps += answer.explanations
-    return Outcome(id="", predictions=answer.predictions, explanations=tuple(maps))
+        found = answer(engine, job_for(warm, pixels, options))
+        maps += found.explanations
+    return Outcome(id="", predictions=found.predictions, explanations=tuple(maps))
 
 
 def sheet(pixels: np.ndarray, explanations: tuple[Explanation, ...], *, title: str) -> Image.Image:

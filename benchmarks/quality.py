@@ -14,7 +14,6 @@ better), each minus the same measure of a random map, so that 0 is what chance r
 
 from __future__ import annotations
 
-import csv
 import re
 import time
 from collections import defaultdict
@@ -24,18 +23,18 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from msgspec import structs
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks.photographs import Photograph, answer, job_for, photographs
 from benchmarks.timing import machine_line
 from models.catalog import PreprocessSpec, default_spec
-from models.engine import Engine, Pending
-from models.imaging.decode import DecodeLimits, decode
-from models.imaging.preprocess import preprocess
+from models.engine import Engine
 from models.imaging.render import normalise, upsample
 from models.methods import METHODS
 from models.registry import ModelRegistry, WarmModel
-from models.types import ClassRef, Job, JobOptions, Outcome, Target
+from models.types import ClassRef, JobOptions, Target
 
 SIDE = 224
 MEASURES = ("deletion", "insertion", "average_drop")
@@ -45,8 +44,8 @@ START, END = "<!-- quality: begin -->", "<!-- quality: end -->"
 def main(  # noqa: PLR0917  (typer reads its options off the signature)
     pictures: Annotated[Path, typer.Option(help="Folder with photographs and labels.csv.")],
     mosaics: Annotated[int, typer.Option(help="Mosaics for each method.")] = 12,
-    slow_mosaics: Annotated[int, typer.Option(help="Mosaics for methods of many passes.")] = 2,
     singles: Annotated[int, typer.Option(help="Photographs for faithfulness.")] = 6,
+    slow: Annotated[int, typer.Option(help="Of both, for methods of many passes.")] = 2,
     samples: Annotated[int, typer.Option(help="Masks of RISE, instead of its default.")] = 1000,
     methods: Annotated[str, typer.Option(help="Comma-separated; all applicable by default.")] = "",
     write: Annotated[Path | None, typer.Option(help="Document to put the table into.")] = None,
@@ -68,10 +67,10 @@ def main(  # noqa: PLR0917  (typer reads its options off the signature)
         task = progress.add_task("methods", total=len(wanted))
         for name in wanted:
             progress.update(task, description=name)
-            slow = METHODS[name].cost == "many"
-            chosen = scenes[:slow_mosaics] if slow else scenes
+            many = METHODS[name].cost == "many"
+            chosen, alone = scenes[: slow if many else None], known[: slow if many else singles]
             pointing = _pointing(engine, mosaic, name, chosen, samples)
-            faithful, seconds = _faithfulness(engine, single, name, known[:singles], samples)
+            faithful, seconds = _faithfulness(engine, single, name, alone, samples)
             rows.append((name, pointing, len(chosen) * 4, faithful, seconds))
             progress.advance(task)
     table = _table(rows)
@@ -90,34 +89,24 @@ def _load(registry: ModelRegistry, name: str, side: int, resize: int) -> WarmMod
     return registry.get(name, spec.version)
 
 
-Picture = tuple[np.ndarray, int]
-
-
-def _correct(engine: Engine, warm: WarmModel, folder: Path) -> list[Picture]:
-    """Model inputs and classes of the photographs that the model gets right."""
-    assert warm.info.card.input is not None
+def _correct(engine: Engine, warm: WarmModel, folder: Path) -> list[Photograph]:
+    """The photographs that the model gets right."""
     found = []
-    with (folder / "labels.csv").open() as file:
-        for row in csv.DictReader(file):
-            picture = decode(
-                (folder / row["file"]).read_bytes(),
-                limits=DecodeLimits(),
-                preprocess=warm.info.card.input,
-            )
-            pixels, _ = preprocess(picture, warm.info.card.input)
-            outcome, _ = _answer(engine, _job(warm, pixels, JobOptions(top_k=1), "predict"))
-            if outcome.predictions[0].class_id == int(row["class_id"]):
-                found.append((pixels, int(row["class_id"])))
+    for photograph in photographs(folder, warm):
+        job = job_for(warm, photograph.pixels, JobOptions(top_k=1), operation="predict")
+        if answer(engine, job).predictions[0].class_id == photograph.class_id:
+            found.append(photograph)
     return found
 
 
-def _mosaics(known: Sequence[Picture], count: int) -> list[tuple[np.ndarray, list[int]]]:
+def _mosaics(known: Sequence[Photograph], count: int) -> list[tuple[np.ndarray, list[int]]]:
     order = np.random.default_rng(0)
     scenes = []
     for _ in range(count):
         chosen = [known[i] for i in order.choice(len(known), 4, replace=False)]
-        a, b, c, d = (pixels for pixels, _ in chosen)
-        scenes.append((np.vstack([np.hstack([a, b]), np.hstack([c, d])]), [k for _, k in chosen]))
+        a, b, c, d = (photograph.pixels for photograph in chosen)
+        classes = [photograph.class_id for photograph in chosen]
+        scenes.append((np.vstack([np.hstack([a, b]), np.hstack([c, d])]), classes))
     return scenes
 
 
@@ -131,7 +120,7 @@ def _pointing(
     """Mean share of the drawn map inside the cell of the explained class."""
     shares = []
     for pixels, classes in scenes:
-        outcome, _ = _answer(engine, _job(warm, pixels, _options(warm, name, classes, samples)))
+        outcome = answer(engine, job_for(warm, pixels, _options(warm, name, classes, samples)))
         for cell, explanation in enumerate(outcome.explanations):
             large = upsample(explanation.map, height=2 * SIDE, width=2 * SIDE)
             unit = normalise(large, signed=explanation.signed)
@@ -146,17 +135,18 @@ def _pointing(
 
 
 def _faithfulness(
-    engine: Engine, warm: WarmModel, name: str, known: Sequence[Picture], samples: int
+    engine: Engine, warm: WarmModel, name: str, known: Sequence[Photograph], samples: int
 ) -> tuple[dict[str, float], float]:
     """Mean of each measure less that of random maps, and the median seconds of a map without them."""
     sums: dict[str, list[float]] = defaultdict(list)
     seconds = []
-    for pixels, cls in known:
-        options = _options(warm, name, [cls], samples)
-        _, taken = _answer(engine, _job(warm, pixels, options))
-        seconds.append(taken)
-        measured = _options(warm, name, [cls], samples, faithfulness=MEASURES)
-        outcome, _ = _answer(engine, _job(warm, pixels, measured))
+    for photograph in known:
+        options = _options(warm, name, [photograph.class_id], samples)
+        started = time.perf_counter()
+        answer(engine, job_for(warm, photograph.pixels, options))
+        seconds.append(time.perf_counter() - started)
+        options = structs.replace(options, faithfulness=MEASURES)
+        outcome = answer(engine, job_for(warm, photograph.pixels, options))
         for measure, pair in outcome.explanations[0].faithfulness.items():
             sums[measure].append(pair.value - pair.random)
     return {measure: float(np.mean(values)) for measure, values in sums.items()}, float(
@@ -164,45 +154,14 @@ def _faithfulness(
     )
 
 
-def _options(
-    warm: WarmModel,
-    name: str,
-    classes: Sequence[int],
-    samples: int,
-    *,
-    faithfulness: tuple[str, ...] = (),
-) -> JobOptions:
+def _options(warm: WarmModel, name: str, classes: Sequence[int], samples: int) -> JobOptions:
     assert warm.target_layer is not None
     return JobOptions(
         methods=(name,),
         layers=(warm.target_layer,),
         targets=tuple(Target(cls=ClassRef(kind="index", value=c)) for c in classes),
-        faithfulness=faithfulness,
         samples=samples if name == "rise" else None,
     )
-
-
-def _job(
-    warm: WarmModel, pixels: np.ndarray, options: JobOptions, operation: str = "explain"
-) -> Job:
-    return Job(
-        id="0",
-        operation=operation,  # type: ignore[arg-type]  # a literal of the caller
-        model=warm.name,
-        version=warm.version,
-        input=pixels,
-        options=options,
-        deadline=time.monotonic() + 86_400,
-    )
-
-
-def _answer(engine: Engine, job: Job) -> tuple[Outcome, float]:
-    started = time.perf_counter()
-    answer = engine.run([job])[0]
-    while isinstance(answer, Pending):
-        answer = engine.advance([answer])[0]
-    assert isinstance(answer, Outcome), answer
-    return answer, time.perf_counter() - started
 
 
 def _table(rows: Sequence[tuple[str, float, int, dict[str, float], float]]) -> str:

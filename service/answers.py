@@ -8,6 +8,7 @@ import msgspec
 from fastapi import Response
 
 from models.types import ModelInfo
+from service.pipeline import Reply
 from service.schemas import ModelUsed
 
 
@@ -16,12 +17,12 @@ def json_response(answer: Any, *, status: int = 200) -> Response:
     return Response(msgspec.json.encode(answer), status_code=status, media_type="application/json")
 
 
-def model_used(info: ModelInfo) -> ModelUsed:
-    """The model as every answer names it."""
+def model_used(info: ModelInfo, reply: Reply) -> ModelUsed:
+    """The model that made a reply, as every answer names it."""
     card = info.card
     return ModelUsed(
         name=card.name,
         version=card.version,
-        device=",".join(card.devices),
+        device=reply.device,
         precision=card.precision,
     )

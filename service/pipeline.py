@@ -52,13 +52,14 @@ _RESULTS: dict[str, type[PredictResult | ExplainResult | FeaturesResult]] = {
 
 
 class ImageTimings(Struct):
-    """What one image took, milliseconds per stage, and the size of the batch it ran in."""
+    """What one image took, milliseconds per stage, and the size of the batch it ran in, on which device."""
 
     decode: float
     queue: float
     device: float
     render: float
     batch_size: int
+    where: str
 
 
 class Reply(Struct):
@@ -68,12 +69,14 @@ class Reply(Struct):
         results: one per image, in order.
         timings: of the request; each stage is its slowest image's.
         batch_size: the largest batch that one of its images ran in.
+        device: where they ran, comma-separated.
         images: timings of each image that succeeded.
     """
 
     results: tuple[Result, ...]
     timings: Timings
     batch_size: int
+    device: str
     images: tuple[ImageTimings, ...]
 
 
@@ -140,6 +143,7 @@ class Pipeline:
             device=round(outcome.device_ms, 3),
             render=_ms(rendered - answered),
             batch_size=outcome.batch_size,
+            where=outcome.device,
         )
 
     async def _submit(
@@ -205,7 +209,13 @@ def _reply(ends: Sequence[tuple[Result, ImageTimings] | HeatlensError], plan: Pl
         total=_ms(time.monotonic() - plan.started),
     )
     batch_size = max(image.batch_size for image in done)
-    return Reply(results=results, timings=timings, batch_size=batch_size, images=tuple(done))
+    return Reply(
+        results=results,
+        timings=timings,
+        batch_size=batch_size,
+        device=",".join(sorted({image.where for image in done})),
+        images=tuple(done),
+    )
 
 
 def _ms(seconds: float) -> float:

@@ -49,7 +49,9 @@ class ModelUsed(Struct):
 
     name: Annotated[str, Meta(examples=["efficientnet_lite0"])]
     version: Annotated[str, Meta(examples=["1"])]
-    device: Annotated[str, Meta(description="Where it is held, comma-separated.", examples=["cpu"])]
+    device: Annotated[
+        str, Meta(description="Where it ran; several, comma-separated.", examples=["cpu"])
+    ]
     precision: Precision
 
 

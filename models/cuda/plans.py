@@ -104,7 +104,7 @@ def _qualifies(warm: WarmModel, job: Job) -> bool:
     if job.operation == "features" or options.interventions or options.statistics:
         return False
     if not options.methods:
-        return True
+        return not options.layers
     return (
         warm.head.closed_form
         and options.layers == (warm.target_layer,)

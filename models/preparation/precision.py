@@ -16,6 +16,20 @@ LEAST_COSINE = 0.98
 """Smallest cosine of scores and maps with those of float32 at which a precision is accepted."""
 
 
+def has_instructions(device: torch.device, precision: Precision) -> bool:
+    """Whether a device computes in a precision itself; without, it takes tens of times longer than in float32."""
+    if precision == "fp32":
+        return True
+    if device.type == "cuda":
+        return precision == "fp16" or torch.cuda.is_bf16_supported(including_emulation=False)
+    supports = torch.ops.mkldnn
+    asked = {
+        "bf16": supports._is_mkldnn_bf16_supported,  # noqa: SLF001  (torch asks nowhere else)
+        "fp16": supports._is_mkldnn_fp16_supported,  # noqa: SLF001
+    }
+    return torch.backends.mkldnn.is_available() and bool(asked[precision]())
+
+
 class Float32Linear(nn.Linear):
     """A linear layer that computes in float32 whatever it is given."""
 

@@ -8,7 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from models.preparation.precision import DTYPES, LEAST_COSINE, cast, cosine
+from models.preparation.precision import (
+    DTYPES,
+    LEAST_COSINE,
+    cast,
+    cosine,
+    has_instructions,
+)
 from models.preparation.twin import Twin, fused_twin
 from models.types import Precision
 
@@ -50,6 +56,9 @@ def prepare_module(
     steps.append(
         "fusion skipped: nothing to fuse" if twin is None else f"{twin.fused} fused convolutions"
     )
+    if not has_instructions(device, precision):
+        steps.append(f"{precision} skipped: the device has no instructions for it")
+        precision = "fp32"
     if precision != "fp32":
         fidelity = _fidelity(module, probe, expected, DTYPES[precision])
         if not fidelity >= LEAST_COSINE:  # not a number is no fidelity

@@ -58,7 +58,7 @@ async def explain(request: Request, service: ServiceDep) -> Response:
     return json_response(
         ExplainAnswer(
             request_id=request.state.request_id,
-            model=model_used(plan.info),
+            model=model_used(plan.info, reply),
             results=cast("tuple[ExplainResult, ...]", reply.results),
             timings_ms=reply.timings,
             batch_size=reply.batch_size,

@@ -29,7 +29,7 @@ async def features(request: Request, service: ServiceDep) -> Response:
     return json_response(
         FeaturesAnswer(
             request_id=request.state.request_id,
-            model=model_used(plan.info),
+            model=model_used(plan.info, reply),
             results=cast("tuple[FeaturesResult, ...]", reply.results),
             timings_ms=reply.timings,
             batch_size=reply.batch_size,

@@ -29,7 +29,7 @@ async def predict(request: Request, service: ServiceDep) -> Response:
     return json_response(
         PredictAnswer(
             request_id=request.state.request_id,
-            model=model_used(plan.info),
+            model=model_used(plan.info, reply),
             results=cast("tuple[PredictResult, ...]", reply.results),
             timings_ms=reply.timings,
             batch_size=reply.batch_size,

@@ -243,7 +243,7 @@ class SocketPool:
             case Answer(outcomes=outcomes, failures=failures, others_ms=others_ms):
                 link.note_others(others_ms)
                 for outcome in outcomes:
-                    self._end(link, outcome)
+                    self._end(link, msgspec.structs.replace(outcome, device=link.device))
                 for failure in failures:
                     self._end(link, failure)
             case Models(infos=infos):

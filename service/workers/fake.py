@@ -186,6 +186,7 @@ def answer(job: Job, info: ModelInfo) -> Outcome:
         queue_ms=0.5,
         device_ms=2.0,
         batch_size=4,
+        device="cpu",
     )
 
 

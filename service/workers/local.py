@@ -11,6 +11,8 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from models.catalog import ModelSpec
 from models.errors import (
     DeadlineExceeded,
@@ -125,7 +127,7 @@ class LocalPool:
             self._compute.cancel(job.id)  # no-op for a job that has ended
         if isinstance(result, Failure):
             raise to_error(result)
-        return result
+        return msgspec.structs.replace(result, device=self._device)
 
     def models(self) -> Sequence[ModelInfo]:
         """Every configured model version."""

@@ -12,6 +12,12 @@ from models.registry import WarmModel
 from models.types import LayerInfo, ModelCard, ModelInfo, Preprocess
 
 
+@pytest.fixture
+def every_precision(monkeypatch):
+    """Half precision wherever the tests run, however slow it is there."""
+    monkeypatch.setattr("models.preparation.prepare.has_instructions", lambda *_: True)
+
+
 class HandNet(nn.Module):
     """The network of captum's `BasicModel_ConvNet_One_Conv`: every number of it can be checked by hand."""
 

@@ -257,7 +257,7 @@ def test_transformers(make, side, refused):
 @pytest.mark.parametrize(
     ("make", "side"), [(timm_vit, 32), (torchvision_swin, 32), (torchvision_maxvit, 64)]
 )
-def test_methods_answer_in_half_precision_as_in_single(make, side):
+def test_methods_answer_in_half_precision_as_in_single(make, side, every_precision):
     warm, half = (warmed(loaded(make, side, precision)) for precision in ("fp32", "bf16"))
     assert half.dtype == torch.bfloat16
     methods = tuple(row.name for row in warm.info.card.methods if row.applicable)

@@ -127,7 +127,7 @@ def test_a_configured_target_layer_is_used(registry):
     assert [layer.name for layer in info.layers if layer.recommended] == ["0.0"]
 
 
-def test_half_precision(registry):
+def test_half_precision(registry, every_precision):
     registry.load(entry("pooled", precision="bf16"))
     model = registry.get("pooled", "1")
     kinds = {name: p.dtype for name, p in model.module.named_parameters()}
@@ -140,7 +140,16 @@ def test_half_precision(registry):
     assert model.info.card.precision == "bf16"
 
 
-def test_a_precision_that_spoils_the_scores_is_skipped_and_the_card_says_so(registry):
+def test_a_precision_that_the_device_has_no_instructions_for_is_skipped(registry, monkeypatch):
+    monkeypatch.setattr("models.preparation.prepare.has_instructions", lambda *_: False)
+    card = registry.load(entry("pooled", precision="bf16")).card
+    assert card.precision == "fp32"
+    assert "bf16 skipped: the device has no instructions for it" in card.preparation
+
+
+def test_a_precision_that_spoils_the_scores_is_skipped_and_the_card_says_so(
+    registry, every_precision
+):
     card = registry.load(entry("overflowing", precision="fp16")).card
     assert card.precision == "fp32"
     assert any(step.startswith("fp16 skipped") for step in card.preparation)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.statistics import SUBSAMPLE, describe, reduce
+from models.statistics import SUBSAMPLE, describe, reduce, summarise
 
 
 def tensor(shape: tuple[int, ...], seed: int) -> torch.Tensor:
@@ -28,9 +28,9 @@ def tensor(shape: tuple[int, ...], seed: int) -> torch.Tensor:
 )
 def test_statistics_equal_numpy(n, channels, side, seed, memory):
     values = tensor((n, channels, side, side), seed).contiguous(memory_format=memory)
-    reductions = reduce(values)
+    (summaries,) = summarise([reduce(values)])
     for row in range(n):
-        found = describe(reductions, row, layer="x", kind="output", top=3)
+        found = describe(summaries[row], layer="x", kind="output", top=3)
         expected = values[row].double().numpy()
         assert found.shape == expected.shape
         np.testing.assert_allclose(found.mean, expected.mean(), atol=1e-6)
@@ -53,7 +53,7 @@ def test_statistics_equal_numpy(n, channels, side, seed, memory):
 def test_quantiles_of_large_tensors_come_from_an_even_subsample():
     values = torch.rand(1, 64, 40, 40, generator=torch.Generator().manual_seed(0))
     assert values[0].numel() > 10 * SUBSAMPLE
-    found = describe(reduce(values), 0, layer="x", kind="output", top=1).quantiles
+    found = describe(summarise([reduce(values)])[0][0], layer="x", kind="output", top=1).quantiles
     np.testing.assert_allclose(
         [found.p01, found.p25, found.p50, found.p75, found.p99],
         [0.01, 0.25, 0.5, 0.75, 0.99],
@@ -64,7 +64,9 @@ def test_quantiles_of_large_tensors_come_from_an_even_subsample():
 @pytest.mark.parametrize("shape", [(2, 7, 5), (2, 4, 4, 5)])
 def test_token_layouts_keep_channels_last(shape):
     values = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    found = describe(reduce(values, channels_last=True), 1, layer="x", kind="output", top=5)
+    found = describe(
+        summarise([reduce(values, channels_last=True)])[0][1], layer="x", kind="output", top=5
+    )
     means = values[1].double().numpy().reshape(-1, 5).mean(0)
     assert found.shape == shape[1:]
     assert [c.index for c in found.top_channels] == np.argsort(-means, kind="stable").tolist()
@@ -73,7 +75,7 @@ def test_token_layouts_keep_channels_last(shape):
 
 def test_vectors_have_one_value_a_channel():
     values = torch.tensor([[1.0, 0.0, -2.0]])
-    found = describe(reduce(values), 0, layer="fc", kind="output", top=2)
+    found = describe(summarise([reduce(values)])[0][0], layer="fc", kind="output", top=2)
     assert (found.mean, found.dead_channels, found.sparsity) == (
         pytest.approx(-1 / 3),
         1,
@@ -84,7 +86,7 @@ def test_vectors_have_one_value_a_channel():
 
 def test_gradients_list_channels_by_magnitude():
     values = torch.tensor([[1.0, 0.0, -2.0]])
-    found = describe(reduce(values), 0, layer="fc", kind="grad_output", top=1)
+    found = describe(summarise([reduce(values)])[0][0], layer="fc", kind="grad_output", top=1)
     assert [c.index for c in found.top_channels] == [2]
 
 
@@ -92,7 +94,11 @@ def test_grids_and_weights_follow_the_top_channels():
     values = tensor((1, 5, 3, 3), 1)
     weights = np.arange(5.0)
     found = describe(
-        reduce(values, keep_maps=True), 0, layer="x", kind="output", top=2, weights=weights
+        summarise([reduce(values, keep_maps=True)])[0][0],
+        layer="x",
+        kind="output",
+        top=2,
+        weights=weights,
     )
     assert found.grid is not None
     for channel, picture in zip(found.top_channels, found.grid, strict=True):
@@ -102,6 +108,6 @@ def test_grids_and_weights_follow_the_top_channels():
 
 def test_half_precision_is_reduced_in_float32():
     values = torch.full((1, 1, 300, 300), 2.0, dtype=torch.bfloat16)
-    found = describe(reduce(values), 0, layer="x", kind="output", top=1)
+    found = describe(summarise([reduce(values)])[0][0], layer="x", kind="output", top=1)
     assert found.l2 == pytest.approx(600.0, rel=1e-5)
     assert found.std == pytest.approx(0.0, abs=1e-3)

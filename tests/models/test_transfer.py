@@ -77,10 +77,16 @@ def jobs_of(count: int, **options: object) -> list:
     ],
     ids=["1", "7", "methods and targets", "layers", "fused", "contrast", "mixed", "features"],
 )
-def test_one_transfer_whatever_is_asked(which, batch, transfers, request):
+def test_one_transfer_whatever_is_asked_and_one_for_statistics(
+    which, batch, transfers, monkeypatch, request
+):
     engine = request.getfixturevalue(which)
+    summaries: list[torch.Tensor] = []
+    cpu = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda t: (summaries.append(t), cpu(t))[1])
     finish(engine, batch)
-    assert len(transfers) == 1
+    described = any(j.options.statistics or j.operation == "features" for j in batch)
+    assert (len(transfers), len(summaries)) == (1, described)
 
 
 def test_the_host_is_told_the_same(flat_net, monkeypatch, request):

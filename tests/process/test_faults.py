@@ -123,10 +123,9 @@ async def test_one_of_two_devices_dies_and_the_other_serves(start_service, make_
     running = start_service(devices=["cpu:0", "cpu:1"])
     async with running.pool() as pool:
         await eventually(lambda: are_ready(pool))
+        await eventually(lambda: pool.models()[0].card.devices == ("cpu:0", "cpu:1"))
         slow = [make_job(n, Fault.SLOW, 2) for n in range(80)]
-        await submit_all(pool, slow)
-        models = pool.models()
-        assert models[0].card.devices == ("cpu:0", "cpu:1")
+        assert {end.device for end in await submit_all(pool, slow)} == {"cpu:0", "cpu:1"}
         jobs = [make_job(n, Fault.SLOW, 5) for n in range(200, 240)]
         task = asyncio.create_task(submit_all(pool, jobs))
         await asyncio.sleep(0.1)

@@ -88,13 +88,16 @@ async def test_timings_are_the_slowest_images() -> None:
         async def submit(self, job: Job) -> Outcome:
             n = len(self.submitted) + 1
             outcome = await super().submit(job)
-            return structs.replace(outcome, queue_ms=n, device_ms=10 - n, batch_size=n)
+            return structs.replace(
+                outcome, queue_ms=n, device_ms=10 - n, batch_size=n, device=f"cpu:{n % 2}"
+            )
 
     images = [ImageInput(data=picture(i)) for i in range(3)]
     async with pipeline(Slow()) as made:
         reply = await made.run(plan_of(*images))
     assert (reply.timings.queue, reply.timings.device, reply.batch_size) == (3, 9, 3)
     assert sorted(image.batch_size for image in reply.images) == [1, 2, 3]
+    assert reply.device == "cpu:0,cpu:1"
     assert reply.timings.total >= reply.timings.decode > 0
 
 

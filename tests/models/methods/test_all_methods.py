@@ -240,7 +240,7 @@ def test_an_abandoned_method_leaves_nothing(kind, untouched):
 
 
 @pytest.mark.parametrize("kind", list(MAKERS))
-def test_half_precision_answers_alike(kind):
+def test_half_precision_answers_alike(kind, every_precision):
     warm, half = (chunked(warmed(kind, precision), 4) for precision in ("fp32", "bf16"))
     assert half.dtype == torch.bfloat16
     names = [row.name for row in half.info.card.methods if row.applicable]

@@ -67,6 +67,7 @@ def is_own(asked: Job, outcome: Outcome | BaseException) -> bool:
     return (
         isinstance(outcome, Outcome)
         and outcome.id == asked.id
+        and outcome.device == "cpu"
         and outcome.predictions[0].class_id == expected_class(asked.input)
     )
 
