@@ -53,6 +53,6 @@ def _to_host(packed: Tensor) -> np.ndarray:
     """Copy bytes of a CUDA device by way of page-locked memory, which torch keeps and gives out again."""
     host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
     host.copy_(packed, non_blocking=True)
-    torch.cuda.current_stream(packed.device).synchronize()
+    torch.cuda.current_stream(packed.device).record_event().synchronize()
     # A copy: an answer that is kept must not keep page-locked memory.
     return host.numpy().copy()

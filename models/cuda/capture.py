@@ -36,7 +36,7 @@ class CudaCapture:
         # This context puts the stream back where the recording fails, which torch's own does not.
         with torch.cuda.stream(aside):
             work()
-            with _waiting_forbidden():
+            with waiting_forbidden():
                 work()
             outputs = self._record(graph, work, aside)
         stream.wait_stream(aside)
@@ -64,7 +64,7 @@ class CudaCapture:
 
 
 @contextmanager
-def _waiting_forbidden() -> Iterator[None]:
+def waiting_forbidden() -> Iterator[None]:
     """Let operations that wait for the device fail, before they can spoil a recording."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():

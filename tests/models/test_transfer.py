@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from models import transfer
+from models.cuda.capture import waiting_forbidden
 from models.engine import Engine
 from models.transfer import fetch, indices
 from models.types import Target
-from tests.models.conftest import OneModel, warm_of
+from tests.models.conftest import FlatNet, OneModel, PoolNet, frozen, warm_of
+from tests.models.cuda.conftest import on_gpu
 from tests.models.test_engine import FREE, MIXED, assert_same, finish, index, job, rank
 
 TENSORS = {
@@ -62,6 +66,15 @@ def jobs_of(count: int, **options: object) -> list:
     return [job(f"{i}", seed=i, **options) for i in range(count)]
 
 
+def company() -> list:
+    """Jobs that share a pass but not their methods, targets and layers."""
+    return [
+        job("many", seed=1, methods=FREE, targets=(Target(cls=rank(2)), Target(cls=index(0)))),
+        job("one", seed=2, methods=("layercam",), layers=("body", "out")),
+        job("contrast", seed=3, targets=(Target(cls=rank(2), against=(rank(1), index(0))),)),
+    ]
+
+
 @pytest.mark.parametrize("which", ["pool_engine", "flat_engine"])
 @pytest.mark.parametrize(
     "batch",
@@ -97,10 +110,12 @@ def test_the_host_is_told_the_same(flat_net, monkeypatch, request):
         assert_same(found, expected)
 
 
-def test_nothing_else_is_read_from_the_device_while_the_pass_runs(pool_engine, monkeypatch):
+@pytest.mark.parametrize("which", ["pool_engine", "flat_engine"])
+def test_nothing_else_is_read_from_the_device_while_the_pass_runs(which, monkeypatch, request):
     """Reading one number is enough to wait for a device: with every such door closed the batch is answered."""
-    batch = jobs_of(3, methods=FREE, targets=(Target(cls=rank(2)), Target(cls=index(0))))
-    expected = finish(pool_engine, batch)
+    engine = request.getfixturevalue(which)
+    batch = [job("predict", "predict"), *company()]
+    expected = finish(engine, batch)
     arrays: list[dict] = []
 
     def fetched(tensors: dict) -> dict:
@@ -118,7 +133,7 @@ def test_nothing_else_is_read_from_the_device_while_the_pass_runs(pool_engine, m
     monkeypatch.setattr("models.host.fetch", fetched)
     for name in names:
         monkeypatch.setattr(torch.Tensor, name, closed)
-    found = finish(pool_engine, batch)
+    found = finish(engine, batch)
     monkeypatch.undo()
     assert len(arrays) == 1
     for a, b in zip(found, expected, strict=True):
@@ -137,3 +152,19 @@ def test_tensors_of_a_gpu_cross():
         np.testing.assert_array_equal(found[name], tensor.numpy())
     np.testing.assert_array_equal(found["here"], TENSORS["maps"].numpy())
     assert indices([[3, 1]], torch.device("cuda")).tolist() == [[3, 1]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("net", [PoolNet, FlatNet])
+def test_a_gpu_is_waited_for_only_when_its_answers_are_fetched(net):
+    """Torch itself fails at every other wait that it knows of."""
+    made = frozen(net())
+    plain = warm_of(made, linear=made.fc if net is PoolNet else None)
+    warm = replace(on_gpu(plain, torch.device("cuda", 0)), graphs=None)
+    engine = Engine(OneModel(warm))
+    batch = [job("predict", "predict"), *company()]
+    finish(engine, batch)
+    with waiting_forbidden():
+        found = finish(engine, batch)
+    for a, b in zip(found, finish(Engine(OneModel(plain)), batch), strict=True):
+        assert_same(a, b, rtol=5e-3, atol=5e-3)

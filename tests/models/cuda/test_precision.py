@@ -22,6 +22,7 @@ def answers(factory: str, precision: str, folder, device: torch.device) -> list[
     registry = ModelRegistry(str(device), folder, warmup_s=0.01)
     card = registry.load(entry(factory, precision=precision)).card
     assert card.precision == precision, card.preparation
+    assert "CUDA graphs" in card.preparation
     batch = [
         structs.replace(
             job(f"{i}", seed=i, side=24, methods=METHODS_HERE, layers=("0",), statistics=i > 1),
