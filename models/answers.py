@@ -9,16 +9,17 @@ import numpy as np
 import torch
 from msgspec import structs
 
-from models.capture import Capture
 from models.errors import InternalError
 from models.faithfulness import FaithfulnessTest
 from models.fuse import fuse
-from models.methods import METHODS, implementation, weights_implementation
+from models.host import HostResults
+from models.methods import METHODS, implementation
 from models.noted import Noted
 from models.registry import WarmModel
 from models.statistics import Summary, describe, summarise
 from models.steps import Step, Subject
 from models.targets import ResolvedTarget, predictions
+from models.transfer import indices
 from models.trunk import Trunk
 from models.types import ClassScore, Explanation, Job, Kind, LayerStatistics, Outcome
 
@@ -28,8 +29,8 @@ _SIGNED_LAYER = "The layer has negative values, for which this method is not der
 class Answers:
     """The answers of one batch.
 
-    Maps of the methods that need nothing but the trunk pass are computed at once for all images that ask for
-    them; `steps` then finishes each job, yielding steps where its methods need further passes.
+    Maps of the methods that need nothing but the trunk pass are there from the beginning (`HostResults`); `steps`
+    then finishes each job, yielding steps where its methods need further passes.
     """
 
     def __init__(self, warm: WarmModel, jobs: Sequence[Job], trunk: Trunk) -> None:
@@ -37,17 +38,13 @@ class Answers:
         self._warm = warm
         self._jobs = jobs
         self._trunk = trunk
+        self._host = HostResults(jobs, trunk)
         self._predictions = predictions(
-            trunk.logits,
-            trunk.probabilities,
-            trunk.order,
-            top_k=max(job.options.top_k for job in jobs),
+            self._host.logits,
+            self._host.probabilities,
+            self._host.order[:, : max(job.options.top_k for job in jobs)],
         )
-        self._finite = trunk.logits.isfinite().all(1).tolist()
-        self._maps: dict[tuple[str, str, int], np.ndarray] = {}
-        self._weights: dict[tuple[str, int], np.ndarray] = {}
-        for layer, (capture, rows) in trunk.captures.items():
-            self._explain_layer(layer, capture, rows)
+        self._finite = np.isfinite(self._host.logits).all(1)
         self._summaries = _summaries(trunk)
 
     def steps(self, row: int) -> Generator[Step, Any, Outcome]:
@@ -71,32 +68,13 @@ class Answers:
             statistics=tuple(self._describe(row)),
         )
 
-    def _explain_layer(self, layer: str, capture: Capture, rows: list[int]) -> None:
-        """Maps of every one-pass method asked for at a layer, and weights of the first that defines them."""
-        names = dict.fromkeys(name for row in rows for name in self._jobs[row].options.methods)
-        for name in names:
-            if METHODS[name].cost not in ("pass", "head"):
-                continue
-            chosen = [i for i, row in enumerate(rows) if name in self._jobs[row].options.methods]
-            index = torch.tensor(chosen, device=capture.activation.device)
-            part = capture if len(chosen) == len(rows) else capture.rows(index)
-            maps = implementation(name)(part).cpu().numpy()
-            weigh = weights_implementation(name)
-            weights = None
-            if weigh and any(self._jobs[rows[i]].options.statistics for i in chosen):
-                weights = weigh(part)[:, 0].cpu().numpy()
-            for position, i in enumerate(chosen):
-                self._maps[layer, name, rows[i]] = maps[position]
-                if weights is not None:
-                    self._weights.setdefault((layer, rows[i]), weights[position])
-
     def _explain(self, name: str, row: int) -> Generator[Step, Any, list[Explanation]]:
         """Explanations by one method, in the order target → layer."""
-        job, targets = self._jobs[row], self._trunk.targets[row]
+        job, targets = self._jobs[row], self._host.targets[row]
         maps: dict[str, np.ndarray] = {}
         notes: dict[str, tuple[str, ...]] = {}
         for layer in self._layers(name, job):
-            ready = self._maps.get((layer, name, row))
+            ready = self._host.map(layer, name, row)
             if ready is None:
                 made = yield from implementation(name)(self._subject(name, layer, row))
                 if isinstance(made, Noted):
@@ -144,8 +122,8 @@ class Answers:
         capture = None
         if layer:
             whole, rows = self._trunk.captures[layer]
-            place = torch.tensor([rows.index(row)], device=whole.activation.device)
-            capture = whole.rows(place).first(len(self._trunk.targets[row]))
+            place = indices([rows.index(row)], whole.activation.device)
+            capture = whole.rows(place).first(len(self._host.targets[row]))
         asked = {"samples": options.samples, "steps": options.steps, "seed": options.seed}
         chosen = {k: defaults.get(k, 0) if v is None else v for k, v in asked.items()}
         return Subject(
@@ -153,7 +131,7 @@ class Answers:
             interventions=options.interventions,
             inputs=self._trunk.inputs[row : row + 1],
             logits=self._trunk.logits[row],
-            targets=self._trunk.targets[row],
+            targets=self._host.targets[row],
             capture=capture,
             layer=layer,
             chunk=self._warm.chunk,
@@ -185,19 +163,16 @@ class Answers:
 
     def _warnings(self, name: str, layer: str, row: int, *, finite: bool) -> list[str]:
         warnings = [] if finite else ["The map was not finite and is shown as empty."]
-        for part in layer.split("+"):
-            if METHODS[name].assumes_nonnegative and part in self._trunk.captures:
-                capture, rows = self._trunk.captures[part]
-                if bool((capture.activation[rows.index(row)] < 0).any()):
-                    warnings.append(_SIGNED_LAYER)
-                    break
+        assumes = METHODS[name].assumes_nonnegative
+        if assumes and any(self._host.has_negative(part, row) for part in layer.split("+")):
+            warnings.append(_SIGNED_LAYER)
         return warnings
 
     def _score(self, index: int, row: int) -> ClassScore:
         return ClassScore(
             class_id=index,
-            score=float(self._trunk.logits[row, index]),
-            probability=float(self._trunk.probabilities[row, index]),
+            score=float(self._host.logits[row, index]),
+            probability=float(self._host.probabilities[row, index]),
         )
 
     def _describe(self, row: int) -> Generator[LayerStatistics, None, None]:
@@ -206,7 +181,7 @@ class Answers:
         for layer in options.layers:
             for kind in options.kinds if self._jobs[row].operation == "features" else ("output",):
                 gradient = kind.startswith("grad_")
-                targets = self._trunk.targets[row] if gradient else (None,)
+                targets = self._host.targets[row] if gradient else (None,)
                 by_target = self._summaries.get((layer, kind, row), [])
                 for summary, target in zip(by_target, targets, strict=False):
                     if summary is not None:
@@ -215,9 +190,17 @@ class Answers:
                             layer=layer,
                             kind=kind,
                             top=options.channels,
-                            weights=self._weights.get((layer, row)),
+                            weights=self._weights(layer, row),
                             target=None if target is None else target.cls,
                         )
+
+    def _weights(self, layer: str, row: int) -> np.ndarray | None:
+        """Weights by the first of the job's methods that defines them."""
+        for name in self._jobs[row].options.methods:
+            weights = self._host.weights(layer, name, row)
+            if weights is not None:
+                return weights
+        return None
 
 
 def _summaries(trunk: Trunk) -> dict[tuple[str, Kind, int], list[Summary | None]]:

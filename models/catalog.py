@@ -51,6 +51,7 @@ class ModelSpec(BaseModel):
         num_classes: size of the head; None keeps the architecture's own.
         task: how scores become probabilities.
         target_layer: dotted module name, or `auto`.
+        cuda_graphs: whether CUDA devices replay recorded passes; other devices do not ask.
         devices: devices that hold the model; None = all of the service's.
     """
 
@@ -65,6 +66,7 @@ class ModelSpec(BaseModel):
     task: Task = "single_label"
     target_layer: str = "auto"
     precision: Precision = "fp32"
+    cuda_graphs: bool = True
     devices: list[str] | None = None
     preprocess: PreprocessSpec = PreprocessSpec()
 

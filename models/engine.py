@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models.answers import Answers
 from models.capture import Capture
+from models.cuda.plans import run_graphed
 from models.errors import HeatlensError, InternalError, InvalidOption
 from models.extractor import Extractor, Tap
 from models.interventions import changes_for
@@ -130,10 +131,15 @@ class Engine:
         parts: dict[nn.Module, list[int]] = {}
         for i, job in enumerate(jobs):
             parts.setdefault(warm.module_for(_layers(job)), []).append(i)
+        staged = {m: warm.stage([jobs[i].input for i in rows]) for m, rows in parts.items()}
         answered: dict[int, Outcome | Failure | Pending] = {}
         for module, rows in parts.items():
             part = [jobs[i] for i in rows]
-            answers = Answers(warm, part, run_trunk(warm, part, module))
+            pictures = staged[module]()
+            trunk = run_graphed(warm, part, module=module, pictures=pictures)
+            if trunk is None:
+                trunk = run_trunk(warm, part, module=module, pictures=pictures)
+            answers = Answers(warm, part, trunk)
             answered |= {i: _start(jobs[i], warm, answers.steps(r)) for r, i in enumerate(rows)}
         return [answered[i] for i in range(len(jobs))]
 

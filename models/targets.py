@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.transfer import indices
 from models.types import ClassRef, ClassScore, Target, Task
 
 
@@ -67,6 +70,26 @@ def resolve_ranks(targets: Sequence[Target], order: Sequence[int]) -> tuple[Reso
     )
 
 
+def coded(targets: Sequence[Target]) -> tuple[ResolvedTarget, ...]:
+    """Targets whose ranks are still to be looked up (`look_up`): rank r, from 1, stands as class -r."""
+
+    def code(ref: ClassRef) -> int:
+        return ref.value if ref.kind == "index" else -ref.value
+
+    return tuple(ResolvedTarget(code(t.cls), tuple(code(a) for a in t.against)) for t in targets)
+
+
+def look_up(codes: Tensor, order: Tensor) -> Tensor:
+    """Replace ranks by classes, on the device.
+
+    Args:
+        codes: int64 (N, T), class indices, or -r for rank r.
+        order: int64 (N, classes), classes of each image, best first.
+    """
+    by_rank = order.gather(1, (-codes - 1).clamp_min(0))
+    return torch.where(codes < 0, by_rank, codes)
+
+
 class ScoreWeights:
     """Scores of T targets for each of N images as linear forms of their logits.
 
@@ -74,21 +97,46 @@ class ScoreWeights:
     drop what that yields.
     """
 
-    def __init__(self, targets: Sequence[Sequence[ResolvedTarget]], device: torch.device) -> None:
-        """Args: the targets of each image, and where the tensors live."""
+    def __init__(
+        self,
+        targets: Sequence[Sequence[ResolvedTarget]],
+        device: torch.device,
+        *,
+        order: Tensor | None = None,
+    ) -> None:
+        """Make the linear forms.
+
+        Args:
+            targets: of each image.
+            device: where the tensors live.
+            order: classes of each image, best first, (N, classes), where the targets are `coded`.
+        """
         self.width = max([1, *map(len, targets)])
         fill = [row[0] if row else ResolvedTarget(cls=0) for row in targets]
         padded = [
             [*row, *[other] * (self.width - len(row))]
             for row, other in zip(targets, fill, strict=True)
         ]
-        self._index = torch.tensor([[t.cls for t in row] for row in padded], device=device)
-        self._against = [
-            (n, t, torch.tensor(target.against, device=device))
-            for n, row in enumerate(padded)
-            for t, target in enumerate(row)
-            if target.against
-        ]
+        self._padded, self._device, self._order = padded, device, order
+
+    @cached_property
+    def _index(self) -> Tensor:
+        """Class of each target, (N, T); made when it is first used, since predictions use none."""
+        index = indices([[t.cls for t in row] for row in self._padded], self._device)
+        return index if self._order is None else look_up(index, self._order)
+
+    @cached_property
+    def _against(self) -> list[tuple[int, int, Tensor]]:
+        """Image, target, and the classes that it is held against."""
+        found = []
+        for n, row in enumerate(self._padded):
+            for t, target in enumerate(row):
+                if target.against:
+                    against = indices(target.against, self._device)
+                    if self._order is not None:
+                        against = look_up(against[None], self._order[n : n + 1])[0]
+                    found.append((n, t, against))
+        return found
 
     def of(self, values: Tensor) -> Tensor:
         """Apply the linear forms to logits, (N, C) → (N, T), keeping the graph."""
@@ -109,16 +157,15 @@ class ScoreWeights:
 
 
 def predictions(
-    logits: Tensor, probabilities: Tensor, order: Tensor, *, top_k: int
+    logits: np.ndarray, probabilities: np.ndarray, order: np.ndarray
 ) -> list[tuple[ClassScore, ...]]:
-    """The `top_k` best classes of each image, as `order` (N, classes) ranks them."""
-    chosen = order[:, :top_k]
-    scores = logits.gather(1, chosen).tolist()
-    shares = probabilities.gather(1, chosen).tolist()
+    """The best classes of each image, as `order` (N, k) ranks them; scores and shares are (N, classes)."""
+    rows = np.arange(len(order))[:, None]
+    scores, shares = logits[rows, order].tolist(), probabilities[rows, order].tolist()
     return [
         tuple(
             ClassScore(class_id=c, score=s, probability=p)
             for c, s, p in zip(classes, row_scores, row_shares, strict=True)
         )
-        for classes, row_scores, row_shares in zip(chosen.tolist(), scores, shares, strict=True)
+        for classes, row_scores, row_shares in zip(order.tolist(), scores, shares, strict=True)
     ]

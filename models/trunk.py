@@ -14,7 +14,8 @@ from models.interventions import changes_for
 from models.methods import METHODS
 from models.registry import WarmModel
 from models.statistics import Reductions, reduce
-from models.targets import ResolvedTarget, ScoreWeights, class_scores, resolve_ranks
+from models.targets import ScoreWeights, class_scores, coded
+from models.transfer import indices
 from models.types import Job, Kind
 
 Place = tuple[str, Kind]
@@ -29,19 +30,19 @@ class Trunk:
         logits: float32 (N, classes).
         probabilities: float32 (N, classes).
         order: classes of each image, best first, ties by lower index, (N, classes).
-        targets: targets of each image, ranks looked up.
         captures: by explained layer, its capture and the batch row of each of its images.
         reductions: by described place, its reductions (for gradients one per target, None where the place has
             no part in the score) and the batch row of each of their images.
+        maps: by one-pass method, its maps (N, T, h, w) at the target layer, where the pass itself made them.
     """
 
     inputs: Tensor
     logits: Tensor
     probabilities: Tensor
     order: Tensor
-    targets: tuple[tuple[ResolvedTarget, ...], ...]
     captures: dict[str, tuple[Capture, list[int]]]
     reductions: dict[Place, tuple[list[Reductions | None], list[int]]]
+    maps: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -64,16 +65,19 @@ class _Kept:
 _Catches = dict[Place, _Kept | None]
 
 
-def run_trunk(warm: WarmModel, jobs: Sequence[Job], module: nn.Module) -> Trunk:
+def run_trunk(
+    warm: WarmModel, jobs: Sequence[Job], *, module: nn.Module, pictures: Tensor
+) -> Trunk:
     """Run the one pass that answers a batch of jobs.
 
     Args:
         warm: the model.
         jobs: N jobs for it, their inputs of its input size.
         module: the model's module that serves the layers of all jobs.
+        pictures: the jobs' inputs, (N, H, W, 3) uint8 on any device.
     """
     wishes = _wishes(warm, jobs)
-    inputs = warm.normalise(torch.stack([torch.from_numpy(job.input) for job in jobs]))
+    inputs = warm.normalise(pictures)
     try:
         return _run(warm, jobs, module, (inputs, wishes))
     except InplaceConflict:
@@ -95,13 +99,13 @@ def _run(
     with Extractor(module, taps, changes=changes, tensor_hooks_only=tensor_hooks_only) as extractor:
         logits, probabilities = class_scores(extractor.forward(inputs), warm.task)
         ranked = logits.detach().sort(dim=1, descending=True, stable=True)
-        targets = _ranked(jobs, ranked.indices)
-        weights = ScoreWeights(targets, logits.device)
+        targets = [coded(job.options.targets) for job in jobs]
+        weights = ScoreWeights(targets, logits.device, order=ranked.indices)
         caught: _Catches = {p: extractor.caught(*p) for p in wishes if p not in gradients}
         by_target: list[_Catches] = []
         if gradients:
             rows = sorted({r for p in gradients for r in wishes[p].maps + wishes[p].statistics})
-            totals = weights.of(logits)[torch.tensor(rows, device=logits.device)].sum(0)
+            totals = weights.of(logits)[indices(rows, logits.device)].sum(0)
             for t in range(weights.width):
                 extractor.backward(totals[t], again=t + 1 < weights.width)
                 by_target.append({place: extractor.caught(*place) for place in gradients})
@@ -111,8 +115,7 @@ def _run(
         logits=logits,
         probabilities=probabilities,
         order=ranked.indices,
-        targets=targets,
-        captures=_captures(warm, wishes, caught, by_target, (weights, weights.of(logits))),
+        captures=_captures(warm, wishes, caught, by_target, (weights, logits)),
         reductions=_reductions(wishes, caught, by_target),
     )
 
@@ -158,7 +161,7 @@ def _tap(warm: WarmModel, place: Place, wish: _Wish) -> Tap:
     layout = warm.layouts.get(place[0])
 
     def pick(tensor: Tensor, rows: list[int]) -> Tensor:
-        return tensor if len(rows) == len(tensor) else tensor[rows]
+        return tensor if len(rows) == len(tensor) else tensor[indices(rows, tensor.device)]
 
     def keep(tensor: Tensor) -> _Kept:
         maps = reductions = None
@@ -176,16 +179,6 @@ def _tap(warm: WarmModel, place: Place, wish: _Wish) -> Tap:
     return Tap(place[0], place[1], keep, shares_memory=bool(wish.maps))
 
 
-def _ranked(jobs: Sequence[Job], order: Tensor) -> tuple[tuple[ResolvedTarget, ...], ...]:
-    """Targets of each image, ranks looked up in its classes, best first, (N, classes)."""
-    refs = [ref for job in jobs for t in job.options.targets for ref in (t.cls, *t.against)]
-    deepest = max((ref.value for ref in refs if ref.kind == "rank"), default=1)
-    best = order[:, :deepest].tolist()
-    return tuple(
-        resolve_ranks(job.options.targets, classes) for job, classes in zip(jobs, best, strict=True)
-    )
-
-
 def _captures(
     warm: WarmModel,
     wishes: dict[Place, _Wish],
@@ -193,13 +186,13 @@ def _captures(
     by_target: list[_Catches],
     scored: tuple[ScoreWeights, Tensor],
 ) -> dict[str, tuple[Capture, list[int]]]:
-    weights, scores = scored
+    weights, logits = scored
     captures = {}
     for (layer, kind), wish in wishes.items():
         kept = caught.get((layer, kind))
         if kind != "output" or kept is None or kept.maps is None:
             continue
-        rows = torch.tensor(wish.maps, device=scores.device)
+        rows = indices(wish.maps, logits.device)
         gradient: Tensor | None = None
         differentiated = wishes.get((layer, "grad_output"))
         if differentiated is not None and differentiated.maps:
@@ -209,7 +202,7 @@ def _captures(
         elif warm.head.weight is not None and layer == warm.target_layer:
             pixels = kept.maps.shape[-2] * kept.maps.shape[-1]
             gradient = (weights.of_rows(warm.head.weight)[rows] / pixels)[..., None, None]
-        capture = Capture(layer, kept.maps, gradient, scores[rows])
+        capture = Capture(layer, kept.maps, gradient, weights.of(logits)[rows])
         captures[layer] = (capture, wish.maps)
     return captures
 
@@ -226,7 +219,8 @@ def _spread(
     zeros = torch.zeros_like(activation)
     if wish.maps == differentiated.maps:
         return torch.stack([zeros if g is None else g for g in gradients], 1)
-    positions = [wish.maps.index(row) for row in differentiated.maps]
+    places = [wish.maps.index(row) for row in differentiated.maps]
+    positions = indices(places, activation.device)
     spread = zeros[:, None].repeat(1, len(gradients), 1, 1, 1)
     for t, gradient in enumerate(gradients):
         if gradient is not None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 
+import numpy as np
 import torch
 from msgspec import structs
 from torch import Tensor, nn
 
 from models.applicability import ModelFacts, supported_methods
+from models.cuda.capture import CudaCapture
+from models.cuda.graphs import Graphs
+from models.cuda.staging import CopyStream, Ready, Uploads, stage
 from models.errors import ModelLoadFailed
 from models.head import HeadProbe, probe_head
 from models.layers import (
@@ -52,6 +56,8 @@ class WarmModel:
         head: what follows the target layer.
         layouts: of every layer that is a map, by name; None = plain (N, C, h, w). Other layers are not in it.
         info: what the service tells about the model.
+        uploads: how pictures reach the device; None where they need not.
+        graphs: recorded passes; None where none are made.
     """
 
     name: str
@@ -67,6 +73,8 @@ class WarmModel:
     head: HeadProbe
     layouts: Layouts
     info: ModelInfo
+    uploads: Uploads | None = None
+    graphs: Graphs | None = None
     _layers: Mapping[str, LayerInfo] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -95,6 +103,10 @@ class WarmModel:
         """The fastest module for a pass that taps or changes these layers."""
         twin = self.twin
         return self.module if twin is None or not twin.serves(layers) else twin.module
+
+    def stage(self, pictures: Sequence[np.ndarray]) -> Ready:
+        """Start to bring pictures, (H, W, 3) uint8 of the input's size, to the device as one batch."""
+        return stage(pictures, self.uploads)
 
     def normalise(self, batch: Tensor) -> Tensor:
         """Turn pictures into the module's input.
@@ -144,7 +156,10 @@ def prepare(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARM
     # Described by default: layers of the faster module, so that asking for them costs no other pass.
     quick = {k: v for k, v in layouts.items() if not prepared.twin or prepared.twin.serves([k])}
     info = structs.replace(info, feature_layers=feature_layers(traced, quick))
-    card = structs.replace(info.card, precision=prepared.precision, preparation=prepared.steps)
+    dtype = DTYPES[prepared.precision]
+    graphs = _graphs(device, dtype) if spec.cuda_graphs else None
+    steps = prepared.steps if graphs is None else (*prepared.steps, "CUDA graphs")
+    card = structs.replace(info.card, precision=prepared.precision, preparation=steps)
     scale, shift = _normalisation(loaded.preprocess)
     warm = WarmModel(
         name=spec.name,
@@ -152,7 +167,7 @@ def prepare(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARM
         module=prepared.module,
         twin=prepared.twin,
         device=device,
-        dtype=DTYPES[prepared.precision],
+        dtype=dtype,
         scale=scale.to(device),
         shift=shift.to(device),
         task=spec.task,
@@ -160,8 +175,14 @@ def prepare(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARM
         head=head.to(device),
         layouts=layouts,
         info=structs.replace(info, card=card),
+        uploads=CopyStream(device) if device.type == "cuda" else None,
+        graphs=graphs,
     )
     return _timed(warm, warmup_s)
+
+
+def _graphs(device: torch.device, dtype: torch.dtype) -> Graphs | None:
+    return Graphs(CudaCapture(device), dtype=dtype) if device.type == "cuda" else None
 
 
 def _target_layer(configured: str, traced: Trace, layouts: Layouts) -> str | None:

@@ -1,0 +1,75 @@
+"""Pictures on their way to a CUDA device, beside what it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Ready = Callable[[], Tensor]
+"""Gives pictures that are on their way, (N, H, W, 3) uint8 on the device; what uses them there waits for them."""
+
+
+class Uploads(Protocol):
+    """How pictures reach a device."""
+
+    def memory(self, shape: Sequence[int]) -> Tensor:
+        """Return uint8 memory of the host, from which the device copies by itself."""
+        ...
+
+    def start(self, host: Tensor) -> Ready:
+        """Start the copy of such memory, which nobody writes to any more."""
+        ...
+
+
+class CopyStream:
+    """Uploads on a stream of their own.
+
+    Page-locked memory comes from torch, which gives it out again when the copies from it have ended, so that one
+    batch can be stacked while another is still being copied. That is for the parts of a batch that run on different
+    modules. The batch that comes next is not uploaded ahead: the batcher forms it when the device is free, with all
+    that has arrived or left by then, and forming it earlier would cost more than the upload that it would hide (2.4 MB
+    for 16 pictures of 224 x 224).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Args: a CUDA device."""
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def memory(self, shape: Sequence[int]) -> Tensor:
+        """Return page-locked uint8 memory."""
+        return torch.empty(tuple(shape), dtype=torch.uint8, pin_memory=True)
+
+    def start(self, host: Tensor) -> Ready:
+        """Start the copy; the stream that is current when the result is called waits for it there."""
+        with torch.cuda.stream(self._stream):
+            pictures = host.to(self._device, non_blocking=True)
+            copied = self._stream.record_event()
+
+        def ready() -> Tensor:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(copied)
+            # Allocated for the copying stream, which must not have the memory back before this one has read it.
+            pictures.record_stream(stream)
+            return pictures
+
+        return ready
+
+
+def stage(pictures: Sequence[np.ndarray], uploads: Uploads | None) -> Ready:
+    """Stack pictures of one size and start their way to the device.
+
+    Args:
+        pictures: N arrays (H, W, 3) uint8.
+        uploads: the way; None leaves them on the host.
+    """
+    arrays = [torch.from_numpy(picture) for picture in pictures]
+    if uploads is None:
+        return lambda: torch.stack(arrays)
+    host = uploads.memory((len(arrays), *arrays[0].shape))
+    torch.stack(arrays, out=host)
+    return uploads.start(host)

@@ -1,0 +1,83 @@
+"""Pictures are read only after their copy was waited for, and all parts of a batch set out before the first runs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from models.cuda.staging import CopyStream, Ready, stage
+from models.engine import Engine
+from models.hooks import HookStack
+from models.preparation.twin import Twin
+from tests.models.conftest import OneModel, warm_of
+from tests.models.test_engine import assert_same, finish, job
+
+PICTURES = [np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8) for i in range(3)]
+
+
+class SlowUploads:
+    """A device whose copies arrive only when they are waited for."""
+
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+
+    def memory(self, shape: Sequence[int]) -> torch.Tensor:
+        return torch.zeros(tuple(shape), dtype=torch.uint8)
+
+    def start(self, host: torch.Tensor) -> Ready:
+        self.log.append(f"start {len(host)}")
+        arrived = torch.zeros_like(host)
+
+        def ready() -> torch.Tensor:
+            self.log.append(f"wait {len(host)}")
+            return arrived.copy_(host)
+
+        return ready
+
+
+def test_pictures_are_stacked():
+    for uploads in (None, SlowUploads([])):
+        np.testing.assert_array_equal(stage(PICTURES, uploads)().numpy(), np.stack(PICTURES))
+
+
+def test_all_parts_of_a_batch_set_out_before_the_first_runs(pool_net):
+    """The twin serves predictions only, so the batch runs as two parts."""
+    log: list[str] = []
+    twin = Twin(module=copy.deepcopy(pool_net), layers=frozenset(), fused=1)
+    plain = warm_of(pool_net, linear=pool_net.fc)
+    warm = replace(plain, twin=twin, uploads=SlowUploads(log))
+    batch = [job("a", seed=1), job("b", "predict", seed=2), job("c", seed=3)]
+    with HookStack() as hooks:
+        for module in (pool_net, twin.module):
+            hooks.forward(module, lambda *_: log.append("pass"))
+        found = finish(Engine(OneModel(warm)), batch)
+    assert log == ["start 2", "start 1", "wait 2", "pass", "wait 1", "pass"]
+    for a, b in zip(found, finish(Engine(OneModel(plain)), batch), strict=True):
+        assert_same(a, b)
+
+
+@pytest.mark.gpu
+def test_a_gpu_waits_for_its_pictures():
+    device = torch.device("cuda")
+    uploads = CopyStream(device)
+    torch.cuda._sleep(50_000_000)
+    first, second = stage(PICTURES, uploads), stage(PICTURES[::-1], uploads)
+    for ready, pictures in ((second, PICTURES[::-1]), (first, PICTURES)):
+        on_device = ready()
+        assert on_device.device.type == "cuda"
+        np.testing.assert_array_equal(on_device.cpu().numpy(), np.stack(pictures))
+
+
+@pytest.mark.gpu
+def test_memory_is_not_overwritten_while_it_is_copied():
+    """Many batches in a row through page-locked memory that is given out again."""
+    uploads = CopyStream(torch.device("cuda"))
+    batches = [np.full((512, 512, 3), i, np.uint8) for i in range(64)]
+    staged = [stage([batch] * 4, uploads) for batch in batches]
+    sums = [ready().sum(dtype=torch.int64) for ready in staged]
+    assert [int(s) for s in sums] == [int(b.sum(dtype=np.int64)) * 4 for b in batches]
