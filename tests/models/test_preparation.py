@@ -12,7 +12,7 @@ from models.compat import define_missing_operators
 from models.extractor import Extractor, Tap
 from models.preparation.convolution import FusedConv2d
 from models.preparation.fusion import fuse_convolutions
-from models.preparation.twin import fused_twin
+from models.preparation.twin import Needs, fused_twin
 from tests.models.conftest import FlatNet, frozen
 
 
@@ -69,7 +69,7 @@ def test_every_convolution_is_fused_and_the_answer_stays(net, probe):
     before = copy.deepcopy(net.state_dict())
     twin = fused_twin(net, probe)
     assert twin is not None
-    assert twin.fused == 6
+    assert twin.step == "6 fused convolutions"
     assert not any(isinstance(m, nn.BatchNorm2d) for m in twin.module.modules())
     with torch.inference_mode():
         torch.testing.assert_close(twin.module(probe), net(probe), rtol=1e-4, atol=1e-5)
@@ -78,7 +78,8 @@ def test_every_convolution_is_fused_and_the_answer_stays(net, probe):
 
 def test_layers_keep_their_names_where_their_tensors_are_the_same(net, probe):
     twin = fused_twin(net, probe)
-    assert twin.serves(["stem", "stem.2", "stage", "stage.0", "stage.2", "act", "fc"])
+    kept = frozenset({"stem", "stem.2", "stage", "stage.0", "stage.2", "act", "fc"})
+    assert twin.serves(Needs(reads=kept, rewrites=kept, input_gradient=True))
     for inside in (
         "stem.0",
         "stem.1",
@@ -88,7 +89,8 @@ def test_layers_keep_their_names_where_their_tensors_are_the_same(net, probe):
         "last",
         "norm",
     ):
-        assert not twin.serves([inside])
+        assert not twin.serves(Needs(reads=frozenset({inside})))
+        assert not twin.serves(Needs(rewrites=frozenset({inside})))
 
 
 def test_explaining_on_the_twin_equals_explaining_the_original(net, probe):
@@ -168,7 +170,7 @@ def test_what_does_not_fit_the_pattern_stays(kind, probe):
 
 def test_a_convolution_without_norm_takes_its_activation(images):
     twin = fused_twin(frozen(FlatNet()), images)
-    assert twin.fused == 2
+    assert twin.step == "2 fused convolutions"
     assert isinstance(twin.module.get_submodule("out"), FusedConv2d)
 
 
