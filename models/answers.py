@@ -219,4 +219,5 @@ class Answers:
                             top=options.channels,
                             weights=self._weights.get((layer, row)),
                             target=None if target is None else target.cls,
+                            grid=options.grid,
                         )

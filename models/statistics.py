@@ -78,6 +78,7 @@ def describe(
     top: int,
     weights: np.ndarray | None = None,
     target: int | None = None,
+    grid: bool = False,
 ) -> LayerStatistics:
     """Statistics of one image of a batch.
 
@@ -89,6 +90,7 @@ def describe(
         top: number of channels to list, largest mean first (by magnitude for gradients).
         weights: (C,) weight of each channel in the explaining method.
         target: class whose gradient this is.
+        grid: whether to add the listed channels' maps, where the batch kept maps.
     """
     means, maxima, minima = reductions.channels[row].cpu().numpy()
     size = math.prod(reductions.shape)
@@ -114,9 +116,9 @@ def describe(
             for index, m, high, share in zip(*chosen, shares, strict=True)
         ),
         target=target,
-        grid=None
-        if reductions.maps is None
-        else reductions.maps[row][order.tolist()].cpu().numpy(),
+        grid=reductions.maps[row][order.tolist()].cpu().numpy()
+        if grid and reductions.maps is not None
+        else None,
     )
 
 

@@ -89,7 +89,7 @@ def prepare_module(
         with _skipping(replay, steps):
             replays, served = openvino_twins(module, reference, precision=precision)
             if served != precision:
-                steps.append(f"{precision} skipped: OpenVINO computes in {served} on this CPU")
+                steps.append(f"{served} instead of {precision}: OpenVINO has no {precision} on this CPU")
             precision = served
     dtype, outputs = DTYPES[precision], expected.shape[1]
     placed = cast(module.to(device), dtype, outputs=outputs)

@@ -84,6 +84,10 @@ def assert_same(found: Any, expected: Any, *, rtol: float = 1e-5, atol: float = 
     elif isinstance(found, msgspec.Struct):
         for field in found.__struct_fields__:
             assert_same(getattr(found, field), getattr(expected, field), rtol=rtol, atol=atol)
+    elif isinstance(found, dict):
+        assert found.keys() == expected.keys()
+        for key, value in found.items():
+            assert_same(value, expected[key], rtol=rtol, atol=atol)
     elif isinstance(found, (tuple, list)):
         assert len(found) == len(expected)
         for a, b in zip(found, expected, strict=True):

@@ -92,7 +92,13 @@ def test_grids_and_weights_follow_the_top_channels():
     values = tensor((1, 5, 3, 3), 1)
     weights = np.arange(5.0)
     found = describe(
-        reduce(values, keep_maps=True), 0, layer="x", kind="output", top=2, weights=weights
+        reduce(values, keep_maps=True),
+        0,
+        layer="x",
+        kind="output",
+        top=2,
+        weights=weights,
+        grid=True,
     )
     assert found.grid is not None
     for channel, picture in zip(found.top_channels, found.grid, strict=True):
