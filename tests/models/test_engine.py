@@ -119,6 +119,13 @@ def test_a_mixed_batch_equals_each_job_alone(which, request):
         assert_same(found, finish(engine, [item])[0])
 
 
+def test_a_grid_goes_to_the_job_that_asked_for_it(pool_engine):
+    jobs = [job("with", "features", layers=("out",), grid=True), job("without", statistics=True)]
+    with_grid, without = finish(pool_engine, jobs)
+    assert with_grid.statistics[0].grid is not None
+    assert without.statistics[0].grid is None
+
+
 @given(order=st.permutations(range(len(MIXED))), size=st.integers(1, len(MIXED)))
 def test_any_order_and_any_company(order, size):
     torch.manual_seed(2)

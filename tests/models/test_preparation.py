@@ -9,11 +9,14 @@ import torch
 from torch import nn
 
 from models.compat import define_missing_operators
+from models.engine import Engine
 from models.extractor import Extractor, Tap
 from models.preparation.convolution import FusedConv2d
 from models.preparation.fusion import fuse_convolutions
 from models.preparation.twin import Needs, fused_twin
-from tests.models.conftest import FlatNet, frozen
+from tests.models.conftest import FlatNet, OneModel, frozen, warm_of
+from tests.models.preparation.conftest import warm
+from tests.models.test_engine import assert_same, job
 
 
 class Residual(nn.Module):
@@ -91,6 +94,18 @@ def test_layers_keep_their_names_where_their_tensors_are_the_same(net, probe):
     ):
         assert not twin.serves(Needs(reads=frozenset({inside})))
         assert not twin.serves(Needs(rewrites=frozenset({inside})))
+
+
+def test_inputs_of_layers_are_the_models_own():
+    net = frozen(FlatNet())
+    model = warm(net)
+    assert model.twins
+    # The input of a ReLU that was fused away is not that of the fused convolution in its place.
+    jobs = [job("inputs", "features", layers=("out",), kinds=("input",))]
+    found, expected = (
+        Engine(OneModel(m)).run(jobs)[0].statistics[0] for m in (model, warm_of(net))
+    )
+    assert_same(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_explaining_on_the_twin_equals_explaining_the_original(net, probe):
