@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,9 @@ from models.preparation.twin import Twin, close, equal_layers, layer_outputs
 
 Run = Callable[[Tensor], Sequence[Tensor]]
 """(N, 3, H, W) → the tensor of each layer, in memory of their own."""
+
+
+logger = logging.getLogger("heatlens.preparation")
 
 
 class Refused(Exception):
@@ -152,11 +156,15 @@ class Reference:
             step: what was done, for the model card.
 
         Raises:
-            Refused: its scores, or its tensors at the head's layer, are not the model's.
+            Refused: it fails, or its scores, or its tensors at the head's layer, are not the model's.
         """
         equal = close if exact else alike
         module = Replay(run, layers, self.head).eval()
-        found = layer_outputs(module, self.pictures)
+        try:
+            found = layer_outputs(module, self.pictures)
+        except Exception as error:
+            logger.warning("a trunk fails on a batch of another size", exc_info=True)
+            raise Refused("it fails on a batch of another size; the log says more") from error
         if not equal(found[""], self._expected[""]):
             raise Refused("its scores differ from torch's")
         readable = equal_layers(found, self._expected, equal)

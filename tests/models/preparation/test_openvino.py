@@ -208,11 +208,19 @@ class Counting(PoolNet):
         return super().forward(x if len(x) == 2 else 2 * x)
 
 
+class Fixed(PoolNet):
+    """A network that, once traced, takes batches of one size only."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.reshape(int(x.shape[0]), 3, SIDE, SIDE))
+
+
 @pytest.mark.parametrize(
     ("net", "reason"),
     [
         (FlatNet, "what follows the target layer is not pooling and one linear layer"),
         (Unknown, "the conversion failed; the log says more"),
+        (Fixed, "it fails on a batch of another size; the log says more"),
         (Counting, "its scores differ from torch's"),
     ],
 )
