@@ -80,21 +80,23 @@ def prepare_module(
     precision = _precision(spec.precision, module, (probe, expected), steps)
     replays: list[Twin] = []
     reference: Reference | None = None
-    replay = "openvino" if spec.runtime == "openvino" else "torch.compile"
-    if spec.runtime == "openvino" or spec.compile:
-        with _skipping(replay, steps):
+    runtime = "torch.compile" if spec.compile else spec.runtime
+    if runtime != "torch":
+        with _skipping(runtime, steps):
             head = _head(findings, device, outputs=expected.shape[1])
             reference = Reference(module, probe, head=head, features=features)
-    if reference and spec.runtime == "openvino":
-        with _skipping(replay, steps):
+    if reference and runtime == "openvino":
+        with _skipping(runtime, steps):
             replays, served = openvino_twins(module, reference, precision=precision)
             if served != precision:
-                steps.append(f"{served} instead of {precision}: OpenVINO has no {precision} on this CPU")
+                steps.append(
+                    f"{served} instead of {precision}: OpenVINO has no {precision} on this CPU"
+                )
             precision = served
     dtype, outputs = DTYPES[precision], expected.shape[1]
     placed = cast(module.to(device), dtype, outputs=outputs)
-    if reference and spec.compile:
-        with _skipping(replay, steps):
+    if reference and runtime == "torch.compile":
+        with _skipping(runtime, steps):
             replays = [compiled_twin(placed, reference, dtype=dtype)]
     steps += [twin.step for twin in replays]
     if fused is not None:
