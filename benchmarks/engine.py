@@ -25,6 +25,7 @@ from rich.table import Table
 from benchmarks.timing import Case, Comparison, compare, machine_line, rounds_of
 from models.catalog import ModelSpec, default_spec
 from models.engine import Engine
+from models.preparation.twin import Needs
 from models.registry import ModelRegistry, WarmModel
 from models.types import ClassRef, Job, JobOptions, Operation, Outcome, Target
 
@@ -75,7 +76,7 @@ def plain_cases(warm: WarmModel, jobs: list[Job]) -> dict[str, Case]:
 
     def forward(inputs: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            logits: torch.Tensor = warm.module_for(())(inputs)
+            logits: torch.Tensor = warm.module_for(Needs())(inputs)
         return logits.float().cpu()  # waits for the device, as reading an answer does
 
     inputs = ready()

@@ -39,7 +39,7 @@ def main(
     """Compare every form with plain float32 and print one table."""
     console = Console(width=120)
     served = load(device, {})
-    plain = replace(served, twin=None)
+    plain = replace(served, twins=())
     known = photographs(pictures, plain)
     expected = explained(plain, known, "plain fp32")
     table = Table(box=box.MARKDOWN)
@@ -47,6 +47,8 @@ def main(
         table.add_column(column)
     table.add_column("cosine of maps, least / mean")
     forms = {"fused fp32": served}
+    if device == "cpu":
+        forms["OpenVINO fp32"] = load(device, {"runtime": "openvino"})
     for precision in HALF:
         with mock.patch("models.preparation.prepare.has_instructions", return_value=True):
             forms[f"fused {precision}"] = load(device, {"precision": precision})

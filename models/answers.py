@@ -192,6 +192,7 @@ class Answers:
                             top=options.channels,
                             weights=self._weights(layer, row),
                             target=None if target is None else target.cls,
+                            grid=options.grid,
                         )
 
     def _weights(self, layer: str, row: int) -> np.ndarray | None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from msgspec import structs
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from models.types import Precision, Preprocess, Task
 
@@ -14,6 +14,7 @@ DEFAULT_MODEL = "efficientnet_lite0"
 
 Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 Triple = tuple[float, float, float]
+Runtime = Literal["torch", "openvino"]
 
 
 class PreprocessSpec(BaseModel):
@@ -51,6 +52,9 @@ class ModelSpec(BaseModel):
         num_classes: size of the head; None keeps the architecture's own.
         task: how scores become probabilities.
         target_layer: dotted module name, or `auto`.
+        precision: what the model computes in, if that passes a check of its scores.
+        runtime: what runs the part up to the target layer on a CPU, if the model's head allows it.
+        compile: whether to compile that part with `torch.compile`, which takes minutes at each start.
         cuda_graphs: whether CUDA devices replay recorded passes; other devices do not ask.
         devices: devices that hold the model; None = all of the service's.
     """
@@ -66,6 +70,8 @@ class ModelSpec(BaseModel):
     task: Task = "single_label"
     target_layer: str = "auto"
     precision: Precision = "fp32"
+    runtime: Runtime = "torch"
+    compile: bool = False
     cuda_graphs: bool = True
     devices: list[str] | None = None
     preprocess: PreprocessSpec = PreprocessSpec()
@@ -74,6 +80,12 @@ class ModelSpec(BaseModel):
     @classmethod
     def _version_is_text(cls, version: object) -> object:
         return str(version) if isinstance(version, int) else version
+
+    @model_validator(mode="after")
+    def _compile_is_torch(self) -> Self:
+        if self.compile and self.runtime != "torch":
+            raise ValueError("compile = true is for the runtime torch.")
+        return self
 
 
 def default_spec() -> ModelSpec:

@@ -16,10 +16,11 @@ from models.errors import HeatlensError, InternalError, InvalidOption
 from models.extractor import Extractor, Tap
 from models.interventions import changes_for
 from models.layers import TokenLayout, to_map
+from models.preparation.twin import Needs
 from models.registry import ModelRegistry, WarmModel
 from models.steps import Exclusive, Forward, InputGradient, LayerGradient, Step
 from models.targets import ScoreWeights, class_scores
-from models.trunk import run_trunk
+from models.trunk import differentiates_layers, run_trunk
 from models.types import Failure, Job, Outcome
 
 logger = logging.getLogger("heatlens.engine")
@@ -51,10 +52,12 @@ class Pending:
     @property
     def module(self) -> nn.Module:
         """The model's module that the next step runs on."""
-        layers = [change.layer for change in self.job.options.interventions]
+        changed = _changed(self.job)
         if isinstance(self.step, LayerGradient):
-            layers.append(self.step.layer)
-        return self.warm.module_for(layers)
+            read = frozenset({self.step.layer})
+            return self.warm.module_for(Needs(reads=read, rewrites=read | changed))
+        differentiated = isinstance(self.step, InputGradient)
+        return self.warm.module_for(Needs(rewrites=changed, input_gradient=differentiated))
 
     def resume(self, result: Any) -> Outcome | Failure | Pending:
         """Hand the step's result on; returns the outcome, or itself with its next step."""
@@ -127,10 +130,10 @@ class Engine:
 
     @staticmethod
     def _answer(warm: WarmModel, jobs: Sequence[Job]) -> list[Outcome | Failure | Pending]:
-        """One pass for all jobs, or one for each module they need where a model has a faster twin."""
+        """One pass for all jobs, or one for each module they need where a model has faster twins."""
         parts: dict[nn.Module, list[int]] = {}
         for i, job in enumerate(jobs):
-            parts.setdefault(warm.module_for(_layers(job)), []).append(i)
+            parts.setdefault(warm.module_for(_needs(job)), []).append(i)
         staged = {m: warm.stage([jobs[i].input for i in rows]) for m, rows in parts.items()}
         answered: dict[int, Outcome | Failure | Pending] = {}
         for module, rows in parts.items():
@@ -226,9 +229,26 @@ def _start(
     return Pending(job, warm, steps, first)
 
 
-def _layers(job: Job) -> list[str]:
-    """Layers that the job's trunk pass taps or changes."""
-    return [*job.options.layers, *(change.layer for change in job.options.interventions)]
+def _needs(job: Job) -> Needs:
+    """What the job's trunk pass needs."""
+    options = job.options
+    layers = frozenset(options.layers)
+    if job.operation == "features":
+        differentiated = any(kind.startswith("grad_") for kind in options.kinds)
+        layer_inputs = any(kind.endswith("input") for kind in options.kinds)
+    else:
+        differentiated = differentiates_layers(options.methods)
+        layer_inputs = False
+    return Needs(
+        reads=layers,
+        rewrites=_changed(job) | (layers if differentiated else frozenset()),
+        layer_inputs=layer_inputs,
+    )
+
+
+def _changed(job: Job) -> frozenset[str]:
+    """Layers that every pass for the job changes."""
+    return frozenset(change.layer for change in job.options.interventions)
 
 
 def _fault(job: Job, warm: WarmModel) -> Failure | None:

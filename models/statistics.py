@@ -154,6 +154,7 @@ def describe(
     top: int,
     weights: np.ndarray | None = None,
     target: int | None = None,
+    grid: bool = False,
 ) -> LayerStatistics:
     """Statistics of one image.
 
@@ -164,6 +165,7 @@ def describe(
         top: number of channels to list, largest mean first (by magnitude for gradients).
         weights: (C,) weight of each channel in the explaining method.
         target: class whose gradient this is.
+        grid: whether to add the listed channels' maps, where they were kept.
     """
     means = summary.means
     order = _largest(np.abs(means) if kind.startswith("grad_") else means, top)
@@ -187,7 +189,7 @@ def describe(
             for index, m, high, share in zip(*chosen, shares, strict=True)
         ),
         target=target,
-        grid=None if summary.maps is None else summary.maps[chosen[0]].cpu().numpy(),
+        grid=summary.maps[chosen[0]].cpu().numpy() if grid and summary.maps is not None else None,
     )
 
 

@@ -120,6 +120,12 @@ def _run(
     )
 
 
+def differentiates_layers(methods: Sequence[str]) -> bool:
+    """Whether any of the methods needs gradients at the explained layers from the trunk pass."""
+    # Methods of the input itself differentiate passes of their own.
+    return any(METHODS[name].needs_gradients and not METHODS[name].of_input for name in methods)
+
+
 def _wishes(warm: WarmModel, jobs: Sequence[Job]) -> dict[Place, _Wish]:
     closed = _closed_form_layers(warm, jobs)
     wishes: dict[Place, _Wish] = {}
@@ -129,10 +135,7 @@ def _wishes(warm: WarmModel, jobs: Sequence[Job]) -> dict[Place, _Wish]:
 
     for row, job in enumerate(jobs):
         options = job.options
-        # Methods of the input itself differentiate passes of their own.
-        differentiated = any(
-            METHODS[name].needs_gradients and not METHODS[name].of_input for name in options.methods
-        )
+        differentiated = differentiates_layers(options.methods)
         for layer in options.layers:
             if job.operation == "features":
                 for kind in options.kinds:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 
@@ -27,8 +27,8 @@ from models.layers import (
 )
 from models.methods.refusals import refusals
 from models.preparation.precision import DTYPES
-from models.preparation.prepare import prepare_module
-from models.preparation.twin import Twin
+from models.preparation.prepare import Findings, prepare_module
+from models.preparation.twin import Needs, Twin
 from models.probe import Trace, probe_batch, trace
 from models.sources import LoadedModel
 from models.types import LayerInfo, ModelCard, ModelInfo, Preprocess, Task
@@ -46,7 +46,7 @@ class WarmModel:
         version: version of that model.
         module: eval mode, parameters frozen, channels_last, of `dtype`; (N, 3, H, W) → (N, outputs) scores. Every
             layer of it can be tapped and changed.
-        twin: a faster module that gives the same tensors at some of the layers; None where there is none.
+        twins: faster modules that give the same tensors at some of the layers, the fastest first.
         device: where the module is.
         dtype: dtype of its parameters and input.
         scale: (1, 3, 1, 1) float32 on the device; the input is pixel · scale + shift, for pixels 0…255.
@@ -63,7 +63,7 @@ class WarmModel:
     name: str
     version: str
     module: nn.Module
-    twin: Twin | None = None
+    twins: tuple[Twin, ...] = ()
     device: torch.device
     dtype: torch.dtype
     scale: Tensor
@@ -99,10 +99,9 @@ class WarmModel:
         last = self.layouts.get(layer) is not None or len(known.output_shape) == 2
         return known.output_shape[-1 if last else 0]
 
-    def module_for(self, layers: Iterable[str]) -> nn.Module:
-        """The fastest module for a pass that taps or changes these layers."""
-        twin = self.twin
-        return self.module if twin is None or not twin.serves(layers) else twin.module
+    def module_for(self, needs: Needs) -> nn.Module:
+        """The fastest module for a pass with these needs."""
+        return next((twin.module for twin in self.twins if twin.serves(needs)), self.module)
 
     def stage(self, pictures: Sequence[np.ndarray]) -> Ready:
         """Start to bring pictures, (H, W, 3) uint8 of the input's size, to the device as one batch."""
@@ -152,10 +151,20 @@ def prepare(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARM
         labels=loaded.labels,
         layers=layer_infos(traced, layouts, target_layer=target),
     )
-    prepared = prepare_module(loaded.module, probe, device=device, precision=spec.precision)
-    # Described by default: layers of the faster module, so that asking for them costs no other pass.
-    quick = {k: v for k, v in layouts.items() if not prepared.twin or prepared.twin.serves([k])}
-    info = structs.replace(info, feature_layers=feature_layers(traced, quick))
+
+    def choose_features(fused: Twin | None) -> tuple[str, ...]:
+        # Layers of the faster module, so that describing them costs no other pass.
+        quick = {k: v for k, v in layouts.items() if fused is None or k in fused.readable}
+        return feature_layers(traced, quick)
+
+    findings = Findings(
+        target_layer=target,
+        layout=None if target is None else layouts[target],
+        head=head,
+        choose_features=choose_features,
+    )
+    prepared = prepare_module(loaded.module, probe, spec=spec, device=device, findings=findings)
+    info = structs.replace(info, feature_layers=prepared.features)
     dtype = DTYPES[prepared.precision]
     graphs = _graphs(device, dtype) if spec.cuda_graphs else None
     steps = prepared.steps if graphs is None else (*prepared.steps, "CUDA graphs")
@@ -165,7 +174,7 @@ def prepare(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARM
         name=spec.name,
         version=spec.version,
         module=prepared.module,
-        twin=prepared.twin,
+        twins=prepared.twins,
         device=device,
         dtype=dtype,
         scale=scale.to(device),
@@ -234,7 +243,7 @@ def _timed(warm: WarmModel, warmup_s: float) -> WarmModel:
 
     @torch.inference_mode()
     def run(size: int) -> Tensor:
-        output: Tensor = warm.module_for(())(warm.normalise(pictures[:size]))
+        output: Tensor = warm.module_for(Needs())(warm.normalise(pictures[:size]))
         return output
 
     if not bool(run(1).isfinite().all()):

@@ -75,3 +75,8 @@ def cosine(found: Tensor, expected: Tensor) -> float:
     a, b = (t.float().flatten(1).cpu() for t in (found, expected))
     a, b = (t - t.mean(1, keepdim=True) for t in (a, b))
     return float(nn.functional.cosine_similarity(a, b).min())
+
+
+def alike(found: Tensor, expected: Tensor) -> bool:
+    """Whether values of another precision are near enough to those of float32."""
+    return found.shape == expected.shape and cosine(found, expected) >= LEAST_COSINE

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from models.catalog import ModelSpec
+from models.head import HeadProbe
+from models.layers import TokenLayout
+from models.preparation.compiled import compiled_twin
+from models.preparation.openvino import openvino_twins
 from models.preparation.precision import (
     DTYPES,
     LEAST_COSINE,
@@ -15,8 +22,26 @@ from models.preparation.precision import (
     cosine,
     has_instructions,
 )
+from models.preparation.replay import PooledHead, Reference, Refused
 from models.preparation.twin import Twin, fused_twin
 from models.types import Precision
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Findings:
+    """What the probes found out that the preparation builds on.
+
+    Attributes:
+        target_layer: the `auto` layer; None if there is none.
+        layout: how its output lies.
+        head: what follows it.
+        choose_features: from the fused twin, if there is one, the layers that are described by default.
+    """
+
+    target_layer: str | None
+    layout: TokenLayout | None
+    head: HeadProbe
+    choose_features: Callable[[Twin | None], tuple[str, ...]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,54 +50,112 @@ class Prepared:
 
     Attributes:
         module: the model as it is, on its device, channels_last, of `precision`.
-        twin: its faster twin there, if one could be made.
+        twins: its faster twins there, the fastest first.
+        features: layers that are described by default.
         precision: the precision served; float32 where the one asked for failed its check.
         steps: what was done, and what was skipped and why, for the model card.
     """
 
     module: nn.Module
-    twin: Twin | None
+    twins: tuple[Twin, ...]
+    features: tuple[str, ...]
     precision: Precision
     steps: tuple[str, ...]
 
 
 def prepare_module(
-    module: nn.Module, probe: Tensor, *, device: torch.device, precision: Precision
+    module: nn.Module, probe: Tensor, *, spec: ModelSpec, device: torch.device, findings: Findings
 ) -> Prepared:
     """Prepare a model for its device.
 
     Args:
         module: on the CPU, float32, eval mode, parameters frozen; it is moved.
         probe: (N, 3, H, W) normalised float32 on the CPU, of the size that will be served.
+        spec: gives the precision, the runtime, and whether to compile.
         device: where it will be served.
-        precision: what its parameters are cast to.
+        findings: what the probes found out.
     """
     module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the stub lacks it
     probe = probe.contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         expected = module(probe)
     steps = ["channels_last"]
-    twin = fused_twin(module, probe)
-    steps.append(
-        "fusion skipped: nothing to fuse" if twin is None else f"{twin.fused} fused convolutions"
-    )
+    fused = fused_twin(module, probe)
+    steps.append("fusion skipped: nothing to fuse" if fused is None else fused.step)
+    features = findings.choose_features(fused)
+    precision = spec.precision
     if not has_instructions(device, precision):
         steps.append(f"{precision} skipped: the device has no instructions for it")
         precision = "fp32"
-    if precision != "fp32":
-        fidelity = _fidelity(module, probe, expected, DTYPES[precision])
-        if not fidelity >= LEAST_COSINE:  # not a number is no fidelity
-            steps.append(
-                f"{precision} skipped: its scores have cosine {fidelity:.3f} with float32's"
-            )
-            precision = "fp32"
-        else:
-            steps.append(f"{precision}, cosine of scores with float32's {fidelity:.4f}")
+    precision = _precision(precision, module, (probe, expected), steps)
+    replays: list[Twin] = []
+    reference: Reference | None = None
+    runtime = "torch.compile" if spec.compile else spec.runtime
+    if runtime != "torch":
+        with _skipping(runtime, steps):
+            head = _head(findings, device, outputs=expected.shape[1])
+            reference = Reference(module, probe, head=head, features=features)
+    if reference and runtime == "openvino":
+        with _skipping(runtime, steps):
+            replays, served = openvino_twins(module, reference, precision=precision)
+            if served != precision:
+                steps.append(
+                    f"{served} instead of {precision}: OpenVINO has no {precision} on this CPU"
+                )
+            precision = served
     dtype, outputs = DTYPES[precision], expected.shape[1]
     placed = cast(module.to(device), dtype, outputs=outputs)
-    if twin is not None:
-        twin = replace(twin, module=cast(twin.module.to(device), dtype, outputs=outputs))
-    return Prepared(module=placed, twin=twin, precision=precision, steps=tuple(steps))
+    if reference and runtime == "torch.compile":
+        with _skipping(runtime, steps):
+            replays = [compiled_twin(placed, reference, dtype=dtype)]
+    steps += [twin.step for twin in replays]
+    if fused is not None:
+        fused = replace(fused, module=cast(fused.module.to(device), dtype, outputs=outputs))
+    return Prepared(
+        module=placed,
+        twins=(*replays, *([fused] if fused else [])),
+        features=features,
+        precision=precision,
+        steps=tuple(steps),
+    )
+
+
+@contextmanager
+def _skipping(step: str, steps: list[str]) -> Iterator[None]:
+    """Go on without a step that is refused, and say why."""
+    try:
+        yield
+    except Refused as reason:
+        steps.append(f"{step} skipped: {reason}")
+
+
+def _head(findings: Findings, device: torch.device, *, outputs: int) -> PooledHead:
+    """What makes the scores of a replayed trunk.
+
+    Raises:
+        Refused: no trunk can be replayed here.
+    """
+    if device.type != "cpu":
+        raise Refused("it is for the CPU")
+    if findings.target_layer is None:
+        raise Refused("the model has no target layer")
+    return PooledHead.of(
+        findings.head, layer=findings.target_layer, layout=findings.layout, outputs=outputs
+    )
+
+
+def _precision(
+    asked: Precision, module: nn.Module, probed: tuple[Tensor, Tensor], steps: list[str]
+) -> Precision:
+    """The precision asked for if its scores are good enough, else float32."""
+    if asked == "fp32":
+        return asked
+    fidelity = _fidelity(module, *probed, DTYPES[asked])
+    if not fidelity >= LEAST_COSINE:  # not a number is no fidelity
+        steps.append(f"{asked} skipped: its scores have cosine {fidelity:.3f} with float32's")
+        return "fp32"
+    steps.append(f"{asked}, cosine of scores with float32's {fidelity:.4f}")
+    return asked
 
 
 def _fidelity(module: nn.Module, probe: Tensor, expected: Tensor, dtype: torch.dtype) -> float:

@@ -1,9 +1,9 @@
-"""The faster twin of a model, and the proof that it gives the same answers."""
+"""Faster twins of a model, and the proof that they give the same tensors."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,24 +17,52 @@ TOLERANCE = 1e-4
 """Largest difference of a layer's float32 tensor from the original's, relative to its largest value."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a pass takes from a module, and what it does to it.
+
+    Attributes:
+        reads: layers whose output is tapped.
+        rewrites: layers whose output is changed, or where the scores are differentiated.
+        layer_inputs: whether inputs of layers are tapped.
+        input_gradient: whether the scores are differentiated at the pictures.
+    """
+
+    reads: frozenset[str] = frozenset()
+    rewrites: frozenset[str] = frozenset()
+    layer_inputs: bool = False
+    input_gradient: bool = False
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Twin:
     """A module that answers like the original, faster.
 
+    Passes that need more than it has run on a slower twin, or on the original. Inputs of its layers are never
+    those of the original's: a twin keeps what its layers return, not how they come to it.
+
     Attributes:
         module: the twin; eval mode, parameters frozen.
-        layers: names of the layers whose outputs were found equal to the original's, so that they can be tapped
-            or changed here; passes that need another layer run on the original.
-        fused: number of convolutions that do more than convolve.
+        step: what was done to make it, for the model card.
+        readable: layers whose outputs were found equal to the original's.
+        rewritable: layers whose output can be changed, and differentiated at.
+        differentiable: whether gradients reach the pictures.
     """
 
     module: nn.Module
-    layers: frozenset[str]
-    fused: int
+    step: str
+    readable: frozenset[str]
+    rewritable: frozenset[str]
+    differentiable: bool
 
-    def serves(self, layers: Iterable[str]) -> bool:
-        """Whether a pass that taps or changes these layers can run here."""
-        return self.layers.issuperset(layers)
+    def serves(self, needs: Needs) -> bool:
+        """Whether a pass with these needs can run here."""
+        return (
+            self.readable >= needs.reads
+            and self.rewritable >= needs.rewrites
+            and (self.differentiable or not needs.input_gradient)
+            and not needs.layer_inputs
+        )
 
 
 def fused_twin(module: nn.Module, probe: Tensor) -> Twin | None:
@@ -51,17 +79,31 @@ def fused_twin(module: nn.Module, probe: Tensor) -> Twin | None:
         twin, fused = fuse_convolutions(copy.deepcopy(module))
         if not fused:
             return None
-        expected, found = _outputs(module, probe), _outputs(twin, probe)
+        expected, found = layer_outputs(module, probe), layer_outputs(twin, probe)
     except Exception:  # noqa: BLE001  (a model that cannot be rewritten is served as it is)
         return None
-    if not _close(found[""], expected[""]):
+    if not close(found[""], expected[""]):
         return None
-    same = [n for n, out in found.items() if n in expected and _close(out, expected[n])]
-    return Twin(module=twin, layers=frozenset(same) - {""}, fused=fused)
+    same = equal_layers(found, expected, close)
+    return Twin(
+        module=twin,
+        step=f"{fused} fused convolutions",
+        readable=same,
+        rewritable=same,
+        differentiable=True,
+    )
 
 
-def _outputs(module: nn.Module, probe: Tensor) -> dict[str, Tensor]:
-    """Outputs by layer name, the scores under the empty name; layers called more than once are left out."""
+def layer_outputs(
+    module: nn.Module, probe: Tensor, *, layers: Collection[str] | None = None
+) -> dict[str, Tensor]:
+    """Outputs by layer name, the scores under the empty name.
+
+    Args:
+        module: in eval mode.
+        probe: (N, 3, H, W) normalised.
+        layers: the layers wanted; None = all. Those that are called more than once are left out.
+    """
     outputs: dict[str, Tensor | None] = {}
 
     def record(name: str) -> Any:
@@ -74,13 +116,24 @@ def _outputs(module: nn.Module, probe: Tensor) -> dict[str, Tensor]:
 
     with torch.inference_mode(), HookStack() as hooks:
         for name, child in module.named_modules():
-            if name:
+            if name and (layers is None or name in layers):
                 hooks.forward(child, record(name))
         outputs[""] = module(probe)
     return {name: output for name, output in outputs.items() if output is not None}
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
+def equal_layers(
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    equal: Callable[[Tensor, Tensor], bool],
+) -> frozenset[str]:
+    """Names of the layers whose outputs are equal."""
+    same = [n for n, out in found.items() if n in expected and equal(out, expected[n])]
+    return frozenset(same) - {""}
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors differ by at most `TOLERANCE` of the largest value."""
     if found.shape != expected.shape:
         return False
     difference = (found.float() - expected.float()).abs().max()

@@ -84,6 +84,10 @@ def assert_same(found: Any, expected: Any, *, rtol: float = 1e-5, atol: float = 
     elif isinstance(found, msgspec.Struct):
         for field in found.__struct_fields__:
             assert_same(getattr(found, field), getattr(expected, field), rtol=rtol, atol=atol)
+    elif isinstance(found, dict):
+        assert found.keys() == expected.keys()
+        for key, value in found.items():
+            assert_same(value, expected[key], rtol=rtol, atol=atol)
     elif isinstance(found, (tuple, list)):
         assert len(found) == len(expected)
         for a, b in zip(found, expected, strict=True):
@@ -113,6 +117,13 @@ def test_a_mixed_batch_equals_each_job_alone(which, request):
     for item, found in zip(MIXED, together, strict=True):
         assert isinstance(found, Outcome), found
         assert_same(found, finish(engine, [item])[0])
+
+
+def test_a_grid_goes_to_the_job_that_asked_for_it(pool_engine):
+    jobs = [job("with", "features", layers=("out",), grid=True), job("without", statistics=True)]
+    with_grid, without = finish(pool_engine, jobs)
+    assert with_grid.statistics[0].grid is not None
+    assert without.statistics[0].grid is None
 
 
 @given(order=st.permutations(range(len(MIXED))), size=st.integers(1, len(MIXED)))

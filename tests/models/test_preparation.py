@@ -9,11 +9,14 @@ import torch
 from torch import nn
 
 from models.compat import define_missing_operators
+from models.engine import Engine
 from models.extractor import Extractor, Tap
 from models.preparation.convolution import FusedConv2d
 from models.preparation.fusion import fuse_convolutions
-from models.preparation.twin import fused_twin
-from tests.models.conftest import FlatNet, frozen
+from models.preparation.twin import Needs, fused_twin
+from tests.models.conftest import FlatNet, OneModel, frozen, warm_of
+from tests.models.preparation.conftest import warm
+from tests.models.test_engine import assert_same, job
 
 
 class Residual(nn.Module):
@@ -69,7 +72,7 @@ def test_every_convolution_is_fused_and_the_answer_stays(net, probe):
     before = copy.deepcopy(net.state_dict())
     twin = fused_twin(net, probe)
     assert twin is not None
-    assert twin.fused == 6
+    assert twin.step == "6 fused convolutions"
     assert not any(isinstance(m, nn.BatchNorm2d) for m in twin.module.modules())
     with torch.inference_mode():
         torch.testing.assert_close(twin.module(probe), net(probe), rtol=1e-4, atol=1e-5)
@@ -78,7 +81,8 @@ def test_every_convolution_is_fused_and_the_answer_stays(net, probe):
 
 def test_layers_keep_their_names_where_their_tensors_are_the_same(net, probe):
     twin = fused_twin(net, probe)
-    assert twin.serves(["stem", "stem.2", "stage", "stage.0", "stage.2", "act", "fc"])
+    kept = frozenset({"stem", "stem.2", "stage", "stage.0", "stage.2", "act", "fc"})
+    assert twin.serves(Needs(reads=kept, rewrites=kept, input_gradient=True))
     for inside in (
         "stem.0",
         "stem.1",
@@ -88,7 +92,20 @@ def test_layers_keep_their_names_where_their_tensors_are_the_same(net, probe):
         "last",
         "norm",
     ):
-        assert not twin.serves([inside])
+        assert not twin.serves(Needs(reads=frozenset({inside})))
+        assert not twin.serves(Needs(rewrites=frozenset({inside})))
+
+
+def test_inputs_of_layers_are_the_models_own():
+    net = frozen(FlatNet())
+    model = warm(net)
+    assert model.twins
+    # The input of a ReLU that was fused away is not that of the fused convolution in its place.
+    jobs = [job("inputs", "features", layers=("out",), kinds=("input",))]
+    found, expected = (
+        Engine(OneModel(m)).run(jobs)[0].statistics[0] for m in (model, warm_of(net))
+    )
+    assert_same(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_explaining_on_the_twin_equals_explaining_the_original(net, probe):
@@ -168,7 +185,7 @@ def test_what_does_not_fit_the_pattern_stays(kind, probe):
 
 def test_a_convolution_without_norm_takes_its_activation(images):
     twin = fused_twin(frozen(FlatNet()), images)
-    assert twin.fused == 2
+    assert twin.step == "2 fused convolutions"
     assert isinstance(twin.module.get_submodule("out"), FusedConv2d)
 
 

@@ -158,7 +158,7 @@ def test_a_precision_that_spoils_the_scores_is_skipped_and_the_card_says_so(
 def test_a_model_is_fused_and_the_card_says_so(registry):
     card = registry.load(entry("pooled")).card
     assert "1 fused convolutions" in card.preparation
-    assert registry.get("pooled", "1").twin.serves([card.target_layer])
+    assert card.target_layer in registry.get("pooled", "1").twins[0].rewritable
 
 
 def test_a_broken_entry_leaves_what_was_loaded(registry):

@@ -99,6 +99,7 @@ def test_grids_and_weights_follow_the_top_channels():
         kind="output",
         top=2,
         weights=weights,
+        grid=True,
     )
     assert found.grid is not None
     for channel, picture in zip(found.top_channels, found.grid, strict=True):

@@ -1,0 +1,135 @@
+"""OpenVINO as the runtime of a model's trunk, on the CPU."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.preparation.replay import LayerOutputs, Reference, Refused
+from models.preparation.twin import Twin
+from models.types import Precision
+
+logger = logging.getLogger("heatlens.preparation")
+
+_HINTS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+
+
+def openvino_twins(
+    module: nn.Module, reference: Reference, *, precision: Precision
+) -> tuple[list[Twin], Precision]:
+    """Convert a model's trunk, and make twins of it.
+
+    Args:
+        module: the model, float32, on the CPU; left as it is.
+        reference: what it gives.
+        precision: what OpenVINO may compute in; it stays with float32 where the CPU has no instructions for it.
+
+    Returns:
+        A twin of the target layer alone, then one that gives the feature layers too (each further output costs
+        fusions and a copy), and the precision they compute in.
+
+    Raises:
+        Refused: OpenVINO is not installed, does not know an operation of the model, or gives other tensors.
+    """
+    openvino = _library()
+    target, features = reference.head.layer, reference.features
+    layers = (target, *features)
+    try:
+        converted = _convert(openvino, LayerOutputs(module, layers), reference.pictures)
+        trunks = [
+            CompiledTrunk(openvino, converted, outputs=count, precision=precision)
+            for count in sorted({1, len(layers)})
+        ]
+    except Exception as error:
+        logger.warning("OpenVINO does not take the model", exc_info=True)
+        raise Refused("the conversion failed; the log says more") from error
+    served = trunks[0].precision
+    step = f"OpenVINO trunk in {served}"
+    steps = [step, f"{step} with {len(features)} feature layers"]
+    twins = [
+        reference.twin(trunk, layers[: trunk.outputs], exact=served == "fp32", step=step)
+        for trunk, step in zip(trunks, steps, strict=False)
+    ]
+    return twins, served
+
+
+class CompiledTrunk:
+    """A trunk compiled for any batch size. One thread at a time may call it."""
+
+    def __init__(
+        self, openvino: Any, converted: Any, *, outputs: int, precision: Precision
+    ) -> None:
+        """Compile.
+
+        Args:
+            openvino: the library.
+            converted: the converted model, (N, 3, H, W) → tensors; left as it is.
+            outputs: how many of its tensors, from the first, are wanted.
+            precision: what it may compute in.
+        """
+        whole = converted.clone()
+        model = openvino.Model(whole.get_results()[:outputs], whole.get_parameters())
+        # Pictures come channels_last: so they are taken as they lie.
+        steps = openvino.preprocess.PrePostProcessor(model)
+        steps.input().tensor().set_layout(openvino.Layout("NHWC"))
+        steps.input().model().set_layout(openvino.Layout("NCHW"))
+        compiled = openvino.Core().compile_model(
+            steps.build(),
+            "CPU",
+            {
+                "INFERENCE_PRECISION_HINT": _HINTS[precision],
+                "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+                "PERFORMANCE_HINT": "LATENCY",
+                # Workers beside each other would all be pinned to the same first cores.
+                "ENABLE_CPU_PINNING": False,
+            },
+        )
+        hint = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        self.precision: Precision = next(p for p, name in _HINTS.items() if name == hint)
+        self.outputs = outputs
+        self._shapes = [
+            tuple(size.get_length() for size in list(output.get_partial_shape())[1:])
+            for output in compiled.outputs
+        ]
+        self._tensor = openvino.Tensor
+        self._request = compiled.create_infer_request()
+
+    def __call__(self, inputs: Tensor) -> Sequence[Tensor]:
+        """(N, 3, H, W) → float32 tensors, (N, …) each, that the next call leaves alone."""
+        pictures = inputs.float().contiguous(memory_format=torch.channels_last)
+        outputs = [torch.empty(len(inputs), *shape) for shape in self._shapes]
+        self._request.set_input_tensor(self._shared(pictures.permute(0, 2, 3, 1)))
+        for index, output in enumerate(outputs):
+            self._request.set_output_tensor(index, self._shared(output))
+        self._request.infer()
+        return outputs
+
+    def _shared(self, tensor: Tensor) -> Any:
+        return self._tensor(tensor.numpy(), shared_memory=True)
+
+
+def _library() -> Any:
+    # Importing OpenVINO already reports to its makers, unless the package that does so is absent.
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # what marks a module as absent
+    try:
+        import openvino
+    except ImportError:
+        raise Refused("the package is not installed (extra: openvino)") from None
+    return openvino
+
+
+def _convert(openvino: Any, module: LayerOutputs, pictures: Tensor) -> Any:
+    """The module as a model of OpenVINO's, for batches of any size."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter(
+            "ignore"
+        )  # tracing warns of itself, and of every shape it takes as fixed
+        model = openvino.convert_model(module.eval(), example_input=pictures[:2])
+    model.reshape([-1, *pictures.shape[1:]])
+    return model

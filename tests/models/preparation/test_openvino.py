@@ -1,0 +1,284 @@
+"""A model on OpenVINO answers as on torch, whatever is asked of it, or is served by torch and says why."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from msgspec import structs
+from torch import nn
+
+from models.catalog import default_spec
+from models.engine import Engine
+from models.head import HeadProbe
+from models.preparation import openvino
+from models.preparation.prepare import Findings, prepare_module
+from models.preparation.replay import Replay
+from models.preparation.twin import Needs
+from models.registry import ModelRegistry, WarmModel
+from models.statistics import SUBSAMPLE
+from models.types import Intervention, Outcome, Target
+from tests.models.conftest import FlatNet, OneModel, PoolNet, frozen
+from tests.models.preparation.conftest import SIDE, blocks, warm
+from tests.models.test_engine import MIXED, assert_same, finish, index, job
+
+ROOT = Path(__file__).parents[3]
+FEATURES = ("block", "act", "out")
+
+
+def change(layer: str) -> tuple[Intervention, ...]:
+    return (Intervention(layer=layer, channels=(0, 2), op="scale", value=-2.0),)
+
+
+JOBS = [
+    *MIXED,
+    job("inner", seed=11, layers=FEATURES, statistics=True, targets=(Target(cls=index(3)),)),
+    job("described", "features", seed=12, layers=("block", "out"), grid=True),
+    job("inputs", "features", seed=13, layers=("out",), kinds=("input",)),
+    job("inner gradients", "features", seed=14, layers=("block",), kinds=("grad_output",)),
+    job("changed there", seed=15, interventions=change("out"), methods=("gradcam", "scorecam")),
+    job("changed before", seed=16, interventions=change("block"), statistics=True),
+    job("changed and read", "features", seed=17, layers=("out",), interventions=change("block")),
+    job("tested", seed=18, faithfulness=("deletion", "average_drop")),
+]
+
+
+def module_of(model: WarmModel, needs: Needs) -> type[nn.Module]:
+    return type(model.module_for(needs))
+
+
+def assert_equal_answers(jobs, *models: WarmModel, atol: float = 1e-4) -> None:
+    expected, found = (finish(Engine(OneModel(model)), jobs) for model in models)
+    for one, other in zip(expected, found, strict=True):
+        assert isinstance(one, Outcome), one
+        assert_same(sampled_apart(other), sampled_apart(one), rtol=1e-3, atol=atol)
+
+
+def sampled_apart(outcome: Outcome) -> Outcome:
+    """The outcome without quantiles of large tensors: they come from a sample, which goes by the memory layout."""
+    statistics = tuple(
+        s if math.prod(s.shape) <= SUBSAMPLE else structs.replace(s, quantiles=None)
+        for s in outcome.statistics
+    )
+    return structs.replace(outcome, statistics=statistics)
+
+
+def skipped(model: WarmModel) -> str:
+    assert not any(isinstance(twin.module, Replay) for twin in model.twins)
+    return next(s for s in model.info.card.preparation if s.startswith("openvino skipped"))
+
+
+def test_a_mixed_batch_is_answered_as_on_torch(on_torch, on_openvino):
+    assert on_openvino.info.feature_layers == on_torch.info.feature_layers
+    assert_equal_answers(JOBS, on_torch, on_openvino)
+
+
+def test_every_method_explains_as_on_torch(on_torch, on_openvino):
+    names = [row.name for row in on_openvino.info.card.methods if row.applicable]
+    assert {"guided_gradcam", "fullgrad", "lrp", "smoothgrad", "shapleycam"} <= set(names)
+    jobs = [job(n, seed=i, methods=(n,), samples=4, steps=4) for i, n in enumerate(names)]
+    assert_equal_answers(jobs, on_torch, on_openvino)
+
+
+def test_batches_of_any_size(on_torch, on_openvino):
+    for size in (1, 5, 16, 2):
+        jobs = [job(str(i), seed=i) for i in range(size)]
+        assert_equal_answers(jobs, on_torch, on_openvino)
+
+
+def test_passes_run_where_they_can(on_openvino):
+    out, inner = frozenset({"out"}), frozenset({"block"})
+    assert module_of(on_openvino, Needs()) is Replay
+    assert module_of(on_openvino, Needs(reads=out, rewrites=out)) is Replay
+    assert module_of(on_openvino, Needs(reads=inner, rewrites=out)) is Replay
+    for beyond in (
+        Needs(rewrites=inner),
+        Needs(input_gradient=True),
+        Needs(layer_inputs=True),
+        Needs(reads=frozenset({"body"})),
+    ):
+        assert module_of(on_openvino, beyond) is not Replay
+    # Layers beside the target cost something, which passes without them do not pay.
+    lean, wide = on_openvino.twins[:2]
+    assert lean.readable == out
+    assert wide.readable == {*on_openvino.info.feature_layers, "out"}
+
+
+def test_long_methods_run_on_the_runtime(on_openvino):
+    engine = Engine(OneModel(on_openvino))
+    for asked in ({"methods": ("scorecam",)}, {"methods": ("rise",)}, {"faithfulness": ("road",)}):
+        (pending,) = engine.run([job("long", samples=4, **asked)])
+        assert isinstance(pending.module, Replay), asked
+    (pending,) = engine.run([job("long", methods=("saliency",))])
+    assert not isinstance(pending.module, Replay)
+
+
+def test_what_a_pass_gave_outlives_the_next_one(on_openvino):
+    module = on_openvino.twins[1].module
+    run = module._run
+    first, second = torch.randn(2, 2, 3, SIDE, SIDE)
+    kept = run(first)
+    before = [t.clone() for t in kept]
+    run(second)
+    assert all(torch.equal(a, b) for a, b in zip(kept, before, strict=True))
+
+
+@pytest.mark.real
+def test_the_default_model_answers_as_on_torch(tmp_path):
+    registry = ModelRegistry("cpu", tmp_path, warmup_s=0.01)
+    spec = default_spec()
+    for version, runtime in (("1", "torch"), ("2", "openvino")):
+        registry.load(spec.model_copy(update={"version": version, "runtime": runtime}))
+    models = [registry.get(spec.name, version) for version in "12"]
+    card = models[1].info.card
+    assert "OpenVINO trunk in fp32" in card.preparation
+    layers = (models[1].info.feature_layers[0], card.target_layer)
+    jobs = [
+        job("predict", "predict", seed=1, side=224),
+        job("explain", seed=2, side=224, layers=layers[1:]),
+        job("described", "features", seed=3, side=224, layers=layers),
+    ]
+    assert_equal_answers(jobs, *models)
+
+
+class ChannelsLast(PoolNet):
+    """A network whose last map is (N, h, w, C), as that of a Swin transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.LayerNorm(6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        maps = self.body(self.act(self.stem(x))).permute(0, 2, 3, 1)
+        return self.fc(self.out(maps).mean((1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("net", "task", "classes"),
+    [
+        (blocks(outputs=1), "binary", 2),
+        (blocks(outputs=2), "binary", 2),
+        (blocks(outputs=3), "multi_label", 3),
+        (frozen(ChannelsLast()), "single_label", 5),
+    ],
+)
+def test_heads_of_every_task(net, task, classes):
+    model = warm(net, task=task, classes=classes, runtime="openvino")
+    pictures = torch.randn(3, 3, SIDE, SIDE)
+    replay = model.module_for(Needs())
+    assert isinstance(replay, Replay), model.info.card.preparation
+    with torch.inference_mode():
+        torch.testing.assert_close(replay(pictures), net(pictures), rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision_is_what_the_cpu_has(on_torch):
+    model = warm(blocks(), runtime="openvino", precision="bf16")
+    card = model.info.card
+    assert f"OpenVINO trunk in {card.precision}" in card.preparation
+    if card.precision == "fp32":
+        assert "fp32 instead of bf16: OpenVINO has no bf16 on this CPU" in card.preparation
+        assert model.dtype == torch.float32
+    else:
+        assert card.precision == "bf16"
+    (expected,), (found,) = (
+        finish(Engine(OneModel(m)), [job("one", seed=1)]) for m in (on_torch, model)
+    )
+    np.testing.assert_allclose(
+        found.explanations[0].map, expected.explanations[0].map, rtol=0.1, atol=0.05
+    )
+
+
+class Unknown(PoolNet):
+    """A network with an operation that OpenVINO has no word for."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(torch.special.log_ndtr(x))
+
+
+class Counting(PoolNet):
+    """A network that treats a batch of two pictures, which the probes use, differently from all others."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x if len(x) == 2 else 2 * x)
+
+
+class Fixed(PoolNet):
+    """A network that, once traced, takes batches of one size only."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.reshape(int(x.shape[0]), 3, SIDE, SIDE))
+
+
+@pytest.mark.parametrize(
+    ("net", "reason"),
+    [
+        (FlatNet, "what follows the target layer is not pooling and one linear layer"),
+        (Unknown, "the conversion failed; the log says more"),
+        (Fixed, "it fails on a batch of another size; the log says more"),
+        (Counting, "its scores differ from torch's"),
+    ],
+)
+def test_models_that_it_cannot_run_are_served_by_torch(net, reason):
+    net = frozen(net())
+    model = warm(net, runtime="openvino")
+    assert skipped(model) == f"openvino skipped: {reason}"
+    pictures = torch.randn(2, 3, SIDE, SIDE)
+    with torch.inference_mode():
+        torch.testing.assert_close(model.module_for(Needs())(pictures), net(pictures))
+
+
+def test_without_the_package_torch_serves(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    model = warm(blocks(), runtime="openvino")
+    assert skipped(model).endswith("the package is not installed (extra: openvino)")
+
+
+def test_other_devices_are_served_by_torch(on_torch):
+    findings = Findings(
+        target_layer="out",
+        layout=None,
+        head=HeadProbe(kind="gap_linear", closed_form=True, weight=torch.zeros(5, 6)),
+        choose_features=lambda _: (),
+    )
+    prepared = prepare_module(
+        blocks(),
+        torch.randn(2, 3, SIDE, SIDE),
+        spec=default_spec().model_copy(update={"runtime": "openvino"}),
+        device=torch.device("meta"),
+        findings=findings,
+    )
+    assert "openvino skipped: it is for the CPU" in prepared.steps
+    assert next(prepared.module.parameters()).is_meta
+
+
+def test_a_layer_whose_tensor_differs_is_not_offered(monkeypatch):
+    run = openvino.CompiledTrunk.__call__
+
+    def faulty(self, inputs):
+        target, *features = run(self, inputs)
+        return [target, *(1.01 * feature for feature in features)]
+
+    monkeypatch.setattr(openvino.CompiledTrunk, "__call__", faulty)
+    model = warm(blocks(), runtime="openvino")
+    assert [t.readable for t in model.twins if isinstance(t.module, Replay)] == [{"out"}] * 2
+
+
+@pytest.mark.slow
+def test_nothing_is_reported_to_anyone(tmp_path):
+    code = (
+        "import sys\n"
+        "from tests.models.preparation.conftest import blocks, warm\n"
+        "model = warm(blocks(), runtime='openvino')\n"
+        "assert 'OpenVINO trunk in fp32' in model.info.card.preparation\n"
+        "assert not sys.modules.get('openvino_telemetry')\n"
+    )
+    env = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, check=True, timeout=100)
+    # What reports keeps a client's number there.
+    assert not (tmp_path / "intel").exists()
