@@ -27,6 +27,8 @@ def make_engine_backend(device: str, *, base_dir: Path, threads: int | None = No
         registry = ModelRegistry("cpu", base_dir)
         return Backend(registry=registry, engine=Engine(registry), free_memory=gc.collect)
     torch.cuda.set_device(device)
+    # float32 means float32: torch would let convolutions round to the 10 bits of TF32.
+    torch.backends.cudnn.allow_tf32 = False
     registry = ModelRegistry(device, base_dir)
     return Backend(
         registry=registry,

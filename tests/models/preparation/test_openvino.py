@@ -177,7 +177,7 @@ def test_heads_of_every_task(net, task, classes):
         torch.testing.assert_close(replay(pictures), net(pictures), rtol=1e-4, atol=1e-5)
 
 
-def test_half_precision_is_what_the_cpu_has(on_torch):
+def test_half_precision_is_what_the_cpu_has(every_precision, on_torch):
     model = warm(blocks(), runtime="openvino", precision="bf16")
     card = model.info.card
     assert f"OpenVINO trunk in {card.precision}" in card.preparation
