@@ -44,6 +44,7 @@ JOBS = [
     job("inner gradients", "features", seed=14, layers=("block",), kinds=("grad_output",)),
     job("changed there", seed=15, interventions=change("out"), methods=("gradcam", "scorecam")),
     job("changed before", seed=16, interventions=change("block"), statistics=True),
+    job("masked too", seed=16, interventions=change("block"), methods=("scorecam",)),
     job("changed and read", "features", seed=17, layers=("out",), interventions=change("block")),
     job("tested", seed=18, faithfulness=("deletion", "average_drop")),
 ]
