@@ -102,7 +102,8 @@ class DeviceSlot:
             "--threads": str(self._threads),
             "--parent": str(os.getpid()),
         }
-        environment = {"OMP_NUM_THREADS": str(self._threads)}
+        names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+        environment = dict.fromkeys(names, str(self._threads))
         self.child.start(
             [*self._command, *(word for pair in arguments.items() for word in pair)],
             now=now,
