@@ -128,7 +128,7 @@ class FusedConv2d(nn.Module):
             attribute, scalars = self.activation.attribute, list(self.activation.scalars)
         convolve = torch.ops.mkldnn._convolution_pointwise  # noqa: SLF001  (the only door to it)
         if residual is None:
-            out: Tensor = convolve(
+            out: Tensor = convolve.default(
                 x, packing.weight, self.bias, *packing.place, attribute, scalars, ""
             )
         else:
