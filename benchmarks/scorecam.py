@@ -78,10 +78,12 @@ def _ours(warm: WarmModel, samples: int | None) -> tuple[float, np.ndarray]:
 
 
 def _peer(model: str) -> tuple[float, np.ndarray]:
+    warm = _load(
+        model, "fp32"
+    )  # first: it makes torchvision importable where its operators do not load
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from pytorch_grad_cam import ScoreCAM
-    warm = _load(model, "fp32")
     assert warm.target_layer is not None
     inputs = warm.normalise(
         torch.from_numpy(job_maker(warm, 1)("predict", JobOptions())[0].input)[None]

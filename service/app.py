@@ -122,7 +122,7 @@ def _tallies(settings: Settings, folder: Path | None) -> KeyTallies | None:
 def _pipeline(settings: Settings, *, pool: DevicePool, threads: ThreadPoolExecutor) -> Pipeline:
     limits = settings.limits
     caps = DecodeLimits(max_bytes=limits.max_image_bytes, max_pixels=limits.max_pixels)
-    return Pipeline(pool, limits=caps, threads=threads)
+    return Pipeline(pool, limits=caps, threads=threads, max_wait_s=limits.max_wait_s)
 
 
 def _add_cors(app: FastAPI, settings: Settings) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from models.errors import (
     InternalError,
     ModelReplaced,
     NotReady,
+    Overloaded,
 )
 from models.imaging.decode import DecodeLimits, decode
 from models.imaging.preprocess import preprocess
@@ -38,6 +40,7 @@ from service.schemas import (
     Result,
     Timings,
 )
+from service.workers.entries import is_long
 from service.workers.pool import DevicePool
 
 T = TypeVar("T")
@@ -87,21 +90,32 @@ class Pipeline:
         pool: the devices.
         limits: caps on pictures.
         threads: where pictures are decoded and drawn.
+        max_wait_s: estimated wait for a device beyond which nothing is decoded any more; devices refuse by themselves.
     """
 
-    def __init__(self, pool: DevicePool, *, limits: DecodeLimits, threads: Executor) -> None:
+    def __init__(
+        self,
+        pool: DevicePool,
+        *,
+        limits: DecodeLimits,
+        threads: Executor,
+        max_wait_s: float = math.inf,
+    ) -> None:
         self._pool = pool
         self._limits = limits
         self._threads = threads
+        self._max_wait_s = max_wait_s
 
     async def run(self, plan: Plan) -> Reply:
         """Run all images of a plan; cancelling this cancels their jobs.
 
         Raises:
+            Overloaded: every device is busy for too long.
             DeadlineExceeded: the plan's deadline passed.
             ModelReplaced: the model was replaced meanwhile; a plan for the new one may succeed.
             HeatlensError: the first image's error, when every image failed.
         """
+        self._refuse_excess(plan)
         try:
             async with asyncio.timeout(plan.deadline - time.monotonic()):
                 ends = await asyncio.gather(*(self._end_of(image, plan) for image in plan.images))
@@ -113,6 +127,23 @@ class Pipeline:
             ):  # not this image's fault: none of them has its answer
                 raise end
         return _reply(ends, plan)
+
+    def _refuse_excess(self, plan: Plan) -> None:
+        """Refuse what the devices would refuse, before it costs the time of decoding it.
+
+        Long jobs have a share of the devices of their own, of whose queue only the devices know.
+        """
+        if any(is_long(image.options) for image in plan.images):
+            return
+        name = f"{plan.info.card.name}@{plan.info.card.version}"
+        waits = [
+            device.wait_ms / 1000
+            for device in self._pool.devices()
+            if device.state == "ready" and name in device.models
+        ]
+        excess_s = min(waits, default=0.0) - self._max_wait_s
+        if excess_s > 0:
+            raise Overloaded("The service is at its limit.", retry_after_s=excess_s)
 
     async def _end_of(
         self, image: PlannedImage, plan: Plan

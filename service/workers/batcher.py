@@ -127,7 +127,7 @@ class Batcher:
             raise NotReady("The model is being unloaded.")
         if job.deadline <= now:
             raise DeadlineExceeded("The deadline passed before the job reached a device.")
-        job_class: JobClass = "long" if is_long(job) else "interactive"
+        job_class: JobClass = "long" if is_long(job.options) else "interactive"
         wait_s = self.wait_ms(now, job_class) / 1000
         excess_s = wait_s - min(self._max_wait_s, job.deadline - now)
         if excess_s > 0:

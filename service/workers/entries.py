@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from models.methods import METHODS
-from models.types import Job
+from models.types import Job, JobOptions
 
 JobClass = Literal["interactive", "long"]
 BatchReason = Literal["full", "idle", "deadline", "memory", "held", "alone", "step"]
@@ -125,7 +125,7 @@ class EntryQueue:
             heapq.heapify(self.heap)
 
 
-def is_long(job: Job) -> bool:
+def is_long(options: JobOptions) -> bool:
     """Whether a job takes more than its one pass and head passes."""
-    methods = (METHODS[name] for name in job.options.methods if name in METHODS)
-    return bool(job.options.faithfulness) or any(m.cost in {"passes", "many"} for m in methods)
+    methods = (METHODS[name] for name in options.methods if name in METHODS)
+    return bool(options.faithfulness) or any(m.cost in {"passes", "many"} for m in methods)

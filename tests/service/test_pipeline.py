@@ -25,6 +25,7 @@ from service.requests import Plan, make_plan
 from service.schemas import ExplainResult, FeaturesResult, PredictResult
 from service.settings import LimitSettings
 from service.workers.fake import FakePool, fake_info
+from service.workers.pool import DeviceStatus
 
 pytestmark = pytest.mark.anyio
 
@@ -51,10 +52,45 @@ def plan_of(
 
 
 @asynccontextmanager
-async def pipeline(pool: FakePool) -> AsyncIterator[Pipeline]:
+async def pipeline(pool: FakePool, **options: Any) -> AsyncIterator[Pipeline]:
     await pool.start()
     with ThreadPoolExecutor(2) as threads:
-        yield Pipeline(pool, limits=DecodeLimits(), threads=threads)
+        yield Pipeline(pool, limits=DecodeLimits(), threads=threads, **options)
+
+
+def waiting(*waits_s: float, models: tuple[str, ...] | None = None) -> list[DeviceStatus]:
+    name = f"{fake_info().card.name}@{fake_info().card.version}"
+    return [
+        DeviceStatus(
+            device=f"cpu:{n}",
+            state="ready",
+            wait_ms=1000 * wait_s,
+            models=(name,) if models is None else models,
+        )
+        for n, wait_s in enumerate(waits_s)
+    ]
+
+
+async def test_excess_is_refused_before_it_is_decoded() -> None:
+    pool = FakePool()
+    async with pipeline(pool, max_wait_s=2.0) as made:
+        pool.statuses = waiting(5.0, 3.5)
+        with pytest.raises(Overloaded) as caught:
+            await made.run(plan_of(ImageInput(data=b"not even a picture")))
+        assert caught.value.retry_after_s == pytest.approx(1.5)
+        assert not pool.submitted
+        pool.statuses = waiting(5.0, 1.9)
+        await made.run(plan_of(ImageInput(data=picture())))
+        pool.statuses = waiting(5.0, models=("other@1",))  # says nothing of this model's devices
+        await made.run(plan_of(ImageInput(data=picture())))
+
+
+async def test_long_jobs_are_refused_by_devices_only() -> None:
+    pool = FakePool()
+    async with pipeline(pool, max_wait_s=2.0) as made:
+        pool.statuses = waiting(5.0)
+        options = ExplainOptions(methods=["rise"])
+        await made.run(plan_of(ImageInput(data=picture()), options=options))
 
 
 async def test_images_are_submitted_together() -> None:

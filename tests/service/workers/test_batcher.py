@@ -131,7 +131,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.now += seconds
         pending = []
         for entry in self.running.entries:
-            goes_on = is_long(entry.job) and data.draw(st.booleans())
+            goes_on = is_long(entry.job.options) and data.draw(st.booleans())
             if goes_on:
                 pending.append(Step(entry.job, cost=data.draw(st.integers(1, 12))))
             elif entry.job.id not in self.cancelled:
