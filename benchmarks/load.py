@@ -48,6 +48,7 @@ def main(
     max_wait: Annotated[
         float, typer.Option(help="The service refuses beyond this estimated wait, seconds.")
     ] = 1.0,
+    runtime: Annotated[str, typer.Option(help="torch or openvino.")] = "torch",
     devices: Annotated[str, typer.Option(help="As of heatlens serve.")] = "auto",
     http_workers: Annotated[str, typer.Option(help="As of heatlens serve.")] = "auto",
     pictures: Annotated[Path | None, typer.Option(help="Folder; drawn without.")] = None,
@@ -63,10 +64,10 @@ def main(
         cases = [(m, p) for m in models.split(",") for p in precisions.split(",")]
         task = progress.add_task("load", total=len(cases) * STAGES)
         for model, precision in cases:
-            title = f"{model} {precision}"
+            title = f"{model} {precision}, {runtime}"
             progress.update(task, description=f"starting {title}")
             with heatlens(
-                models=[model_entry(model, precision=precision)],
+                models=[model_entry(model, precision=precision, runtime=runtime)],
                 server={"devices": devices, "http-workers": http_workers},
                 settings={"LIMITS__MAX_WAIT_S": str(max_wait)},
             ) as server:

@@ -233,10 +233,10 @@ def heatlens(
     return Server(name, command, port=port, ready_path="/readyz", env=env)
 
 
-def model_entry(name: str, *, precision: str = "fp32") -> dict[str, Any]:
+def model_entry(name: str, *, precision: str = "fp32", runtime: str = "torch") -> dict[str, Any]:
     """A `[[models]]` entry: the embedded model by its name, another of torchvision with random weights."""
+    entry = {"precision": precision, "runtime": runtime}
     if name == "efficientnet_lite0":
-        return {"name": name, "source": f"embedded:{name}", "precision": precision}
+        return {"name": name, "source": f"embedded:{name}", **entry}
     source = name if ":" in name else f"torchvision:{name}"
-    short = source.rpartition(":")[2]
-    return {"name": short, "source": source, "weights": "none", "precision": precision}
+    return {"name": source.rpartition(":")[2], "source": source, "weights": "none", **entry}

@@ -57,6 +57,7 @@ def main(
     *,
     models: Annotated[str, typer.Option(help="Comma-separated.")] = "resnet50,efficientnet_lite0",
     precisions: Annotated[str, typer.Option(help="Of Heatlens.")] = "fp32,bf16",
+    runtimes: Annotated[str, typer.Option(help="Of Heatlens: torch, openvino.")] = "torch",
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     duration: Annotated[float, typer.Option(help="Seconds of each load.")] = 6.0,
     only: Annotated[str, typer.Option(help="Part of the names of the cases to run.")] = "",
@@ -73,7 +74,8 @@ def main(
     document: dict[str, list[Row]] = {}
     with Progress(console=Console(stderr=True)) as progress:
         for model in models.split(","):
-            chosen = [c for c in cases(model, precisions.split(",")) if only in c.name]
+            found = cases(model, precisions.split(","), runtimes.split(","))
+            chosen = [c for c in found if only in c.name]
             task = progress.add_task(model, total=rounds * len(chosen))
             rows: dict[str, Row] = {}
             for number in range(rounds):

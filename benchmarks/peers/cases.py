@@ -48,9 +48,11 @@ class Case:
     asked: dict[str, Asking]
 
 
-def cases(model: str, precisions: Sequence[str]) -> list[Case]:
+def cases(
+    model: str, precisions: Sequence[str], runtimes: Sequence[str] = ("torch",)
+) -> list[Case]:
     """All of them for one model."""
-    found = [_heatlens(model, precision) for precision in precisions]
+    found = [_heatlens(model, p, runtime) for p in precisions for runtime in runtimes]
     for tuned in (False, True):
         group = "tuned" if tuned else "documented"
         for framework, asking in (
@@ -70,16 +72,17 @@ def cases(model: str, precisions: Sequence[str]) -> list[Case]:
     return found
 
 
-def _heatlens(model: str, precision: str) -> Case:
+def _heatlens(model: str, precision: str, runtime: str) -> Case:
     def asking(options: dict[str, str]) -> Asking:
         return lambda address, pictures: picture_requests(address, pictures, options=options)
 
-    entry = model_entry(model, precision=precision)
+    entry = model_entry(model, precision=precision, runtime=runtime)
+    title = f"Heatlens {precision}" + ("" if runtime == "torch" else f" on {runtime}")
     return Case(
-        name=f"Heatlens {precision}",
+        name=title,
         group=precision,
         start=lambda: heatlens(models=[entry], settings={"LIMITS__MAX_WAIT_S": "60"}),
-        asked={f"Heatlens {precision}, {name}": asking(o) for name, o in OUTPUTS.items()},
+        asked={f"{title}, {name}": asking(o) for name, o in OUTPUTS.items()},
     )
 
 
