@@ -71,9 +71,10 @@ def test_what_outlasts_the_grace_ends_with_a_typed_error(start_service):
     slow = threading.Thread(
         target=lambda: answers.append(post(service.url(), picture(2, Fault.SLOW, 250)))
     )
-    slow.start()
     request.start()
     until(lambda: service.board().queue_depth)
+    slow.start()
+    until(lambda: service.board().queue_depth == 2 or answers)  # both have arrived
     begun = time.monotonic()
     service.process.send_signal(signal.SIGTERM)
     assert service.process.wait(10) == 0
