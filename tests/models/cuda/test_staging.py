@@ -48,9 +48,15 @@ def test_pictures_are_stacked():
 def test_all_parts_of_a_batch_set_out_before_the_first_runs(pool_net):
     """The twin serves predictions only, so the batch runs as two parts."""
     log: list[str] = []
-    twin = Twin(module=copy.deepcopy(pool_net), layers=frozenset(), fused=1)
+    twin = Twin(
+        module=copy.deepcopy(pool_net),
+        step="a copy",
+        readable=frozenset(),
+        rewritable=frozenset(),
+        differentiable=True,
+    )
     plain = warm_of(pool_net, linear=pool_net.fc)
-    warm = replace(plain, twin=twin, uploads=SlowUploads(log))
+    warm = replace(plain, twins=(twin,), uploads=SlowUploads(log))
     batch = [job("a", seed=1), job("b", "predict", seed=2), job("c", seed=3)]
     with HookStack() as hooks:
         for module in (pool_net, twin.module):
