@@ -11,8 +11,8 @@ A map that knows nothing scores 25 %.
 Faithfulness on single photographs: deletion (less is better), insertion (more is better) and average drop (less is
 better), each minus the same measure of a random map, so that 0 is what chance reaches.
 
-To take minutes, RISE is made from 1,000 masks, Score-CAM from its 256 strongest channels, SS-CAM from 2 samples a
-channel and IS-CAM from 4.
+To take minutes, RISE is made from 1,000 masks, Score-CAM from its 256 strongest channels, SS-CAM and IS-CAM from
+2 samples a channel.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from models.registry import ModelRegistry, WarmModel
 from models.types import ClassRef, JobOptions, Target
 
 SIDE = 224
-SAMPLES = {"rise": 1000, "scorecam": 256, "ss_cam": 2, "is_cam": 4}
+SAMPLES = {"rise": 1000, "scorecam": 256, "ss_cam": 2, "is_cam": 2}
 MEASURES = ("deletion", "insertion", "average_drop")
 START, END = "<!-- quality: begin -->", "<!-- quality: end -->"
 
