@@ -9,7 +9,6 @@ of one model and batch size are interleaved; each number is the median over the 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -17,11 +16,13 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from msgspec import structs
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.photographs import job_for
 from benchmarks.timing import Case, Comparison, compare, machine_line, rounds_of
 from models.catalog import ModelSpec, default_spec
 from models.engine import Engine
@@ -51,18 +52,8 @@ def job_maker(warm: WarmModel, batch: int) -> Callable[[Operation, JobOptions], 
     pictures = noise.integers(0, 256, (batch, height, width, 3), dtype=np.uint8)
 
     def make(operation: Operation, options: JobOptions) -> list[Job]:
-        return [
-            Job(
-                id=str(i),
-                operation=operation,
-                model=warm.name,
-                version=warm.version,
-                input=picture,
-                options=options,
-                deadline=time.monotonic() + 86_400,
-            )
-            for i, picture in enumerate(pictures)
-        ]
+        jobs = [job_for(warm, picture, options, operation=operation) for picture in pictures]
+        return [structs.replace(job, id=str(i)) for i, job in enumerate(jobs)]
 
     return make
 

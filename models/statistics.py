@@ -93,11 +93,13 @@ def reduce(tensor: Tensor, *, channels_last: bool = False, keep_maps: bool = Fal
     space = tuple(range(2, values.ndim))
     flat = _in_memory_order(values)
     on_host = values.device.type == "cpu"
+    # Nothing that is kept may be the tensor itself: what follows the layer may work in place.
+    means = values.mean(space) if space else values.clone()
     low, norm, zeros = (_totals_by_numpy if on_host else _totals)(flat)
     return Reductions(
         shape=shape,
-        means=values.mean(space) if space else values,
-        maxima=_channel_maxima(values, flat) if space else values,
+        means=means,
+        maxima=_channel_maxima(values, flat) if space else means,
         low=low,
         norm=norm,
         zeros=zeros,

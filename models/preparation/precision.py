@@ -22,12 +22,12 @@ def has_instructions(device: torch.device, precision: Precision) -> bool:
         return True
     if device.type == "cuda":
         return precision == "fp16" or torch.cuda.is_bf16_supported(including_emulation=False)
-    supports = torch.ops.mkldnn
-    asked = {
-        "bf16": supports._is_mkldnn_bf16_supported,  # noqa: SLF001  (torch asks nowhere else)
-        "fp16": supports._is_mkldnn_fp16_supported,  # noqa: SLF001
-    }
-    return torch.backends.mkldnn.is_available() and bool(asked[precision]())
+    if not torch.backends.mkldnn.is_available():  # then these operators are not there, either
+        return False
+    operators = torch.ops.mkldnn
+    if precision == "bf16":
+        return bool(operators._is_mkldnn_bf16_supported())  # noqa: SLF001  (torch asks nowhere else)
+    return bool(operators._is_mkldnn_fp16_supported())  # noqa: SLF001
 
 
 class Float32Linear(nn.Linear):

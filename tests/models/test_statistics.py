@@ -84,6 +84,20 @@ def test_vectors_have_one_value_a_channel():
     assert [c.index for c in found.top_channels] == [0, 1]
 
 
+@pytest.mark.parametrize("shape", [(2, 5), (2, 5, 4, 4), (2, 5, 64, 64)])
+def test_what_follows_may_overwrite_the_tensor(shape):
+    """As a ReLU does that works in place."""
+    values = tensor(shape, 0)
+    (expected,) = summarise([reduce(values.clone())])
+    reductions = reduce(values)
+    values.fill_(7.0)
+    (found,) = summarise([reductions])
+    for a, b in zip(found, expected, strict=True):
+        assert describe(a, layer="x", kind="output", top=5) == describe(
+            b, layer="x", kind="output", top=5
+        )
+
+
 def test_gradients_list_channels_by_magnitude():
     values = torch.tensor([[1.0, 0.0, -2.0]])
     found = describe(summarise([reduce(values)])[0][0], layer="fc", kind="grad_output", top=1)
