@@ -2,8 +2,8 @@
 
     python -m benchmarks.contact_sheet docs/images
 
-Photographs are scikit-image's own. To take seconds, RISE is made from 500 masks instead of its default, Score-CAM
-from the 64 strongest channels.
+Photographs are scikit-image's own. To take seconds, RISE is made from 500 masks instead of its
+default, Score-CAM from the 64 strongest channels.
 """
 
 from __future__ import annotations

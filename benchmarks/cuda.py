@@ -2,10 +2,10 @@
 
     python -m benchmarks.cuda --rounds 20
 
-The engine answers the same jobs with each of the two on and off, beside the plain forward of the same batch, precision
-and prepared module (`benchmarks.engine`). All cases of one model, precision and batch size are interleaved; each number
-is the median over the rounds of the ratio within a round. Where a head has no closed form (vision transformers), only
-predictions are recorded.
+The engine answers the same jobs with each of the two on and off, beside the plain forward of the
+same batch, precision and prepared module (`benchmarks.engine`). All cases of one model, precision
+and batch size are interleaved; each number is the median over the rounds of the ratio within a
+round. Where a head has no closed form (vision transformers), only predictions are recorded.
 """
 
 from __future__ import annotations

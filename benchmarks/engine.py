@@ -2,9 +2,10 @@
 
     python -m benchmarks.engine --rounds 20
 
-The plain forward is what anyone must do to classify the same uint8 pictures: stack, move, normalise and run the
-module that the registry prepared, under `no_grad`, channels last, at the same precision and batch size. All cases
-of one model and batch size are interleaved; each number is the median over the rounds of the ratio within a round.
+The plain forward is what anyone must do to classify the same uint8 pictures: stack, move, normalise
+and run the module that the registry prepared, under `no_grad`, channels last, at the same precision
+and batch size. All cases of one model and batch size are interleaved; each number is the median
+over the rounds of the ratio within a round.
 """
 
 from __future__ import annotations

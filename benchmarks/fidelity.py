@@ -2,10 +2,11 @@
 
     python -m benchmarks.fidelity --pictures FOLDER
 
-FOLDER holds photographs and a `labels.csv` with the columns `file` and `class_id`. Each form of the model explains the
-first class of every photograph by Grad-CAM, and is held against the plain module in float32: how often the first class
-is the same, how far its probability is off, and the cosine of the maps. A precision that this device has no
-instructions for is computed all the same, slowly: its numbers do not depend on that.
+FOLDER holds photographs and a `labels.csv` with the columns `file` and `class_id`. Each form of the
+model explains the first class of every photograph by Grad-CAM, and is held against the plain module
+in float32: how often the first class is the same, how far its probability is off, and the cosine of
+the maps. A precision that this device has no instructions for is computed all the same, slowly: its
+numbers do not depend on that.
 """
 
 from __future__ import annotations

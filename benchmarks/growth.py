@@ -3,10 +3,10 @@
     python -m benchmarks.growth
     python -m benchmarks.growth --axes clients,methods --duration 8
 
-One axis at a time, all else as a request without options has it, with 8 clients: clients (1 to 64), picture size (0.1
-to 12 megapixels), methods (1 to 6), targets (1 to 10), layers of statistics (1 to 20), and the depth of the explained
-layer (from the first to the last). Processor time an answer is what to read on a busy machine; it should grow no faster
-than the work.
+One axis at a time, all else as a request without options has it, with 8 clients: clients (1 to 64),
+picture size (0.1 to 12 megapixels), methods (1 to 6), targets (1 to 10), layers of statistics (1 to
+20), and the depth of the explained layer (from the first to the last). Processor time an answer is
+what to read on a busy machine; it should grow no faster than the work.
 
 Takes 34 loads x (1 s + duration): about 3 minutes; at most 40 s more a load if the service hangs.
 """

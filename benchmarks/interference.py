@@ -3,10 +3,11 @@
     python -m benchmarks.interference                        # starts the service itself
     python -m benchmarks.interference --url http://127.0.0.1:8000
 
-Predictions arrive at a light steady rate (Poisson; latency counts from the due time), first alone, then while RISE runs
-all the time. Between its steps the device serves them, so that their 99th percentile should rise by one step at most.
-Then RISE is sent again and its connection dropped: what passes until the end of the device's last batch is the time of
-noticing and of the step it was in. Takes about 2 x (warm-up + duration) + 60 s.
+Predictions arrive at a light steady rate (Poisson; latency counts from the due time), first alone,
+then while RISE runs all the time. Between its steps the device serves them, so that their 99th
+percentile should rise by one step at most. Then RISE is sent again and its connection dropped: what
+passes until the end of the device's last batch is the time of noticing and of the step it was in.
+Takes about 2 x (warm-up + duration) + 60 s.
 """
 
 from __future__ import annotations

@@ -3,9 +3,10 @@
     python -m benchmarks.kills                 # a kill every 3 s for 60 s
     python -m benchmarks.kills --seconds 20 --clients 2
 
-Clients wait for their answers in a closed loop; every answer is compared with its own picture's. Nothing may come but
-answers: a request whose worker dies is sent again to another one. The budget of restarts is widened for this run, since
-the service is meant to give up on a device that dies twenty times a minute.
+Clients wait for their answers in a closed loop; every answer is compared with its own picture's.
+Nothing may come but answers: a request whose worker dies is sent again to another one. The budget
+of restarts is widened for this run, since the service is meant to give up on a device that dies
+twenty times a minute.
 """
 
 from __future__ import annotations

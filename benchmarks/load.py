@@ -3,12 +3,13 @@
     python -m benchmarks.load
     python -m benchmarks.load --models efficientnet_lite0,resnet50 --precisions fp32,bf16 --duration 15
 
-Starts the service itself, for each model and precision, and measures a closed loop at 1 to 64 clients, then Poisson
-arrivals at 50, 80 and 120 % of the best throughput (latency counted from the due time). Every answer is compared with
-the one that its picture gets alone. Against a service that runs already: `heatlens bench URL --sweep`.
+Starts the service itself, for each model and precision, and measures a closed loop at 1 to 64
+clients, then Poisson arrivals at 50, 80 and 120 % of the best throughput (latency counted from the
+due time). Every answer is compared with the one that its picture gets alone. Against a service that
+runs already: `heatlens bench URL --sweep`.
 
-Takes (8 x (warm-up + duration) + start) for each model and precision: about 2 minutes each; at most 40 s more a load
-if the service hangs.
+Takes (8 x (warm-up + duration) + start) for each model and precision: about 2 minutes each; at most
+40 s more a load if the service hangs.
 """
 
 from __future__ import annotations

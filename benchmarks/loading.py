@@ -26,7 +26,8 @@ class Measured:
     """A load and what it cost.
 
     Attributes:
-        core_ms: processor milliseconds of the server for each good answer, the whole run counted; 0 without any.
+        core_ms: processor milliseconds of the server for each good answer, the whole run counted; 0
+            without any.
         by_role: the same by role of the process.
     """
 

@@ -2,17 +2,19 @@
 
     python -m benchmarks.quality --pictures FOLDER --write docs/methods.md
 
-FOLDER holds photographs and a `labels.csv` with the columns `file` and `class_id`. Two things are measured.
+FOLDER holds photographs and a `labels.csv` with the columns `file` and `class_id`. Two things are
+measured.
 
-Grid pointing game: mosaics of 2 x 2 photographs of four different classes, each classified correctly alone. Each of
-the four classes is explained in turn; the score is the share of the map, as it is drawn, that lies in the right cell.
-A map that knows nothing scores 25 %.
+Grid pointing game: mosaics of 2 x 2 photographs of four different classes, each classified
+correctly alone. Each of the four classes is explained in turn; the score is the share of the map,
+as it is drawn, that lies in the right cell. A map that knows nothing scores 25 %.
 
-Faithfulness on single photographs: deletion (less is better), insertion (more is better) and average drop (less is
-better), each minus the same measure of a random map, so that 0 is what chance reaches.
+Faithfulness on single photographs: deletion (less is better), insertion (more is better) and
+average drop (less is better), each minus the same measure of a random map, so that 0 is what chance
+reaches.
 
-To take minutes, RISE is made from 1,000 masks, Score-CAM from its 256 strongest channels, SS-CAM and IS-CAM from
-2 samples a channel.
+To take minutes, RISE is made from 1,000 masks, Score-CAM from its 256 strongest channels, SS-CAM
+and IS-CAM from 2 samples a channel.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     python -m benchmarks.scorecam
 
-Both score every channel of the last stage for the top class. `strongest 512` scores a quarter of the channels, those of
-the greatest energy, as `samples=512` asks for. Rank correlations are between low-resolution maps; with random weights
-the channel softmax rests on very few channels, so that they say less than those on a trained network.
+Both score every channel of the last stage for the top class. `strongest 512` scores a quarter of
+the channels, those of the greatest energy, as `samples=512` asks for. Rank correlations are between
+low-resolution maps; with random weights the channel softmax rests on very few channels, so that
+they say less than those on a trained network.
 """
 
 from __future__ import annotations

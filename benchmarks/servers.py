@@ -47,7 +47,8 @@ class Usage:
     """What a server's processes hold and have used so far.
 
     Attributes:
-        cpu_s: processor seconds by role: `http`, `device` and `other`; of peers all of it is `other`.
+        cpu_s: processor seconds by role: `http`, `device` and `other`; of peers all of it is
+            `other`.
         rss_mb: resident megabytes of all processes, pages that several share counted in each.
         largest_mb: resident megabytes of the largest process of each role.
     """

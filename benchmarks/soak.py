@@ -3,14 +3,16 @@
     python -m benchmarks.soak
     python -m benchmarks.soak --requests 2000 --clients 8
 
-Sends predictions, explanations and features, bad bodies and options, requests without time left, and clients that leave
-in the middle of the body or while they wait; loads and unloads models through the administration; kills one device
-worker half way. Samples resident memory, open files and sockets of every process of the service, and reports their
-slopes without the first third of each process's life.
+Sends predictions, explanations and features, bad bodies and options, requests without time left,
+and clients that leave in the middle of the body or while they wait; loads and unloads models
+through the administration; kills one device worker half way. Samples resident memory, open files
+and sockets of every process of the service, and reports their slopes without the first third of
+each process's life.
 
-Exit code 1 if the ledger does not balance: every request must end as an answer, a typed error, or a client that left;
-no answer may be another request's; and the service must have counted as many requests as were sent. Ends after
---minutes at the latest, and up to 2 minutes for the last answers and the killed worker's successor.
+Exit code 1 if the ledger does not balance: every request must end as an answer, a typed error, or a
+client that left; no answer may be another request's; and the service must have counted as many
+requests as were sent. Ends after --minutes at the latest, and up to 2 minutes for the last answers
+and the killed worker's successor.
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ class Ledger:
     """What became of every request that was sent.
 
     Attributes:
-        answered, typed, gone: the three good ends: an answer, a typed error, a client that left by itself.
+        answered, typed, gone: the three good ends: an answer, a typed error, a client that left by
+            itself.
         lost: no answer, or an error that is not typed, by kind and reason. Must stay empty.
         unexpected: typed, but not what this kind of request should get. Must stay empty.
         foreign: answers that carried another request's id. Must stay 0.

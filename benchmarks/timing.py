@@ -20,7 +20,8 @@ class Comparison:
 
     Attributes:
         seconds: median seconds of one call.
-        ratio: median over the rounds of (seconds of the case / seconds of the baseline in the same round).
+        ratio: median over the rounds of (seconds of the case / seconds of the baseline in the same
+            round).
         low, high: the quartiles of those ratios.
     """
 
@@ -39,8 +40,9 @@ def rounds_of(
 ) -> Iterator[dict[str, float]]:
     """Time every case once a round and yield the round's seconds per call.
 
-    A case is repeated for about `budget_s` in each round. Rounds start with another case each time, so that
-    none always runs on what its neighbour left in the caches. The first calls warm up and are not counted.
+    A case is repeated for about `budget_s` in each round. Rounds start with another case each time,
+    so that none always runs on what its neighbour left in the caches. The first calls warm up and
+    are not counted.
     """
     repeats = {}
     for name, case in cases.items():

@@ -29,8 +29,9 @@ _SIGNED_LAYER = "The layer has negative values, for which this method is not der
 class Answers:
     """The answers of one batch.
 
-    Maps of the methods that need nothing but the trunk pass are there from the beginning (`HostResults`); `steps`
-    then finishes each job, yielding steps where its methods need further passes.
+    Maps of the methods that need nothing but the trunk pass are there from the beginning
+    (`HostResults`); `steps` then finishes each job, yielding steps where its methods need further
+    passes.
     """
 
     def __init__(self, warm: WarmModel, jobs: Sequence[Job], trunk: Trunk) -> None:

@@ -14,8 +14,9 @@ class Capture:
     Attributes:
         layer: dotted module name.
         activation: float32 (N, K, h, w), tokens already laid out as a map.
-        gradient: float32 gradient of the scores, (N, T, K, h, w), or (N, T, K, 1, 1) where it is the same at
-            every position (heads that begin with global average pooling); None if nothing asked for it.
+        gradient: float32 gradient of the scores, (N, T, K, h, w), or (N, T, K, 1, 1) where it is
+            the same at every position (heads that begin with global average pooling); None if
+            nothing asked for it.
         score: float32 (N, T), the explained scores.
     """
 

@@ -1,7 +1,7 @@
 """Makes `import torchvision` work where its compiled operators do not load (a CUDA build beside a CPU torch).
 
-Architectures, weight metadata and transforms need none of those operators, but importing torchvision registers
-shape functions for two of them and fails when their schemas are unknown.
+Architectures, weight metadata and transforms need none of those operators, but importing
+torchvision registers shape functions for two of them and fails when their schemas are unknown.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _SCHEMAS = {
 def define_missing_operators() -> None:
     """Define the operator schemas that `import torchvision` needs, if its own library cannot.
 
-    Call it before the first import of torchvision or timm. It does nothing on a matching installation, and
-    nothing the second time.
+    Call it before the first import of torchvision or timm. It does nothing on a matching
+    installation, and nothing the second time.
     """
     if not _load_own_operators():
         for name, schema in _SCHEMAS.items():

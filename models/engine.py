@@ -69,7 +69,8 @@ class Pending:
         except HeatlensError as error:
             return failure(self.job, error)
         except Exception:
-            # The generator is spent, so the step cannot be tried again: the fault ends this job only.
+            # The generator is spent, so the step cannot be tried again: the fault ends this job
+            # only.
             logger.exception("a step of job %s failed", self.job.id)
             return failure(self.job, InternalError("The explanation failed; the logs say more."))
         return self
@@ -93,8 +94,8 @@ class Engine:
             jobs: predict, explain and features jobs alike.
 
         Returns:
-            One entry for each job, in order: its outcome, its typed failure, or, where methods need further
-            passes, what `advance` goes on with.
+            One entry for each job, in order: its outcome, its typed failure, or, where methods need
+            further passes, what `advance` goes on with.
 
         Raises:
             UnknownModel: the model is not loaded here.
@@ -109,7 +110,8 @@ class Engine:
     def advance(self, pending: Sequence[Pending]) -> list[Outcome | Failure | Pending]:
         """Run the next step of several jobs of one model.
 
-        Steps of the same kind share one batch; their costs should add up to about the model's best batch.
+        Steps of the same kind share one batch; their costs should add up to about the model's best
+        batch.
 
         Returns:
             One entry for each, as in `run`.

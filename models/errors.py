@@ -31,8 +31,8 @@
     ├── InputQuarantined         input_quarantined         the input was present in two worker deaths
     └── InternalError            internal                  a fault of ours
 
-The text of an error is written by us: it names the field and the allowed values and never repeats what a
-third-party library said. Statuses live in one table in `service/errors.py`.
+The text of an error is written by us: it names the field and the allowed values and never repeats
+what a third-party library said. Statuses live in one table in `service/errors.py`.
 """
 
 from __future__ import annotations

@@ -27,11 +27,12 @@ class Tap:
 
     Attributes:
         layer: dotted module name.
-        kind: which of the module's tensors: its output, its (first) input, or the gradient of either.
-        keep: what is kept of the tensor, called inside the hook with the detached tensor; keeping only
-            statistics there frees the tensor at once.
-        shares_memory: whether what is kept may be the tensor itself or a view of it. The model then goes on
-            with a copy, since what follows may work in place.
+        kind: which of the module's tensors: its output, its (first) input, or the gradient of
+            either.
+        keep: what is kept of the tensor, called inside the hook with the detached tensor; keeping
+            only statistics there frees the tensor at once.
+        shares_memory: whether what is kept may be the tensor itself or a view of it. The model then
+            goes on with a copy, since what follows may work in place.
     """
 
     layer: str
@@ -43,12 +44,13 @@ class Tap:
 class Extractor:
     """Runs a model once and gives out the tapped tensors.
 
-    Parameters of the model must be frozen. Then nothing before the first layer whose gradient is tapped is
-    recorded: its hook detaches the tensor, makes it the start of the graph and hands a clone downstream (a
-    successor may work in place), so that `backward` touches only what comes after it. `.grad` is never written.
+    Parameters of the model must be frozen. Then nothing before the first layer whose gradient is
+    tapped is recorded: its hook detaches the tensor, makes it the start of the graph and hands a
+    clone downstream (a successor may work in place), so that `backward` touches only what comes
+    after it. `.grad` is never written.
 
-    Inputs come from forward pre-hooks, outputs from forward hooks, gradients of outputs from tensor hooks,
-    gradients of inputs from full backward hooks.
+    Inputs come from forward pre-hooks, outputs from forward hooks, gradients of outputs from tensor
+    hooks, gradients of inputs from full backward hooks.
 
         with Extractor(model, [Tap("layer4", "output"), Tap("layer4", "grad_output")]) as extractor:
             logits = extractor.forward(x)
@@ -73,7 +75,8 @@ class Extractor:
             module: the model, in eval mode, its parameters frozen.
             taps: what is wanted.
             changes: hooks that replace a layer's output before anything is tapped there.
-            tensor_hooks_only: take gradients of inputs by tensor hooks too, for models that work in place.
+            tensor_hooks_only: take gradients of inputs by tensor hooks too, for models that work in
+                place.
 
         Raises:
             UnknownLayer: a tap or change names no module.
@@ -85,7 +88,8 @@ class Extractor:
         self._hooks = HookStack()
         self._roots: list[Tensor] = []
         self._caught: dict[tuple[str, Kind], Any] = {}
-        # Looked up one by one: listing a model's hundreds of modules costs more than a small pass may.
+        # Looked up one by one: listing a model's hundreds of modules costs more than a small pass
+        # may.
         named = [*(tap.layer for tap in taps), *(layer for layer, _ in changes)]
         self._modules = {layer: _submodule(module, layer) for layer in named}
 
@@ -123,7 +127,8 @@ class Extractor:
             Its output, with a graph only if one is asked for or a gradient is tapped.
 
         Raises:
-            InplaceConflict: gradients of inputs are tapped and the model works in place around them.
+            InplaceConflict: gradients of inputs are tapped and the model works in place around
+                them.
         """
         if not (graph or self.records_graph):
             with torch.inference_mode():
@@ -208,7 +213,8 @@ class Extractor:
                 return None
             self._catch(value, tensor)
             return tensor.clone() if value.shares_memory else None
-        # The tensor as a node of the graph: itself where the graph has begun, else the graph's start.
+        # The tensor as a node of the graph: itself where the graph has begun, else the graph's
+        # start.
         root = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
         self._roots.append(root)
         if value is not None:

@@ -1,9 +1,9 @@
 """Faithfulness of a map: what the model answers when the pixels that the map points at are kept, taken or brought back.
 
-All measures look at the probability p of the map's class and stand beside the same measure of a random map of the same
-size. Maps are enlarged to the input bilinearly, as they are drawn. Pixels are ranked from the map's greatest value to
-its least; equal values are ranked in reading order, so that a map with many zeros removes exactly as many pixels as any
-other.
+All measures look at the probability p of the map's class and stand beside the same measure of a
+random map of the same size. Maps are enlarged to the input bilinearly, as they are drawn. Pixels
+are ranked from the map's greatest value to its least; equal values are ranked in reading order, so
+that a map with many zeros removes exactly as many pixels as any other.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Measure:
 
     Attributes:
         perturb: the changed inputs it needs, by a map; measures that share them share their passes.
-        reduce: `reduce(p, whole, pixels)` from the class's probability on each of them and on the picture itself.
+        reduce: `reduce(p, whole, pixels)` from the class's probability on each of them and on the
+            picture itself.
     """
 
     perturb: Callable[[Original, Tensor], Perturbed]
@@ -150,8 +151,8 @@ def insertion(p: Tensor, whole: Tensor, pixels: int) -> float:
 def road(p: Tensor, _: Tensor, __: int) -> float:
     """Half of what p is worth more without the last-ranked pixels than without the first-ranked ones (ROAD).
 
-    Mean over the removed shares of (p without the last-ranked - p without the first-ranked) / 2, imputed as in
-    Rong et al. 2022; in [-0.5, 0.5], high is good, and a random map is about 0.
+    Mean over the removed shares of (p without the last-ranked - p without the first-ranked) / 2,
+    imputed as in Rong et al. 2022; in [-0.5, 0.5], high is good, and a random map is about 0.
     """
     first_gone, last_gone = p.split(len(IMPUTED_SHARES))
     return float((last_gone - first_gone).mean() / 2)

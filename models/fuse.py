@@ -13,8 +13,9 @@ from models.types import Fuse
 def fuse(maps: Sequence[Tensor], how: Fuse) -> Tensor:
     """Fuse maps of several layers into one.
 
-    Each is upsampled to the finest one's size (bilinear, half-pixel centres) and scaled to [0, 1] by its own
-    range, so that layers count alike whatever the size of their values; a constant map counts as 0.
+    Each is upsampled to the finest one's size (bilinear, half-pixel centres) and scaled to [0, 1]
+    by its own range, so that layers count alike whatever the size of their values; a constant map
+    counts as 0.
 
     Args:
         maps: float32 (T, h, w) of each layer, sizes may differ.

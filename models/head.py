@@ -23,11 +23,13 @@ class HeadProbe:
     """What is known of the part of a model that follows its target layer.
 
     Attributes:
-        kind: `gap_linear`: global average pooling, then one linear layer; `gap`: the gradient is the same at
-            every position, but is not a row of a linear layer; `token`: a token sequence that is read elsewhere
-            than by averaging; `flatten`: anything else.
-        closed_form: whether the gradient of class c at the layer was proved to be weight[c] / (h·w) everywhere.
-        weight: (classes, channels) float32 of the linear layer, on the model's device; only with `closed_form`.
+        kind: `gap_linear`: global average pooling, then one linear layer; `gap`: the gradient is
+            the same at every position, but is not a row of a linear layer; `token`: a token
+            sequence that is read elsewhere than by averaging; `flatten`: anything else.
+        closed_form: whether the gradient of class c at the layer was proved to be weight[c] / (h·w)
+            everywhere.
+        weight: (classes, channels) float32 of the linear layer, on the model's device; only with
+            `closed_form`.
         bias: (classes,) float32 of that layer, if it has one.
     """
 
@@ -59,8 +61,9 @@ def probe_head(
 ) -> HeadProbe:
     """Find out what follows a layer, by autograd on a probe batch.
 
-    The closed form is granted when three things hold: for several classes and all pictures the gradient at every
-    position is W[c]/Z within 1e-5 of the largest one, and for *all* classes W·mean(A) + b gives the scores.
+    The closed form is granted when three things hold: for several classes and all pictures the
+    gradient at every position is W[c]/Z within 1e-5 of the largest one, and for *all* classes
+    W·mean(A) + b gives the scores.
 
     Args:
         module: in eval mode, parameters frozen, float32.

@@ -1,8 +1,9 @@
 """Every hook of the project is registered here, and removed here.
 
-Four kinds take tensors out of a model without touching it: forward pre-hooks (a module's inputs), forward hooks
-(its output), full backward hooks (gradients at the module) and tensor hooks (the gradient of one tensor). A fifth,
-node hooks, changes the gradients that reach one operation of a recorded graph.
+Four kinds take tensors out of a model without touching it: forward pre-hooks (a module's inputs),
+forward hooks (its output), full backward hooks (gradients at the module) and tensor hooks (the
+gradient of one tensor). A fifth, node hooks, changes the gradients that reach one operation of a
+recorded graph.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ NodeHook = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...] | None]
 class HookStack:
     """Registers hooks and removes all of them on exit, whatever ended the block.
 
-    Removal is idempotent, goes in reverse order of registration, and is the only way a hook leaves: no hook of
-    ours outlives the pass it was made for. A hook that returns a value replaces what it was given, as in torch.
+    Removal is idempotent, goes in reverse order of registration, and is the only way a hook leaves:
+    no hook of ours outlives the pass it was made for. A hook that returns a value replaces what it
+    was given, as in torch.
     """
 
     def __init__(self) -> None:
@@ -58,8 +60,8 @@ class HookStack:
     def full_backward(self, module: nn.Module, hook: BackwardHook) -> None:
         """Call `hook(module, grad_input, grad_output)` when gradients at `module` are known.
 
-        Torch wraps the module's inputs and outputs in a view for this: a successor that works in place then
-        raises (pytorch issue 61519). Prefer `tensor` hooks where a tensor is at hand.
+        Torch wraps the module's inputs and outputs in a view for this: a successor that works in
+        place then raises (pytorch issue 61519). Prefer `tensor` hooks where a tensor is at hand.
         """
         self._handles.append(module.register_full_backward_hook(hook))
 

@@ -17,10 +17,11 @@ _MOST_ITERATIONS = 500
 def impute(image: Tensor, removed: Tensor) -> Tensor:
     """Fill in removed pixels so that each is the weighted mean of its eight neighbours.
 
-    Direct neighbours weigh 1/6, diagonal ones 1/12; at the border, where some are missing, the weights are scaled
-    to sum to 1 (section 5 of the paper and its authors' code). The sparse, symmetric and positive definite system
-    is solved by conjugate gradients, started from a coarse-to-fine guess, to a relative residual of `RESIDUAL`.
-    Every image needs at least one pixel that is left.
+    Direct neighbours weigh 1/6, diagonal ones 1/12; at the border, where some are missing, the
+    weights are scaled to sum to 1 (section 5 of the paper and its authors' code). The sparse,
+    symmetric and positive definite system is solved by conjugate gradients, started from a
+    coarse-to-fine guess, to a relative residual of `RESIDUAL`. Every image needs at least one pixel
+    that is left.
 
     Args:
         image: float32 (3, H, W).
@@ -54,8 +55,8 @@ def impute(image: Tensor, removed: Tensor) -> Tensor:
 def _neighbours(planes: Tensor) -> Tensor:
     """The weighted sum of each pixel's neighbours, for (N, 1, H, W).
 
-    The weights are (1 2 1) along the rows times (1 2 1) along the columns, less the pixel itself, over 12: sums of
-    shifted planes take a tenth of the time of a convolution with a single channel.
+    The weights are (1 2 1) along the rows times (1 2 1) along the columns, less the pixel itself,
+    over 12: sums of shifted planes take a tenth of the time of a convolution with a single channel.
     """
     rows = 2 * planes
     rows[:, :, 1:] += planes[:, :, :-1]

@@ -21,7 +21,8 @@ def changes_for(
     """Hooks that change each image of a batch by its own interventions.
 
     Args:
-        layouts: token layouts by layer name; a layer that has one keeps its channels in the last dimension.
+        layouts: token layouts by layer name; a layer that has one keeps its channels in the last
+            dimension.
         interventions: those of each row of the batch.
 
     Returns:

@@ -24,8 +24,10 @@ class TokenLayout:
 
     Attributes:
         grid: (h, w) of the map.
-        prefix: tokens before the patch tokens (class, distillation and register tokens); they have no place.
-        channels_last: True for (N, h, w, C) outputs, False for token sequences (N, prefix + h·w, C).
+        prefix: tokens before the patch tokens (class, distillation and register tokens); they have
+            no place.
+        channels_last: True for (N, h, w, C) outputs, False for token sequences (N, prefix + h·w,
+            C).
     """
 
     grid: tuple[int, int]
@@ -59,15 +61,16 @@ Layouts = Mapping[str, TokenLayout | None]
 def find_layouts(trace: Trace) -> dict[str, TokenLayout | None]:
     """Tell which outputs are maps of more than one position, and how they lie.
 
-    A 4-D output is a map if two neighbouring dimensions have the proportions of the input: attention heads
-    (N, heads, T, d) and windows (N·windows, …) do not. A 3-D output is one if its tokens, less a few prefix
-    tokens, fill the grid of a map seen before in the pass (the patch embedding); if there was none, a grid of
-    the input's proportions.
+    A 4-D output is a map if two neighbouring dimensions have the proportions of the input:
+    attention heads (N, heads, T, d) and windows (N·windows, …) do not. A 3-D output is one if its
+    tokens, less a few prefix tokens, fill the grid of a map seen before in the pass (the patch
+    embedding); if there was none, a grid of the input's proportions.
 
     Returns:
         The layout of each map by layer name, in the order of the trace; None = plain (N, C, h, w).
     """
-    # What a dropout or identity returns first-hand came from no module: attention weights, single heads.
+    # What a dropout or identity returns first-hand came from no module: attention weights, single
+    # heads.
     unseen = {group[0].name for group in trace.groups() if isinstance(group[0].module, _PASSIVE)}
     layouts: dict[str, TokenLayout | None] = {}
     grids: dict[tuple[int, int], None] = {}
@@ -134,9 +137,10 @@ def _layer_info(call: Call, layouts: Layouts, target_layer: str | None) -> Layer
 def choose_target_layer(trace: Trace, layouts: Layouts) -> str | None:
     """Choose the layer to explain: the last map before the head, by what the probe shows.
 
-    That is the last values which form a map, have a gradient at its positions (a transformer read at its class
-    token has none after the last attention), and are neither what a pooling layer returned nor already one map
-    per class. Where a block hands on what its last module returned, the block is named (`layer4`, `features`).
+    That is the last values which form a map, have a gradient at its positions (a transformer read
+    at its class token has none after the last attention), and are neither what a pooling layer
+    returned nor already one map per class. Where a block hands on what its last module returned,
+    the block is named (`layer4`, `features`).
 
     Returns:
         A dotted name, or None if there is no such layer.
@@ -181,8 +185,9 @@ def _gradient(trace: Trace, call: Call, layouts: Layouts, classes: Sequence[int]
 def _chain(group: Sequence[Call], layouts: Layouts) -> list[Call]:
     """The module that made a group's values and the blocks that end with it, the innermost first.
 
-    Empty if the values were made by pooling, or by a projection within an attention (a linear layer of tokens);
-    modules that are called more than once are left out, their name would not say which call is meant.
+    Empty if the values were made by pooling, or by a projection within an attention (a linear layer
+    of tokens); modules that are called more than once are left out, their name would not say which
+    call is meant.
     """
     producer = group[0]
     # By the name of its type: libraries have pooling layers of their own.
@@ -197,8 +202,9 @@ def _chain(group: Sequence[Call], layouts: Layouts) -> list[Call]:
 def feature_layers(trace: Trace, layouts: Layouts) -> tuple[str, ...]:
     """Choose at most 12 maps that are spread over the depth: stages or blocks rather than single operations.
 
-    The tree of maps is cut at one level: the deepest cut of 4 to 12 maps, or else the first that has more,
-    thinned evenly. Values that are overwritten at once (a convolution before an in-place activation) are left out.
+    The tree of maps is cut at one level: the deepest cut of 4 to 12 maps, or else the first that
+    has more, thinned evenly. Values that are overwritten at once (a convolution before an in-place
+    activation) are left out.
     """
     blocks: dict[str, Sequence[str]] = {}
     for group in trace.groups():

@@ -14,8 +14,8 @@ from models.imputation import NOISE, impute
 CURVE_STEPS = 56
 """Steps of deletion and insertion curves.
 
-At 224 x 224 each changes 896 pixels, four of the authors' steps: a quarter of their passes, and areas within 0.005 of
-theirs (measured on EfficientNet-Lite0 with photographs).
+At 224 x 224 each changes 896 pixels, four of the authors' steps: a quarter of their passes, and
+areas within 0.005 of theirs (measured on EfficientNet-Lite0 with photographs).
 """
 
 IMPUTED_SHARES = (0.2, 0.4, 0.6, 0.8)
@@ -31,7 +31,8 @@ class Perturbed:
 
     Attributes:
         count: how many there are.
-        make: `make(first, last)` returns those in between, float32 (n, 3, H, W); called for each once, in order.
+        make: `make(first, last)` returns those in between, float32 (n, 3, H, W); called for each
+            once, in order.
         at_once: most that are made for one step, where making them takes about as long as the pass.
     """
 
@@ -122,7 +123,8 @@ def imputed(original: Original, values: Tensor) -> Perturbed:
     def make(first: int, last: int) -> Tensor:
         gone = torch.stack(removed[first:last])
         filled = impute(original.inputs, gone)
-        # One picture after the other, so that the noise does not depend on how many are made at once.
+        # One picture after the other, so that the noise does not depend on how many are made at
+        # once.
         shape = original.inputs.shape
         noise = torch.stack([torch.randn(shape, generator=generator) for _ in gone])
         return filled + NOISE * gone[:, None] * noise.to(filled.device)

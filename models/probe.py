@@ -24,8 +24,9 @@ class Call:
 
     Attributes:
         output: the tensor, with its graph; None if the module returned anything but one tensor.
-        values: identifies the values at the moment of return: modules that hand on the same values (a block and
-            its last module, a view, an identity) share it, an in-place successor does not.
+        values: identifies the values at the moment of return: modules that hand on the same values
+            (a block and its last module, a view, an identity) share it, an in-place successor does
+            not.
         times: how often the module was called.
     """
 
@@ -48,7 +49,8 @@ class Trace:
     Attributes:
         input_size: (height, width) of the input.
         scores: (N, classes), with the graph back to every recorded output.
-        calls: every module that was called except the root, by name, in the order in which they returned.
+        calls: every module that was called except the root, by name, in the order in which they
+            returned.
         names: the same names in the order in which the model defines them.
     """
 
@@ -110,13 +112,14 @@ def check_answer(module: nn.Module, preprocess: Preprocess) -> int:
 def trace(module: nn.Module, task: Task, probe: Tensor) -> Trace:
     """Run a model once with a hook on every module.
 
-    All outputs and their graph are kept until the trace is dropped: about the memory of a training step on the
-    probe batch.
+    All outputs and their graph are kept until the trace is dropped: about the memory of a training
+    step on the probe batch.
 
     Args:
         module: in eval mode, parameters frozen.
         task: how its output is read as scores.
-        probe: (N, 3, H, W), N at least 2 so that a batch dimension can be told from windows of one picture.
+        probe: (N, 3, H, W), N at least 2 so that a batch dimension can be told from windows of one
+            picture.
     """
     calls: dict[str, Call] = {}
     times: Counter[str] = Counter()

@@ -19,8 +19,8 @@ __all__ = ["ModelRegistry", "WarmModel"]
 class ModelRegistry:
     """Holds one warm instance of each model version on one device.
 
-    One thread loads and unloads; any thread may call `get` and `infos` meanwhile, and sees a version either
-    warm or not at all.
+    One thread loads and unloads; any thread may call `get` and `infos` meanwhile, and sees a
+    version either warm or not at all.
     """
 
     def __init__(self, device: str, base_dir: Path, *, warmup_s: float = WARMUP_S) -> None:
@@ -35,7 +35,8 @@ class ModelRegistry:
         """Load, verify, probe and warm up a model, then put it in the place of its name and version.
 
         Raises:
-            ModelLoadFailed: the entry is broken, or the device cannot run the model; what was loaded before stays.
+            ModelLoadFailed: the entry is broken, or the device cannot run the model; what was
+                loaded before stays.
         """
         loaded = load(spec, self._base_dir)
         try:

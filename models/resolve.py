@@ -68,8 +68,8 @@ def resolve_layers(
     Args:
         globs: what the request says.
         info: the model.
-        spatial: True for layers to explain (`auto` is the target layer, others must be maps); False for layers
-            to describe (`auto` is the model's spread of feature layers).
+        spatial: True for layers to explain (`auto` is the target layer, others must be maps); False
+            for layers to describe (`auto` is the model's spread of feature layers).
         field: path of the option, for errors.
 
     Raises:

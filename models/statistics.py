@@ -1,8 +1,8 @@
 """Statistics of feature maps, reduced on the device inside the hook, so that only a few numbers leave it.
 
-The reductions are the cheap ones: means, norms, extremes. The standard deviation comes from the L2 norm and the mean;
-quantiles come from a fixed subsample of `SUBSAMPLE` values, one at random from each of as many equal stretches of the
-tensor (exact for tensors that are no larger).
+The reductions are the cheap ones: means, norms, extremes. The standard deviation comes from the L2
+norm and the mean; quantiles come from a fixed subsample of `SUBSAMPLE` values, one at random from
+each of as many equal stretches of the tensor (exact for tensors that are no larger).
 """
 
 from __future__ import annotations
@@ -213,8 +213,9 @@ def _totals_by_numpy(flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _channel_maxima(values: Tensor, flat: Tensor) -> Tensor:
     """Maximum of each channel, (N, C, …) → (N, C).
 
-    With channels last in memory numpy takes it row by row, and neighbouring short rows as one, since each row costs
-    a call; torch is thirty times slower where the number of channels is no multiple of 32.
+    With channels last in memory numpy takes it row by row, and neighbouring short rows as one,
+    since each row costs a call; torch is thirty times slower where the number of channels is no
+    multiple of 32.
     """
     images, channels = values.shape[:2]
     if values.device.type != "cpu" or values.stride(1) != 1:

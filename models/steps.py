@@ -1,8 +1,8 @@
 """Long methods as generators of bounded steps.
 
-A long method is a generator: it yields a step, is sent the step's result, and returns its maps. The engine runs
-each step, together with steps of other jobs on the same model where they can share a batch; between steps other
-work is served, deadlines and cancellation are checked.
+A long method is a generator: it yields a step, is sent the step's result, and returns its maps. The
+engine runs each step, together with steps of other jobs on the same model where they can share a
+batch; between steps other work is served, deadlines and cancellation are checked.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ class Subject:
         inputs: normalised, (1, 3, H, W), on the device.
         logits: float32 (classes,), scores of the unperturbed image.
         targets: T targets.
-        capture: activation (1, K, h, w) and, if the method asked for it, gradient (1, T, …) at the explained layer;
-            None for methods of the input itself.
+        capture: activation (1, K, h, w) and, if the method asked for it, gradient (1, T, …) at the
+            explained layer; None for methods of the input itself.
         layer: dotted name of the explained layer, empty for methods of the input itself.
         chunk: most images in one step.
         samples, steps, seed: as asked, or the method's defaults; 0 where it has none.

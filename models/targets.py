@@ -25,8 +25,9 @@ class ResolvedTarget:
 def class_scores(output: Tensor, task: Task) -> tuple[Tensor, Tensor]:
     """Scores and probabilities of every class, float32 (N, classes) each, from the model's output.
 
-    Softmax for single-label models, a sigmoid of each class for multi-label ones. A binary model with a single
-    logit z scores its two classes (-z, z), with probabilities sigmoid(-z) and sigmoid(z).
+    Softmax for single-label models, a sigmoid of each class for multi-label ones. A binary model
+    with a single logit z scores its two classes (-z, z), with probabilities sigmoid(-z) and
+    sigmoid(z).
     """
     logits = output.float()
     if task == "binary" and logits.shape[1] == 1:
@@ -40,7 +41,8 @@ def class_scores(output: Tensor, task: Task) -> tuple[Tensor, Tensor]:
 def probabilities(scores: Tensor, task: Task) -> Tensor:
     """Probabilities (N, classes) of the scores that `class_scores` returned, once the model's output is gone.
 
-    The two scores of a single logit, (-z, z), are told from those of two logits by their being opposite.
+    The two scores of a single logit, (-z, z), are told from those of two logits by their being
+    opposite.
     """
     return scores.sigmoid() if _independent(scores, task) else scores.softmax(1)
 
@@ -93,8 +95,8 @@ def look_up(codes: Tensor, order: Tensor) -> Tensor:
 class ScoreWeights:
     """Scores of T targets for each of N images as linear forms of their logits.
 
-    Images with fewer targets than the most repeat their first one, those without any (predictions) class 0; callers
-    drop what that yields.
+    Images with fewer targets than the most repeat their first one, those without any (predictions)
+    class 0; callers drop what that yields.
     """
 
     def __init__(

@@ -19,7 +19,8 @@ def fetch(tensors: Mapping[K, Tensor]) -> dict[K, np.ndarray]:
         tensors: on any device, of any dtype that numpy knows.
 
     Returns:
-        An array of the same shape and dtype for each; of tensors that are on the host already, a view.
+        An array of the same shape and dtype for each; of tensors that are on the host already, a
+        view.
     """
     arrays = {key: t.detach().numpy() for key, t in tensors.items() if _on_host(t)}
     # The widest first, so that every array begins at a multiple of its item's size.

@@ -1,8 +1,9 @@
 """The data that flows through Heatlens: jobs in, outcomes out. No torch here.
 
-All structures are frozen `msgspec.Struct`s, so that they cross a process boundary as msgpack (arrays travel as
-raw frames beside the header, see `service/workers/messages.py`). Times are seconds on the machine-wide monotonic
-clock (`time.monotonic`), durations say their unit in their name.
+All structures are frozen `msgspec.Struct`s, so that they cross a process boundary as msgpack
+(arrays travel as raw frames beside the header, see `service/workers/messages.py`). Times are
+seconds on the machine-wide monotonic clock (`time.monotonic`), durations say their unit in their
+name.
 """
 
 from __future__ import annotations
@@ -177,7 +178,8 @@ class Explanation(Struct):
     """One map for one method, layer and target.
 
     Attributes:
-        layer: explained layer; fused layers are joined by `+`; empty for methods of the input itself.
+        layer: explained layer; fused layers are joined by `+`; empty for methods of the input
+            itself.
         map: float32 (h, w) before normalising, at the layer's resolution.
         signed: whether negative values mean evidence against the class.
         degenerate: whether the map is constant, and so shows nothing.
@@ -278,9 +280,10 @@ class Preprocess(Struct):
     Attributes:
         resize: short side in pixels after resizing; a pair (height, width) resizes to exactly that.
         crop: (height, width) of the centre crop, the model input.
-        fit: how a `resize` pair is meant: `stretch` to exactly that size (timm's crop mode `squash`), or keep the
-            aspect ratio and `cover` it (timm's `center` where height and width differ) or be `contain`ed in it
-            (timm's `border`; the crop is then padded with the mean colour, otherwise with black).
+        fit: how a `resize` pair is meant: `stretch` to exactly that size (timm's crop mode
+            `squash`), or keep the aspect ratio and `cover` it (timm's `center` where height and
+            width differ) or be `contain`ed in it (timm's `border`; the crop is then padded with the
+            mean colour, otherwise with black).
         interpolation: `bilinear` | `bicubic` | `nearest` | `lanczos` | `box` | `hamming`.
         mean, std: per channel, of pixel values scaled to [0, 1].
     """
@@ -305,8 +308,10 @@ class LayerInfo(Struct):
     """One module that can be hooked, as `/v1/models/{name}/layers` lists it.
 
     Attributes:
-        output_shape: of the probe's output without the batch dimension; empty if it is not one tensor.
-        spatial: whether the output is a map (channels, h, w), or tokens that can be laid out as one.
+        output_shape: of the probe's output without the batch dimension; empty if it is not one
+            tensor.
+        spatial: whether the output is a map (channels, h, w), or tokens that can be laid out as
+            one.
         parameters: number of parameters in the module and below.
         recommended: whether this is the model's `auto` target layer.
     """
@@ -323,8 +328,8 @@ class ModelCard(Struct):
     """What is known of one model version; unready models carry `reason` and few other fields.
 
     Attributes:
-        revision: digest of what requests are resolved against (labels, layers, input, …); it changes when a version is
-            replaced by another model.
+        revision: digest of what requests are resolved against (labels, layers, input, …); it
+            changes when a version is replaced by another model.
     """
 
     name: str

@@ -44,17 +44,19 @@ class WarmModel:
     Attributes:
         name: catalog name.
         version: version of that model.
-        module: eval mode, parameters frozen, channels_last, of `dtype`; (N, 3, H, W) → (N, outputs) scores. Every
-            layer of it can be tapped and changed.
+        module: eval mode, parameters frozen, channels_last, of `dtype`; (N, 3, H, W) → (N, outputs)
+            scores. Every layer of it can be tapped and changed.
         twins: faster modules that give the same tensors at some of the layers, the fastest first.
         device: where the module is.
         dtype: dtype of its parameters and input.
-        scale: (1, 3, 1, 1) float32 on the device; the input is pixel · scale + shift, for pixels 0…255.
+        scale: (1, 3, 1, 1) float32 on the device; the input is pixel · scale + shift, for pixels
+            0…255.
         shift: the same.
         task: how the module's output is read as scores.
         target_layer: name of the `auto` layer; None if no map of the model has a gradient.
         head: what follows the target layer.
-        layouts: of every layer that is a map, by name; None = plain (N, C, h, w). Other layers are not in it.
+        layouts: of every layer that is a map, by name; None = plain (N, C, h, w). Other layers are
+            not in it.
         info: what the service tells about the model.
         uploads: how pictures reach the device; None where they need not.
         graphs: recorded passes; None where none are made.
@@ -124,11 +126,12 @@ class WarmModel:
 def prepare(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARMUP_S) -> WarmModel:
     """Probe a loaded model on the CPU, move it to its device, and time it there.
 
-    The probes run in float32 on the CPU whatever the device and precision, so that the same model gets the same
-    target layer, head and methods everywhere. The loaded module itself is moved.
+    The probes run in float32 on the CPU whatever the device and precision, so that the same model
+    gets the same target layer, head and methods everywhere. The loaded module itself is moved.
 
     Raises:
-        ModelLoadFailed: the configured target layer is none, or scores on the device are not finite.
+        ModelLoadFailed: the configured target layer is none, or scores on the device are not
+            finite.
     """
     spec = loaded.spec
     probe = probe_batch(loaded.preprocess)

@@ -17,7 +17,8 @@ def measure_latencies(
 ) -> dict[int, float]:
     """Time passes of growing batch size; each size runs once unmeasured before.
 
-    A size is left out, and with it all larger ones, when its passes would exceed what is left of the time.
+    A size is left out, and with it all larger ones, when its passes would exceed what is left of
+    the time.
 
     Args:
         run: runs one pass of that many pictures.
@@ -30,7 +31,8 @@ def measure_latencies(
     deadline = time.monotonic() + budget_s
     latencies: dict[int, float] = {}
     for size in BATCH_SIZES:
-        # A batch twice as large takes at most about twice as long; one pass to warm up and one to measure.
+        # A batch twice as large takes at most about twice as long; one pass to warm up and one to
+        # measure.
         least_s = 2 * 2 * latencies[size // 2] / 1000 if latencies else 0.0
         if time.monotonic() + least_s > deadline and latencies:
             break

@@ -47,7 +47,8 @@ def load_weights(
         ignored: prefixes of keys that are passed over.
 
     Raises:
-        ModelLoadFailed: the file is missing or unreadable, or does not fit; the text names the first keys.
+        ModelLoadFailed: the file is missing or unreadable, or does not fit; the text names the
+            first keys.
     """
     state = {
         key: value
@@ -61,11 +62,13 @@ def load_weights(
 def read_state_dict(weights: str, *, base_dir: Path) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint by name, on the CPU.
 
-    `.pth` and `.pt` files are read with `weights_only=True`. They hold a state dict, or one under `state_dict`,
-    `model_state_dict` or `model`; the prefixes that DataParallel and torch.compile add are taken off.
+    `.pth` and `.pt` files are read with `weights_only=True`. They hold a state dict, or one under
+    `state_dict`, `model_state_dict` or `model`; the prefixes that DataParallel and torch.compile
+    add are taken off.
 
     Raises:
-        ModelLoadFailed: no such file, another suffix, or not a readable checkpoint of tensors alone.
+        ModelLoadFailed: no such file, another suffix, or not a readable checkpoint of tensors
+            alone.
     """
     path = base_dir / weights
     if path.suffix not in (".safetensors", ".pth", ".pt"):

@@ -54,8 +54,10 @@ def create_app(
     Args:
         settings: the configuration.
         pool: the devices, not yet started.
-        read_settings: reads the configuration again, for models that are to be loaded; None = it never changes.
-        tallies_dir: where other processes of the same service count the requests of each key; None = there are none.
+        read_settings: reads the configuration again, for models that are to be loaded; None = it
+            never changes.
+        tallies_dir: where other processes of the same service count the requests of each key; None
+            = there are none.
     """
     metrics = Metrics(
         pool,

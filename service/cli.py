@@ -1,6 +1,7 @@
 """The command line: `heatlens serve`, `heatlens explain`, `heatlens models`, `heatlens bench`.
 
-Torch is imported by the device only, when there is something to run: `heatlens --help` answers at once.
+Torch is imported by the device only, when there is something to run: `heatlens --help` answers at
+once.
 """
 
 from __future__ import annotations
@@ -88,8 +89,8 @@ def serve(
 ) -> None:
     """Serve over HTTP until SIGTERM or Ctrl-C.
 
-    Options win over the environment (`HEATLENS_SERVER__PORT=9000`), the environment over the file. SIGHUP reads the
-    configuration again.
+    Options win over the environment (`HEATLENS_SERVER__PORT=9000`), the environment over the file.
+    SIGHUP reads the configuration again.
 
     For example:
 
@@ -157,8 +158,8 @@ def explain(
 ) -> None:
     """Explain pictures without a server.
 
-    Writes an overlay `NAME.METHOD.CLASS.jpg` for each method and class and everything else as `NAME.json`. A
-    picture that fails does not stop the others; the exit code is then 1.
+    Writes an overlay `NAME.METHOD.CLASS.jpg` for each method and class and everything else as
+    `NAME.json`. A picture that fails does not stop the others; the exit code is then 1.
 
     For example:
 

@@ -1,7 +1,8 @@
 """How many requests each key has under way, across all HTTP processes.
 
-Each process keeps its own counts in a record that the others read. A process counts a request first and then looks at
-the sum, so that two that start at the same moment cannot both slip under the limit.
+Each process keeps its own counts in a record that the others read. A process counts a request first
+and then looks at the sum, so that two that start at the same moment cannot both slip under the
+limit.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Images by URL, without becoming anybody's way into a private network.
 
-Hosts are allow-listed; one parser reads the URL for the check and for the request; the name is resolved once, every
-address must be public, and the connection goes to the very address that was checked. Redirects pass the same checks.
+Hosts are allow-listed; one parser reads the URL for the check and for the request; the name is
+resolved once, every address must be public, and the connection goes to the very address that was
+checked. Redirects pass the same checks.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class UrlFetcher:
     """Fetches images over HTTP and HTTPS.
 
     Args:
-        hosts: what may be named: `example.org`, `*.example.org` (any name below it), each with `:port` if it is not
-            the scheme's own.
+        hosts: what may be named: `example.org`, `*.example.org` (any name below it), each with
+            `:port` if it is not the scheme's own.
         timeout_s: for one image, redirects included.
         resolve: finds the addresses of a host.
         allow: says whether an address may be connected to.

@@ -21,8 +21,8 @@ class PictureFile(Struct):
 def find_pictures(paths: Iterable[Path]) -> list[PictureFile]:
     """List the files that are meant, each once, in the order given.
 
-    A folder stands for the pictures in it and below it, by suffix and in order; a file is taken whatever it is
-    called, so that a wrong one is reported and not passed over.
+    A folder stands for the pictures in it and below it, by suffix and in order; a file is taken
+    whatever it is called, so that a wrong one is reported and not passed over.
     """
     found: dict[Path, Path] = {}
     for path in paths:

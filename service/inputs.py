@@ -214,7 +214,8 @@ def parse_query(pairs: Iterable[tuple[str, str]], options: type[OptionsT]) -> di
     """Options from texts: lists are comma-separated or repeated, everything else is given once.
 
     Raises:
-        InvalidOption: an option that is repeated or needs JSON; unknown ones are left to `validate`.
+        InvalidOption: an option that is repeated or needs JSON; unknown ones are left to
+            `validate`.
     """
     lists = list_options(options)
     values: dict[str, Any] = {}

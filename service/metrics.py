@@ -1,8 +1,8 @@
 """Prometheus metrics of one HTTP process, or of all of them together.
 
-With `PROMETHEUS_MULTIPROC_DIR` set before this module is imported (the supervisor does so), values are kept in files
-of that folder and a scrape of any process reports all. What is known of devices comes from the pool at the moment of
-the scrape.
+With `PROMETHEUS_MULTIPROC_DIR` set before this module is imported (the supervisor does so), values
+are kept in files of that folder and a scrape of any process reports all. What is known of devices
+comes from the pool at the moment of the scrape.
 """
 
 from __future__ import annotations

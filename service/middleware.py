@@ -28,8 +28,8 @@ _STAGES = ("decode", "queue", "device", "render")
 class RequestContext:
     """The outermost middleware (pure ASGI); nothing but typed errors gets past it.
 
-    It puts `request_id` into the scope's state and reads from there what the request left: `timings`, `error_code`,
-    `served` (by whom) and `log` (fields for the access log).
+    It puts `request_id` into the scope's state and reads from there what the request left:
+    `timings`, `error_code`, `served` (by whom) and `log` (fields for the access log).
     """
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:

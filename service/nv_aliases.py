@@ -1,6 +1,7 @@
 """The main metrics of Triton under Triton's names, made from our own, so that dashboards made for it show something.
 
-Names and meaning: https://docs.nvidia.com/deeplearning/triton-inference-server/user-guide/docs/user_guide/metrics.html
+Names and meaning:
+https://docs.nvidia.com/deeplearning/triton-inference-server/user-guide/docs/user_guide/metrics.html
 """
 
 from __future__ import annotations

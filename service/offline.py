@@ -95,7 +95,8 @@ async def explain_files(
         make_pool: makes the devices.
 
     Raises:
-        HeatlensError: the options are wrong, or the model cannot be used: no picture could be explained.
+        HeatlensError: the options are wrong, or the model cannot be used: no picture could be
+            explained.
     """
     chosen = validate(ExplainOptions, {**options, "outputs": ["overlay"]})
     settings = _for_one_model(settings, chosen.model)

@@ -1,6 +1,7 @@
 """The options of a request: names, ranges, defaults and words, one model per operation.
 
-What depends on the model that answers (labels, layers, methods that apply) is resolved in `service.requests`.
+What depends on the model that answers (labels, layers, methods that apply) is resolved in
+`service.requests`.
 """
 
 from __future__ import annotations

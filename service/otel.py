@@ -90,8 +90,9 @@ class OtelHttpTracing:
 class OtelDeviceTracing:
     """Makes the spans of a device worker; see `DeviceTracing`.
 
-    For each job: `queue`, then for each batch it was part of a `batch` span with links to the other requests in it,
-    and in that a `device` span. All are children of the request's span, which lives in another process.
+    For each job: `queue`, then for each batch it was part of a `batch` span with links to the other
+    requests in it, and in that a `device` span. All are children of the request's span, which lives
+    in another process.
     """
 
     def __init__(self, provider: TracerProvider, *, device: str) -> None:

@@ -1,7 +1,7 @@
 """Decode, run on a device, render: the whole of a request, without a word of HTTP.
 
-Routes and the command line use it alike. Decoding and rendering run in a thread pool (Pillow, zlib and numpy let go of
-the interpreter), all images of a request at once.
+Routes and the command line use it alike. Decoding and rendering run in a thread pool (Pillow, zlib
+and numpy let go of the interpreter), all images of a request at once.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ class Pipeline:
         pool: the devices.
         limits: caps on pictures.
         threads: where pictures are decoded and drawn.
-        max_wait_s: estimated wait for a device beyond which nothing is decoded any more; devices refuse by themselves.
+        max_wait_s: estimated wait for a device beyond which nothing is decoded any more; devices
+            refuse by themselves.
     """
 
     def __init__(

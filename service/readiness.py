@@ -17,7 +17,8 @@ def is_up(status: DeviceStatus, *, within_s: float) -> bool:
 def readiness(pool: DevicePool, settings: Settings) -> ReadyAnswer:
     """Ready means: a device completed a pass recently, a model is warm, and the default one is not still loading.
 
-    A model that failed to load, or that was unloaded, does not take the others off the air; it is named as missing.
+    A model that failed to load, or that was unloaded, does not take the others off the air; it is
+    named as missing.
     """
     statuses = pool.devices()
     infos = pool.models()

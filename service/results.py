@@ -18,8 +18,8 @@ Result = Mapping[str, Any]
 def write_result(result: Result, *, name: str, folder: Path) -> list[Path]:
     """Write the overlays as `NAME.METHOD.CLASS.jpg` and everything else as `NAME.json`.
 
-    In the JSON the pictures' base64 `data` is replaced by `file`, the name of the file beside it. The layer is part
-    of a file name where the answer explains several.
+    In the JSON the pictures' base64 `data` is replaced by `file`, the name of the file beside it.
+    The layer is part of a file name where the answer explains several.
 
     Args:
         result: an entry of `results` in the answer of `/v1/explain`.

@@ -1,7 +1,7 @@
 """The answers, field by field: what is encoded is what OpenAPI documents.
 
-Structs are encoded straight to JSON by msgspec, and the OpenAPI components are generated from the same definitions, so
-that the two cannot drift apart. Fields that may be absent are `UNSET`.
+Structs are encoded straight to JSON by msgspec, and the OpenAPI components are generated from the
+same definitions, so that the two cannot drift apart. Fields that may be absent are `UNSET`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """What the operator configures: a TOML file and `HEATLENS_*` variables, checked once at the start.
 
-Sources, the first one wins: arguments of `load_settings`, environment, file, defaults. Nested keys are written with
-`__` in the environment (`HEATLENS_LIMITS__MAX_IMAGES=8`), lists as JSON or separated by commas. Of other variables only
-`HEATLENS_DEFAULT_MODEL` and `HEATLENS_MODELS` are read: orchestrators set some, such as `HEATLENS_PORT`, by themselves.
+Sources, the first one wins: arguments of `load_settings`, environment, file, defaults. Nested keys
+are written with `__` in the environment (`HEATLENS_LIMITS__MAX_IMAGES=8`), lists as JSON or
+separated by commas. Of other variables only `HEATLENS_DEFAULT_MODEL` and `HEATLENS_MODELS` are
+read: orchestrators set some, such as `HEATLENS_PORT`, by themselves.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ class ServerSettings(_Section):
         http_workers: HTTP processes; `auto` takes one per four cores, at most 8.
         devices: `auto`, `cpu`, `cpu:0`, `cuda:0`, …; `auto` takes the best found.
         grace_s: time that accepted requests get to finish after SIGTERM.
-        ready_within_s: age up to which a device's last completed pass counts as proof of its health.
+        ready_within_s: age up to which a device's last completed pass counts as proof of its
+            health.
     """
 
     host: str = "127.0.0.1"
@@ -119,8 +121,8 @@ class LimitSettings(_Section):
         max_wait_s: estimated wait for a device beyond which a request is refused.
         timeout_s: deadline of a request that names none.
         max_timeout_s: longest deadline that a request may name; longer ones are cut.
-        max_concurrent_per_key: requests for images that one key may have under way, in all HTTP processes together;
-            None = any number.
+        max_concurrent_per_key: requests for images that one key may have under way, in all HTTP
+            processes together; None = any number.
     """
 
     max_body_mb: Annotated[float, Field(gt=0, le=2000)] = 20.0
@@ -154,9 +156,11 @@ class SecuritySettings(_Section):
     """`[security]`.
 
     Attributes:
-        api_keys: keys that open `/v1`, as `sha256:<hex>`; plain ones are hashed at once. None = open to all.
+        api_keys: keys that open `/v1`, as `sha256:<hex>`; plain ones are hashed at once. None =
+            open to all.
         admin_keys: keys that open everything; none = the admin API is off.
-        allowed_url_hosts: hosts (`example.org`, `*.example.org`) that image URLs may name; none = no URLs.
+        allowed_url_hosts: hosts (`example.org`, `*.example.org`) that image URLs may name; none =
+            no URLs.
         cors_origins: origins of web pages that may call the API.
     """
 
@@ -176,7 +180,8 @@ class WorkerSettings(_Section):
         hang_floor_s: shortest time after which a running batch is called a hang.
         hang_factor: times its predicted duration after which a running batch is called a hang.
         canary_s: pause after which an idle device proves itself by a real pass.
-        keep_heap: whether CPU workers keep freed memory for the next pass (glibc only); faster, a little larger.
+        keep_heap: whether CPU workers keep freed memory for the next pass (glibc only); faster, a
+            little larger.
     """
 
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
@@ -192,7 +197,8 @@ class MetricsSettings(_Section):
     """`[metrics]`.
 
     Attributes:
-        nv_aliases: whether `/metrics` also has the main names of Triton, `nv_inference_*`, for dashboards made for it.
+        nv_aliases: whether `/metrics` also has the main names of Triton, `nv_inference_*`, for
+            dashboards made for it.
     """
 
     nv_aliases: bool = False
@@ -203,8 +209,8 @@ class TracingSettings(_Section):
 
     Attributes:
         enabled: None = if there is an `endpoint`, here or in OpenTelemetry's own variables.
-        endpoint: base address of an OTLP collector that speaks HTTP, such as `http://127.0.0.1:4318`; None leaves it to
-            OpenTelemetry's own variables.
+        endpoint: base address of an OTLP collector that speaks HTTP, such as
+            `http://127.0.0.1:4318`; None leaves it to OpenTelemetry's own variables.
     """
 
     enabled: bool | None = None
@@ -214,11 +220,12 @@ class TracingSettings(_Section):
 class Settings(_Section):
     """The whole configuration, valid and complete; `load_settings` makes it for the service.
 
-    It reads neither environment nor file by itself, so that it can travel to other processes as JSON
-    (`model_dump_json`, `model_validate_json`).
+    It reads neither environment nor file by itself, so that it can travel to other processes as
+    JSON (`model_dump_json`, `model_validate_json`).
 
     Attributes:
-        default_model: name of the model that answers requests naming none; the first one unless configured.
+        default_model: name of the model that answers requests naming none; the first one unless
+            configured.
         models: the catalog; the embedded default model when none is configured.
         base_dir: folder against which relative paths of the catalog are meant.
     """
@@ -281,7 +288,8 @@ def load_settings(
         environ: variables to read instead of the process's own.
 
     Raises:
-        ConfigurationError: a file that cannot be read, an unknown key or a wrong value; the text names it.
+        ConfigurationError: a file that cannot be read, an unknown key or a wrong value; the text
+            names it.
     """
     values: dict[str, Any] = {"base_dir": (config.parent if config else Path()).resolve()}
     values = _merge(values, _read_file(config) if config else {})

@@ -3,13 +3,14 @@
     python -m benchmarks.peers
     python -m benchmarks.peers --quick
 
-Each peer twice: with pytorch-grad-cam as its README shows, and tuned as an expert would (`explainers.py`). Same
-pictures, same weights, the same layer; every server is a process of its own, started and ended in each round, so that
-none idles beside another. Cases are interleaved in rounds, beginning with another one each time; ratios are taken
-within a round, and the table shows medians over the rounds.
+Each peer twice: with pytorch-grad-cam as its README shows, and tuned as an expert would
+(`explainers.py`). Same pictures, same weights, the same layer; every server is a process of its
+own, started and ended in each round, so that none idles beside another. Cases are interleaved in
+rounds, beginning with another one each time; ratios are taken within a round, and the table shows
+medians over the rounds.
 
-Takes rounds x models x (8 starts of about 10 s, and 12 rows x 3 loads x (2 s + duration)): about 40 minutes as it
-stands, 6 minutes with --quick; at most 40 s more a load if a server hangs.
+Takes rounds x models x (8 starts of about 10 s, and 12 rows x 3 loads x (2 s + duration)): about 40
+minutes as it stands, 6 minutes with --quick; at most 40 s more a load if a server hangs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What every peer does with a picture: top-5 and a Grad-CAM overlay, as documented, and as an expert would.
 
-Both answer the same: five classes, and the model's crop under its heatmap as a PNG picture. Chosen by the environment,
-since each framework starts its workers in processes of its own: `PEER_MODEL` and `PEER_TUNED`.
+Both answer the same: five classes, and the model's crop under its heatmap as a PNG picture. Chosen
+by the environment, since each framework starts its workers in processes of its own: `PEER_MODEL`
+and `PEER_TUNED`.
 """
 
 from __future__ import annotations

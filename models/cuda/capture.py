@@ -15,8 +15,9 @@ from models.cuda.graphs import Work
 class CudaCapture:
     """Records CUDA graphs.
 
-    All share one memory pool: a graph may write over what another has returned, so that only the last replay's
-    tensors are good. Many graphs then take little more memory than the largest of them.
+    All share one memory pool: a graph may write over what another has returned, so that only the
+    last replay's tensors are good. Many graphs then take little more memory than the largest of
+    them.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -57,7 +58,8 @@ class CudaCapture:
             ):
                 return work()
         except Exception:
-            # Torch would go on as if it were recording: it would free nothing that two streams have used.
+            # Torch would go on as if it were recording: it would free nothing that two streams have
+            # used.
             with suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(stream.device_index, self._pool)  # noqa: SLF001
             raise

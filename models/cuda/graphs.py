@@ -51,9 +51,9 @@ class _Slot:
 class Graphs:
     """Recordings by key, the least recently used dropped first.
 
-    A key is recorded when it is met for the third time while it is still remembered: to record takes as long as many
-    passes, and of very mixed traffic most keys do not come again soon. What fails to be recorded, or gives something
-    else than the plain call, is not tried again.
+    A key is recorded when it is met for the third time while it is still remembered: to record
+    takes as long as many passes, and of very mixed traffic most keys do not come again soon. What
+    fails to be recorded, or gives something else than the plain call, is not tried again.
     """
 
     def __init__(
@@ -90,7 +90,8 @@ class Graphs:
             rows: the number it is recorded for, at least n.
 
         Returns:
-            Its outputs, good until the next call; None where it is not replayed, and must be called plainly.
+            Its outputs, good until the next call; None where it is not replayed, and must be called
+            plainly.
         """
         if key in self._refused:
             return None

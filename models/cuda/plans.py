@@ -47,8 +47,9 @@ class Plan:
 def plan_of(warm: WarmModel, jobs: Sequence[Job]) -> Plan | None:
     """The plan that answers a batch, or None where it needs a pass made for it.
 
-    Explained is the target layer, by methods of one pass, whose gradient is a row of the last linear layer. A plan
-    serves a mixed batch by the union of its methods, the largest number of targets, and the next power of two images.
+    Explained is the target layer, by methods of one pass, whose gradient is a row of the last
+    linear layer. A plan serves a mixed batch by the union of its methods, the largest number of
+    targets, and the next power of two images.
     """
     if len(jobs) > warm.chunk or not all(_qualifies(warm, job) for job in jobs):
         return None
@@ -72,7 +73,8 @@ def run_graphed(
         pictures: the jobs' inputs, (N, H, W, 3) uint8 on the device.
 
     Returns:
-        What the pass gave, good until the next recorded one; None where it must be run as any other.
+        What the pass gave, good until the next recorded one; None where it must be run as any
+        other.
     """
     plan = None if warm.graphs is None else plan_of(warm, jobs)
     if warm.graphs is None or plan is None:
@@ -123,8 +125,8 @@ def _codes(job: Job, width: int) -> list[int]:
 def _pass(warm: WarmModel, module: nn.Module, plan: Plan) -> Function:
     """The pass as a function of pictures (rows, H, W, 3) and codes (rows, T), which never waits for the device.
 
-    It returns inputs, logits, probabilities and order, and, where anything is explained, activation, scores and the
-    maps of each method.
+    It returns inputs, logits, probabilities and order, and, where anything is explained,
+    activation, scores and the maps of each method.
     """
     layer, weight = warm.target_layer or "", warm.head.weight
     layout = warm.layouts.get(layer)

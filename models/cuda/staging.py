@@ -28,11 +28,12 @@ class Uploads(Protocol):
 class CopyStream:
     """Uploads on a stream of their own.
 
-    Page-locked memory comes from torch, which gives it out again when the copies from it have ended, so that one
-    batch can be stacked while another is still being copied. That is for the parts of a batch that run on different
-    modules. The batch that comes next is not uploaded ahead: the batcher forms it when the device is free, with all
-    that has arrived or left by then, and forming it earlier would cost more than the upload that it would hide (2.4 MB
-    for 16 pictures of 224 x 224).
+    Page-locked memory comes from torch, which gives it out again when the copies from it have
+    ended, so that one batch can be stacked while another is still being copied. That is for the
+    parts of a batch that run on different modules. The batch that comes next is not uploaded ahead:
+    the batcher forms it when the device is free, with all that has arrived or left by then, and
+    forming it earlier would cost more than the upload that it would hide (2.4 MB for 16 pictures of
+    224 x 224).
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -53,7 +54,8 @@ class CopyStream:
         def ready() -> Tensor:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(copied)
-            # Allocated for the copying stream, which must not have the memory back before this one has read it.
+            # Allocated for the copying stream, which must not have the memory back before this one
+            # has read it.
             pictures.record_stream(stream)
             return pictures
 

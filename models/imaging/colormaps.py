@@ -12,9 +12,10 @@ import numpy as np
 
 Colormap = Literal["turbo", "viridis", "inferno", "magma", "jet", "gray", "coolwarm"]
 
-# Each table: differences between consecutive levels (modulo 256), one colour channel after the other, deflated and in
-# base 85. Sources: turbo (A. Mikhailov, Google, Apache-2.0), viridis, inferno, magma (S. van der Walt, N. Smith, CC0),
-# coolwarm (K. Moreland, "Diverging Color Maps for Scientific Visualization", 2009), jet and gray (piecewise linear).
+# Each table: differences between consecutive levels (modulo 256), one colour channel after the
+# other, deflated and in base 85. Sources: turbo (A. Mikhailov, Google, Apache-2.0), viridis,
+# inferno, magma (S. van der Walt, N. Smith, CC0), coolwarm (K. Moreland, "Diverging Color Maps for
+# Scientific Visualization", 2009), jet and gray (piecewise linear).
 _PACKED: Mapping[Colormap, str] = {
     "turbo": (
         "c-mc(TNcA02t@Ijes?AP@BVjXw88+=3?t_>G4=v}a*850CxSK6LRzee*jiZo7kj@Ye33Fo;n=DiRhFt$dA8r>V-L0o"

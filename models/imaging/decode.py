@@ -1,7 +1,8 @@
 """Untrusted bytes to an RGB picture, under caps.
 
-Only the format that the first bytes announce is tried, the size is read from the header and checked before memory for
-pixels is taken, and whatever goes wrong inside the decoder leaves as one of our own errors with our own words.
+Only the format that the first bytes announce is tried, the size is read from the header and checked
+before memory for pixels is taken, and whatever goes wrong inside the decoder leaves as one of our
+own errors with our own words.
 """
 
 from __future__ import annotations
@@ -76,16 +77,16 @@ _TURNS: Mapping[int, _Turn] = MappingProxyType(
     }
 )
 
-# A picture drafted to at least twice the size it will be resized to keeps what the resize needs: the model input
-# differs by less than half a level of 256 on average and by 8 at most (measured on photographs).
-# Filters that jump need every pixel.
+# A picture drafted to at least twice the size it will be resized to keeps what the resize needs:
+# the model input differs by less than half a level of 256 on average and by 8 at most (measured on
+# photographs). Filters that jump need every pixel.
 _DRAFT_MARGIN = 2
 _DRAFT_SCALES = (8, 4, 2)
 _NEVER_DRAFTED = ("nearest", "box")
 
-# A progressive JPEG may announce any number of passes over all its pixels in a few bytes each; encoders write
-# about ten. The pattern is a start-of-scan marker with its length and component count: other data is not taken for
-# one.
+# A progressive JPEG may announce any number of passes over all its pixels in a few bytes each;
+# encoders write about ten. The pattern is a start-of-scan marker with its length and component
+# count: other data is not taken for one.
 _MAX_JPEG_SCANS = 100
 _JPEG_SCAN = re.compile(rb"\xff\xda\x00[\x08\x0a\x0c\x0e][\x01-\x04]")
 
@@ -109,11 +110,12 @@ class Picture:
     """A decoded picture.
 
     Attributes:
-        image: RGB, upright; of a large photograph perhaps only a half, quarter or eighth of the size.
+        image: RGB, upright; of a large photograph perhaps only a half, quarter or eighth of the
+            size.
         width: width of the original in pixels, after EXIF rotation.
         height: its height.
-        box: (left, top, right, bottom) of the original within `image`, whose last pixels may lie partly
-            outside it when it is reduced.
+        box: (left, top, right, bottom) of the original within `image`, whose last pixels may lie
+            partly outside it when it is reduced.
         drafted: whether `image` is smaller than the original.
     """
 
@@ -139,9 +141,10 @@ def decode(
 ) -> Picture:
     """Decode the first frame of a picture to upright RGB.
 
-    EXIF orientation is applied, transparency composited on white, and every other mode (CMYK, palette, grey,
-    1-bit, 16-bit, 32-bit, float) becomes RGB; colour profiles are ignored, as the libraries that trained the models
-    do. Large JPEGs are decoded at a reduced size, still twice what `preprocess` resizes to.
+    EXIF orientation is applied, transparency composited on white, and every other mode (CMYK,
+    palette, grey, 1-bit, 16-bit, 32-bit, float) becomes RGB; colour profiles are ignored, as the
+    libraries that trained the models do. Large JPEGs are decoded at a reduced size, still twice
+    what `preprocess` resizes to.
 
     Args:
         data: the encoded picture.
@@ -202,7 +205,8 @@ def _load(image: Image.Image, preprocess: Preprocess, *, keep_original: bool) ->
     if scale == 1:
         box = (0.0, 0.0, float(upright.width), float(upright.height))
         return Picture(upright, width=upright.width, height=upright.height, box=box, drafted=False)
-    # A draft rounds up to whole pixels: its last row and column may lie partly outside the original.
+    # A draft rounds up to whole pixels: its last row and column may lie partly outside the
+    # original.
     inner = (width / scale, height / scale)
     if turn is None:
         return Picture(upright, width=width, height=height, box=(0.0, 0.0, *inner), drafted=True)
@@ -275,9 +279,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _deep_to_grey(image: Image.Image) -> Image.Image:
     """16-bit, 32-bit and float grey to 8 bits.
 
-    16-bit pictures keep their high byte, as 16-bit colour does. Wider integers and floats do not say their range:
-    [0, 1] (floats only), [0, 255] and [0, 65535] are recognised, anything else is stretched from its least to its
-    greatest value. What is not a number is black.
+    16-bit pictures keep their high byte, as 16-bit colour does. Wider integers and floats do not
+    say their range: [0, 1] (floats only), [0, 255] and [0, 65535] are recognised, anything else is
+    stretched from its least to its greatest value. What is not a number is black.
     """
     values = np.asarray(image)
     if values.dtype.kind == "u" and values.dtype.itemsize == 2:

@@ -21,8 +21,9 @@ _GAP_INDEX = 0
 def grid_png(maps: np.ndarray, *, colormap: Colormap) -> bytes:
     """Draw feature maps as tiles, row by row from the top left: 8-bit palette PNG, transparent between the tiles.
 
-    Each map is scaled by itself from its least to its greatest value (a constant one is drawn as its least), and small
-    maps are enlarged by a whole factor without smoothing: a tile shows the layer's own pixels.
+    Each map is scaled by itself from its least to its greatest value (a constant one is drawn as
+    its least), and small maps are enlarged by a whole factor without smoothing: a tile shows the
+    layer's own pixels.
 
     Args:
         maps: float32 (channels, h, w).

@@ -13,7 +13,8 @@ from models.types import Geometry, Struct
 BOX_THRESHOLD = 0.5
 """Share of the greatest value that a pixel inside the box reaches."""
 
-# Side, in pixels of the model input, of the blocks that are looked at as one when the pixels around a peak are sought.
+# Side, in pixels of the model input, of the blocks that are looked at as one when the pixels around
+# a peak are sought.
 _BLOCK = 4
 
 
@@ -42,8 +43,8 @@ class Location(Struct):
 def locate(values: np.ndarray, geometry: Geometry, *, signed: bool) -> Location | None:
     """Find the peak of a raw map (h, w) and the box around it, within the picture.
 
-    The map is enlarged to the model's input size and normalised. Of a signed map only what speaks for the class counts,
-    and what lies on the padding of the crop counts nowhere.
+    The map is enlarged to the model's input size and normalised. Of a signed map only what speaks
+    for the class counts, and what lies on the padding of the crop counts nowhere.
 
     Returns:
         None if the map is degenerate, or nothing in it speaks for the class.
@@ -77,7 +78,8 @@ def _inside(geometry: Geometry) -> tuple[slice, slice]:
 def _island(mask: np.ndarray, row: int, column: int) -> np.ndarray:
     """The pixels of a mask that are connected with the one at (row, column), by way of blocks that share a side.
 
-    Blocks make this cheap for smooth maps and noisy ones alike; a gap narrower than a block may be stepped over.
+    Blocks make this cheap for smooth maps and noisy ones alike; a gap narrower than a block may be
+    stepped over.
     """
     height, width = mask.shape
     padded = np.pad(mask, ((0, -height % _BLOCK), (0, -width % _BLOCK)))

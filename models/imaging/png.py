@@ -1,7 +1,8 @@
 """A PNG writer for pictures that are made by the request: one filter for all rows and the fastest compression.
 
-Pillow tries every filter on every row of an RGB picture, which costs several times the compression itself. Here all
-rows take the same filter, so filtering is one subtraction. Format: PNG specification, third edition (W3C, 2025).
+Pillow tries every filter on every row of an RGB picture, which costs several times the compression
+itself. Here all rows take the same filter, so filtering is one subtraction. Format: PNG
+specification, third edition (W3C, 2025).
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def encode_palette(indices: np.ndarray, *, palette: np.ndarray, opacity: np.ndar
 
 def encode_rgb(pixels: np.ndarray) -> bytes:
     """Write an RGB picture, uint8 (height, width, 3)."""
-    # Photographs hold runs at most: looking for longer matches costs half as much again and saves nothing.
+    # Photographs hold runs at most: looking for longer matches costs half as much again and saves
+    # nothing.
     return _encode(pixels, colour=_COLOUR_RGB, extra=b"", strategy=zlib.Z_RLE)
 
 

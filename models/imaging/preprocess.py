@@ -1,8 +1,9 @@
 """From a picture to the model input, as the library that trained the model does it, and where the input lies in it.
 
-Equal bit for bit to torchvision's `Resize` + `CenterCrop` on PIL pictures and to timm's `create_transform` (crop modes
-`center`, `squash`, `border`), rounding included. Two kinds of picture are only close: large photographs that were
-decoded at a reduced size, and pictures of such a shape that the whole of them, resized, would fill the memory.
+Equal bit for bit to torchvision's `Resize` + `CenterCrop` on PIL pictures and to timm's
+`create_transform` (crop modes `center`, `squash`, `border`), rounding included. Two kinds of
+picture are only close: large photographs that were decoded at a reduced size, and pictures of such
+a shape that the whole of them, resized, would fill the memory.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ def preprocess(picture: Picture, spec: Preprocess) -> tuple[np.ndarray, Geometry
     """Resize and crop a picture.
 
     Returns:
-        The model input before scaling and normalising, uint8 (crop height, crop width, 3), and where it lies in the
-        original. The region extends beyond the picture where the crop had to be padded.
+        The model input before scaling and normalising, uint8 (crop height, crop width, 3), and
+        where it lies in the original. The region extends beyond the picture where the crop had to
+        be padded.
     """
     crop_height, crop_width = spec.crop
     plan = _plan(picture.width, picture.height, spec)
@@ -138,8 +140,9 @@ def _resize_inside(picture: Picture, plan: _Plan, spec: Preprocess) -> Image.Ima
     if not picture.drafted and plan.width * plan.height <= _MAX_RESIZED_PIXELS:
         whole = picture.image.resize((plan.width, plan.height), resample)
         return whole.crop((left, top, right, bottom))
-    # Straight from the crop's box to the input takes half the time, but Pillow rounds boxes to float32: up to two
-    # levels off, at up to 6 % of the values (measured; where sizes have simple ratios, many values are close to ties).
+    # Straight from the crop's box to the input takes half the time, but Pillow rounds boxes to
+    # float32: up to two levels off, at up to 6 % of the values (measured; where sizes have simple
+    # ratios, many values are close to ties).
     x0, y0, x1, y1 = picture.box
     scale_x, scale_y = (x1 - x0) / plan.width, (y1 - y0) / plan.height
     box = (

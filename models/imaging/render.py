@@ -1,7 +1,8 @@
 """From maps to pictures: upsample, normalise, colour, lay over, encode.
 
-A map is brought to the size of its canvas first and normalised after that, so that the picture reaches both ends of the
-colour scale. No function changes what it is given; all may run in several threads at once.
+A map is brought to the size of its canvas first and normalised after that, so that the picture
+reaches both ends of the colour scale. No function changes what it is given; all may run in several
+threads at once.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ _PEAK_OPACITY = 0.85
 _JPEG_QUALITY = 85
 _WEBP_QUALITY = 80
 
-# Share of its magnitude by which a constant map may vary after interpolation: four roundings of float32.
+# Share of its magnitude by which a constant map may vary after interpolation: four roundings of
+# float32.
 _ROUNDING = 4 * 2.0**-23
 
 # Magnitudes whose differences and quotients stay normal numbers of float32.
@@ -40,7 +42,8 @@ class Canvas:
     Attributes:
         base: the picture, uint8 (height, width, 3).
         rows, columns: the pixels of `base` that the model saw.
-        span_y, span_x: where these pixels begin and end in the model's view, as fractions of it; (0, 1) is all of it.
+        span_y, span_x: where these pixels begin and end in the model's view, as fractions of it;
+            (0, 1) is all of it.
     """
 
     base: np.ndarray
@@ -91,9 +94,9 @@ def is_degenerate(values: np.ndarray) -> bool:
 def normalise(values: np.ndarray, *, signed: bool) -> np.ndarray | None:
     """Scale a map to float32 [0, 1], or None if it is degenerate.
 
-    Unsigned maps go from their least value (0) to their greatest (1). Signed maps are divided by their greatest
-    magnitude: 0.5 is zero, 1 speaks for the class, 0 against it. No epsilon is added anywhere, so maps of tiny values
-    keep their contrast.
+    Unsigned maps go from their least value (0) to their greatest (1). Signed maps are divided by
+    their greatest magnitude: 0.5 is zero, 1 speaks for the class, 0 against it. No epsilon is added
+    anywhere, so maps of tiny values keep their contrast.
     """
     if is_degenerate(values):
         return None
@@ -153,8 +156,9 @@ def overlay(
 ) -> bytes:
     """Blend a map with its canvas and encode the result.
 
-    Each pixel of the window becomes (1 - alpha) * picture + alpha * colour: how bright the picture looks does not
-    depend on the map. Outside the window, and without a map, the picture is left as it is.
+    Each pixel of the window becomes (1 - alpha) * picture + alpha * colour: how bright the picture
+    looks does not depend on the map. Outside the window, and without a map, the picture is left as
+    it is.
 
     Args:
         unit: what `shade` returned; None leaves the picture unchanged.
@@ -204,7 +208,8 @@ def _enlarge(values: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.nd
 
 
 def _span_weights(source: int, target: int, span: tuple[float, float]) -> np.ndarray:
-    # Windows of original pictures differ from request to request: only whole views are worth keeping.
+    # Windows of original pictures differ from request to request: only whole views are worth
+    # keeping.
     return _whole_weights(source, target) if span == (0.0, 1.0) else _weights(source, target, span)
 
 

@@ -1,7 +1,7 @@
 """The METHODS table: every explanation method, described without torch.
 
-A method is one function in the module its family names and one row in `rows/`; the API's enum, `/v1/methods`, the
-docs and the property tests are made from the rows.
+A method is one function in the module its family names and one row in `rows/`; the API's enum,
+`/v1/methods`, the docs and the property tests are made from the rows.
 """
 
 from __future__ import annotations

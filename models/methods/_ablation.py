@@ -14,8 +14,9 @@ from models.hooks import ForwardHook
 from models.steps import Exclusive, Step, Subject
 from models.targets import class_scores
 
-# What follows the target layer is so much cheaper than the trunk that one pass of it may feed many ablations: of a
-# head that begins with pooling as many times the best batch, of another at least so many.
+# What follows the target layer is so much cheaper than the trunk that one pass of it may feed many
+# ablations: of a head that begins with pooling as many times the best batch, of another at least so
+# many.
 _ROWS = 8
 _NONE = -1
 
@@ -23,8 +24,8 @@ _NONE = -1
 def closed_form_drops(subject: Subject) -> Tensor | None:
     """Drops (K, T) from the weights of a linear head: y - y_k = W_ck mean(A_k), without any pass.
 
-    None where this does not hold: the layer is not followed by exactly global average pooling and one linear
-    layer, or something after it may be changed.
+    None where this does not hold: the layer is not followed by exactly global average pooling and
+    one linear layer, or something after it may be changed.
     """
     linear = subject.warm.head.weight
     proven = subject.layer == subject.warm.target_layer and not subject.interventions
@@ -37,8 +38,9 @@ def closed_form_drops(subject: Subject) -> Tensor | None:
 def replayed_drops(subject: Subject) -> Generator[Step, Any, Tensor]:
     """Drops (K, T) from replays of the head, each step one pass in which every row lacks another channel.
 
-    The trunk runs on one picture in each step and its output is spread over the rows at the layer, where the
-    network allows it: the first step finds out. Elsewhere every row runs through the trunk as well.
+    The trunk runs on one picture in each step and its output is spread over the rows at the layer,
+    where the network allows it: the first step finds out. Elsewhere every row runs through the
+    trunk as well.
     """
     assert subject.capture is not None
     activation = subject.capture.activation[0]
@@ -66,8 +68,8 @@ def _rows(subject: Subject) -> int:
 def _begin(subject: Subject, channel: int) -> tuple[bool, Tensor]:
     """Whether the batch may grow at the layer, and the untouched scores (1, T) that drops are counted from.
 
-    The scores of the trunk pass would not do: it may have run on a module prepared for speed, whose rounding
-    differs by as much as a channel is worth.
+    The scores of the trunk pass would not do: it may have run on a module prepared for speed, whose
+    rounding differs by as much as a channel is worth.
     """
     whole = _replay(subject, [_NONE], spread=False)
     if not subject.interventions:

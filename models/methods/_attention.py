@@ -1,9 +1,10 @@
 """Attention weights of vision transformers, and gradients with respect to them, without touching the model.
 
-Fused attention never shows its weights. A forward hook on each attention module computes them from what the module
-was given and from its own parameters, and hands on an output that is made from them, so that autograd sees them.
-Each replaced output is compared with the module's own: an attention that computes something else (rotated
-positions, biases, masks) is refused, not explained wrongly.
+Fused attention never shows its weights. A forward hook on each attention module computes them from
+what the module was given and from its own parameters, and hands on an output that is made from
+them, so that autograd sees them. Each replaced output is compared with the module's own: an
+attention that computes something else (rotated positions, biases, masks) is refused, not explained
+wrongly.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ def find_transformer(module: nn.Module, layouts: Layouts) -> Transformer:
         layouts: token layouts by layer name.
 
     Raises:
-        MethodNotApplicable: it has none, or such as work on windows, or in another way than is known here.
+        MethodNotApplicable: it has none, or such as work on windows, or in another way than is
+            known here.
     """
     attentions: list[Attention] = []
     found: set[TokenLayout] = set()
@@ -147,7 +149,8 @@ class Seen:
         """Check what was seen, after the pass: one synchronisation with the device for all.
 
         Raises:
-            MethodNotApplicable: an output was not reproduced, or attentions did not each see all tokens once.
+            MethodNotApplicable: an output was not reproduced, or attentions did not each see all
+                tokens once.
         """
         shapes = {tuple(weights.shape[-2:]) for weights in self.weights}
         tokens = transformer.tokens
@@ -207,9 +210,9 @@ def layer_gradients(
 ) -> tuple[list[list[Tensor]], TokenLayout]:
     """Gradients of each layer's own score with respect to its own attention, for each target.
 
-    The score of a layer is what the rest of the model after the last block makes of the tokens after this one. One
-    pass gives all: every block hands on its output cut off the graph, and the last hands on those of all blocks as
-    a batch.
+    The score of a layer is what the rest of the model after the last block makes of the tokens
+    after this one. One pass gives all: every block hands on its output cut off the graph, and the
+    last hands on those of all blocks as a batch.
 
     Returns:
         For each target, (heads, T, T) float32 for each layer; and where the tokens lie.

@@ -25,8 +25,9 @@ class Decomposition:
 
     Attributes:
         maps: float32 (n, H, W), FullGrad's sum over all parts that have a place.
-        total: float32 (n,), sum of x * dx y and of all b * g, those of linear layers included. For networks that
-            are linear piece by piece and whose pieces pass through zero (ReLU, max pooling) it is the score itself.
+        total: float32 (n,), sum of x * dx y and of all b * g, those of linear layers included. For
+            networks that are linear piece by piece and whose pieces pass through zero (ReLU, max
+            pooling) it is the score itself.
         scores: float32 (n,), the scores.
     """
 
@@ -126,7 +127,8 @@ def _places(module: nn.Module) -> list[_Place]:
     for name, child in module.named_modules():
         if isinstance(child, _BatchNorm):
             bias = _implicit_bias(child)
-            # timm's batch-norms hold an activation: what goes into their first child is the normalised tensor.
+            # timm's batch-norms hold an activation: what goes into their first child is the
+            # normalised tensor.
             inner = next((inner for inner, _ in child.named_children()), None)
             layer, kind = (
                 (name, "grad_output") if inner is None else (f"{name}.{inner}", "grad_input")

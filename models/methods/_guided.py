@@ -39,9 +39,10 @@ _OTHERS = {
 def guided_gradients(subject: Subject, targets: Sequence[ResolvedTarget]) -> Tensor:
     """Gradient of each target's score at the input, float32 (T, 3, H, W), by guided backpropagation.
 
-    At a ReLU only what is positive of the gradient goes on, and only where its input was (Springenberg et al. 2015,
-    eq. in section 3.4). The rule is set on the nodes of the recorded graph: ReLUs called as modules, as functions and
-    in place, ReLU6 among them, are all found there, however often a module is called.
+    At a ReLU only what is positive of the gradient goes on, and only where its input was
+    (Springenberg et al. 2015, eq. in section 3.4). The rule is set on the nodes of the recorded
+    graph: ReLUs called as modules, as functions and in place, ReLU6 among them, are all found
+    there, however often a module is called.
 
     Raises:
         MethodNotApplicable: the model has no ReLU, or another rectifier.

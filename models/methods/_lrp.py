@@ -1,16 +1,16 @@
 """Relevance by one backward pass: the rules of LRP as gradients of a forward pass that computes the same values.
 
-Relevance of a value a is R = a * c. If every operation is rewritten as an equal one, linear in its inputs with
-coefficients that are held constant, then c is what autograd propagates, and R is conserved from each operation to
-the one before it (Euler's identity for homogeneous functions). So
+Relevance of a value a is R = a * c. If every operation is rewritten as an equal one, linear in its
+inputs with coefficients that are held constant, then c is what autograd propagates, and R is
+conserved from each operation to the one before it (Euler's identity for homogeneous functions). So
 
     sum of R over the pixels + relevance held by biases and stabilisers = score
 
 holds exactly for every model that is rewritten throughout, and is checked for each map.
 
-The pass is rewritten by a `TorchFunctionMode`, which sees every torch function that the model calls on its way, in a
-module or not, and works in this thread within a `with` block only: no module, parameter or hook is touched. A
-function that it cannot rewrite ends the pass with the reason.
+The pass is rewritten by a `TorchFunctionMode`, which sees every torch function that the model calls
+on its way, in a module or not, and works in this thread within a `with` block only: no module,
+parameter or hook is touched. A function that it cannot rewrite ends the pass with the reason.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from models.types import Task
 _SAME_SCORES = 0.02
 _CONSERVED = 1e-3
 
-# Functions by name that are linear, or positively homogeneous like max pooling: there R = a * c already.
+# Functions by name that are linear, or positively homogeneous like max pooling: there R = a * c
+# already.
 _HOMOGENEOUS = frozenset(
     """
     adaptive_avg_pool2d adaptive_max_pool2d avg_pool2d max_pool2d mean sum amax relu relu_
@@ -80,7 +81,8 @@ def relevance(explained: Explained, targets: Sequence[ResolvedTarget]) -> list[t
         A float32 map (H, W) for each target, and how much of the score it holds, in words.
 
     Raises:
-        MethodNotApplicable: the model computes something that relevance does not pass through conserved.
+        MethodNotApplicable: the model computes something that relevance does not pass through
+            conserved.
     """
     rules = Rules(explained.inputs, low=explained.low, high=explained.high)
     with Extractor(explained.module, [], changes=explained.changes) as extractor, rules:
@@ -96,8 +98,9 @@ def relevance(explained: Explained, targets: Sequence[ResolvedTarget]) -> list[t
 class Rules(TorchFunctionMode):
     """Rewrites what runs inside the block; see the module's docstring.
 
-    The epsilon rule in linear layers, the gamma rule in convolutions, the box rule in those that see pixels.
-    Weights are taken in float32, so that the pass is one in float32 whatever the model's precision.
+    The epsilon rule in linear layers, the gamma rule in convolutions, the box rule in those that
+    see pixels. Weights are taken in float32, so that the pass is one in float32 whatever the
+    model's precision.
     """
 
     def __init__(self, inputs: Tensor, *, low: Tensor, high: Tensor) -> None:

@@ -1,8 +1,9 @@
 """Rules of layer-wise relevance propagation, as layers of the same values with other gradients.
 
-Each rule takes a layer and returns its output z, written as a sum of shares of its inputs whose coefficients are held
-constant. With relevance R = z * c and c what autograd propagates, the inputs of a share get relevance in proportion
-to it. Biases are written as b * one, with a variable `one` = 1 whose gradient is the relevance that they hold.
+Each rule takes a layer and returns its output z, written as a sum of shares of its inputs whose
+coefficients are held constant. With relevance R = z * c and c what autograd propagates, the inputs
+of a share get relevance in proportion to it. Biases are written as b * one, with a variable `one` =
+1 whose gradient is the relevance that they hold.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ def epsilon_rule(layer: Affine, one: Tensor) -> Tensor:
 def gamma_rule(layer: Affine, one: Tensor) -> Tensor:
     """R_i = sum_j s_ij / sum_i s_ij R_j, s_ij = x_i w_ij + gamma (x_i w_ij)^+ where z_j > 0, else with ^-.
 
-    Montavon et al. 2019, section 10.2, for inputs and outputs of both signs: the sum of the shares has the sign of
-    z_j and is no smaller, so that nothing is divided by something near 0.
+    Montavon et al. 2019, section 10.2, for inputs and outputs of both signs: the sum of the shares
+    has the sign of z_j and is no smaller, so that nothing is divided by something near 0.
     """
     plus, minus = _signed(layer, one)
     values = (plus + minus).detach()
@@ -113,7 +114,8 @@ def _signed(layer: Affine, one: Tensor) -> tuple[Tensor, Tensor]:
 def _shared(share: Tensor, values: Tensor, factor: Tensor, one: Tensor) -> Tensor:
     """Return `values`, whose relevance goes where `factor * share` takes it.
 
-    What that misses of the values (stabilisers, outputs to which no input contributed) is held like a bias.
+    What that misses of the values (stabilisers, outputs to which no input contributed) is held like
+    a bias.
     """
     passed = share * factor
     return passed + (values - passed.detach()) * one

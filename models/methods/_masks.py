@@ -21,8 +21,8 @@ def varying_channels(activation: Tensor) -> Tensor:
 def unit_masks(channels: Tensor, size: tuple[int, int]) -> Tensor:
     """Enlarge channels to the input and scale each to [0, 1]: s(Up(A_k)) in the words of Score-CAM.
 
-    Bilinear between pixel centres (`align_corners=False`, as in the authors' code), then min-max, so that every
-    mask reaches both 0 and 1.
+    Bilinear between pixel centres (`align_corners=False`, as in the authors' code), then min-max,
+    so that every mask reaches both 0 and 1.
 
     Args:
         channels: float32 (n, h, w), none of them constant.
@@ -40,9 +40,9 @@ def unit_masks(channels: Tensor, size: tuple[int, int]) -> Tensor:
 class RandomMasks:
     """The masks of RISE (Petsiuk et al. 2018, section 3.2), kept as small grids.
 
-    A mask is a random binary 7 x 7 grid, enlarged bilinearly to 8 x 8 cells and cropped at a random place within
-    one cell. 4,000 grids take 0.2 MB and milliseconds to draw, their masks at 224 x 224 would take 800 MB:
-    masks are enlarged a chunk at a time and not kept.
+    A mask is a random binary 7 x 7 grid, enlarged bilinearly to 8 x 8 cells and cropped at a random
+    place within one cell. 4,000 grids take 0.2 MB and milliseconds to draw, their masks at 224 x
+    224 would take 800 MB: masks are enlarged a chunk at a time and not kept.
 
     Attributes:
         grids: float32 (N, 7, 7), each 0 or 1.

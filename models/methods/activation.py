@@ -1,8 +1,8 @@
 """Methods that decompose or threshold the activation of one layer; most know nothing of the class.
 
-Each function takes a `Capture` and returns float32 maps (N, T, h, w), not normalised. Maps that do not depend on
-the class are the same for all T targets. Notation: A is the activation of one image as a matrix of h·w positions by
-K channels, A_k its channel k, g the gradient of the score.
+Each function takes a `Capture` and returns float32 maps (N, T, h, w), not normalised. Maps that do
+not depend on the class are the same for all T targets. Notation: A is the activation of one image
+as a matrix of h·w positions by K channels, A_k its channel k, g the gradient of the score.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ KPCA_SIDE = 28
 def eigencam(capture: Capture) -> Tensor:
     """Eigen-CAM (Muhammad and Yeasin 2020, section III), A v_1 for the first right singular vector v_1 of A.
 
-    Not centred, as in the paper. The sign that a decomposition leaves open is the one that correlates with sum_k A_k.
+    Not centred, as in the paper. The sign that a decomposition leaves open is the one that
+    correlates with sum_k A_k.
     """
     maps = _first_component(capture.activation)
     return _for_each_target(_oriented(maps, capture.activation.sum(1)), capture)
@@ -28,8 +29,9 @@ def eigencam(capture: Capture) -> Tensor:
 def eigengradcam(capture: Capture) -> Tensor:
     """Eigen-Grad-CAM: Eigen-CAM of B = g * A, that is B v_1.
 
-    From pytorch-grad-cam, without its centring and its ReLU, which empties maps whose evidence is negative
-    throughout. The sign is the one that correlates with sum_k g_k A_k, so that more is more evidence for the class.
+    From pytorch-grad-cam, without its centring and its ReLU, which empties maps whose evidence is
+    negative throughout. The sign is the one that correlates with sum_k g_k A_k, so that more is
+    more evidence for the class.
     """
     if capture.gradient is None:
         raise ValueError("the pass was run without gradients")
@@ -43,9 +45,10 @@ def eigengradcam(capture: Capture) -> Tensor:
 def kpca_cam(capture: Capture) -> Tensor:
     """KPCA-CAM (Karmani et al. 2024): projection on the first component of kernel PCA over the positions of A.
 
-    The kernel is the authors' default: tanh(x·y / K + 1) of channel vectors x, y from which the mean over positions
-    is taken. The sign is the one that correlates with sum_k A_k. Layers of more than 28 rows or columns are averaged
-    down to 28, since the work grows with the third power of the number of positions.
+    The kernel is the authors' default: tanh(x·y / K + 1) of channel vectors x, y from which the
+    mean over positions is taken. The sign is the one that correlates with sum_k A_k. Layers of more
+    than 28 rows or columns are averaged down to 28, since the work grows with the third power of
+    the number of positions.
     """
     activation = capture.activation
     height, width = activation.shape[-2:]
@@ -56,7 +59,8 @@ def kpca_cam(capture: Capture) -> Tensor:
     rows = rows - rows.mean(1, keepdim=True)
     kernel = torch.tanh(rows @ rows.mT / rows.shape[2] + 1)
     across = kernel.mean(1, keepdim=True)
-    # The kernel's own mean is taken in feature space, so that its first component is one of variation.
+    # The kernel's own mean is taken in feature space, so that its first component is one of
+    # variation.
     centred = kernel - across - across.mT + kernel.mean((1, 2), keepdim=True)
     maps = _top(centred).float().view(-1, *size)
     return _for_each_target(_oriented(maps, activation.sum(1)), capture)
@@ -65,8 +69,9 @@ def kpca_cam(capture: Capture) -> Tensor:
 def fem(capture: Capture) -> Tensor:
     """Feature explanation method (Fuad et al. 2020): sum_k mu_k B_k.
 
-    B_k is 1 where A_k is above mu_k + 2 sigma_k, else 0, with mean mu_k and standard deviation sigma_k over the
-    positions of channel k. A channel that is the same everywhere has no such position.
+    B_k is 1 where A_k is above mu_k + 2 sigma_k, else 0, with mean mu_k and standard deviation
+    sigma_k over the positions of channel k. A channel that is the same everywhere has no such
+    position.
     """
     variance, mean = torch.var_mean(capture.activation, (2, 3), correction=0, keepdim=True)
     rare = capture.activation > mean + 2 * variance.sqrt()

@@ -1,10 +1,11 @@
 """Methods that need (activation, gradient) pairs of a layer.
 
-Those that need one pair cost one pass all together: each function takes a `Capture` and returns float32 maps
-(N, T, h, w), not normalised. The others are generators of steps for one `Subject` and return maps (T, h, w).
-Notation: A_k is channel k of the activation, Z its number of pixels, g the gradient of the score,
-S_k = sum_ij A_kij. Where the gradient is the same at every position (shape (N, T, K, 1, 1)) sums over positions are
-done in closed form; where it is a row of a linear layer, the generators need no step.
+Those that need one pair cost one pass all together: each function takes a `Capture` and returns
+float32 maps (N, T, h, w), not normalised. The others are generators of steps for one `Subject` and
+return maps (T, h, w). Notation: A_k is channel k of the activation, Z its number of pixels, g the
+gradient of the score, S_k = sum_ij A_kij. Where the gradient is the same at every position (shape
+(N, T, K, 1, 1)) sums over positions are done in closed form; where it is a row of a linear layer,
+the generators need no step.
 """
 
 from __future__ import annotations
@@ -54,9 +55,10 @@ def gradcam_plus_plus(capture: Capture) -> Tensor:
 def gradcam_plus_plus_weights(capture: Capture) -> Tensor:
     """Weights (N, T, K) of Grad-CAM++.
 
-    Eq. 19, alpha = g^2 / (2 g^2 + S g^3), is 1 / (2 + g S) wherever g is not 0, and the ReLU of eq. 10 drops
-    g < 0, so w_k = sum over g > 0 of g / (2 + g S_k): no epsilon, no cubes, and for A >= 0 no denominator
-    below 2. On signed layers the denominator can vanish; such positions get no weight.
+    Eq. 19, alpha = g^2 / (2 g^2 + S g^3), is 1 / (2 + g S) wherever g is not 0, and the ReLU of eq.
+    10 drops g < 0, so w_k = sum over g > 0 of g / (2 + g S_k): no epsilon, no cubes, and for A >= 0
+    no denominator below 2. On signed layers the denominator can vanish; such positions get no
+    weight.
     """
     gradient = _gradient(capture)
     total = capture.activation.sum(_SPACE)[:, None, :, None, None]
@@ -73,8 +75,8 @@ def xgradcam(capture: Capture) -> Tensor:
 def xgradcam_weights(capture: Capture) -> Tensor:
     """Weights (N, T, K) of XGrad-CAM, sum_ij g_kij A_kij / S_k.
 
-    A channel whose sum vanishes against the sum of its magnitudes (a dead one, or a signed one that cancels)
-    gets weight 0 instead of an exploding one.
+    A channel whose sum vanishes against the sum of its magnitudes (a dead one, or a signed one that
+    cancels) gets weight 0 instead of an exploding one.
     """
     gradient, activation = _gradient(capture), capture.activation
     total = activation.sum(_SPACE)
@@ -108,11 +110,12 @@ def gradcam_elementwise(capture: Capture) -> Tensor:
 def smooth_gradcam_plus_plus(subject: Subject) -> Steps:
     """Smooth Grad-CAM++ (Omeiza et al. 2019): Grad-CAM++ with derivatives averaged over noisy inputs.
 
-    D_p is the mean over the samples of g^p, alpha = D_2 / (2 D_2 + S D_3), w_k = sum_ij alpha ReLU(D_1), and A and
-    S_k are those of the clean image. The paper prints D_1 in alpha's numerator, where Grad-CAM++, which this becomes
-    without noise, has the second derivative. The noise is normal, with 0.15 of the input's range as standard
-    deviation, the same for every target. Where the gradient does not depend on the input (a linear head), this is
-    Grad-CAM++ and needs no step.
+    D_p is the mean over the samples of g^p, alpha = D_2 / (2 D_2 + S D_3), w_k = sum_ij alpha
+    ReLU(D_1), and A and S_k are those of the clean image. The paper prints D_1 in alpha's
+    numerator, where Grad-CAM++, which this becomes without noise, has the second derivative. The
+    noise is normal, with 0.15 of the input's range as standard deviation, the same for every
+    target. Where the gradient does not depend on the input (a linear head), this is Grad-CAM++ and
+    needs no step.
     """
     capture = _captured(subject)
     if linear_head(subject) is not None:
@@ -140,8 +143,8 @@ def smooth_gradcam_plus_plus(subject: Subject) -> Steps:
 def finercam(subject: Subject) -> Steps:
     """Finer-CAM (Zhang et al. 2025): Grad-CAM of y_c - 0.6 mean_d y_d, d the 3 classes closest to c in score.
 
-    Of classes that are equally close the lower index comes first. A target that names what it is held against keeps
-    those classes as its d. A linear head needs no step.
+    Of classes that are equally close the lower index comes first. A target that names what it is
+    held against keeps those classes as its d. A linear head needs no step.
     """
     capture = _captured(subject)
     plain = [ResolvedTarget(target.cls) for target in subject.targets]
@@ -168,9 +171,9 @@ def finercam(subject: Subject) -> Steps:
 def shapleycam(subject: Subject) -> Steps:
     """ShapleyCAM (Cai 2025): M = ReLU(sum_k w_k A_k), w_k = mean_ij (g - H A / 2)_kij.
 
-    g and H are gradient and Hessian of the paper's default utility, ReST: the score plus the logarithm of its
-    class's probability, u = y_c + log p_c. H A is a Hessian-vector product through what follows the layer. A linear
-    head needs no step.
+    g and H are gradient and Hessian of the paper's default utility, ReST: the score plus the
+    logarithm of its class's probability, u = y_c + log p_c. H A is a Hessian-vector product through
+    what follows the layer. A linear head needs no step.
     """
     capture = _captured(subject)
     linear = linear_head(subject)
@@ -189,10 +192,11 @@ def shapleycam(subject: Subject) -> Steps:
 def fullgrad(subject: Subject) -> Steps:
     """FullGrad (Srinivas and Fleuret 2019, eq. 4 and 8), of the input's size, whatever the layer.
 
-    M = psi(x * dx y) + sum over layers of psi(b * g): b the biases of convolutions and the implicit biases
-    beta - gamma mean / sqrt(var + eps) of batch-norms, g the gradient where the bias is added; psi = sum over
-    channels of the bilinearly upsampled |.|, scaled to [0, 1] by the least and greatest value of all channels of the
-    layer. Biases of linear layers have no place and are left out of the map.
+    M = psi(x * dx y) + sum over layers of psi(b * g): b the biases of convolutions and the implicit
+    biases beta - gamma mean / sqrt(var + eps) of batch-norms, g the gradient where the bias is
+    added; psi = sum over channels of the bilinearly upsampled |.|, scaled to [0, 1] by the least
+    and greatest value of all channels of the layer. Biases of linear layers have no place and are
+    left out of the map.
 
     Raises:
         MethodNotApplicable: the model has biases of other kinds, as those of layer norms.

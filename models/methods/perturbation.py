@@ -1,9 +1,10 @@
 """Methods that change the input or a layer and look at what becomes of the scores.
 
-Each function is a generator of steps for one `Subject` and returns float32 maps (T, h, w), not normalised. Every step
-is at most one chunk of images, whose perturbations are made just before it: memory does not grow with the number of
-channels, windows or masks. All T targets are read from the same passes. Perturbed inputs live in normalised space,
-where 0 is the mean colour of the model's preprocessing.
+Each function is a generator of steps for one `Subject` and returns float32 maps (T, h, w), not
+normalised. Every step is at most one chunk of images, whose perturbations are made just before it:
+memory does not grow with the number of channels, windows or masks. All T targets are read from the
+same passes. Perturbed inputs live in normalised space, where 0 is the mean colour of the model's
+preprocessing.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ SMOOTHING = 2.0
 def scorecam(subject: Subject) -> Generator[Step, Any, Noted]:
     """Score-CAM (Wang et al. 2020, algorithm 1), for T targets at once.
 
-    M = ReLU(sum_k w_k A_k), w = softmax over channels of y_c(X * H_k), H_k = minmax(upsample(A_k)). Scores are
-    logits; the score of the baseline image, subtracted in the paper, cancels in the softmax. Constant channels make
-    no mask and have weight 0.
+    M = ReLU(sum_k w_k A_k), w = softmax over channels of y_c(X * H_k), H_k = minmax(upsample(A_k)).
+    Scores are logits; the score of the baseline image, subtracted in the paper, cancels in the
+    softmax. Constant channels make no mask and have weight 0.
 
-    One forward for each channel is nearly all of what this costs. If `samples` says so, only that many channels of
-    most energy (sum of squares) take part and the others have weight 0: the map approximates the paper's, and a note
-    says so.
+    One forward for each channel is nearly all of what this costs. If `samples` says so, only that
+    many channels of most energy (sum of squares) take part and the others have weight 0: the map
+    approximates the paper's, and a note says so.
     """
     channels = varying_channels(_activation(subject))
     notes: tuple[str, ...] = ()
@@ -49,8 +50,9 @@ def scorecam(subject: Subject) -> Generator[Step, Any, Noted]:
 def ss_cam(subject: Subject) -> Steps:
     """SS-CAM (Wang, Naidu et al. 2020): Score-CAM with scores averaged over noisy masks.
 
-    y_k = mean over N samples of y_c(X * (H_k + noise)), noise ~ N(0, 2^2) at every pixel. The same N fields of noise
-    are laid over every channel's mask, so that channels differ by their masks alone.
+    y_k = mean over N samples of y_c(X * (H_k + noise)), noise ~ N(0, 2^2) at every pixel. The same
+    N fields of noise are laid over every channel's mask, so that channels differ by their masks
+    alone.
     """
     channels = varying_channels(_activation(subject))
     return _score_weighted(subject, channels, _noises(subject))
@@ -69,9 +71,9 @@ def is_cam(subject: Subject) -> Steps:
 def ablationcam(subject: Subject) -> Steps:
     """Ablation-CAM (Desai and Ramaswamy 2020).
 
-    M = ReLU(sum_k w_k A_k), w_k = (y_c - y_c with A_k = 0) / |y_c|. The paper divides by y_c itself, which turns the
-    map over where the score is negative. Global average pooling followed by one linear layer needs no pass:
-    y_c - y_k = W_ck mean(A_k).
+    M = ReLU(sum_k w_k A_k), w_k = (y_c - y_c with A_k = 0) / |y_c|. The paper divides by y_c
+    itself, which turns the map over where the score is negative. Global average pooling followed by
+    one linear layer needs no pass: y_c - y_k = W_ck mean(A_k).
     """
     assert subject.capture is not None
     drops = closed_form_drops(subject)
@@ -85,9 +87,9 @@ def ablationcam(subject: Subject) -> Steps:
 def occlusion(subject: Subject) -> Steps:
     """Occlusion (Zeiler and Fergus 2014): what the score loses when a window is grey, signed.
 
-    The input is cut into (n + 1) x (n + 1) cells, n = `steps`; a window of 2 x 2 cells slides by one cell. A cell's
-    value is the mean of y_c - y_c(occluded) over the windows that cover it. Windows are filled with 0 in normalised
-    space, the mean colour.
+    The input is cut into (n + 1) x (n + 1) cells, n = `steps`; a window of 2 x 2 cells slides by
+    one cell. A cell's value is the mean of y_c - y_c(occluded) over the windows that cover it.
+    Windows are filled with 0 in normalised space, the mean colour.
 
     Returns:
         (T, n + 1, n + 1); fewer where the input has fewer pixels.
@@ -114,8 +116,8 @@ def occlusion(subject: Subject) -> Steps:
 def rise(subject: Subject) -> Steps:
     """RISE (Petsiuk et al. 2018, eq. 6): the mean of random masks, weighted by the probability each leaves.
 
-    M = 1 / (N p) sum_i f_c(X * m_i) m_i with N = `samples` masks from 7 x 7 grids, p = 0.5; f is the probability, as
-    in the paper. Masks depend on the seed and the input size only.
+    M = 1 / (N p) sum_i f_c(X * m_i) m_i with N = `samples` masks from 7 x 7 grids, p = 0.5; f is
+    the probability, as in the paper. Masks depend on the seed and the input size only.
 
     Returns:
         (T, H, W), the input's size.

@@ -1,8 +1,9 @@
 """Methods that explain pixels of the input: gradients, paths of gradients, guided gradients, relevance.
 
-Each is a generator of steps that returns float32 maps (T, H, W) at the resolution of the input, not normalised.
-Notation: x = the normalised input, dx y = gradient of the score at x. Maps whose sign has a meaning are sums over
-the three colours; in the others a pixel has the largest value among its colours.
+Each is a generator of steps that returns float32 maps (T, H, W) at the resolution of the input, not
+normalised. Notation: x = the normalised input, dx y = gradient of the score at x. Maps whose sign
+has a meaning are sums over the three colours; in the others a pixel has the largest value among its
+colours.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def input_x_gradient(subject: Subject) -> Steps:
 def guided_backprop(subject: Subject) -> Steps:
     """Guided backpropagation (Springenberg et al. 2015): largest |gradient| among the colours.
 
-    Its sign says in which direction a pixel would have to change, not whether it speaks for the class.
+    Its sign says in which direction a pixel would have to change, not whether it speaks for the
+    class.
 
     Raises:
         MethodNotApplicable: the model has no ReLU, or other rectifiers.
@@ -67,7 +69,8 @@ def guided_gradcam(subject: Subject) -> Steps:
 def smoothgrad(subject: Subject) -> Steps:
     """SmoothGrad (Smilkov et al. 2017): largest |mean gradient| among the colours over noisy copies of the input.
 
-    The noise is normal, with 0.15 of the input's range as standard deviation; every target sees the same noise.
+    The noise is normal, with 0.15 of the input's range as standard deviation; every target sees the
+    same noise.
     """
     mean, _ = yield from _noisy_gradients(subject)
     return mean.abs().amax(_COLOURS)
@@ -76,8 +79,8 @@ def smoothgrad(subject: Subject) -> Steps:
 def vargrad(subject: Subject) -> Steps:
     """VarGrad (Adebayo et al. 2018): variance of the gradient over noisy copies, summed over the colours.
 
-    E[(a - E a)^2], kept up by Welford's recurrence whose every term is a square: it cannot be negative. Noise as in
-    `smoothgrad`.
+    E[(a - E a)^2], kept up by Welford's recurrence whose every term is a square: it cannot be
+    negative. Noise as in `smoothgrad`.
     """
     _, variance = yield from _noisy_gradients(subject)
     return variance.sum(_COLOURS)
@@ -86,9 +89,9 @@ def vargrad(subject: Subject) -> Steps:
 def integrated_gradients(subject: Subject) -> Generator[Step, Any, Noted]:
     """Integrated gradients (Sundararajan et al. 2017, eq. 1), summed over the colours, signed.
 
-    (x - b) times the mean gradient on the straight line from b, a black picture, to x; the mean is taken by
-    Gauss-Legendre quadrature with `steps` points. The note of each map says how far its sum is from y(x) - y(b),
-    which it would be with infinitely many points.
+    (x - b) times the mean gradient on the straight line from b, a black picture, to x; the mean is
+    taken by Gauss-Legendre quadrature with `steps` points. The note of each map says how far its
+    sum is from y(x) - y(b), which it would be with infinitely many points.
     """
     black = _black(subject)
     difference = subject.inputs.float() - black
@@ -114,12 +117,13 @@ def integrated_gradients(subject: Subject) -> Generator[Step, Any, Noted]:
 def lrp(subject: Subject) -> Generator[Step, Any, Noted]:
     """Layer-wise relevance propagation (Bach et al. 2015) by the composite of Montavon et al. 2019, signed.
 
-    The epsilon rule in linear layers, the gamma rule in convolutions, the box rule at the pixels. That relevance is
-    conserved is checked for each map; its note says how much of the score reached the pixels, the rest being
-    what biases and stabilisers hold.
+    The epsilon rule in linear layers, the gamma rule in convolutions, the box rule at the pixels.
+    That relevance is conserved is checked for each map; its note says how much of the score reached
+    the pixels, the rest being what biases and stabilisers hold.
 
     Raises:
-        MethodNotApplicable: the model computes something that relevance does not pass through conserved.
+        MethodNotApplicable: the model computes something that relevance does not pass through
+            conserved.
     """
     explained = Explained(
         module=subject.warm.module,

@@ -27,9 +27,9 @@ def refusals(
 ) -> dict[str, str]:
     """Try the methods whose rules are proved model by model, on one picture of a probe.
 
-    Guided backpropagation looks for ReLUs in the recorded graph, LRP for conservation of relevance (on a small
-    picture where the model takes one), attention methods for attention that they reproduce, FullGrad for biases that
-    it cannot account for.
+    Guided backpropagation looks for ReLUs in the recorded graph, LRP for conservation of relevance
+    (on a small picture where the model takes one), attention methods for attention that they
+    reproduce, FullGrad for biases that it cannot account for.
 
     Args:
         module: in eval mode, parameters frozen, float32.

@@ -16,15 +16,17 @@ class Method(Struct):
     Attributes:
         name: name in the API; also the name of the function in `models.methods.<family>`.
         paper: where it was defined.
-        formula: what is computed, with A_k = channel k of the activation, g = its gradient, Z = its pixels.
+        formula: what is computed, with A_k = channel k of the activation, g = its gradient, Z = its
+            pixels.
         needs_gradients: whether the pass must be differentiated.
         signed: whether negative values of the map mean evidence against the class.
-        cost: `pass` (free with the prediction) or `head` (a pass of the head per target): the function takes a
-            `Capture` of N images and returns maps (N, T, h, w). `passes` (a few passes of the network) or `many`
-            (hundreds): the function is a generator of steps for one `Subject` and returns maps (T, h, w).
+        cost: `pass` (free with the prediction) or `head` (a pass of the head per target): the
+            function takes a `Capture` of N images and returns maps (N, T, h, w). `passes` (a few
+            passes of the network) or `many` (hundreds): the function is a generator of steps for
+            one `Subject` and returns maps (T, h, w).
         defaults: default `samples`, `steps`, `seed` and the like.
-        assumes_nonnegative: whether the derivation needs a layer without negative values; on others the answer
-            carries a warning.
+        assumes_nonnegative: whether the derivation needs a layer without negative values; on others
+            the answer carries a warning.
         of_input: whether it explains the input itself, whatever layers are named.
     """
 

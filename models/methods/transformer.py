@@ -1,9 +1,10 @@
 """Methods that explain vision transformers by their attention.
 
-Each is a generator of steps that returns float32 maps (T, h, w) on the grid of patches; class, distillation and
-register tokens have no place in it and are left out. Notation: A_l = the attention weights of layer l (heads, tokens,
-tokens), dA_l = their gradient, E_h = mean over heads. Relevance is read at the tokens from which the model makes its
-scores: the class token, or the mean of the patches for models that pool them.
+Each is a generator of steps that returns float32 maps (T, h, w) on the grid of patches; class,
+distillation and register tokens have no place in it and are left out. Notation: A_l = the attention
+weights of layer l (heads, tokens, tokens), dA_l = their gradient, E_h = mean over heads. Relevance
+is read at the tokens from which the model makes its scores: the class token, or the mean of the
+patches for models that pool them.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ def transformer_attribution(subject: Subject) -> Steps:
 def legrad(subject: Subject) -> Steps:
     """LeGrad (Bousselham et al. 2024, eq. 6 to 8).
 
-    Mean over layers, heads and queries of (ds_l / dA_l)^+, where s_l is the score that the model's head gives to the
-    tokens after layer l.
+    Mean over layers, heads and queries of (ds_l / dA_l)^+, where s_l is the score that the model's
+    head gives to the tokens after layer l.
 
     Raises:
         MethodNotApplicable: the model is not a vision transformer that is understood here.

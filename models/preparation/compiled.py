@@ -27,7 +27,8 @@ def compiled_twin(module: nn.Module, reference: Reference, *, dtype: torch.dtype
         dtype: what it computes in.
 
     Raises:
-        Refused: there is no C++ compiler, the model cannot be compiled, or it then gives other tensors.
+        Refused: there is no C++ compiler, the model cannot be compiled, or it then gives other
+            tensors.
     """
     target = reference.head.layer
     try:
@@ -69,7 +70,8 @@ def _compile(module: LayerOutputs, pictures: Tensor) -> Callable[[Tensor], tuple
     """The module compiled for exactly these pictures' shape."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        # Exported first: the hooks are then gone, and no model shares its compiled code with another.
+        # Exported first: the hooks are then gone, and no model shares its compiled code with
+        # another.
         exported = torch.export.export(module.eval(), (pictures,), strict=False).module()
         compiled: Callable[[Tensor], tuple[Tensor, ...]] = torch.compile(
             exported, dynamic=False, fullgraph=True, options={"freezing": True}

@@ -41,7 +41,8 @@ class _Packing:
     Attributes:
         weight: in oneDNN's layout.
         place: padding, stride, dilation and groups.
-        pads: pixels (left, right, top, bottom) that the input gets first, where no padding of oneDNN's will do.
+        pads: pixels (left, right, top, bottom) that the input gets first, where no padding of
+            oneDNN's will do.
     """
 
     weight: Tensor
@@ -56,9 +57,9 @@ RELU = Activation("relu", (), nn.functional.relu)
 class FusedConv2d(nn.Module):
     """Convolution + folded batch-norm + activation, and, if given, + residual before the activation.
 
-    On the CPU without autograd it runs as one oneDNN operation on prepacked weights (the operation that
-    `torch.compile` emits when it freezes a model); elsewhere, and where a graph is recorded, as plain torch
-    operations on the folded weights.
+    On the CPU without autograd it runs as one oneDNN operation on prepacked weights (the operation
+    that `torch.compile` emits when it freezes a model); elsewhere, and where a graph is recorded,
+    as plain torch operations on the folded weights.
     """
 
     def __init__(
@@ -67,7 +68,8 @@ class FusedConv2d(nn.Module):
         """Fold, in float64.
 
         Args:
-            conv: the convolution, with zero padding; TensorFlow-like "same" padding is recognised by its class.
+            conv: the convolution, with zero padding; TensorFlow-like "same" padding is recognised
+                by its class.
             norm: the batch-norm that follows it, in eval mode.
             activation: what follows that.
         """
@@ -91,7 +93,8 @@ class FusedConv2d(nn.Module):
             try:
                 return self._run_packed(x, residual)
             except RuntimeError:
-                # oneDNN has no kernel for some shapes in some dtypes (small grouped bfloat16 sums, for one).
+                # oneDNN has no kernel for some shapes in some dtypes (small grouped bfloat16 sums,
+                # for one).
                 self._unpackable = True
         if self.same:
             x = nn.functional.pad(x, self._same_padding(x))
@@ -146,8 +149,9 @@ class FusedConv2d(nn.Module):
             left, right, top, bottom = self._same_padding(x)
             padding = (bottom, right)
             if (left, top) == (right - 1, bottom - 1) and self.groups > 1:
-                # One more pixel at the end is the same as even padding and a kernel that begins with zeros: the
-                # padded copy of the input costs a grouped convolution more than the wider kernel does.
+                # One more pixel at the end is the same as even padding and a kernel that begins
+                # with zeros: the padded copy of the input costs a grouped convolution more than the
+                # wider kernel does.
                 weight = nn.functional.pad(weight, (1, 0, 1, 0))
             elif (left, top) != (right, bottom):
                 pads, padding = (left, right, top, bottom), (0, 0)

@@ -1,7 +1,8 @@
 """Finds convolutions that can be fused with what follows them, by pattern, in any model.
 
-Each module is traced on its own with its children left whole, so containers keep their names and their hooks; a
-module in which something was fused becomes a graph module of the same name. Modules that cannot be traced stay.
+Each module is traced on its own with its children left whole, so containers keep their names and
+their hooks; a module in which something was fused becomes a graph module of the same name. Modules
+that cannot be traced stay.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ def fuse_convolutions(module: nn.Module) -> tuple[nn.Module, int]:
     """Fuse convolutions with the batch-norms, activations and residual sums that follow them.
 
     Args:
-        module: in eval mode; changed. Outputs of modules that were fused into a convolution are no longer to be
-            had; the fused convolution stands in the place of the last of them.
+        module: in eval mode; changed. Outputs of modules that were fused into a convolution are no
+            longer to be had; the fused convolution stands in the place of the last of them.
 
     Returns:
-        The module (a new object if its own forward was rewritten), and the number of convolutions that now do
-        more than convolve.
+        The module (a new object if its own forward was rewritten), and the number of convolutions
+        that now do more than convolve.
     """
     fused = 0
     for name, child in sorted(module.named_modules(), key=lambda item: -item[0].count(".")):

@@ -28,14 +28,16 @@ def openvino_twins(
     Args:
         module: the model, float32, on the CPU; left as it is.
         reference: what it gives.
-        precision: what OpenVINO may compute in; it stays with float32 where the CPU has no instructions for it.
+        precision: what OpenVINO may compute in; it stays with float32 where the CPU has no
+            instructions for it.
 
     Returns:
-        A twin of the target layer alone, then one that gives the feature layers too (each further output costs
-        fusions and a copy), and the precision they compute in.
+        A twin of the target layer alone, then one that gives the feature layers too (each further
+        output costs fusions and a copy), and the precision they compute in.
 
     Raises:
-        Refused: OpenVINO is not installed, does not know an operation of the model, or gives other tensors.
+        Refused: OpenVINO is not installed, does not know an operation of the model, or gives other
+            tensors.
     """
     openvino = _library()
     target, features = reference.head.layer, reference.features

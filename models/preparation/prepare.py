@@ -35,7 +35,8 @@ class Findings:
         target_layer: the `auto` layer; None if there is none.
         layout: how its output lies.
         head: what follows it.
-        choose_features: from the fused twin, if there is one, the layers that are described by default.
+        choose_features: from the fused twin, if there is one, the layers that are described by
+            default.
     """
 
     target_layer: str | None

@@ -67,8 +67,9 @@ class PooledHead:
 class Replay(nn.Module):
     """A model whose trunk is a function: its tensors pass through place-holders of the layers' names, then the head.
 
-    Hooks work on the place-holders as on the layers: outputs can be read at all of them. What comes before is
-    opaque, so only the head's own layer can be changed or differentiated at, and no gradient reaches the pictures.
+    Hooks work on the place-holders as on the layers: outputs can be read at all of them. What comes
+    before is opaque, so only the head's own layer can be changed or differentiated at, and no
+    gradient reaches the pictures.
     """
 
     def __init__(self, run: Run, layers: Sequence[str], head: PooledHead) -> None:
@@ -151,12 +152,13 @@ class Reference:
         Args:
             run: the trunk; it takes float32 pictures.
             layers: names of what it returns; the head's layer is among them.
-            exact: whether it computes in float32, and so must give what torch gives; otherwise maps and scores
-                must point the same way, as for any half precision.
+            exact: whether it computes in float32, and so must give what torch gives; otherwise maps
+                and scores must point the same way, as for any half precision.
             step: what was done, for the model card.
 
         Raises:
-            Refused: it fails, or its scores, or its tensors at the head's layer, are not the model's.
+            Refused: it fails, or its scores, or its tensors at the head's layer, are not the
+                model's.
         """
         equal = close if exact else alike
         module = Replay(run, layers, self.head).eval()

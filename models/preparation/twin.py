@@ -38,8 +38,8 @@ class Needs:
 class Twin:
     """A module that answers like the original, faster.
 
-    Passes that need more than it has run on a slower twin, or on the original. Inputs of its layers are never
-    those of the original's: a twin keeps what its layers return, not how they come to it.
+    Passes that need more than it has run on a slower twin, or on the original. Inputs of its layers
+    are never those of the original's: a twin keeps what its layers return, not how they come to it.
 
     Attributes:
         module: the twin; eval mode, parameters frozen.
@@ -73,7 +73,8 @@ def fused_twin(module: nn.Module, probe: Tensor) -> Twin | None:
         probe: (N, 3, H, W) normalised, on the module's device, of the size that will be served.
 
     Returns:
-        The twin, or None where nothing could be fused or the scores differ by more than `TOLERANCE`.
+        The twin, or None where nothing could be fused or the scores differ by more than
+        `TOLERANCE`.
     """
     try:
         twin, fused = fuse_convolutions(copy.deepcopy(module))

@@ -31,8 +31,8 @@ class BuildRequest:
     Attributes:
         name: what follows the source's prefix.
         pretrained: whether the library's own weights are wanted.
-        num_classes: scores per picture of an architecture that gets other weights; None keeps its own number.
-            The library's own weights come with their head, whatever is said here.
+        num_classes: scores per picture of an architecture that gets other weights; None keeps its
+            own number. The library's own weights come with their head, whatever is said here.
         base_dir: directory that relative paths and modules of the configuration start from.
     """
 
@@ -47,7 +47,8 @@ class Built:
     """What a source made.
 
     Attributes:
-        module: the architecture, with its own weights if they were asked for, otherwise with random ones.
+        module: the architecture, with its own weights if they were asked for, otherwise with random
+            ones.
         preprocess: the preprocessing that belongs to the weights.
         labels: names of the classes that the weights were trained on, if known.
         ignored_keys: prefixes of checkpoint keys that belong to parts which only training uses.
@@ -97,9 +98,11 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
         base_dir: directory that the entry's relative paths start from.
 
     Raises:
-        ModelLoadFailed: anything that keeps it from answering; the text names what the configuration got wrong.
+        ModelLoadFailed: anything that keeps it from answering; the text names what the
+            configuration got wrong.
     """
-    # Torch takes a second to import; processes that only read SOURCES and LoadedModel never pay for it.
+    # Torch takes a second to import; processes that only read SOURCES and LoadedModel never pay for
+    # it.
     from models.compat import define_missing_operators
     from models.probe import check_answer
     from models.weights import fill_zero_heads, load_weights, seeded

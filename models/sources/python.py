@@ -23,9 +23,9 @@ _DEFAULT_PREPROCESS = Preprocess(resize=256, crop=(224, 224))
 def build(request: BuildRequest) -> Built:
     """Call the factory, with `num_classes` if it is configured and the factory takes it.
 
-    The module is imported from the usual places or from the configuration's directory. The factory returns a
-    network, or (network, {"preprocess": {…}, "labels": […]}), where `preprocess` has the fields of
-    `[models.preprocess]` and labels may be left out.
+    The module is imported from the usual places or from the configuration's directory. The factory
+    returns a network, or (network, {"preprocess": {…}, "labels": […]}), where `preprocess` has the
+    fields of `[models.preprocess]` and labels may be left out.
 
     Raises:
         ModelLoadFailed: no such module or function, it raised, or it returned something else.

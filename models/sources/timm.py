@@ -22,12 +22,12 @@ _FITS: dict[str, Fit] = {"squash": "stretch", "border": "contain"}
 def build(request: BuildRequest) -> Built:
     """Build a model of timm; the name may carry a pretrained tag (`resnet50.a1_in1k`).
 
-    Where other weights are loaded, preprocessing and labels are still those of the named weights: most
-    checkpoints were fine-tuned from them.
+    Where other weights are loaded, preprocessing and labels are still those of the named weights:
+    most checkpoints were fine-tuned from them.
 
     Raises:
-        ModelLoadFailed: unknown name, no classifier, an input of other than 3 channels, or its weights can neither
-            be found nor fetched.
+        ModelLoadFailed: unknown name, no classifier, an input of other than 3 channels, or its
+            weights can neither be found nor fetched.
     """
     _check_name(request.name)
     module = _pretrained(request.name) if request.pretrained else _random(request)

@@ -18,8 +18,8 @@ _AUXILIARY = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}
 def build(request: BuildRequest) -> Built:
     """Build a classification model of torchvision.
 
-    Where other weights are loaded, preprocessing, labels and the rescaling within Inception and GoogLeNet are
-    still those of the default weights: most checkpoints were fine-tuned from them.
+    Where other weights are loaded, preprocessing, labels and the rescaling within Inception and
+    GoogLeNet are still those of the default weights: most checkpoints were fine-tuned from them.
 
     Raises:
         ModelLoadFailed: unknown name, or its weights can neither be found nor fetched.

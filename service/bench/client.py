@@ -33,9 +33,9 @@ class Sample(Struct):
         sent: when it was.
         ended: when its answer was whole, or given up.
         status: of the answer; 0 without one.
-        code: empty if it is answered; else the service's error code, `http_STATUS` of an answer that has none, or
-            `client_timeout`, `connection_lost`, `wrong_answer` (of another picture), `foreign_answer` (of another
-            request, by its id).
+        code: empty if it is answered; else the service's error code, `http_STATUS` of an answer
+            that has none, or `client_timeout`, `connection_lost`, `wrong_answer` (of another
+            picture), `foreign_answer` (of another request, by its id).
         size: bytes of the answer's body.
     """
 

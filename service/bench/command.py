@@ -85,16 +85,18 @@ def bench(
 ) -> None:
     """Load a running service and report throughput, latency and failures.
 
-    With `--rate` and in the second half of `--sweep` requests are sent when they are due, whatever became of those
-    before them, and latency counts from the due time. The exit code is 1 if nothing was answered, or if any answer
-    belonged to another request.
+    With `--rate` and in the second half of `--sweep` requests are sent when they are due, whatever
+    became of those before them, and latency counts from the due time. The exit code is 1 if nothing
+    was answered, or if any answer belonged to another request.
 
     For example:
 
     - `heatlens bench http://127.0.0.1:8000`
     - `heatlens bench http://127.0.0.1:8000 --clients 32 --duration 30 --verify`
-    - `heatlens bench http://127.0.0.1:8000 --rate 50 -O methods=gradcam,layercam -O outputs=heatmap`
-    - `heatlens bench http://127.0.0.1:8000 --sweep --operation predict --pictures photos/ --json sweep.json`
+    - `heatlens bench http://127.0.0.1:8000 --rate 50 -O methods=gradcam,layercam -O
+      outputs=heatmap`
+    - `heatlens bench http://127.0.0.1:8000 --sweep --operation predict --pictures photos/ --json
+      sweep.json`
     """
     if sum((clients is not None, rate is not None, sweep)) > 1:
         raise typer.BadParameter("Choose one of --clients, --rate and --sweep.")

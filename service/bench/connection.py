@@ -1,7 +1,7 @@
 """One keep-alive HTTP/1.1 connection on asyncio streams: bytes out, status, headers and body in.
 
-A general client library spends about a millisecond of processor time on a request; on a machine that the service
-shares with its load that is what would be measured.
+A general client library spends about a millisecond of processor time on a request; on a machine
+that the service shares with its load that is what would be measured.
 """
 
 from __future__ import annotations

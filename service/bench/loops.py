@@ -24,8 +24,8 @@ class Closed(Struct):
 class Open(Struct):
     """Poisson arrivals of `rate` requests a second, sent when they are due whatever became of those before them.
 
-    Latency counts from the due time: what a slow answer holds up is part of what users wait for. (A closed loop
-    stops asking while the service is slow, and so hides it: "coordinated omission".)
+    Latency counts from the due time: what a slow answer holds up is part of what users wait for. (A
+    closed loop stops asking while the service is slow, and so hides it: "coordinated omission".)
     """
 
     rate: float

@@ -61,7 +61,8 @@ class Report(Struct):
     """What was measured.
 
     Attributes:
-        twins: pairs of pictures whose answers `verify` cannot tell apart; None if it was not asked for.
+        twins: pairs of pictures whose answers `verify` cannot tell apart; None if it was not asked
+            for.
     """
 
     summaries: list[Summary]

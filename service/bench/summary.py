@@ -32,7 +32,8 @@ class Summary(Struct):
         statuses: the same by HTTP status; 0 is no answer.
         codes: failures by code.
         megabytes: mean size of a good answer.
-        client_cores: processor cores that the generator itself kept busy; near 1 the numbers are its own.
+        client_cores: processor cores that the generator itself kept busy; near 1 the numbers are
+            its own.
         lag_ms: 99th percentile of how late requests were sent, by the generator's own fault.
         sent_in_all: warm-up included.
     """

@@ -68,8 +68,9 @@ async def index(request: Request, service: ServiceDep) -> Response:
 async def load(model: str, request: Request, service: ServiceDep) -> Response:
     """Load `name` (every configured version of it) or `name@version`, as the configuration file says now.
 
-    A version that is loaded is replaced once the new one is warm; requests are answered by the one or the other, whole.
-    Models come from the configuration only: a configuration or files in `parameters` are refused.
+    A version that is loaded is replaced once the new one is warm; requests are answered by the one
+    or the other, whole. Models come from the configuration only: a configuration or files in
+    `parameters` are refused.
     """
     _refuse_files(await _body(request))
     name, _, version = model.partition("@")
@@ -96,7 +97,8 @@ async def load(model: str, request: Request, service: ServiceDep) -> Response:
 async def unload(model: str, request: Request, service: ServiceDep) -> Response:
     """Let `name` (every version of it) or `name@version` finish its jobs, then drop it.
 
-    It stays unloaded until it is loaded again, the configuration is reloaded or the service is started again.
+    It stays unloaded until it is loaded again, the configuration is reloaded or the service is
+    started again.
     """
     _refuse_files(await _body(request))
     name, _, version = model.partition("@")

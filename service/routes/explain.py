@@ -43,8 +43,9 @@ _DOCUMENT[200]["content"] |= {
 async def explain(request: Request, service: ServiceDep) -> Response:
     """Predictions with heatmaps, and statistics of the explained layers.
 
-    With `Accept: image/png`, `image/jpeg` or `image/webp`, and one image, method, target and layer, the answer is the
-    overlay itself; `X-Class-Id`, `X-Label` (percent-encoded) and `X-Probability` tell what it shows.
+    With `Accept: image/png`, `image/jpeg` or `image/webp`, and one image, method, target and layer,
+    the answer is the overlay itself; `X-Class-Id`, `X-Label` (percent-encoded) and `X-Probability`
+    tell what it shows.
     """
     accept = request.headers.get("accept", "")
 

@@ -1,10 +1,11 @@
 """Which jobs run next on one device. Pure: no thread, no clock, no torch; the caller says what time it is.
 
-Work-conserving: when the device is free, what waits is taken, up to the model's best batch; there is no window.
-Jobs are of two classes. *Interactive* jobs are answered by one pass; *long* ones take many bounded steps, between
-which interactive batches run. The classes share device time by start-time fair queueing (Goyal et al. 1996): each
-has a virtual finish time that grows by duration / share, the lower one goes next, and a class that was idle gets
-no credit for it. Inside a class the earliest deadline goes first, with jobs of the same model in its batch.
+Work-conserving: when the device is free, what waits is taken, up to the model's best batch; there
+is no window. Jobs are of two classes. *Interactive* jobs are answered by one pass; *long* ones take
+many bounded steps, between which interactive batches run. The classes share device time by
+start-time fair queueing (Goyal et al. 1996): each has a virtual finish time that grows by duration
+/ share, the lower one goes next, and a class that was idle gets no credit for it. Inside a class
+the earliest deadline goes first, with jobs of the same model in its batch.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ class Batcher:
 
     Args:
         max_wait_s: estimated wait beyond which a job is refused.
-        interactive_share: share of device time of interactive jobs while long ones wait too, between 0 and 1.
-        max_pending: long jobs that are held between steps at the same time; each keeps device memory.
+        interactive_share: share of device time of interactive jobs while long ones wait too,
+            between 0 and 1.
+        max_pending: long jobs that are held between steps at the same time; each keeps device
+            memory.
     """
 
     def __init__(
@@ -114,9 +117,11 @@ class Batcher:
         Raises:
             UnknownModel: its model is not on this device.
             NotReady: its model is being unloaded.
-            ModelReplaced: it was resolved against a model that was replaced or is being unloaded since.
+            ModelReplaced: it was resolved against a model that was replaced or is being unloaded
+                since.
             DeadlineExceeded: nobody waits for it any more.
-            Overloaded: the estimated wait is over the limit, or over what the job's deadline leaves.
+            Overloaded: the estimated wait is over the limit, or over what the job's deadline
+                leaves.
         """
         model = self._models.get((job.model, job.version))
         if job.revision and (model is None or model.closing or model.has_replaced(job)):
@@ -140,8 +145,9 @@ class Batcher:
     def cancel(self, job_id: str) -> Entry | None:
         """Drop a job.
 
-        One that is on the device runs to the end of its batch or step. One that is between steps is let go by the
-        next `next`, so that what it holds is released by the thread that uses the device.
+        One that is on the device runs to the end of its batch or step. One that is between steps is
+        let go by the next `next`, so that what it holds is released by the thread that uses the
+        device.
 
         Returns:
             The entry, None if no such job is here.
@@ -201,8 +207,8 @@ class Batcher:
     def wait_ms(self, now: float, job_class: JobClass = "interactive") -> float:
         """Estimated time until a new job of that class would start.
 
-        The rest of the running batch, then what waits in its class; meanwhile the other class gets its share of
-        the device, but no more than it has work for.
+        The rest of the running batch, then what waits in its class; meanwhile the other class gets
+        its share of the device, but no more than it has work for.
         """
         running_ms = 0.0
         if self._running is not None:

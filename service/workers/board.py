@@ -1,7 +1,8 @@
 """What a device worker is doing right now, readable from outside and after its death.
 
-The compute thread writes its board before it touches the device. So the supervisor sees a hang without asking,
-and after a crash knows which jobs were on the device; HTTP processes see when the last real pass was.
+The compute thread writes its board before it touches the device. So the supervisor sees a hang
+without asking, and after a crash knows which jobs were on the device; HTTP processes see when the
+last real pass was.
 """
 
 from __future__ import annotations

@@ -40,7 +40,8 @@ def merge(
 ) -> list[ModelInfo]:
     """One entry for each model version, in order of appearance.
 
-    A model is ready if requests for it are taken: it is warm on a device, or was, and the device is coming back.
+    A model is ready if requests for it are taken: it is warm on a device, or was, and the device is
+    coming back.
 
     Args:
         by_device: what each device said last.

@@ -21,8 +21,8 @@ _MOST_DOUBLINGS = 16
 class RestartBudget:
     """How soon, and how often, a process may be started again.
 
-    The pause doubles with each end in a row of a process that had not proved itself, and is jittered by half, so that
-    processes that fell together do not rise together.
+    The pause doubles with each end in a row of a process that had not proved itself, and is
+    jittered by half, so that processes that fell together do not rise together.
 
     Args:
         restarts: allowed within the window.
@@ -99,7 +99,8 @@ class Child:
             inherit: file descriptors that it gets.
         """
         self.start_at, self.started_at = None, now
-        # Its own group: Ctrl-C in a terminal reaches the supervisor only, which then stops the others in order.
+        # Its own group: Ctrl-C in a terminal reaches the supervisor only, which then stops the
+        # others in order.
         self._process = subprocess.Popen(  # noqa: S603  # our own command, no shell
             command,
             env=os.environ | environment,

@@ -52,9 +52,10 @@ class _Ticket:
 class SocketPool:
     """Implements `DevicePool`: routes jobs to workers and outlives them.
 
-    A job goes to the device with the least estimated work among those where its model is warm. When a worker
-    dies, its unanswered jobs go elsewhere or wait for its restart. Jobs that were on the device are suspects: each
-    is tried once more, alone; if that kills a worker too, the input is quarantined.
+    A job goes to the device with the least estimated work among those where its model is warm. When
+    a worker dies, its unanswered jobs go elsewhere or wait for its restart. Jobs that were on the
+    device are suspects: each is tried once more, alone; if that kills a worker too, the input is
+    quarantined.
 
     Args:
         runtime: the supervisor's folder.

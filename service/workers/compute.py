@@ -49,7 +49,8 @@ class ComputeThread:
 
     Args:
         batcher: the device's queue; belongs to this object from now on.
-        make_backend: makes registry and engine; called in the thread, so that torch is imported there.
+        make_backend: makes registry and engine; called in the thread, so that torch is imported
+            there.
         specs: models to load, in this order.
         refused: `name@version` of models that must not be loaded, because that has killed workers.
         listener: hears of results, in the thread.
@@ -195,7 +196,8 @@ class ComputeThread:
             if model is not None and wait_s <= 0:
                 return model
             if self._published != self.load_state():
-                # What ended since the last batch began (answered, cancelled, expired) waits no more.
+                # What ended since the last batch began (answered, cancelled, expired) waits no
+                # more.
                 self._publish(self._runner.board)
             self._changed.wait(timeout=None if model is None else wait_s)
             return None

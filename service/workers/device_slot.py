@@ -136,7 +136,8 @@ class DeviceSlot:
         # A job that was in a death before ran alone: there is no one else to blame for this one.
         self._quarantined += [job.digest for job in board.jobs if job.deaths > 0 and job.digest]
         self._proven.update(board.models)
-        # A model that was warm here before is not what ended a worker that was killed while it loaded it again.
+        # A model that was warm here before is not what ended a worker that was killed while it
+        # loaded it again.
         if board.activity == "load" and board.subject not in self._proven:
             self._load_deaths[board.subject] += 1
             if self._load_deaths[board.subject] >= _LOAD_DEATHS:

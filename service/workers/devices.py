@@ -14,8 +14,8 @@ def resolve_devices(
 ) -> tuple[str, ...]:
     """Turn the configured names into devices, each once.
 
-    `auto` is every GPU; without one, the cores as up to four CPU devices, for several workers of few threads serve
-    more than one worker of many (see `benchmarks/README.md`).
+    `auto` is every GPU; without one, the cores as up to four CPU devices, for several workers of
+    few threads serve more than one worker of many (see `benchmarks/README.md`).
 
     Args:
         names: `auto`, `cpu`, `cpu:N`, `cuda` or `cuda:N`.

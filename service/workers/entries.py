@@ -13,9 +13,10 @@ JobClass = Literal["interactive", "long"]
 BatchReason = Literal["full", "idle", "deadline", "memory", "held", "alone", "step"]
 """Why a batch has the size it has.
 
-`full`: the best batch. `idle`: all that waited was taken. `deadline`: more would have made the earliest deadline pass.
-`memory`: the device had no memory for more a while ago. `held`: as many long jobs are between steps as may be.
-`alone`: a job that was in a worker's death runs by itself. `step`: next steps of long jobs.
+`full`: the best batch. `idle`: all that waited was taken. `deadline`: more would have made the
+earliest deadline pass. `memory`: the device had no memory for more a while ago. `held`: as many
+long jobs are between steps as may be. `alone`: a job that was in a worker's death runs by itself.
+`step`: next steps of long jobs.
 """
 ModelKey = tuple[str, str]
 """Name and version."""

@@ -32,8 +32,8 @@ def classify(error: BaseException) -> Fault:
     """Say what an exception out of the engine means.
 
     Returns:
-        `memory`: the device is out of memory and fit for more once some is freed.
-        `device`: CUDA's errors of all other kinds are sticky: the process must be replaced (CUDA C++ Programming
+        `memory`: the device is out of memory and fit for more once some is freed. `device`: CUDA's
+        errors of all other kinds are sticky: the process must be replaced (CUDA C++ Programming
             Guide, "Error Checking": the context is corrupt and cannot be used).
         `model`: an ordinary error of the model or of ours, which harms no other batch.
     """

@@ -1,7 +1,7 @@
 """What the supervisor knows of all devices, for everyone to read: one record in one file.
 
-A record, not messages: a process that starts late or was busy reads the same truth as the others, and there is
-nothing that it could have missed.
+A record, not messages: a process that starts late or was busy reads the same truth as the others,
+and there is nothing that it could have missed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class DeviceLife(Struct):
         incarnation: number of the process that is running, or ran last; 0 = none yet.
         life: `down` while a restart is due, `given_up` when the restart budget is spent.
         restarts: times it was started again.
-        restart_reasons: the same by why it had ended: `hang`, `device_lost`, `crash` (a signal), `exit`.
+        restart_reasons: the same by why it had ended: `hang`, `device_lost`, `crash` (a signal),
+            `exit`.
         deaths: the last few, oldest first.
     """
 
@@ -59,7 +60,8 @@ class Fleet(Struct):
     Attributes:
         draining: whether the service is stopping.
         quarantined: digests of inputs that were on the device in two deaths, oldest first.
-        refused_models: `name@version` of models whose loading killed workers; not to be tried again.
+        refused_models: `name@version` of models whose loading killed workers; not to be tried
+            again.
     """
 
     devices: tuple[DeviceLife, ...] = ()

@@ -13,9 +13,9 @@ _TOP_PAD_BYTES = 64 << 20
 def keep_heap() -> bool:
     """Tell glibc to keep freed memory instead of giving it back to the kernel.
 
-    By default each large tensor is mapped, faulted in page by page and unmapped again, at every layer of every
-    pass. All three settings go together: touching one alone switches off glibc's own adaptation. Call it before the
-    first large allocation; peak memory grows by a tenth or so.
+    By default each large tensor is mapped, faulted in page by page and unmapped again, at every
+    layer of every pass. All three settings go together: touching one alone switches off glibc's own
+    adaptation. Call it before the first large allocation; peak memory grows by a tenth or so.
 
     Returns:
         Whether it took effect: only glibc has these settings.

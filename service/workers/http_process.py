@@ -47,7 +47,8 @@ _LAST = (b"connection", b"close")
 class Closing:
     """Wraps an application; while `leaving`, each answer is the last one on its connection.
 
-    A client learns with an answer that its connection ends, rather than by sending a request into one that is closed.
+    A client learns with an answer that its connection ends, rather than by sending a request into
+    one that is closed.
 
     Attributes:
         leaving: whether connections are to end.
@@ -71,14 +72,14 @@ class Closing:
 class HttpServer(uvicorn.Server):
     """uvicorn, with our meaning of signals: SIGTERM drains, a second one stops at once, SIGINT is the supervisor's.
 
-    Draining: no new connection is accepted here; clients that use theirs get an answer that ends it; after half a
-    second idle connections are closed too, and what was accepted is finished.
+    Draining: no new connection is accepted here; clients that use theirs get an answer that ends
+    it; after half a second idle connections are closed too, and what was accepted is finished.
 
     Args:
         config: uvicorn's own.
         closing: the application.
-        pool: what is told to end its jobs with `Draining` shortly before the grace ends, so that even those
-            requests get a typed answer.
+        pool: what is told to end its jobs with `Draining` shortly before the grace ends, so that
+            even those requests get a typed answer.
         grace_s: time that accepted requests have to finish.
         announce: called once the server accepts connections.
     """

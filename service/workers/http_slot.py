@@ -53,8 +53,8 @@ class HttpLaunch:
 class HttpSlot:
     """Keeps one HTTP process running.
 
-    To replace it, its successor is started first; when that serves, the old one is told to drain. Both accept from the
-    same listening socket, so at no moment is a connection refused.
+    To replace it, its successor is started first; when that serves, the old one is told to drain.
+    Both accept from the same listening socket, so at no moment is a connection refused.
 
     Attributes:
         child: the process that serves.

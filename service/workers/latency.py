@@ -11,9 +11,9 @@ _UNKNOWN_MS = 50.0
 class LatencyModel:
     """Milliseconds by batch size: measured points, straight lines between them.
 
-    Each observation moves the point of its size by `smoothing` of the difference (an exponentially weighted
-    moving average), so that one slow batch is soon forgotten. Beyond the largest point the time grows in
-    proportion to the size.
+    Each observation moves the point of its size by `smoothing` of the difference (an exponentially
+    weighted moving average), so that one slow batch is soon forgotten. Beyond the largest point the
+    time grows in proportion to the size.
     """
 
     def __init__(

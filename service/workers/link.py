@@ -31,7 +31,8 @@ _RECONNECT_MS = 20
 class DeviceLink:
     """Sends to and hears from one worker process.
 
-    Each incarnation has its own address: what a dead worker said late, or was never sent, ends with its link.
+    Each incarnation has its own address: what a dead worker said late, or was never sent, ends with
+    its link.
 
     Attributes:
         infos: models of the device as it last said, by name and version.

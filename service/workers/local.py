@@ -1,6 +1,7 @@
 """`LocalPool`: one device in this process, for notebooks, the command line and replicas of other frameworks.
 
-The same Batcher and compute thread as in a device worker, without processes: a crash of the device ends the caller.
+The same Batcher and compute thread as in a device worker, without processes: a crash of the device
+ends the caller.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class LocalPool:
     It belongs to the event loop in which `start` was awaited.
 
     Args:
-        settings: models, limits, and devices, of which the first one is used; `auto` is the first GPU, or the CPU
-            with all its cores.
+        settings: models, limits, and devices, of which the first one is used; `auto` is the first
+            GPU, or the CPU with all its cores.
         make_backend: makes the engine in the compute thread; None = the real one.
     """
 

@@ -1,8 +1,8 @@
 """What HTTP processes and device workers say to each other, and how it becomes bytes.
 
-A message is one msgpack header frame and one raw frame per array. In the header an array is a reference (frame,
-dtype, shape) that is checked against the frame before a view is made of it: nothing on the wire is executed, and
-no frame is read beyond its end.
+A message is one msgpack header frame and one raw frame per array. In the header an array is a
+reference (frame, dtype, shape) that is checked against the frame before a view is made of it:
+nothing on the wire is executed, and no frame is read beyond its end.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The seam between HTTP and devices: `DevicePool`, and a fake one for tests of the API.
 
-Three implementations: `client.SocketPool` (the service), `local.LocalPool` (in this process: notebooks, replicas
-of other serving frameworks, the command line), and `FakePool`.
+Three implementations: `client.SocketPool` (the service), `local.LocalPool` (in this process:
+notebooks, replicas of other serving frameworks, the command line), and `FakePool`.
 """
 
 from __future__ import annotations
@@ -58,8 +58,9 @@ class DevicePool(Protocol):
         Cancelling the awaiting task cancels the job.
 
         Raises:
-            HeatlensError: the job's typed failure: `Overloaded`, `DeadlineExceeded`, `NotReady`, `Draining`,
-                `WorkerLost`, `InputQuarantined`, `UnknownModel`, or what the engine found wrong.
+            HeatlensError: the job's typed failure: `Overloaded`, `DeadlineExceeded`, `NotReady`,
+                `Draining`, `WorkerLost`, `InputQuarantined`, `UnknownModel`, or what the engine
+                found wrong.
         """
         ...
 

@@ -2,7 +2,8 @@
 
     python -m service.workers.reconcile --runtime DIR --phase load|unload --parent PID
 
-It gives orders over the same sockets as the admin API does. Exit code 0: all done; 1: the log says what was not.
+It gives orders over the same sockets as the admin API does. Exit code 0: all done; 1: the log says
+what was not.
 """
 
 from __future__ import annotations

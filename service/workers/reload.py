@@ -24,11 +24,13 @@ _Phase = Literal["idle", "loading", "rolling", "unloading"]
 class Reload:
     """Takes over a new configuration step by step, while everything is served.
 
-    1. New and changed models are loaded, by a process of its own that gives the workers their orders.
+    1. New and changed models are loaded, by a process of its own that gives the workers their
+      orders.
     2. HTTP processes are replaced one at a time, if anything that they go by has changed.
     3. Models that are no longer configured are unloaded.
 
-    A step that fails ends it: what was loaded stays loaded, nothing is unloaded, and the old configuration stays.
+    A step that fails ends it: what was loaded stays loaded, nothing is unloaded, and the old
+    configuration stays.
 
     Attributes:
         settings: the configuration in force.

@@ -12,8 +12,8 @@ from models.types import ModelInfo
 def with_revision(info: ModelInfo) -> ModelInfo:
     """Put `revision` on the card: a digest of labels, classes, input and layers.
 
-    Devices that hold the same model agree on it, and so does a worker after its restart. Weights are left out: two
-    models that differ in nothing else answer the same requests, each as a whole.
+    Devices that hold the same model agree on it, and so does a worker after its restart. Weights
+    are left out: two models that differ in nothing else answer the same requests, each as a whole.
     """
     card = info.card
     resolved = (

@@ -20,8 +20,8 @@ _SOCKET_PATH_LIMIT = 107  # bytes of a Unix socket's address on Linux
 class RuntimeDir:
     """Names of the files in the folder, and the two that are read and written whole.
 
-    Board and socket carry the incarnation in their names: whoever holds an old one can never mistake a new
-    worker for it, and no file is rewritten while others have it mapped.
+    Board and socket carry the incarnation in their names: whoever holds an old one can never
+    mistake a new worker for it, and no file is rewritten while others have it mapped.
     """
 
     def __init__(self, path: Path) -> None:

@@ -1,8 +1,8 @@
 """One small record in a file that several processes map: one writes, any number read, nobody waits.
 
-The file has two slots. A write goes to the slot that does not hold the newest record, and carries a sequence
-number and a checksum; a reader takes the newest slot whose checksum fits. So a reader never sees half a record,
-and a writer that is killed half-way leaves its former record readable.
+The file has two slots. A write goes to the slot that does not hold the newest record, and carries a
+sequence number and a checksum; a reader takes the newest slot whose checksum fits. So a reader
+never sees half a record, and a writer that is killed half-way leaves its former record readable.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class SharedRecord:
         """Make an empty record file for at most `capacity` bytes, readable by the owner only.
 
         Raises:
-            FileExistsError: there is one already; cutting a file that others have mapped would kill them.
+            FileExistsError: there is one already; cutting a file that others have mapped would kill
+                them.
         """
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:

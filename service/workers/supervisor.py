@@ -48,9 +48,10 @@ class _Phase(Enum):
 class Supervisor:
     """Runs the service until it is told to stop.
 
-    SIGTERM or SIGINT: no longer ready at once, requests that were accepted finish or expire within the grace, exit
-    code 0. A second signal stops at once. SIGHUP: the configuration is read again and taken over; see `Reload`. When
-    no device, or no HTTP process, is left within its restart budget, everything is stopped and the exit code is 1.
+    SIGTERM or SIGINT: no longer ready at once, requests that were accepted finish or expire within
+    the grace, exit code 0. A second signal stops at once. SIGHUP: the configuration is read again
+    and taken over; see `Reload`. When no device, or no HTTP process, is left within its restart
+    budget, everything is stopped and the exit code is 1.
 
     Args:
         settings: the configuration.

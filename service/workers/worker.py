@@ -2,8 +2,9 @@
 
     python -m service.workers.worker --runtime DIR --device cpu:0 --incarnation 1 --threads 1 --parent PID
 
-The event loop talks to the HTTP processes; the compute thread does all else. When the device is lost the process
-ends with `EXIT_DEVICE_LOST` without answering: the board names the jobs, and clients retry them in a new process.
+The event loop talks to the HTTP processes; the compute thread does all else. When the device is
+lost the process ends with `EXIT_DEVICE_LOST` without answering: the board names the jobs, and
+clients retry them in a new process.
 """
 
 from __future__ import annotations
@@ -242,7 +243,8 @@ class Worker:
     def _send(self, identities: Iterable[Identity], message: Message) -> None:
         frames = encode(message)
         for identity in identities:
-            # With no high-water mark a send never waits; a client that is gone is skipped by the router.
+            # With no high-water mark a send never waits; a client that is gone is skipped by the
+            # router.
             self._socket.send_multipart([identity, *frames], copy=False)
 
 
@@ -284,5 +286,6 @@ def main(
 
 
 if __name__ == "__main__":
-    # Interpreter shutdown would wait for torch's threads and for a compute thread stuck in the device.
+    # Interpreter shutdown would wait for torch's threads and for a compute thread stuck in the
+    # device.
     os._exit(main())

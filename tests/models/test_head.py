@@ -139,7 +139,8 @@ class Bypass(nn.Module):
         (Bypass(), "gap"),
         (Trunk(nn.Flatten(), nn.Linear(96, 5)), "flatten"),
         (Trunk(nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(6, 5)), "flatten"),
-        # The activation after the layer decides by position; its in-place form must not spoil the probe.
+        # The activation after the layer decides by position; its in-place form must not spoil the
+        # probe.
         (Trunk(nn.Threshold(0.3, 0.0, inplace=True), *POOL, nn.Linear(6, 5)), "flatten"),
         (Trunk(nn.Conv2d(6, 5, 1), nn.ReLU(), *POOL), "flatten"),
     ],

@@ -104,8 +104,8 @@ def test_pytorch_grad_cam(name, net_name, nets, pictures):
 def test_pytorch_grad_cam_keeps_what_densenet_overwrites(name, nets, pictures):
     """On the CPU its saved activation is overwritten by the in-place ReLU after DenseNet's `features`.
 
-    Its map is then that of the activation after the ReLU with the gradient before it. Ours takes both before;
-    given the overwritten activation, our formula gives its map.
+    Its map is then that of the activation after the ReLU with the gradient before it. Ours takes
+    both before; given the overwritten activation, our formula gives its map.
     """
     net, layer = nets["densenet121"], NETS["densenet121"]
     caught = ours(net, layer, pictures)

@@ -1,7 +1,8 @@
 """A fast engine without torch whose answers can be checked, and whose faults are asked for by the picture.
 
-The first row of a job's picture is a script: pixel (0, 0) holds a `Fault` code, (0, 1) its argument. The answer of a
-sound job is made from the picture, so that a test knows which picture an answer belongs to.
+The first row of a job's picture is a script: pixel (0, 0) holds a `Fault` code, (0, 1) its
+argument. The answer of a sound job is made from the picture, so that a test knows which picture an
+answer belongs to.
 """
 
 from __future__ import annotations

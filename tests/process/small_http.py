@@ -1,6 +1,7 @@
 """An HTTP process with a small ASGI application, so that these tests need nothing of the service's own.
 
-`POST /` with a picture of the fake engine as its body answers the class that was found, or the error's code.
+`POST /` with a picture of the fake engine as its body answers the class that was found, or the
+error's code.
 """
 
 from __future__ import annotations

@@ -102,7 +102,8 @@ async def test_kills_under_load_lose_nothing(start_service, make_job):
         for _ in range(5):
             await eventually(lambda: are_ready(pool))
             await asyncio.sleep(0.2)
-            # Chance must not kill a job that runs alone because it was in a death before: that quarantines it.
+            # Chance must not kill a job that runs alone because it was in a death before: that
+            # quarantines it.
             await eventually(lambda: not any(job.deaths for job in running.board().jobs))
             os.kill(running.worker_pid(), signal.SIGKILL)
             await eventually(lambda: not are_ready(pool))

@@ -194,7 +194,8 @@ def jpeg(image: Image.Image, orientation: int = 1) -> bytes:
 @pytest.mark.parametrize("interpolation", ["bilinear", "lanczos"])
 def test_drafted_photographs_are_close_to_whole_ones(orientation: int, interpolation: str) -> None:
     spec = Preprocess(resize=128, crop=(112, 112), interpolation=interpolation)
-    # Neither side is a multiple of the divisor: a box that turned the wrong way would shift the input.
+    # Neither side is a multiple of the divisor: a box that turned the wrong way would shift the
+    # input.
     data = jpeg(Image.fromarray(pictures.coffee()).resize((1551, 1037), 3), orientation)
     drafted = decode(data, limits=DecodeLimits(), preprocess=spec)
     whole = decode(data, limits=DecodeLimits(), preprocess=Preprocess(resize=4096, crop=(224, 224)))

@@ -74,7 +74,8 @@ def test_upsampling_equals_torch(shape: tuple[int, int], size: tuple[int, int]) 
     got = upsample(values, height=size[0], width=size[1])
     assert got.dtype == np.float32
     assert got.shape == size
-    # torch works out positions in float32: far from the corner they are as imprecise as these sizes allow.
+    # torch works out positions in float32: far from the corner they are as imprecise as these sizes
+    # allow.
     precise = functional.interpolate(
         torch.from_numpy(values)[None, None].double(), size, mode="bilinear", align_corners=False
     )

@@ -31,7 +31,8 @@ SubjectOf = Callable[..., Subject]
 class Drive:
     """Runs long methods as the engine does: `drive(method(subject), subject)` returns their maps.
 
-    Checks on the way that no step is bigger than the subject's chunk. An error that ended a method is raised.
+    Checks on the way that no step is bigger than the subject's chunk. An error that ended a method
+    is raised.
 
     Attributes:
         taken: the steps of the last call, in order, of all its methods.

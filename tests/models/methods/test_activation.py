@@ -160,7 +160,8 @@ def test_fem_by_the_authors_loop():
         for channel in a:
             expected += channel.mean() * (channel > channel.mean() + 2 * channel.std())
         np.testing.assert_allclose(m[0], expected, rtol=1e-5)
-    # Weighting the channel itself by the share of rare positions, as one peer does, is another method.
+    # Weighting the channel itself by the share of rare positions, as one peer does, is another
+    # method.
     share = (capture.activation > _threshold(capture.activation)).float().mean((2, 3), keepdim=True)
     assert (
         correlation((share * capture.activation).sum(1)[0].numpy(), fem(capture)[0, 0].numpy())
@@ -191,7 +192,8 @@ def test_properties(name, n, t, k, h, w, seed, signed):
     assert maps.isfinite().all()
     if n > 1:
         alone = implementation(name)(capture.rows(torch.tensor([n - 1])))
-        # Below four positions or channels components can be all but equal, and then either is right.
+        # Below four positions or channels components can be all but equal, and then either is
+        # right.
         if name == "fem" or min(k, h * w) == 1:
             torch.testing.assert_close(alone[0], maps[-1], atol=1e-6, rtol=1e-4)
 

@@ -1,7 +1,7 @@
 """Gradient methods beyond one pair: Smooth Grad-CAM++, Finer-CAM, ShapleyCAM, and Grad-CAM element-wise.
 
-The oracles are the definitions in float64, written out with autograd on whole networks, and what the methods become
-where a head is linear, noise is nil, or a utility has no curvature.
+The oracles are the definitions in float64, written out with autograd on whole networks, and what
+the methods become where a head is linear, noise is nil, or a utility has no curvature.
 """
 
 from __future__ import annotations

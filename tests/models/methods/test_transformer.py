@@ -324,7 +324,8 @@ def test_interventions_hold(name, layer, run, picture):
     factors[1] = 0.0
 
     changed = build("class token")
-    # Not the attention itself: what it does to its output besides its projection is refused, and rightly so.
+    # Not the attention itself: what it does to its output besides its projection is refused, and
+    # rightly so.
     module = changed.get_submodule("blocks.1.attn.proj" if layer == "blocks.1.attn" else layer)
     forward = module.forward
     module.forward = lambda *args, **kwargs: forward(*args, **kwargs) * factors

@@ -37,7 +37,8 @@ def test_a_compiled_model_answers_as_it_is(on_torch, monkeypatch):
     jobs = [*MIXED, *[job(str(i), seed=i) for i in range(max(SIZES))]]
     expected, found = (finish(Engine(OneModel(m)), jobs) for m in (on_torch, model))
     assert_same(found, expected, rtol=1e-3, atol=1e-4)
-    # In parts of the compiled sizes, in either mode of autograd; nothing is compiled, or run uncompiled, on the way.
+    # In parts of the compiled sizes, in either mode of autograd; nothing is compiled, or run
+    # uncompiled, on the way.
     stance = torch.compiler.set_stance
     monkeypatch.setattr(torch.compiler, "set_stance", lambda _: stance("fail_on_recompile"))
     for size in (1, 3, 7):

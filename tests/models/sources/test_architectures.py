@@ -59,7 +59,8 @@ def probed(module: nn.Module, side: int) -> tuple[str, TokenLayout | None, HeadP
         ("torchvision:alexnet", 96, "features.11", "flatten"),
         ("torchvision:squeezenet1_0", 64, "features", "flatten"),
         ("torchvision:squeezenet1_1", 64, "features", "flatten"),
-        # torchvision's functional ReLU after the last norm is part of the head; timm's norm has it inside.
+        # torchvision's functional ReLU after the last norm is part of the head; timm's norm has it
+        # inside.
         ("torchvision:densenet121", 64, "features", "flatten"),
         ("torchvision:mobilenet_v2", 64, "features", "gap_linear"),
         ("torchvision:mobilenet_v3_small", 64, "features", "gap"),

@@ -89,7 +89,8 @@ async def test_an_open_loop_counts_from_the_due_time(serve, answer) -> None:
         run = await measured(address, Open(rate=100, seed=1), duration_s=0.5)
     delayed = [sample for sample in run.samples if sample.latency > 0.1]
     assert len(run.samples) == pytest.approx(50, abs=25)
-    # Due within the first 0.3 s of the stall: about 30 of them. A closed loop of one client would show a single one.
+    # Due within the first 0.3 s of the stall: about 30 of them. A closed loop of one client would
+    # show a single one.
     assert len(delayed) >= 15
     begun = min(sample.due for sample in run.samples)
     for sample in delayed[:5]:
