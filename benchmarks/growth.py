@@ -31,9 +31,9 @@ from benchmarks.loading import Measured, in_loop, measure, pictures_of
 from benchmarks.servers import Server, heatlens, model_entry
 from benchmarks.timing import machine_line
 from models.types import Struct
-from service.bench.loops import Bounds, Closed
-from service.bench.pictures import draw_pictures
-from service.bench.requests import BenchOperation, Request, picture_requests
+from service.cli.bench.loops import Bounds, Closed
+from service.cli.bench.pictures import draw_pictures
+from service.cli.bench.requests import BenchOperation, Request, picture_requests
 
 CLIENTS = 8
 METHODS = ("gradcam", "layercam", "hirescam", "xgradcam", "gradcam_plus_plus", "cam")

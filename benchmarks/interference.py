@@ -27,12 +27,12 @@ from rich.table import Table
 from benchmarks.loading import in_loop, pictures_of
 from benchmarks.servers import heatlens
 from benchmarks.timing import machine_line
-from service.bench.address import Address, parse_url
-from service.bench.client import Client
-from service.bench.connection import Connection, ConnectionLost
-from service.bench.loops import Bounds, Open, run_load
-from service.bench.requests import BenchOperation, Request, make_request, picture_requests
-from service.bench.summary import Summary, summarise
+from service.cli.bench.address import Address, parse_url
+from service.cli.bench.client import Client
+from service.cli.bench.connection import Connection, ConnectionLost
+from service.cli.bench.loops import Bounds, Open, run_load
+from service.cli.bench.requests import BenchOperation, Request, make_request, picture_requests
+from service.cli.bench.summary import Summary, summarise
 
 _TIMEOUT_S = 300.0
 _LEAVES = 5

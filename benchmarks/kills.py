@@ -26,11 +26,11 @@ from rich.console import Console
 from benchmarks.loading import TIMEOUT_S, in_loop, measure, pictures_of
 from benchmarks.servers import Server, heatlens, model_entry, role_of
 from benchmarks.timing import machine_line
-from service.bench.client import Client
-from service.bench.loops import Bounds, Closed
-from service.bench.requests import Request, picture_requests
-from service.bench.summary import Summary
-from service.bench.verify import learn
+from service.cli.bench.client import Client
+from service.cli.bench.loops import Bounds, Closed
+from service.cli.bench.requests import Request, picture_requests
+from service.cli.bench.summary import Summary
+from service.cli.bench.verify import learn
 
 
 def main(

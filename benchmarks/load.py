@@ -27,14 +27,14 @@ from rich.progress import Progress
 from benchmarks.loading import TIMEOUT_S, Measured, in_loop, measure, pictures_of
 from benchmarks.servers import Server, heatlens, model_entry
 from benchmarks.timing import machine_line
-from service.bench.client import Client
-from service.bench.loops import Bounds, Closed, Open
-from service.bench.requests import BenchOperation, Request, picture_requests
-from service.bench.summary import Summary
-from service.bench.sweep import STAGES, sweep
-from service.bench.tables import summaries_table
-from service.bench.verify import DEFAULT_TOLERANCE, learn
-from service.cores import available_cores
+from service.cli.bench.client import Client
+from service.cli.bench.loops import Bounds, Closed, Open
+from service.cli.bench.requests import BenchOperation, Request, picture_requests
+from service.cli.bench.summary import Summary
+from service.cli.bench.sweep import STAGES, sweep
+from service.cli.bench.tables import summaries_table
+from service.cli.bench.verify import DEFAULT_TOLERANCE, learn
+from service.hardware import available_cores
 
 HALF_TOLERANCE = 0.05  # batches of another size round otherwise
 

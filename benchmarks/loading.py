@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks.servers import Server, Usage
-from service.bench.client import Check, Client
-from service.bench.loops import Bounds, Closed, Open, run_load
-from service.bench.pictures import draw_pictures, read_pictures
-from service.bench.requests import Request
-from service.bench.session import loop_factory
-from service.bench.summary import Summary, summarise
+from service.cli.bench.client import Check, Client
+from service.cli.bench.loops import Bounds, Closed, Open, run_load
+from service.cli.bench.pictures import draw_pictures, read_pictures
+from service.cli.bench.requests import Request
+from service.cli.bench.session import loop_factory
+from service.cli.bench.summary import Summary, summarise
 
 TIMEOUT_S = 40.0
 

@@ -20,14 +20,14 @@ from typing import IO, Any, Self
 import httpx
 import psutil
 
-from service.bench.address import Address, parse_url
+from service.cli.bench.address import Address, parse_url
 
 ROOT = Path(__file__).resolve().parents[1]
 
 _STOP_S = 20.0
 _POLL_S = 0.1
 _LOG_LINES = 15
-_ROLES = {"service.workers.http_process": "http", "service.workers.worker": "device"}
+_ROLES = {"service.api.process": "http", "service.worker.process": "device"}
 
 
 class ServerFailed(RuntimeError):

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import msgspec
 
 from benchmarks.soak_requests import Kind, Leaving
-from service.bench.address import Address
-from service.bench.connection import Answer, Connection, ConnectionLost
+from service.cli.bench.address import Address
+from service.cli.bench.connection import Answer, Connection, ConnectionLost
 
 TIMEOUT_S = 60.0
 _LONGEST_WAIT_S = 0.1

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from service.bench.address import Address
-from service.bench.requests import Request, make_request
+from service.cli.bench.address import Address
+from service.cli.bench.requests import Request, make_request
 
 RETRYABLE = frozenset({429, 503, 504})
 """Typed refusals that any good request may meet while a device is lost, replaced or full."""

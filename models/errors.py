@@ -32,7 +32,7 @@
     └── InternalError            internal                  a fault of ours
 
 The text of an error is written by us: it names the field and the allowed values and never repeats
-what a third-party library said. Statuses live in one table in `service/errors.py`.
+what a third-party library said. Statuses live in one table in `service/api/errors.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The data that flows through Heatlens: jobs in, outcomes out. No torch here.
 
 All structures are frozen `msgspec.Struct`s, so that they cross a process boundary as msgpack
-(arrays travel as raw frames beside the header, see `service/workers/messages.py`). Times are
+(arrays travel as raw frames beside the header, see `service/devices/messages.py`). Times are
 seconds on the machine-wide monotonic clock (`time.monotonic`), durations say their unit in their
 name.
 """

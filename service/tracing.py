@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from service.settings import TracingSettings
 
 if TYPE_CHECKING:
-    from service.workers.entries import Batch, Entry
+    from service.worker.queue import Batch, Entry
 
 ENDPOINT_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
@@ -99,7 +99,7 @@ def http_tracing(settings: TracingSettings) -> HttpTracing | None:
     """Tracing of an HTTP process; None where it is off."""
     if not is_on(settings):
         return None
-    from service.otel import OtelHttpTracing, make_provider
+    from service.worker.tracing import OtelHttpTracing, make_provider
 
     return OtelHttpTracing(make_provider(settings.endpoint, process="http"))
 
@@ -108,6 +108,6 @@ def device_tracing(settings: TracingSettings, *, device: str) -> DeviceTracing |
     """Tracing of a device worker; None where it is off."""
     if not is_on(settings):
         return None
-    from service.otel import OtelDeviceTracing, make_provider
+    from service.worker.tracing import OtelDeviceTracing, make_provider
 
     return OtelDeviceTracing(make_provider(settings.endpoint, process="worker"), device=device)

@@ -33,11 +33,11 @@ from benchmarks.peers.cases import Asking, Case, cases
 from benchmarks.servers import Server, ServerFailed
 from benchmarks.timing import machine_line
 from models.types import Struct
-from service.bench.client import Client
-from service.bench.connection import Answer, ConnectionLost
-from service.bench.loops import Bounds, Closed
-from service.bench.requests import Request
-from service.bench.summary import Summary
+from service.cli.bench.client import Client
+from service.cli.bench.connection import Answer, ConnectionLost
+from service.cli.bench.loops import Bounds, Closed
+from service.cli.bench.requests import Request
+from service.cli.bench.summary import Summary
 
 CLIENTS = (1, 8, 32)
 WARMUP_S = 2.0  # the first answers of a full queue come late

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import httpx
 
 from benchmarks.servers import Server, free_port, heatlens, model_entry
-from service.bench.address import Address
-from service.bench.requests import Request, make_request, picture_requests
+from service.cli.bench.address import Address
+from service.cli.bench.requests import Request, make_request, picture_requests
 
 BOUNDARY = "benchmark-boundary"
 OUTPUTS = {

@@ -20,8 +20,8 @@ from starlette.testclient import TestClient
 from benchmarks.peers.__main__ import CLIENTS, Row, ratio, results_table
 from benchmarks.peers.answers import NotComparable, first_class
 from benchmarks.peers.cases import cases, json_base64, multipart, raw_body
-from service.bench.address import Address
-from service.bench.summary import Latency, Summary
+from service.cli.bench.address import Address
+from service.cli.bench.summary import Latency, Summary
 
 HERE = Address(host="127.0.0.1", ip="127.0.0.1", port=80)
 PICTURES = [b"\xff\xd8 first", b"\xff\xd8 second\r\n--"]

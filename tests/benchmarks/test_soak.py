@@ -13,9 +13,9 @@ from benchmarks.resources import Process, Sample, slope, slope_per_10k
 from benchmarks.soak import _COUNTED
 from benchmarks.soak_client import Ledger, Soaker
 from benchmarks.soak_requests import Kind, Leaving, draw, mixture
-from service.bench.address import Address
-from service.bench.connection import Answer
-from service.bench.requests import make_request
+from service.cli.bench.address import Address
+from service.cli.bench.connection import Answer
+from service.cli.bench.requests import make_request
 
 HERE = Address(host="127.0.0.1", ip="127.0.0.1", port=80)
 TYPED = {"error": "-", "code": "overloaded", "request_id": "r", "retryable": True}

@@ -11,8 +11,8 @@ from benchmarks.growth import AXES, Row, growth_table
 from benchmarks.load import findings
 from benchmarks.loading import Measured
 from benchmarks.servers import Usage
-from service.bench.summary import Latency, Summary
-from service.cores import available_cores
+from service.cli.bench.summary import Latency, Summary
+from service.hardware import available_cores
 
 
 def measured(
@@ -66,7 +66,7 @@ def test_every_axis_of_the_design_is_there() -> None:
 
 def test_an_axis_makes_its_points(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import growth
-    from service.bench.address import Address
+    from service.cli.bench.address import Address
 
     class Running:
         address = Address(host="h", ip="127.0.0.1", port=1)

@@ -73,7 +73,7 @@ class Configured:
         )
 
     def http_pids(self) -> set[int]:
-        return set(self.service.pids("service.workers.http_process"))
+        return set(self.service.pids("service.api.process"))
 
     def traffic(self, **rest: Any) -> Traffic:
         return Traffic(

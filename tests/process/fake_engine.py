@@ -30,7 +30,7 @@ from models.types import (
     Outcome,
     Preprocess,
 )
-from service.workers.backend import Backend
+from service.worker.backend import Backend
 
 SIDE = 8
 

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from fake_engine import make_backend
 
-from service.workers import worker
+from service.worker import process as worker
 
 
 def backend(options: worker.WorkerOptions) -> object:

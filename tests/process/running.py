@@ -17,11 +17,10 @@ from pathlib import Path
 import httpx
 import psutil
 
+from service.devices.runtime_dir import RuntimeDir
+from service.devices.socket_pool import SocketPool
+from service.devices.status import BoardFile, Fleet, FleetFile
 from service.settings import Settings
-from service.workers.board import BoardFile
-from service.workers.client import SocketPool
-from service.workers.fleet import Fleet, FleetFile
-from service.workers.runtime import RuntimeDir
 
 
 def until(condition: Callable[[], object], *, timeout_s: float = 20.0) -> float:

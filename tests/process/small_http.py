@@ -16,9 +16,9 @@ import numpy as np
 
 from models.errors import HeatlensError
 from models.types import Job, JobOptions
+from service.api import process as http_process
+from service.devices.pool import DevicePool
 from service.settings import Settings
-from service.workers import http_process
-from service.workers.pool import DevicePool
 
 SIDE = 8
 

@@ -63,7 +63,7 @@ def test_models_come_change_and_go_under_traffic(configured, monkeypatch):
     one, two = entry("first", "old"), entry("second", "v2", version="2")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where tiny_models is
     running = configured("real-worker", server=SERVER, models=[one], default_model="m")
-    workers = running.service.pids("service.workers.worker")
+    workers = running.service.pids("service.worker.process")
     with explain(running, "m") as newest, explain(running, "m@1") as pinned:
         newest.after(10)
         pinned.after(10)
@@ -97,4 +97,4 @@ def test_models_come_change_and_go_under_traffic(configured, monkeypatch):
     assert "2:1:v2-1" in changes
     index = admin(running, "index").json()
     assert {(m["version"], m["state"]) for m in index} == {("1", "READY"), ("2", "UNAVAILABLE")}
-    assert running.service.pids("service.workers.worker") == workers, "a worker was restarted"
+    assert running.service.pids("service.worker.process") == workers, "a worker was restarted"

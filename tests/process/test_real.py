@@ -71,8 +71,8 @@ def test_a_cat_is_explained_before_and_after_a_crash(serving):
     found = first.json()["results"][0]
     assert found["predictions"][0]["label"] in CATS
     children = psutil.Process(process.pid).children()
-    (worker,) = (c for c in children if "service.workers.worker" in c.cmdline())
-    (http,) = (c for c in children if "service.workers.http_process" in c.cmdline())
+    (worker,) = (c for c in children if "service.worker.process" in c.cmdline())
+    (http,) = (c for c in children if "service.api.process" in c.cmdline())
     report(f"HTTP process: {http.memory_info().rss / 1e6:.0f} MB resident")
     assert http.memory_info().rss < 120e6
     os.kill(worker.pid, signal.SIGKILL)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from service.configuration import ConfigurationSource, reloaded
-from service.settings import Settings
+from service.settings import ConfigurationSource, Settings, reloaded
 
 
 def test_a_source_travels_and_reads_the_same(tmp_path: Path) -> None:

@@ -21,9 +21,9 @@ import uvicorn
 from PIL import Image
 
 from models.methods import METHODS
-from service.app import create_app
+from service.api.app import create_app
 from service.settings import Settings
-from service.workers.local import LocalPool
+from service.worker.local import LocalPool
 
 pytestmark = pytest.mark.anyio
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from models.catalog import DEFAULT_MODEL
-from service.cores import available_cores
+from service.hardware import available_cores
 from service.settings import ConfigurationError, Settings, load_settings
 
 CONFIG = """

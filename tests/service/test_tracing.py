@@ -17,10 +17,10 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from models.types import Job, JobOptions
 from service import tracing
-from service.otel import OtelDeviceTracing, OtelHttpTracing, make_provider
 from service.settings import Settings, TracingSettings
-from service.workers import supervisor
-from service.workers.entries import Batch, Entry
+from service.supervisor import supervisor
+from service.worker.queue import Batch, Entry
+from service.worker.tracing import OtelDeviceTracing, OtelHttpTracing, make_provider
 
 INBOUND = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
@@ -54,17 +54,17 @@ def memory() -> Iterator[Memory]:
 def test_nothing_is_imported_where_it_is_off() -> None:
     program = """
 import asyncio, sys
-from service.app import create_app
+from service.api.app import create_app
 from service.settings import Settings
-from service.workers import worker
-from service.workers.fake import FakePool
+from service.worker import process as worker
+from tests.fakes import FakePool
 app = create_app(Settings(), FakePool())
 async def live():
     async with app.router.lifespan_context(app):
         assert app.state.tracing is None
 asyncio.run(live())
 # Its small API package may come with others; what makes and sends spans does not.
-heavy = ("opentelemetry.sdk", "opentelemetry.exporter", "service.otel")
+heavy = ("opentelemetry.sdk", "opentelemetry.exporter", "service.worker.tracing")
 sys.exit(any(name.startswith(heavy) for name in sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)

@@ -1,0 +1,151 @@
+"""The ASGI application: everything is built here and hangs on nothing but its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastapi import Depends, FastAPI
+from starlette.middleware.cors import CORSMiddleware
+
+from models.imaging.decode import DecodeLimits
+from service.api import errors, openapi
+from service.api.body import InputReader
+from service.api.dependencies import Service
+from service.api.limiter import KeyTallies
+from service.api.metrics import Metrics
+from service.api.middleware import RequestContext
+from service.api.pipeline import Pipeline
+from service.api.routes import admin, explain, features, health, models, predict
+from service.api.security import limit_key, require_admin_key, require_api_key
+from service.devices.pool import DevicePool
+from service.hardware import available_cores
+from service.settings import Settings
+from service.tracing import http_tracing
+
+if TYPE_CHECKING:
+    from service.api.fetch import UrlFetcher
+
+_DESCRIPTION = "Classifies images and shows why: predictions, heatmaps, statistics of feature maps."
+_EXPOSED = [
+    "X-Request-ID",
+    "Server-Timing",
+    "Retry-After",
+    "traceparent",
+    "X-Class-Id",
+    "X-Label",
+    "X-Probability",
+]
+
+
+def create_app(
+    settings: Settings,
+    pool: DevicePool,
+    *,
+    read_settings: Callable[[], Settings] | None = None,
+    tallies_dir: Path | None = None,
+) -> FastAPI:
+    """Build the application; its lifespan starts and closes `pool`, and may be entered again after it ended.
+
+    Args:
+        settings: the configuration.
+        pool: the devices, not yet started.
+        read_settings: reads the configuration again, for models that are to be loaded; None = it
+            never changes.
+        tallies_dir: where other processes of the same service count the requests of each key; None
+            = there are none.
+    """
+    metrics = Metrics(
+        pool,
+        ready_within_s=settings.server.ready_within_s,
+        nv_aliases=settings.metrics.nv_aliases,
+    )
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            threads = ThreadPoolExecutor(max(2, available_cores()), "pictures")
+            stack.callback(threads.shutdown, wait=False, cancel_futures=True)
+            fetcher = _fetcher(settings)
+            if fetcher is not None:
+                stack.push_async_callback(fetcher.close)
+            tallies = _tallies(settings, tallies_dir)
+            if tallies is not None:
+                stack.callback(tallies.close)
+            app.state.tracing = tracing = http_tracing(settings.tracing)
+            if tracing is not None:
+                stack.callback(tracing.close)
+            stack.push_async_callback(pool.close)
+            await pool.start()
+            app.state.service = Service(
+                settings=settings,
+                read_settings=read_settings or (lambda: settings),
+                pool=pool,
+                reader=InputReader(settings.limits, threads=threads, fetcher=fetcher),
+                pipeline=_pipeline(settings, pool=pool, threads=threads),
+                metrics=metrics,
+                tallies=tallies,
+            )
+            yield
+
+    app = FastAPI(
+        title="Heatlens",
+        description=_DESCRIPTION,
+        version=version("heatlens"),
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
+    errors.install(app)
+    openapi.install(app)
+    _add_cors(app, settings)
+    app.add_middleware(RequestContext, metrics=metrics)  # last added = outermost
+    _add_routes(app, settings)
+    return app
+
+
+def _fetcher(settings: Settings) -> UrlFetcher | None:
+    hosts = settings.security.allowed_url_hosts
+    if not hosts:
+        return None
+    from service.api.fetch import UrlFetcher  # an HTTP client costs memory: only where needed
+
+    return UrlFetcher(hosts)
+
+
+def _tallies(settings: Settings, folder: Path | None) -> KeyTallies | None:
+    limit = settings.limits.max_concurrent_per_key
+    return None if limit is None else KeyTallies(limit, folder)
+
+
+def _pipeline(settings: Settings, *, pool: DevicePool, threads: ThreadPoolExecutor) -> Pipeline:
+    limits = settings.limits
+    caps = DecodeLimits(max_bytes=limits.max_image_bytes, max_pixels=limits.max_pixels)
+    return Pipeline(pool, limits=caps, threads=threads, max_wait_s=limits.max_wait_s)
+
+
+def _add_cors(app: FastAPI, settings: Settings) -> None:
+    origins = settings.security.cors_origins
+    if origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=_EXPOSED,
+        )
+
+
+def _add_routes(app: FastAPI, settings: Settings) -> None:
+    known = [Depends(require_api_key)]
+    limited = known
+    if settings.limits.max_concurrent_per_key is not None:
+        limited = [*known, Depends(limit_key)]
+    for module in (predict, explain, features):
+        app.include_router(module.router, dependencies=limited)
+    app.include_router(models.router, dependencies=known)
+    app.include_router(admin.router, dependencies=[Depends(require_admin_key)])
+    app.include_router(health.router)

@@ -1,0 +1,267 @@
+"""The three forms in which images and options arrive, read into one shape under caps."""
+
+from __future__ import annotations
+
+import asyncio
+import binascii
+import re
+from collections.abc import AsyncIterator, Iterable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol
+
+import msgspec
+from fastapi import Request
+from starlette.requests import ClientDisconnect
+
+from models.errors import (
+    BodyTooLarge,
+    Cancelled,
+    HeatlensError,
+    ImageTooLarge,
+    ImageUndecodable,
+    InvalidOption,
+    MalformedBody,
+    TooManyImages,
+    UnsupportedMediaType,
+    UrlInputDisabled,
+)
+from models.imaging.decode import FORMATS, sniff
+from service.api.multipart import IMAGE_PART, OPTIONS_PART, FormLimits, read_form
+from service.api.options import ImageOption, OptionsT, list_options, validate
+from service.settings import LimitSettings
+
+FORM = "multipart/form-data"
+JSON = "application/json"
+BYTES = "application/octet-stream"
+
+_DATA_URL = re.compile(r"data:[\w.+/-]*(?:;[\w.+=-]+)*;base64,", re.ASCII)
+_CONCURRENT_FETCHES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInput:
+    """One encoded image as it was sent, or why it cannot be had; `targets` override the common ones."""
+
+    data: bytes = b""
+    targets: list[Any] | None = None
+    error: HeatlensError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Submission(Generic[OptionsT]):
+    """A request's images, in order, and its options."""
+
+    images: tuple[ImageInput, ...]
+    options: OptionsT
+
+
+class Fetcher(Protocol):
+    """Gets the bytes behind an image URL."""
+
+    async def fetch(self, url: str, *, max_bytes: int) -> bytes:
+        """Raises `UrlInputDisabled`, `ImageTooLarge` or `ImageUndecodable`, without a field."""
+        ...
+
+
+class InputReader:
+    """Reads submissions.
+
+    Args:
+        limits: caps.
+        threads: where base64 is decoded.
+        fetcher: gets image URLs; None = they are not allowed.
+    """
+
+    def __init__(
+        self, limits: LimitSettings, *, threads: Executor, fetcher: Fetcher | None = None
+    ) -> None:
+        self._limits = limits
+        self._threads = threads
+        self._fetcher = fetcher
+
+    async def read(self, request: Request, options: type[OptionsT]) -> Submission[OptionsT]:
+        """Read the body in whichever form it comes, and check the options.
+
+        Raises:
+            HeatlensError: what is wrong with the body as a whole, or with an option.
+        """
+        if request.headers.get("content-encoding", "identity").lower() != "identity":
+            raise UnsupportedMediaType("Compressed bodies are not accepted.")
+        content_type = request.headers.get("content-type", "")
+        media_type = content_type.partition(";")[0].strip().lower()
+        given = parse_query(request.query_params.multi_items(), options)
+        body = self._body(request)
+        if media_type == FORM:
+            images, more = await self._read_form(body, content_type, options)
+        elif media_type in {"", JSON, BYTES, *FORMATS}:
+            images, more = await self._read_whole(await _join(body), media_type)
+        else:
+            allowed = ", ".join([FORM, JSON, *FORMATS, BYTES])
+            raise UnsupportedMediaType(f"The content type is not accepted. Allowed: {allowed}.")
+        return Submission(images=images, options=validate(options, {**given, **more}))
+
+    async def _body(self, request: Request) -> AsyncIterator[bytes]:
+        """The body's chunks; stops as soon as they are, or announce to be, too many."""
+        cap = self._limits.max_body_bytes
+        announced = request.headers.get("content-length", "")
+        size = int(announced) if announced.isascii() and announced.isdecimal() else 0
+        try:
+            if size <= cap:
+                size = 0
+                async for chunk in request.stream():
+                    size += len(chunk)
+                    if size > cap:
+                        break
+                    yield chunk
+        except ClientDisconnect:
+            raise Cancelled("The client left while sending.") from None
+        if size > cap:
+            raise BodyTooLarge(f"The body has more than {cap} bytes.")
+
+    async def _read_form(
+        self, body: AsyncIterator[bytes], content_type: str, options: type[OptionsT]
+    ) -> tuple[tuple[ImageInput, ...], dict[str, Any]]:
+        limits = FormLimits(
+            max_image_bytes=self._limits.max_image_bytes,
+            max_options_bytes=self._limits.max_options_bytes,
+            max_images=self._limits.max_images,
+        )
+        form = await read_form(body, content_type=content_type, limits=limits)
+        if not form.images:
+            raise MalformedBody(f"The form has no `{IMAGE_PART}` part.")
+        images = tuple(
+            ImageInput(error=item) if isinstance(item, HeatlensError) else ImageInput(data=item)
+            for item in form.images
+        )
+        texts = [(name, _text(data)) for name, data in form.fields if name != OPTIONS_PART]
+        given = parse_query(texts, options)
+        for name, data in form.fields:
+            if name == OPTIONS_PART:
+                given |= _json_object(data)
+        return images, given
+
+    async def _read_whole(
+        self, body: bytes, media_type: str
+    ) -> tuple[tuple[ImageInput, ...], dict[str, Any]]:
+        if not body.strip():
+            raise MalformedBody("The body is empty.")
+        if media_type == JSON or (not media_type and body.lstrip()[:1] == b"{"):
+            return await self._read_json(body)
+        if len(body) > self._limits.max_image_bytes:
+            raise ImageTooLarge(f"The image has more than {self._limits.max_image_bytes} bytes.")
+        if sniff(body) is None:
+            raise UnsupportedMediaType(
+                f"The body is of no known picture format. Allowed: {', '.join(FORMATS)}."
+            )
+        return (ImageInput(data=body),), {}
+
+    async def _read_json(self, body: bytes) -> tuple[tuple[ImageInput, ...], dict[str, Any]]:
+        loop = asyncio.get_running_loop()
+        items, images, options = await loop.run_in_executor(self._threads, self._parse_json, body)
+        return await self._fetch_all(items, images), options
+
+    def _parse_json(
+        self, body: bytes
+    ) -> tuple[list[ImageOption], list[ImageInput], dict[str, Any]]:
+        options = _json_object(body)
+        raw = options.pop("images", None)
+        if not isinstance(raw, list) or not raw:
+            raise InvalidOption("Must be a list of at least one image.", field="images")
+        if len(raw) > self._limits.max_images:
+            raise TooManyImages(f"A request has at most {self._limits.max_images} images.")
+        items = [validate(ImageOption, item, prefix=f"images.{i}") for i, item in enumerate(raw)]
+        for i, item in enumerate(items):
+            if (item.b64 is None) == (item.url is None):
+                raise InvalidOption("Either `b64` or `url` is required.", field=f"images.{i}")
+            if item.url is not None and self._fetcher is None:
+                raise UrlInputDisabled("Image URLs are not allowed here.", field=f"images.{i}.url")
+        return items, [_from_base64(item, f"images.{i}") for i, item in enumerate(items)], options
+
+    async def _fetch_all(
+        self, items: list[ImageOption], images: list[ImageInput]
+    ) -> tuple[ImageInput, ...]:
+        """Fetch the images that are given by URL, a few at a time, within the cap of a body."""
+        if self._fetcher is None:
+            return tuple(images)
+        fetcher, slots = self._fetcher, asyncio.Semaphore(_CONCURRENT_FETCHES)
+        room = self._limits.max_body_bytes
+
+        async def one(i: int, url: str) -> ImageInput:
+            nonlocal room
+            async with slots:
+                try:
+                    data = await fetcher.fetch(url, max_bytes=self._limits.max_image_bytes)
+                except UrlInputDisabled as error:
+                    raise UrlInputDisabled(error.message, field=f"images.{i}.url") from None
+                except HeatlensError as error:
+                    return ImageInput(targets=items[i].targets, error=error)
+            room -= len(data)
+            if room < 0:
+                raise BodyTooLarge("The images behind the URLs are too large together.")
+            return ImageInput(data=data, targets=items[i].targets)
+
+        wanted = [(i, item.url) for i, item in enumerate(items) if item.url is not None]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = {i: group.create_task(one(i, url)) for i, url in wanted}
+        except* HeatlensError as errors:
+            raise errors.exceptions[0] from None
+        return tuple(tasks[i].result() if i in tasks else image for i, image in enumerate(images))
+
+
+def parse_query(pairs: Iterable[tuple[str, str]], options: type[OptionsT]) -> dict[str, Any]:
+    """Options from texts: lists are comma-separated or repeated, everything else is given once.
+
+    Raises:
+        InvalidOption: an option that is repeated or needs JSON; unknown ones are left to
+            `validate`.
+    """
+    lists = list_options(options)
+    values: dict[str, Any] = {}
+    for name, text in pairs:
+        if name == "interventions":
+            raise InvalidOption("Send this as JSON, in the body or the options part.", field=name)
+        if name in lists:
+            items = [item.strip() for item in text.split(",") if item.strip()]
+            values[name] = [*values.get(name, []), *items]
+        elif name in values:
+            raise InvalidOption("This is given more than once.", field=name[:64])
+        else:
+            values[name] = text
+    return values
+
+
+async def _join(body: AsyncIterator[bytes]) -> bytes:
+    return b"".join([chunk async for chunk in body])
+
+
+def _text(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise MalformedBody("A part of the form is not UTF-8 text.") from None
+
+
+def _json_object(data: bytes) -> dict[str, Any]:
+    try:
+        document = msgspec.json.decode(data)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, ValueError) as error:
+        raise MalformedBody("The JSON is malformed.") from error
+    if not isinstance(document, dict):
+        raise MalformedBody("The JSON must be an object.")
+    return document
+
+
+def _from_base64(item: ImageOption, field: str) -> ImageInput:
+    text = item.b64
+    if text is None:
+        return ImageInput(targets=item.targets)
+    prefix = _DATA_URL.match(text[:256])
+    digits = "".join(text[prefix.end() if prefix else 0 :].split())  # encoders like to break lines
+    try:
+        data = binascii.a2b_base64(digits, strict_mode=True)
+    except ValueError:  # covers binascii.Error and text that is not ASCII
+        error = ImageUndecodable("The text is not base64.", field=f"{field}.b64")
+        return ImageInput(targets=item.targets, error=error)
+    return ImageInput(data=data, targets=item.targets)

@@ -1,0 +1,98 @@
+"""How many requests each key has under way, across all HTTP processes.
+
+Each process keeps its own counts in a record that the others read. A process counts a request first
+and then looks at the sum, so that two that start at the same moment cannot both slip under the
+limit.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import msgspec
+
+from models.errors import Overloaded
+from service.devices.shared_record import SharedRecord
+
+_CAPACITY = 64 * 1024
+_LIST_AGAIN_S = 0.2
+_RETRY_AFTER_S = 1.0
+
+
+class KeyTallies:
+    """Counts requests by key.
+
+    Args:
+        limit: requests that one key may have under way.
+        folder: where processes keep their records; None = this process is the only one.
+    """
+
+    def __init__(self, limit: int, folder: Path | None) -> None:
+        self._limit = limit
+        self._folder = folder
+        self._name = str(os.getpid())
+        self._own: Counter[str] = Counter()
+        self._decoder = msgspec.msgpack.Decoder(dict[str, int])
+        self._record: SharedRecord | None = None
+        if folder is not None:
+            self._record = SharedRecord.create(folder / self._name, capacity=_CAPACITY)
+        self._others: dict[str, SharedRecord] = {}
+        self._listed_at = float("-inf")
+
+    @contextmanager
+    def one_more(self, key: str) -> Iterator[None]:
+        """Count a request while it is under way.
+
+        Raises:
+            Overloaded: the key has as many as it may.
+        """
+        self._add(key, 1)
+        try:
+            if self._own[key] + self._elsewhere(key) > self._limit:
+                raise Overloaded(
+                    f"A key may have {self._limit} requests under way.",
+                    retry_after_s=_RETRY_AFTER_S,
+                )
+            yield
+        finally:
+            self._add(key, -1)
+
+    def close(self) -> None:
+        """Forget the others, and be forgotten by them."""
+        for record in self._others.values():
+            record.close()
+        self._others.clear()
+        if self._record is not None and self._folder is not None:
+            self._record.close()
+            (self._folder / self._name).unlink(missing_ok=True)
+
+    def _add(self, key: str, number: int) -> None:
+        self._own[key] += number
+        if self._own[key] == 0:
+            del self._own[key]
+        if self._record is not None:
+            self._record.write(msgspec.msgpack.encode(self._own))
+
+    def _elsewhere(self, key: str) -> int:
+        if self._folder is None:
+            return 0
+        now = time.monotonic()
+        if now - self._listed_at > _LIST_AGAIN_S:
+            self._listed_at = now
+            self._list_again(self._folder)
+        found = (record.read() for record in self._others.values())
+        return sum(self._decoder.decode(counts).get(key, 0) for counts in found if counts)
+
+    def _list_again(self, folder: Path) -> None:
+        """Open the records of processes that have come; close those of processes that have gone."""
+        names = {path.name for path in folder.iterdir()} - {self._name}
+        for name in self._others.keys() - names:
+            self._others.pop(name).close()
+        for name in names - self._others.keys():
+            with suppress(OSError, ValueError):  # it has gone since, or is not yet of its full size
+                self._others[name] = SharedRecord(folder / name)

@@ -1,0 +1,268 @@
+"""The options of a request: names, ranges, defaults and words, one model per operation.
+
+What depends on the model that answers (labels, layers, methods that apply) is resolved in
+`service.api.plan`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic_core import ErrorDetails
+
+from models.errors import InvalidOption
+from models.imaging.colormaps import Colormap
+from models.imaging.render import OverlayFormat
+from models.methods import METHODS
+from models.types import Fuse, InterventionOp, Kind, Operation
+
+Output = Literal["heatmap", "overlay", "values"]
+CanvasName = Literal["input", "original"]
+Measure = Literal["average_drop", "increase", "deletion", "insertion", "road"]
+
+MAX_TARGETS = 16
+_MAX_AGAINST = 1000
+_MAX_NAME = 512
+_MAX_FIELD = 64
+
+_CLASS_SCHEMA: dict[str, Any] = {
+    "anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "minLength": 1}]
+}
+_TARGET_SCHEMA: dict[str, Any] = {
+    "description": "A class index, a label, a rank from `top1` to `top10`, or a contrast.",
+    "anyOf": [
+        *_CLASS_SCHEMA["anyOf"],
+        {
+            "type": "object",
+            "properties": {
+                "class": _CLASS_SCHEMA,
+                "against": {"type": "array", "items": _CLASS_SCHEMA, "maxItems": _MAX_AGAINST},
+            },
+            "required": ["class"],
+            "additionalProperties": False,
+        },
+    ],
+}
+
+
+def _check_target(value: object) -> object:
+    """Bound what `models.resolve` will look at."""
+    against = value.get("against") if isinstance(value, Mapping) else None
+    if isinstance(against, list) and len(against) > _MAX_AGAINST:
+        raise ValueError(f"A contrast has at most {_MAX_AGAINST} classes.")
+    return value
+
+
+Name = Annotated[str, Field(min_length=1, max_length=_MAX_NAME)]
+TargetOption = Annotated[Any, AfterValidator(_check_target), WithJsonSchema(_TARGET_SCHEMA)]
+Targets = Annotated[
+    list[TargetOption],
+    Field(min_length=1, max_length=MAX_TARGETS, examples=[["top1", 281]]),
+]
+MethodOption = Annotated[Name, WithJsonSchema({"type": "string", "enum": list(METHODS)})]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
+class InterventionOption(_Model):
+    """Channels of a layer's output that are changed during the pass."""
+
+    layer: Annotated[Name, Field(description="Dotted module name.", examples=["layer4.1"])]
+    channels: Annotated[
+        list[Annotated[int, Field(ge=0, le=1_000_000)]],
+        Field(min_length=1, max_length=4096, examples=[[3, 17]]),
+    ]
+    op: Annotated[InterventionOp, Field(description="What happens to them.")]
+    value: Annotated[Finite, Field(description="Factor of `scale`.")] = 1.0
+
+
+class CommonOptions(_Model):
+    """Options of every operation."""
+
+    operation: ClassVar[Operation]
+
+    model: Annotated[
+        Name | None,
+        Field(description="Name, or `name@version`; the configured default if absent."),
+    ] = None
+    interventions: Annotated[
+        list[InterventionOption],
+        Field(max_length=16, description="Answer as if these feature maps were changed."),
+    ] = []
+    timeout_s: Annotated[
+        Finite | None,
+        Field(gt=0, description="Deadline in seconds; also the header `X-Request-Timeout-Ms`."),
+    ] = None
+
+
+class PredictOptions(CommonOptions):
+    """Options of `/v1/predict`."""
+
+    operation: ClassVar[Operation] = "predict"
+
+    top_k: Annotated[int, Field(ge=1, le=100, description="Number of predictions.")] = 5
+    statistics: Annotated[
+        bool, Field(description="Statistics of the model's recommended layer.")
+    ] = False
+
+
+class ExplainOptions(CommonOptions):
+    """Options of `/v1/explain`."""
+
+    operation: ClassVar[Operation] = "explain"
+
+    top_k: Annotated[int, Field(ge=1, le=100, description="Number of predictions.")] = 5
+    methods: Annotated[
+        list[MethodOption],
+        Field(min_length=1, max_length=len(METHODS), description="See `/v1/methods`."),
+    ] = ["gradcam"]
+    targets: Annotated[Targets, Field(description="Classes to explain.")] = ["top1"]
+    layers: Annotated[
+        list[Name],
+        Field(
+            min_length=1,
+            max_length=64,
+            description="Dotted module names or globs; `auto` is the recommended layer.",
+            examples=[["auto"]],
+        ),
+    ] = ["auto"]
+    fuse: Annotated[Fuse, Field(description="How maps of several layers become one.")] = "none"
+    outputs: Annotated[list[Output], Field(min_length=1, max_length=3)] = ["heatmap", "overlay"]
+    canvas: Annotated[
+        CanvasName, Field(description="`input` is the model's crop, `original` the whole picture.")
+    ] = "input"
+    colormap: Annotated[Colormap, Field(description="`coolwarm` suits signed maps.")] = "turbo"
+    alpha: Annotated[Finite, Field(ge=0, le=1, description="Opacity of the overlay.")] = 0.5
+    overlay_format: OverlayFormat = "jpeg"
+    statistics: Annotated[bool, Field(description="Statistics of the explained layers.")] = True
+    faithfulness: Annotated[
+        list[Measure], Field(max_length=5, description="Measures, each beside a random map's.")
+    ] = []
+    samples: Annotated[
+        int | None, Field(ge=1, le=10_000, description="Samples of a stochastic method.")
+    ] = None
+    steps: Annotated[int | None, Field(ge=1, le=1_000, description="Steps of a path method.")] = (
+        None
+    )
+    seed: Annotated[
+        int | None, Field(ge=0, le=2**31 - 1, description="The same seed gives the same map.")
+    ] = None
+
+
+class FeaturesOptions(CommonOptions):
+    """Options of `/v1/features`."""
+
+    operation: ClassVar[Operation] = "features"
+
+    targets: Annotated[Targets, Field(description="Classes whose gradients are meant.")] = ["top1"]
+    layers: Annotated[
+        list[Name],
+        Field(
+            min_length=1,
+            max_length=64,
+            description="Dotted module names or globs; `auto` is a spread over the depth.",
+            examples=[["auto"]],
+        ),
+    ] = ["auto"]
+    kinds: Annotated[
+        list[Kind], Field(min_length=1, max_length=4, description="Tensors of each layer.")
+    ] = ["output"]
+    channels: Annotated[int, Field(ge=1, le=4096, description="Top channels to list.")] = 16
+    grid: Annotated[bool, Field(description="Whether to return them as a picture.")] = False
+    colormap: Annotated[Colormap, Field(description="Colours of the grid.")] = "turbo"
+
+
+class ImageOption(_Model):
+    """One image of a JSON request."""
+
+    b64: Annotated[
+        str | None, Field(description="Base64 of the encoded picture, or a `data:` URL.")
+    ] = None
+    url: Annotated[
+        Annotated[str, Field(max_length=4096)] | None,
+        Field(description="Where to fetch it; only if the operator allows it."),
+    ] = None
+    targets: Annotated[Targets | None, Field(description="Instead of the common targets.")] = None
+
+
+AnyOptions = PredictOptions | ExplainOptions | FeaturesOptions
+OptionsT = TypeVar("OptionsT", bound=BaseModel)
+
+
+@lru_cache
+def list_options(model: type[BaseModel]) -> frozenset[str]:
+    """Options that hold a list, which a query may give comma-separated or repeated."""
+    found = properties(model).items()
+    return frozenset(name for name, schema in found if schema.get("type") == "array")
+
+
+def properties(model: type[BaseModel]) -> dict[str, dict[str, Any]]:
+    """JSON schema of each option."""
+    schema: dict[str, dict[str, Any]] = model.model_json_schema()["properties"]
+    return schema
+
+
+def validate(model: type[OptionsT], values: Mapping[str, Any], *, prefix: str = "") -> OptionsT:
+    """Check options.
+
+    Args:
+        model: what they must be.
+        values: what was sent.
+        prefix: path of `values` in the request, for errors.
+
+    Raises:
+        InvalidOption: the first thing that is wrong, naming the field and what is allowed.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        path = [prefix] if prefix else []
+        field = ".".join([*path, *(str(part)[:_MAX_FIELD] for part in first["loc"])])
+        raise InvalidOption(_explain(first, model), field=field or None) from None
+
+
+_SENTENCES: Mapping[str, str] = {
+    "missing": "This is required.",
+    "list_type": "Must be a list.",
+    "bool_parsing": "Must be true or false.",
+    "bool_type": "Must be true or false.",
+    "int_parsing": "Must be an integer.",
+    "int_type": "Must be an integer.",
+    "int_from_float": "Must be an integer.",
+    "float_parsing": "Must be a number.",
+    "float_type": "Must be a number.",
+    "finite_number": "Must be a finite number.",
+    "string_type": "Must be text.",
+    "dict_type": "Must be an object.",
+    "model_type": "Must be an object.",
+    "greater_than": "Must be greater than {gt}.",
+    "greater_than_equal": "Must be at least {ge}.",
+    "less_than_equal": "Must be at most {le}.",
+    "too_short": "Must have at least {min_length} item(s).",
+    "too_long": "Must have at most {max_length} items.",
+    "string_too_short": "Must not be empty.",
+    "string_too_long": "Must be at most {max_length} characters long.",
+}
+
+
+def _explain(error: ErrorDetails, model: type[BaseModel]) -> str:
+    """Say in our words what a validator found."""
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "literal_error":
+        allowed = re.findall(r"'([^']*)'", context["expected"])
+        return f"Allowed values: {', '.join(allowed)}."
+    if kind == "extra_forbidden":
+        if len(error["loc"]) > 1:
+            return "Unknown key."
+        return f"Unknown option. Allowed: {', '.join(model.model_fields)}."
+    if kind == "value_error":  # raised by a validator of this file
+        return str(context["error"])
+    return _SENTENCES.get(kind, "The value has the wrong type.").format(**context)

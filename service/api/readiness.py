@@ -1,0 +1,75 @@
+"""Whether requests can be answered now, and what is missing if not."""
+
+from __future__ import annotations
+
+from models.types import ModelInfo
+from service.api.schemas import DeviceReadiness, ModelReadiness, ReadyAnswer
+from service.devices.pool import DevicePool, DeviceStatus
+from service.settings import Settings
+
+
+def is_up(status: DeviceStatus, *, within_s: float) -> bool:
+    """Whether a device is ready and has completed a real pass recently."""
+    recent = status.last_pass_s is not None and status.last_pass_s <= within_s
+    return status.state == "ready" and recent
+
+
+def readiness(pool: DevicePool, settings: Settings) -> ReadyAnswer:
+    """Ready means: a device completed a pass recently, a model is warm, and the default one is not still loading.
+
+    A model that failed to load, or that was unloaded, does not take the others off the air; it is
+    named as missing.
+    """
+    statuses = pool.devices()
+    infos = pool.models()
+    within = settings.server.ready_within_s
+    devices = tuple(_device(status, within) for status in statuses)
+    models = tuple(_model(info) for info in infos)
+    missing = [*map(_missing_device, devices), *map(_missing_model, models)]
+    known = {model.name for model in models}
+    missing += [f"model {s.name}: not loaded" for s in settings.models if s.name not in known]
+    if not devices:
+        missing.append("no device is known yet")
+    default = [model for model in models if model.name == settings.default_model]
+    settled = not default or any(model.ready or model.state == "unavailable" for model in default)
+    return ReadyAnswer(
+        ready=any(d.ready for d in devices) and any(m.ready for m in models) and settled,
+        missing=tuple(text for text in missing if text),
+        devices=devices,
+        models=models,
+    )
+
+
+def _device(status: DeviceStatus, within_s: float) -> DeviceReadiness:
+    return DeviceReadiness(
+        device=status.device,
+        state=status.state,
+        ready=is_up(status, within_s=within_s),
+        last_pass_s=status.last_pass_s,
+        queue_depth=status.queue_depth,
+        models=status.models,
+        restarts=status.restarts,
+    )
+
+
+def _model(info: ModelInfo) -> ModelReadiness:
+    card = info.card
+    return ModelReadiness(
+        name=card.name,
+        version=card.version,
+        state=card.state,
+        ready=card.ready,
+        reason=card.reason,
+    )
+
+
+def _missing_device(device: DeviceReadiness) -> str:
+    if device.ready:
+        return ""
+    if device.state == "ready":
+        return f"device {device.device}: no recent pass"
+    return f"device {device.device}: {device.state}"
+
+
+def _missing_model(model: ModelReadiness) -> str:
+    return "" if model.ready else f"model {model.name}@{model.version}: {model.state}"

@@ -1,0 +1,131 @@
+"""`POST /v1/explain`: predictions, and pictures of why."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Mapping
+from typing import cast, get_args
+from urllib.parse import quote
+
+from fastapi import APIRouter, Request, Response
+from msgspec import structs
+
+from models.errors import InvalidOption
+from models.imaging.render import OverlayFormat
+from service.api import handler, openapi
+from service.api.dependencies import ServiceDep
+from service.api.handler import json_response, model_used
+from service.api.openapi import image_input, input_answers
+from service.api.options import ExplainOptions
+from service.api.pipeline import Reply
+from service.api.plan import Plan
+from service.api.schemas import ExplainAnswer, ExplainResult, ExplanationAnswer, PictureData
+
+router = APIRouter(prefix="/v1", tags=["explain"])
+
+_FORMATS: Mapping[str, OverlayFormat] = {f"image/{name}": name for name in get_args(OverlayFormat)}
+_DOCUMENT = input_answers("ExplainAnswer", "Predictions and explanations.", example=openapi.EXPLAIN)
+_DOCUMENT[200]["content"] |= {
+    media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in _FORMATS
+}
+
+
+@router.post(
+    "/explain",
+    summary="Classify images and show why",
+    response_class=Response,
+    responses=_DOCUMENT,
+    openapi_extra=image_input(ExplainOptions),
+)
+async def explain(request: Request, service: ServiceDep) -> Response:
+    """Predictions with heatmaps, and statistics of the explained layers.
+
+    With `Accept: image/png`, `image/jpeg` or `image/webp`, and one image, method, target and layer,
+    the answer is the overlay itself; `X-Class-Id`, `X-Label` (percent-encoded) and `X-Probability`
+    tell what it shows.
+    """
+    accept = request.headers.get("accept", "")
+
+    def adapt(plan: Plan) -> Plan:
+        wanted = picture_wanted(accept, plan.render.overlay_format)
+        return plan if wanted is None else _for_picture(plan, wanted)
+
+    plan, reply = await handler.answer(request, service, ExplainOptions, adapt=adapt)
+    if picture_wanted(accept, plan.render.overlay_format) is not None:
+        return _picture(reply)
+    return json_response(
+        ExplainAnswer(
+            request_id=request.state.request_id,
+            model=model_used(plan.info, reply),
+            results=cast("tuple[ExplainResult, ...]", reply.results),
+            timings_ms=reply.timings,
+            batch_size=reply.batch_size,
+        )
+    )
+
+
+def picture_wanted(accept: str, default: OverlayFormat) -> OverlayFormat | None:
+    """The picture format that an `Accept` header prefers to JSON; None if it does not ask for a picture.
+
+    Args:
+        accept: the header.
+        default: format for `image/*`.
+    """
+    formats = {**_FORMATS, "image/*": default}
+    best: OverlayFormat | None = None
+    best_quality = json_quality = 0.0
+    for item in accept.lower().split(","):
+        media_type, *parameters = (part.strip() for part in item.split(";"))
+        quality = _quality(parameters)
+        if media_type in ("application/json", "application/*"):
+            json_quality = max(json_quality, quality)
+        elif media_type in formats and quality > best_quality:
+            best, best_quality = formats[media_type], quality
+    return best if best_quality > json_quality else None
+
+
+def _quality(parameters: list[str]) -> float:
+    for parameter in parameters:
+        if match := re.fullmatch(r"q\s*=\s*([01](?:\.[0-9]{0,3})?)", parameter):
+            return float(match[1])
+    return 1.0
+
+
+def _for_picture(plan: Plan, wanted: OverlayFormat) -> Plan:
+    """Narrow a plan to one overlay.
+
+    Raises:
+        InvalidOption: it asks for more than one.
+    """
+    options = plan.images[0].options
+    layers = options.layers if options.fuse == "none" else options.layers[:1]
+    counts = {
+        "images": len(plan.images),
+        "methods": len(options.methods),
+        "targets": len(options.targets),
+        "layers": len(layers),
+    }
+    for field, count in counts.items():
+        if count != 1:
+            raise InvalidOption("An answer that is a picture shows exactly one.", field=field)
+    render = structs.replace(plan.render, outputs=("overlay",), overlay_format=wanted)
+    return structs.replace(plan, render=render)
+
+
+def _picture(reply: Reply) -> Response:
+    """The one overlay as an answer of its own."""
+    result = cast("ExplainResult", reply.results[0])
+    explanation = cast("tuple[ExplanationAnswer, ...]", result.explanations)[0]
+    overlay = cast("PictureData", explanation.overlay)
+    target = explanation.target
+    return Response(
+        base64.b64decode(overlay.data),
+        media_type=overlay.media_type,
+        headers={
+            "X-Class-Id": str(target.class_id),
+            "X-Label": quote(target.label, safe=""),
+            "X-Probability": f"{target.probability:.6f}",
+            "Vary": "Accept",
+        },
+    )

@@ -1,0 +1,60 @@
+"""`/`, health and metrics: open to all."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from service.api import metrics
+from service.api.dependencies import ServiceDep
+from service.api.handler import json_response
+from service.api.openapi import open_answers, ref
+from service.api.readiness import readiness
+from service.api.schemas import AliveAnswer
+
+router = APIRouter(tags=["health"])
+
+_ALIVE = open_answers(ref("AliveAnswer"), "The process answers.")
+_READY = open_answers(ref("ReadyAnswer"), "Requests can be answered.")
+_READY[503] = {**_READY[200], "description": "Requests cannot be answered yet; see `missing`."}
+
+
+def _alive(request: Request) -> Response:
+    return json_response(AliveAnswer(status="alive", version=request.app.version))
+
+
+@router.get("/", summary="Say who answers", response_class=Response, responses=_ALIVE)
+async def index(request: Request) -> Response:
+    """Name and version; also KServe's liveness call."""
+    return _alive(request)
+
+
+@router.get("/livez", summary="Liveness", response_class=Response, responses=_ALIVE)
+async def livez(request: Request) -> Response:
+    """Answers as long as the process does."""
+    return _alive(request)
+
+
+@router.get("/readyz", summary="Readiness", response_class=Response, responses=_READY)
+@router.get("/healthz", summary="Readiness", response_class=Response, responses=_READY)
+async def readyz(service: ServiceDep) -> Response:
+    """200 if a device completed a real pass recently and a model is warm, else 503; the body names what is missing."""
+    found = readiness(service.pool, service.settings)
+    return json_response(found, status=200 if found.ready else 503)
+
+
+@router.get(
+    "/metrics",
+    summary="Prometheus metrics",
+    response_class=Response,
+    responses={
+        200: {
+            "description": "Prometheus's text format.",
+            "content": {"text/plain": {"schema": {"type": "string"}}},
+        }
+    },
+)
+async def show_metrics(service: ServiceDep) -> Response:
+    """Metrics of all HTTP processes and devices."""
+    return Response(
+        service.metrics.exposition(), headers={"Content-Type": metrics.CONTENT_TYPE}
+    )

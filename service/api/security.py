@@ -1,0 +1,85 @@
+"""Who may call what: keys for the API, keys for the administration, compared in constant time."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import AsyncIterator, Sequence
+from typing import Annotated
+
+from fastapi import Depends
+from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+
+from models.errors import AdminDisabled, Forbidden, Unauthorized
+from service.api.dependencies import ServiceDep
+
+_bearer = HTTPBearer(auto_error=False, description="`Authorization: Bearer KEY`")
+_header = APIKeyHeader(name="X-API-Key", auto_error=False)
+
+
+async def presented_key(
+    bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+    header: Annotated[str | None, Depends(_header)],
+) -> str | None:
+    """The key that a request shows, if any."""
+    return bearer.credentials if bearer is not None else header
+
+
+KeyDep = Annotated[str | None, Depends(presented_key)]
+
+
+async def require_api_key(service: ServiceDep, key: KeyDep) -> None:
+    """Let a request pass if no key is configured or it shows one that is.
+
+    Raises:
+        Unauthorized: it does not.
+    """
+    security = service.settings.security
+    if security.api_keys and not _is_one_of(key, [*security.api_keys, *security.admin_keys]):
+        raise Unauthorized("A valid key is required.")
+
+
+async def limit_key(service: ServiceDep, key: KeyDep) -> AsyncIterator[None]:
+    """Count a request against its key while it is under way; requests without a key are not counted.
+
+    Raises:
+        Overloaded: the key has as many under way as it may.
+    """
+    if service.tallies is None or not key:
+        yield
+        return
+    with service.tallies.one_more(_hash(key)):
+        yield
+
+
+async def require_admin_key(service: ServiceDep, key: KeyDep) -> None:
+    """Let a request pass if it shows an admin key.
+
+    Raises:
+        AdminDisabled: no admin key is configured.
+        Unauthorized: no key, or one that is not known.
+        Forbidden: a key that opens the API only.
+    """
+    security = service.settings.security
+    if not security.admin_keys:
+        raise AdminDisabled("The administration is off: no admin key is configured.")
+    if _is_one_of(key, security.admin_keys):
+        return
+    if _is_one_of(key, security.api_keys):
+        raise Forbidden("This key does not open the administration.")
+    raise Unauthorized("A valid key is required.")
+
+
+def _is_one_of(key: str | None, hashes: Sequence[str]) -> bool:
+    """Compare with every hash, so that the time taken tells nothing."""
+    if not key:
+        return False
+    digest = _hash(key)
+    found = False
+    for known in hashes:
+        found |= hmac.compare_digest(digest, known)
+    return found
+
+
+def _hash(key: str) -> str:
+    return "sha256:" + hashlib.sha256(key.encode()).hexdigest()

@@ -1,0 +1,273 @@
+"""The command line: `heatlens serve`, `heatlens explain`, `heatlens models`, `heatlens bench`.
+
+Torch is imported by the device only, when there is something to run: `heatlens --help` answers at
+once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from models.errors import HeatlensError
+from models.imaging.colormaps import Colormap
+from models.methods import METHODS
+from service.cli.bench.command import bench
+from service.cli.explain import Explained, Failed, explain_files, load_models
+from service.cli.files import PictureFile, find_pictures
+from service.cli.tables import failures_table, models_list, predictions_table
+from service.settings import ConfigurationError, Settings, load_settings
+
+EXIT_SOME_FAILED = 1
+
+FLAG_BY_OPTION = {"methods": "--method", "targets": "--target", "layers": "--layer"}
+"""Flags that are called otherwise than the option of the API which they set."""
+
+app = typer.Typer(
+    name="heatlens",
+    help="Classify images and show why.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(bench)
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", "-c", exists=True, dir_okay=False, help="TOML file; the built-in model without."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")]
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    app(prog_name="heatlens")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"heatlens {metadata.version('heatlens')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    *,
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Classify images and show why."""
+
+
+@app.command()
+def serve(
+    *,
+    config: Config = None,
+    host: Annotated[str | None, typer.Option(help="Address to bind.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port to bind.")] = None,
+    devices: Annotated[
+        str | None, typer.Option(help="auto, or a list such as cpu or cuda:0,cuda:1.")
+    ] = None,
+    http_workers: Annotated[
+        str | None, typer.Option(help="HTTP processes: a number or auto.")
+    ] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+) -> None:
+    """Serve over HTTP until SIGTERM or Ctrl-C.
+
+    Options win over the environment (`HEATLENS_SERVER__PORT=9000`), the environment over the file.
+    SIGHUP reads the configuration again.
+
+    For example:
+
+    - `heatlens serve`
+    - `heatlens serve --config heatlens.toml --port 9000 --devices cuda:0,cuda:1`
+    """
+    given = {
+        "host": host,
+        "port": port,
+        "devices": devices,
+        "http_workers": http_workers,
+        "log_level": log_level,
+    }
+    server = {key: value for key, value in given.items() if value is not None}
+    settings = _settings(config, server)
+    from service.logs import configure_logging
+    from service.settings import ConfigurationSource
+    from service.supervisor.supervisor import Supervisor
+
+    configure_logging(settings.server.log_level)
+    source = ConfigurationSource(
+        path=config.absolute() if config else None, overrides={"server": server}
+    )
+    raise typer.Exit(Supervisor(settings, source=source).run())
+
+
+@app.command()
+def explain(
+    pictures: Annotated[
+        list[Path],
+        typer.Argument(help="Files, or folders with pictures in them.", metavar="PICTURE"),
+    ],
+    *,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", file_okay=False, help="Folder for the results.")
+    ] = Path("heatlens-out"),
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method", "-m", metavar="NAME", help=f"May be repeated. One of {', '.join(METHODS)}."
+        ),
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target", "-t", help="Class index, label, or top1 to top10; may be repeated."
+        ),
+    ] = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option("--layer", "-l", metavar="NAME", help="Layer name or glob; may be repeated."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name or name@version of a model.")
+    ] = None,
+    config: Config = None,
+    colormap: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(get_args(Colormap))}.")
+    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="Opacity of the overlay, 0 to 1.")] = None,
+    canvas: Annotated[
+        str | None, typer.Option(help="input (what the model saw) or original (the whole picture).")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Explain pictures without a server.
+
+    Writes an overlay `NAME.METHOD.CLASS.jpg` for each method and class and everything else as
+    `NAME.json`. A picture that fails does not stop the others; the exit code is then 1.
+
+    For example:
+
+    - `heatlens explain cat.jpg`
+    - `heatlens explain photos/ -o out -m gradcam -m layercam -t top1 -t tabby`
+    - `heatlens explain cat.jpg --canvas original --colormap viridis --json`
+    """
+    given = {
+        "methods": method,
+        "targets": target,
+        "layers": layer,
+        "model": model,
+        "colormap": colormap,
+        "alpha": alpha,
+        "canvas": canvas,
+    }
+    options = {key: value for key, value in given.items() if value is not None}
+    files = find_pictures(pictures)
+    if not files:
+        raise typer.BadParameter("There is no picture in these folders.", param_hint="PICTURE")
+    settings = _settings(config)
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        explained, failed = asyncio.run(
+            _explain(files, options=options, settings=settings, folder=output, as_json=as_json)
+        )
+    except HeatlensError as error:
+        raise _bad_option(error) from None
+    if explained and not as_json:
+        console = Console()
+        console.print(predictions_table(explained))
+        console.print(f"written to {output}", highlight=False, markup=False)
+    if failed:
+        Console(stderr=True).print(failures_table(failed))
+        raise typer.Exit(EXIT_SOME_FAILED)
+
+
+async def _explain(
+    files: Sequence[PictureFile],
+    *,
+    options: Mapping[str, Any],
+    settings: Settings,
+    folder: Path,
+    as_json: bool,
+) -> tuple[list[Explained], list[Failed]]:
+    """Explain under a progress bar; what ended well and what did not, each in the order of the files."""
+    reports: dict[str, Explained | Failed] = {}
+    with _progress() as progress:
+        task = progress.add_task("loading the model", total=len(files))
+        async for report in explain_files(files, options=options, settings=settings, folder=folder):
+            reports[report.picture.name] = report
+            progress.update(task, advance=1, description="explaining")
+            if as_json and isinstance(report, Explained):
+                typer.echo(json.dumps(report.summary(), ensure_ascii=False))
+    ordered = [reports[file.name] for file in files]
+    return (
+        [report for report in ordered if isinstance(report, Explained)],
+        [report for report in ordered if isinstance(report, Failed)],
+    )
+
+
+@app.command()
+def models(*, config: Config = None, as_json: AsJson = False) -> None:
+    """Load the configured models, verify them, and list what was found.
+
+    The exit code is 1 if one of them cannot be used; the list says why.
+
+    For example:
+
+    - `heatlens models`
+    - `heatlens models --config heatlens.toml`
+    """
+    settings = _settings(config)
+    with Console(stderr=True).status("loading the models"):
+        infos = asyncio.run(load_models(settings))
+    cards = [info.card for info in infos]
+    if as_json:
+        for card in cards:
+            typer.echo(json.dumps(msgspec.to_builtins(card), ensure_ascii=False))
+    else:
+        Console().print(models_list(cards, default=settings.default_model))
+    if not all(card.ready for card in cards):
+        raise typer.Exit(EXIT_SOME_FAILED)
+
+
+def _settings(config: Path | None, server: Mapping[str, Any] | None = None) -> Settings:
+    try:
+        return load_settings(config, overrides={"server": server} if server else None)
+    except ConfigurationError as error:
+        raise typer.BadParameter(str(error), param_hint="configuration") from None
+
+
+def _bad_option(error: HeatlensError) -> Exception:
+    """A request that no picture can answer: an unknown method, label, layer or model."""
+    if error.field is None:
+        return typer.BadParameter(error.message)
+    option = error.field.split(".")[0]
+    return typer.BadParameter(error.message, param_hint=FLAG_BY_OPTION.get(option, f"--{option}"))
+
+
+def _progress() -> Progress:
+    """A bar on stderr, so that what is printed can be piped; nothing where nobody watches."""
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )

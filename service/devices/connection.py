@@ -1,0 +1,101 @@
+"""The connection of one HTTP process to one incarnation of one device worker."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+
+import zmq
+import zmq.asyncio
+
+from models.types import ModelInfo
+from service.devices.messages import (
+    FromWorker,
+    Hello,
+    MalformedMessage,
+    ToWorker,
+    decode_from_worker,
+    encode,
+)
+from service.devices.runtime_dir import RuntimeDir
+from service.devices.status import Board, BoardFile
+
+log = logging.getLogger("heatlens.client")
+
+_RECONNECT_MS = 20
+
+
+class DeviceLink:
+    """Sends to and hears from one worker process.
+
+    Each incarnation has its own address: what a dead worker said late, or was never sent, ends with
+    its link.
+
+    Attributes:
+        infos: models of the device as it last said, by name and version.
+        outstanding: estimated device time of our jobs there, in milliseconds by job id.
+    """
+
+    def __init__(
+        self,
+        *,
+        context: zmq.asyncio.Context,
+        runtime: RuntimeDir,
+        device: str,
+        incarnation: int,
+        on_message: Callable[[DeviceLink, FromWorker], None],
+    ) -> None:
+        self.device = device
+        self.incarnation = incarnation
+        self.infos: dict[tuple[str, str], ModelInfo] = {}
+        self.outstanding: dict[str, float] = {}
+        self._others_ms = 0.0
+        self._others_at = 0.0
+        self._on_message = on_message
+        self._board = BoardFile.open(runtime.board_file(device, incarnation))
+        self._socket = context.socket(zmq.DEALER)
+        self._socket.set(zmq.SNDHWM, 0)  # bounded by the tickets of the pool
+        self._socket.set(zmq.RCVHWM, 0)
+        self._socket.set(zmq.LINGER, 0)
+        self._socket.set(zmq.RECONNECT_IVL, _RECONNECT_MS)  # the worker may bind after we connect
+        self._socket.connect(runtime.socket_url(device, incarnation))
+        self._receiving = asyncio.create_task(self._receive())
+        self.send(Hello())
+
+    def send(self, message: ToWorker) -> None:
+        """Queue a message; never waits."""
+        self._socket.send_multipart(encode(message))
+
+    def board(self) -> Board | None:
+        """What the worker is doing; None while it has not said."""
+        return self._board.read()
+
+    def note_others(self, others_ms: float) -> None:
+        """Take over what the worker says other clients have waiting there."""
+        self._others_ms, self._others_at = others_ms, time.monotonic()
+
+    def load_ms(self) -> float:
+        """Estimated device time of all that waits there; what others had has been worked off since it was told."""
+        since_ms = 1000 * (time.monotonic() - self._others_at)
+        return sum(self.outstanding.values()) + max(0.0, self._others_ms - since_ms)
+
+    async def close(self) -> None:
+        """Stop listening; nothing that arrives later is heard."""
+        self._receiving.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._receiving
+        self._socket.close()
+        self._board.close()
+
+    async def _receive(self) -> None:
+        while True:
+            frames = await self._socket.recv_multipart(copy=False)
+            try:
+                message = decode_from_worker([frame.buffer for frame in frames])
+            except MalformedMessage:
+                log.exception("device %s sent what is not a message", self.device)
+                continue
+            self._on_message(self, message)

@@ -1,0 +1,187 @@
+"""What HTTP processes and device workers say to each other, and how it becomes bytes.
+
+A message is one msgpack header frame and one raw frame per array. In the header an array is a
+reference (frame, dtype, shape) that is checked against the frame before a view is made of it:
+nothing on the wire is executed, and no frame is read beyond its end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from models.errors import ERRORS, HeatlensError, InternalError
+from models.types import Failure, Job, ModelInfo, Outcome
+
+Frame = bytes | bytearray | memoryview
+
+MAX_DIMENSIONS = 4
+_DTYPES: dict[str, np.dtype[Any]] = {"uint8": np.dtype(np.uint8), "float32": np.dtype("<f4")}
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Base: each kind is tagged with its name."""
+
+
+# ---------------------------------------------------------------- to a worker
+
+
+class Hello(Message, frozen=True, kw_only=True):
+    """A client has connected and wants to know the models, now and whenever they change."""
+
+
+class Submit(Message, frozen=True, kw_only=True):
+    """Run a job."""
+
+    job: Job
+
+
+class Cancel(Message, frozen=True, kw_only=True):
+    """Nobody waits for this job any more."""
+
+    job_id: str
+
+
+class Load(Message, frozen=True, kw_only=True):
+    """Load or replace a model version; `spec` is a `ModelSpec` as JSON."""
+
+    request_id: str
+    spec: str
+
+
+class Unload(Message, frozen=True, kw_only=True):
+    """Drop a model version, or all versions, once their jobs are done."""
+
+    request_id: str
+    name: str
+    version: str | None = None
+
+
+# ---------------------------------------------------------------- from a worker
+
+
+class Answer(Message, frozen=True, kw_only=True):
+    """Ends of jobs of the receiving client.
+
+    Attributes:
+        others_ms: estimated device time of what other clients have waiting there.
+    """
+
+    outcomes: tuple[Outcome, ...] = ()
+    failures: tuple[Failure, ...] = ()
+    others_ms: float = 0.0
+
+
+class Models(Message, frozen=True, kw_only=True):
+    """Every model version of the device, unavailable ones included."""
+
+    infos: tuple[ModelInfo, ...]
+
+
+class Ack(Message, frozen=True, kw_only=True):
+    """A load or unload has ended, well if `failure` is None."""
+
+    request_id: str
+    failure: Failure | None = None
+
+
+ToWorker = Hello | Submit | Cancel | Load | Unload
+FromWorker = Answer | Models | Ack
+
+
+class MalformedMessage(Exception):
+    """The frames are not a message."""
+
+
+class _ArrayRef(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    frame: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def encode(message: Message) -> list[Frame]:
+    """Turn a message into frames: the header, then one per array (uint8 or float32, a view where contiguous).
+
+    Raises:
+        TypeError: an array of another dtype, or of more than four dimensions.
+    """
+    frames: list[Frame] = [b""]
+
+    def reference(value: object) -> _ArrayRef:
+        if not isinstance(value, np.ndarray):
+            raise TypeError(f"{type(value).__name__} has no place on the wire")
+        if value.dtype.name not in _DTYPES or value.ndim > MAX_DIMENSIONS:
+            raise TypeError(
+                f"an array of {value.dtype} with {value.ndim} dimensions has no place here"
+            )
+        little_endian = np.ascontiguousarray(value, dtype=_DTYPES[value.dtype.name])
+        frames.append(little_endian.reshape(-1).view(np.uint8).data)
+        return _ArrayRef(len(frames) - 1, value.dtype.name, value.shape)
+
+    frames[0] = msgspec.msgpack.Encoder(enc_hook=reference).encode(message)
+    return frames
+
+
+def decode_to_worker(frames: Sequence[Frame]) -> ToWorker:
+    """Read what a client sent.
+
+    Raises:
+        MalformedMessage: the frames are no such message.
+    """
+    message: ToWorker = _decode(frames, ToWorker)
+    return message
+
+
+def decode_from_worker(frames: Sequence[Frame]) -> FromWorker:
+    """Read what a worker sent; arrays are read-only views of the frames.
+
+    Raises:
+        MalformedMessage: the frames are no such message.
+    """
+    message: FromWorker = _decode(frames, FromWorker)
+    return message
+
+
+def _decode(frames: Sequence[Frame], kinds: Any) -> Any:
+    def array(expected: type, value: object) -> np.ndarray:
+        if expected is not np.ndarray:
+            raise MalformedMessage(f"no decoder for {expected}")
+        return _view(msgspec.convert(value, _ArrayRef), frames)
+
+    try:
+        return msgspec.msgpack.Decoder(kinds, dec_hook=array).decode(frames[0])
+    except (msgspec.MsgspecError, IndexError, ValueError) as error:
+        raise MalformedMessage("the frames are not a message") from error
+
+
+def _view(ref: _ArrayRef, frames: Sequence[Frame]) -> np.ndarray:
+    dtype = _DTYPES.get(ref.dtype)
+    if dtype is None or not 0 < ref.frame < len(frames) or len(ref.shape) > MAX_DIMENSIONS:
+        raise ValueError("an array reference that is out of range")
+    if math.prod(ref.shape) * dtype.itemsize != memoryview(frames[ref.frame]).nbytes:
+        raise ValueError("an array that does not fill its frame")
+    return np.frombuffer(frames[ref.frame], dtype=dtype).reshape(ref.shape)
+
+
+# ---------------------------------------------------------------- failures
+
+
+def to_failure(job_id: str, error: HeatlensError) -> Failure:
+    """The failure that ends `job_id` (or a request of that id) with `error`."""
+    return Failure(
+        id=job_id,
+        code=error.code,
+        message=error.message,
+        field=error.field,
+        retry_after_s=error.retry_after_s,
+    )
+
+
+def to_error(failure: Failure) -> HeatlensError:
+    """The exception that a failure stands for; an unknown code is an internal error."""
+    kind = ERRORS.get(failure.code, InternalError)
+    return kind(failure.message, field=failure.field, retry_after_s=failure.retry_after_s)

@@ -1,0 +1,332 @@
+"""Which jobs run next on one device. Pure: no thread, no clock, no torch; the caller says what time it is.
+
+Work-conserving: when the device is free, what waits is taken, up to the model's best batch; there
+is no window. Jobs are of two classes. *Interactive* jobs are answered by one pass; *long* ones take
+many bounded steps, between which interactive batches run. The classes share device time by
+start-time fair queueing (Goyal et al. 1996): each has a virtual finish time that grows by duration
+/ share, the lower one goes next, and a class that was idle gets no credit for it. Inside a class
+the earliest deadline goes first, with jobs of the same model in its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from models.errors import DeadlineExceeded, ModelReplaced, NotReady, Overloaded, UnknownModel
+from models.types import Job
+from service.worker.queue import (
+    Batch,
+    BatchReason,
+    Entry,
+    EntryQueue,
+    JobClass,
+    LatencyModel,
+    ModelKey,
+    Pending,
+    QueuedModel,
+    Turn,
+    cost,
+    fit,
+    is_long,
+    make_batch,
+    may_join,
+)
+
+_CLASSES: tuple[JobClass, JobClass] = ("interactive", "long")
+
+
+class Batcher:
+    """The queue of one device.
+
+    Args:
+        max_wait_s: estimated wait beyond which a job is refused.
+        interactive_share: share of device time of interactive jobs while long ones wait too,
+            between 0 and 1.
+        max_pending: long jobs that are held between steps at the same time; each keeps device
+            memory.
+    """
+
+    def __init__(
+        self, *, max_wait_s: float = 10.0, interactive_share: float = 0.75, max_pending: int = 16
+    ) -> None:
+        self._max_wait_s = max_wait_s
+        self._max_pending = max_pending
+        self._share: dict[JobClass, float] = {
+            "interactive": interactive_share,
+            "long": 1 - interactive_share,
+        }
+        self._models: dict[ModelKey, QueuedModel] = {}
+        self._queues: dict[tuple[ModelKey, JobClass], EntryQueue] = {}
+        self._entries: dict[str, Entry] = {}
+        self._pending: dict[str, Entry] = {}
+        self._count: dict[JobClass, int] = {"interactive": 0, "long": 0}
+        self._finish: dict[JobClass, float] = {"interactive": 0.0, "long": 0.0}
+        self._virtual_now = 0.0
+        self._running: Batch | None = None
+        self._sequence = 0
+
+    # ---------------------------------------------------------------- models
+
+    def set_model(
+        self,
+        key: ModelKey,
+        *,
+        best_batch: int,
+        latency_ms: Mapping[int, float],
+        revision: str = "",
+    ) -> list[Entry]:
+        """Admit jobs for a model that is warm, or take over what its reloading measured.
+
+        Returns:
+            Entries that waited for another revision; they are no longer here and must be told.
+        """
+        self._models[key] = model = QueuedModel(
+            best_batch=max(1, best_batch),
+            passes=LatencyModel(latency_ms),
+            steps=LatencyModel(latency_ms),
+            revision=revision,
+        )
+        waiting = [e for e in self._entries.values() if e.key == key and e.started is None]
+        stale = [entry for entry in waiting if model.has_replaced(entry.job)]
+        for entry in stale:
+            self.cancel(entry.job.id)
+        return stale
+
+    def close_model(self, key: ModelKey) -> None:
+        """Admit no more jobs for a model; those that wait are still run."""
+        if key in self._models:
+            self._models[key].closing = True
+
+    def drop_model(self, key: ModelKey) -> None:
+        """Forget a model that has no jobs left."""
+        self._models.pop(key, None)
+        for job_class in _CLASSES:
+            self._queues.pop((key, job_class), None)
+
+    def has_jobs(self, key: ModelKey) -> bool:
+        """Whether any job of the model waits or runs."""
+        return any(entry.key == key for entry in self._entries.values())
+
+    def lower_batch(self, key: ModelKey, size: int, *, until: float) -> None:
+        """Take at most `size` jobs at once until then: the device had no memory for more."""
+        model = self._models.get(key)
+        if model is not None:
+            model.batch_cap, model.cap_until = max(1, size), until
+
+    # ---------------------------------------------------------------- jobs
+
+    def add(self, job: Job, now: float) -> None:
+        """Queue a job.
+
+        Raises:
+            UnknownModel: its model is not on this device.
+            NotReady: its model is being unloaded.
+            ModelReplaced: it was resolved against a model that was replaced or is being unloaded
+                since.
+            DeadlineExceeded: nobody waits for it any more.
+            Overloaded: the estimated wait is over the limit, or over what the job's deadline
+                leaves.
+        """
+        model = self._models.get((job.model, job.version))
+        if job.revision and (model is None or model.closing or model.has_replaced(job)):
+            raise ModelReplaced("The model was replaced or unloaded meanwhile.")
+        if model is None:
+            raise UnknownModel("The model is not loaded on this device.", field="model")
+        if model.closing:
+            raise NotReady("The model is being unloaded.")
+        if job.deadline <= now:
+            raise DeadlineExceeded("The deadline passed before the job reached a device.")
+        job_class: JobClass = "long" if is_long(job.options) else "interactive"
+        wait_s = self.wait_ms(now, job_class) / 1000
+        excess_s = wait_s - min(self._max_wait_s, job.deadline - now)
+        if excess_s > 0:
+            raise Overloaded("The service is at its limit.", retry_after_s=excess_s)
+        entry = Entry(job=job, job_class=job_class, arrived=now)
+        self._keep(entry)
+        self._sequence += 1
+        self._queues.setdefault((entry.key, job_class), EntryQueue()).push(entry, self._sequence)
+
+    def cancel(self, job_id: str) -> Entry | None:
+        """Drop a job.
+
+        One that is on the device runs to the end of its batch or step. One that is between steps is
+        let go by the next `next`, so that what it holds is released by the thread that uses the
+        device.
+
+        Returns:
+            The entry, None if no such job is here.
+        """
+        entry = self._entries.get(job_id)
+        if entry is None or entry.gone:
+            return None
+        entry.gone = True
+        if entry.started is None:
+            self._queues[entry.key, entry.job_class].dismiss()
+            self._forget(entry)
+        return entry
+
+    def next(self, now: float) -> Turn:
+        """Purge what expired and choose the batch to run; the device must be free."""
+        expired = tuple(self._purge(now))
+        ready = [c for c in _CLASSES if self._candidates(c)]
+        if not ready:
+            return Turn(None, expired)
+        chosen = min(ready, key=lambda c: self._finish[c])  # a tie goes to the interactive class
+        self._virtual_now = max(self._virtual_now, self._finish[chosen])
+        first = min(self._candidates(chosen), key=lambda entry: entry.job.deadline)
+        take = self._take_steps if first.pending is not None else self._take_fresh
+        self._running = take(first, now)
+        return Turn(self._running, expired)
+
+    def done(self, now: float, *, pending: Iterable[Pending] = ()) -> None:
+        """Account for the batch that `next` gave: it has ended, and of its jobs only `pending` go on."""
+        batch, self._running = self._running, None
+        if batch is None:
+            return
+        duration_s = max(0.0, now - batch.started)
+        self._finish[batch.job_class] += duration_s / self._share[batch.job_class]
+        going_on = {item.job.id: item for item in pending}
+        model = self._models.get(batch.key)
+        if model is not None:
+            learnt = model.steps if batch.is_step else model.passes
+            learnt.observe(batch.images, 1000 * duration_s)
+        for entry in batch.entries:
+            entry.device_s += duration_s
+            entry.batches += 1
+            entry.pending = going_on.get(entry.job.id)
+            if entry.pending is not None and not entry.gone:
+                self._hold(entry)
+                continue
+            self._forget(entry)
+            if entry.job_class == "long" and model is not None and not entry.gone:
+                model.long_ms += 0.2 * (1000 * entry.device_s - model.long_ms)
+
+    # ---------------------------------------------------------------- load
+
+    @property
+    def depth(self) -> int:
+        """Jobs that wait, run or are between steps."""
+        return len(self._entries)
+
+    def wait_ms(self, now: float, job_class: JobClass = "interactive") -> float:
+        """Estimated time until a new job of that class would start.
+
+        The rest of the running batch, then what waits in its class; meanwhile the other class gets
+        its share of the device, but no more than it has work for.
+        """
+        running_ms = 0.0
+        if self._running is not None:
+            running_ms = max(0.0, 1000 * (self._running.started + self._running.predicted_s - now))
+        other: JobClass = "long" if job_class == "interactive" else "interactive"
+        own_ms, other_ms = self._work_ms(job_class, now), self._work_ms(other, now)
+        return running_ms + min(own_ms / self._share[job_class], own_ms + other_ms)
+
+    def _work_ms(self, job_class: JobClass, now: float) -> float:
+        """Device time of what waits in a class; a long job counts with the average of those before it."""
+        if job_class == "long":
+            return sum(
+                max(0.0, self._models[entry.key].long_ms - 1000 * entry.device_s)
+                for entry in self._entries.values()
+                if entry.job_class == "long" and entry.key in self._models
+            )
+        total = 0.0
+        for (key, queued_class), queue in self._queues.items():
+            model = self._models.get(key)
+            if queued_class == job_class and queue and model is not None:
+                full, rest = divmod(len(queue), model.batch_limit(now))
+                total += full * model.passes.predict_ms(model.batch_limit(now))
+                total += model.passes.predict_ms(rest) if rest else 0.0
+        return total
+
+    # ---------------------------------------------------------------- forming a batch
+
+    def _purge(self, now: float) -> Iterable[Entry]:
+        for queue in self._queues.values():
+            while (head := queue.head()) is not None and head.job.deadline <= now:
+                queue.pop()
+                self._forget(head)
+                yield head
+        for entry in list(self._pending.values()):
+            if entry.gone:
+                self._forget(entry)
+            elif entry.job.deadline <= now:
+                self._forget(entry)
+                yield entry
+
+    def _candidates(self, job_class: JobClass) -> list[Entry]:
+        """The first of each queue of the class, and for the long class the jobs between steps."""
+        between = list(self._pending.values()) if job_class == "long" else []
+        if job_class == "long" and len(between) >= self._max_pending:
+            return between
+        heads = [
+            q.head() for (_, queued_class), q in self._queues.items() if queued_class == job_class
+        ]
+        return [*between, *(head for head in heads if head is not None)]
+
+    def _take_fresh(self, first: Entry, now: float) -> Batch:
+        model, queue = self._models[first.key], self._queues[first.key, first.job_class]
+        limit, reason = self._limit(first, now)
+        waiting = len(queue)
+        if waiting < limit:
+            limit, reason = waiting, "idle"
+        fitting = fit(limit, model.passes, slack_s=first.job.deadline - now)
+        if fitting < limit:
+            limit, reason = fitting, "deadline"
+        entries = [queue.pop()]
+        while len(entries) < limit and may_join(entries, queue.head()):
+            entries.append(queue.pop())
+        if first.job.deaths or len(entries) < limit:
+            reason = "alone"
+        for entry in entries:
+            entry.started = now
+            entry.batch_size = len(entries)
+        predicted_ms = model.passes.predict_ms(len(entries))
+        return make_batch(
+            entries, images=len(entries), predicted_ms=predicted_ms, now=now, reason=reason
+        )
+
+    def _limit(self, first: Entry, now: float) -> tuple[int, BatchReason]:
+        """Most jobs that may join in a first pass, and what sets that limit."""
+        model = self._models[first.key]
+        limit = model.batch_limit(now)
+        reason: BatchReason = "memory" if limit < model.best_batch else "full"
+        held = self._max_pending - len(self._pending)
+        if first.job_class == "long" and held < limit:
+            return held, "held"
+        return limit, reason
+
+    def _take_steps(self, first: Entry, now: float) -> Batch:
+        model = self._models[first.key]
+        entries, images = [first], cost(first)
+        others = (e for e in self._pending.values() if e.key == first.key and e is not first)
+        for entry in sorted(others, key=lambda e: e.job.deadline):
+            fits = images + cost(entry) <= model.batch_limit(now)
+            if fits and may_join(entries, entry):
+                entries.append(entry)
+                images += cost(entry)
+        for entry in entries:
+            del self._pending[entry.job.id]
+        predicted_ms = model.steps.predict_ms(images)
+        return make_batch(entries, images=images, predicted_ms=predicted_ms, now=now, reason="step")
+
+    # ---------------------------------------------------------------- bookkeeping
+
+    def _keep(self, entry: Entry) -> None:
+        if self._count[entry.job_class] == 0:  # no credit for the time that the class was idle
+            finish = self._finish[entry.job_class]
+            self._finish[entry.job_class] = max(finish, self._virtual_now)
+        self._entries[entry.job.id] = entry
+        self._count[entry.job_class] += 1
+
+    def _hold(self, entry: Entry) -> None:
+        """Keep a job between two steps; one that proves to need steps is a long one from then on."""
+        if entry.job_class != "long":
+            self._forget(entry)
+            entry.job_class = "long"
+            self._keep(entry)
+        self._pending[entry.job.id] = entry
+
+    def _forget(self, entry: Entry) -> None:
+        del self._entries[entry.job.id]
+        self._pending.pop(entry.job.id, None)
+        self._count[entry.job_class] -= 1

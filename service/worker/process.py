@@ -1,0 +1,314 @@
+"""The device worker: a process that owns one device, its models and its queue.
+
+    python -m service.worker.process --runtime DIR --device cpu:0 --incarnation 1 --threads 1 --parent PID
+
+The event loop talks to the HTTP processes; the compute thread does all else. When the device is
+lost the process ends with `EXIT_DEVICE_LOST` without answering: the board names the jobs, and
+clients retry them in a new process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import ctypes
+import logging
+import os
+import platform
+import signal
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import zmq
+import zmq.asyncio
+from pydantic import ValidationError
+
+from models.catalog import ModelSpec
+from models.errors import HeatlensError, ModelLoadFailed
+from models.types import Failure, Job, ModelInfo, Outcome
+from service.devices.messages import (
+    Ack,
+    Answer,
+    Cancel,
+    Hello,
+    Load,
+    MalformedMessage,
+    Message,
+    Models,
+    Submit,
+    ToWorker,
+    Unload,
+    decode_to_worker,
+    encode,
+    to_failure,
+)
+from service.devices.runtime_dir import RuntimeDir, die_with_parent, holds
+from service.devices.status import BoardFile, FleetFile
+from service.logs import configure_logging
+from service.settings import Settings
+from service.tracing import device_tracing
+from service.worker.backend import EXIT_DEVICE_LOST, Backend, make_engine_backend
+from service.worker.batcher import Batcher
+from service.worker.compute import ComputeThread, Done
+
+log = logging.getLogger("heatlens.worker")
+
+_LINGER_MS = 1000
+
+Identity = bytes
+MakeBackend = Callable[["WorkerOptions"], Backend]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOptions:
+    """What a worker is told when it is started.
+
+    Attributes:
+        threads: torch threads, for CPU devices.
+        parent: process id of the supervisor.
+    """
+
+    runtime: RuntimeDir
+    device: str
+    incarnation: int
+    threads: int
+    parent: int
+    base_dir: Path
+
+
+class Worker:
+    """Carries messages between the HTTP processes and the compute thread.
+
+    It is the compute thread's Listener: what that thread says is handed to the event loop.
+    """
+
+    def __init__(
+        self, *, options: WorkerOptions, settings: Settings, make_backend: MakeBackend
+    ) -> None:
+        self._options = options
+        self._settings = settings
+        self._make_backend = make_backend
+        self._owners: dict[str, Identity] = {}
+        self._clients: set[Identity] = set()
+        self._stop = asyncio.Event()
+        self._exit_code = 0
+        self._loop = asyncio.get_running_loop()
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.set(zmq.SNDHWM, 0)  # never drop: what is queued is bounded by admission
+        self._socket.set(zmq.RCVHWM, 0)
+        self._board = BoardFile.open(
+            options.runtime.board_file(options.device, options.incarnation)
+        )
+        self._tracing = device_tracing(settings.tracing, device=options.device)
+        self._compute = self._make_compute()
+
+    def _make_compute(self) -> ComputeThread:
+        options, settings = self._options, self._settings
+        fleet = FleetFile.open(options.runtime.fleet_file)
+        refused = fleet.read().refused_models
+        fleet.close()
+        specs = [spec for spec in options.runtime.read_catalog() if holds(spec, options.device)]
+        specs.sort(key=lambda spec: spec.name != settings.default_model)
+        return ComputeThread(
+            batcher=Batcher(max_wait_s=settings.limits.max_wait_s),
+            make_backend=lambda: self._make_backend(options),
+            specs=specs,
+            refused=refused,
+            listener=self,
+            write_board=self._board.write,
+            canary_s=settings.workers.canary_s,
+            tracing=self._tracing,
+        )
+
+    async def run(self) -> int:
+        """Serve until told to stop or the device is lost; returns the exit code."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._stop.set)
+        options = self._options
+        self._socket.bind(options.runtime.socket_url(options.device, options.incarnation))
+        self._compute.start()
+        receiving = asyncio.create_task(self._receive())
+        stopping = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait({receiving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if receiving.done():
+                receiving.result()  # it only ends by an error, which is then raised here
+        finally:
+            for task in (receiving, stopping):
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+        if self._exit_code == 0:
+            await asyncio.to_thread(self._compute.stop)
+            if self._tracing is not None:
+                await asyncio.to_thread(self._tracing.close)
+            await asyncio.sleep(0)  # what the thread said last is sent
+        self._context.destroy(linger=_LINGER_MS)
+        return self._exit_code
+
+    # ---------------------------------------------------------------- from clients
+
+    async def _receive(self) -> None:
+        while True:
+            frames = await self._socket.recv_multipart(copy=False)
+            identity = frames[0].bytes
+            try:
+                message = decode_to_worker([frame.buffer for frame in frames[1:]])
+            except MalformedMessage:
+                log.exception("a client sent what is not a message")
+                continue
+            self._handle(identity, message)
+
+    def _handle(self, identity: Identity, message: ToWorker) -> None:
+        match message:
+            case Submit(job=job):
+                self._submit(identity, job)
+            case Cancel(job_id=job_id):
+                if self._owners.pop(job_id, None) is not None:
+                    self._compute.cancel(job_id)
+            case Hello():
+                self._clients.add(identity)
+                if self._compute.infos:
+                    self._send([identity], Models(infos=self._compute.infos))
+            case Load(request_id=request_id, spec=spec):
+                self._load(spec, self._acknowledge(identity, request_id))
+            case Unload(request_id=request_id, name=name, version=version):
+                self._compute.unload(name, version, self._acknowledge(identity, request_id))
+
+    def _submit(self, identity: Identity, job: Job) -> None:
+        self._owners[job.id] = identity
+        try:
+            self._compute.submit(job)
+        except HeatlensError as error:
+            self._answer([to_failure(job.id, error)])
+
+    def _load(self, spec: str, done: Done) -> None:
+        try:
+            self._compute.load(ModelSpec.model_validate_json(spec), done)
+        except ValidationError:
+            done(ModelLoadFailed("The model's entry is not valid."))
+
+    def _acknowledge(self, identity: Identity, request_id: str) -> Done:
+        def done(error: HeatlensError | None) -> None:
+            failure = None if error is None else to_failure(request_id, error)
+            self._from_thread(self._send, [identity], Ack(request_id=request_id, failure=failure))
+
+        return done
+
+    # ---------------------------------------------------------------- from the compute thread
+
+    def answered(self, results: Sequence[Outcome | Failure]) -> None:
+        """Send the ends of jobs to their clients."""
+        self._from_thread(self._answer, results)
+
+    def models_changed(self, infos: Sequence[ModelInfo]) -> None:
+        """Tell every client."""
+        self._from_thread(lambda: self._send(self._clients, Models(infos=tuple(infos))))
+
+    def lost(self, reason: str) -> None:
+        """End the process; the jobs on the board stay unanswered here and are retried elsewhere."""
+        log.error("the device is lost: %s", reason)
+        self._exit_code = EXIT_DEVICE_LOST
+        self._from_thread(self._stop.set)
+
+    def _from_thread(self, call: Callable[..., object], *arguments: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody listens
+            self._loop.call_soon_threadsafe(call, *arguments)
+
+    # ---------------------------------------------------------------- to clients
+
+    def _answer(self, results: Sequence[Outcome | Failure]) -> None:
+        by_owner: dict[Identity, list[Outcome | Failure]] = {}
+        for result in results:
+            owner = self._owners.pop(result.id, None)
+            if owner is not None:
+                by_owner.setdefault(owner, []).append(result)
+        depth, wait_ms = self._compute.load_state()
+        for owner, own in by_owner.items():
+            mine = sum(identity == owner for identity in self._owners.values())
+            others = max(0, depth - mine) / depth if depth else 0.0
+            answer = Answer(
+                outcomes=tuple(r for r in own if isinstance(r, Outcome)),
+                failures=tuple(r for r in own if isinstance(r, Failure)),
+                others_ms=wait_ms * others,
+            )
+            self._send([owner], answer)
+
+    def _send(self, identities: Iterable[Identity], message: Message) -> None:
+        frames = encode(message)
+        for identity in identities:
+            # With no high-water mark a send never waits; a client that is gone is skipped by the
+            # router.
+            self._socket.send_multipart([identity, *frames], copy=False)
+
+
+def default_backend(options: WorkerOptions) -> Backend:
+    """The real engine on the device."""
+    return make_engine_backend(options.device, base_dir=options.base_dir, threads=options.threads)
+
+
+def main(
+    arguments: Sequence[str] | None = None, *, make_backend: MakeBackend = default_backend
+) -> int:
+    """Run one device worker; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="heatlens device worker")
+    parser.add_argument("--runtime", type=Path, required=True)
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--incarnation", type=int, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--parent", type=int, required=True)
+    parsed = parser.parse_args(arguments)
+    die_with_parent(parsed.parent)
+    runtime = RuntimeDir(parsed.runtime)
+    settings = runtime.read_settings()
+    configure_logging(settings.server.log_level)
+    if settings.workers.keep_heap and parsed.device.startswith("cpu"):
+        keep_heap()
+    options = WorkerOptions(
+        runtime=runtime,
+        device=parsed.device,
+        incarnation=parsed.incarnation,
+        threads=parsed.threads,
+        parent=parsed.parent,
+        base_dir=settings.base_dir,
+    )
+
+    async def serve() -> int:
+        return await Worker(options=options, settings=settings, make_backend=make_backend).run()
+
+    return asyncio.run(serve())
+
+
+if __name__ == "__main__":
+    # Interpreter shutdown would wait for torch's threads and for a compute thread stuck in the
+    # device.
+    os._exit(main())
+
+
+# ---------------------------------------------------------------- heap
+
+
+_MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD = -4, -1, -2
+_NEVER = 2**31 - 1
+_TOP_PAD_BYTES = 64 << 20
+
+
+def keep_heap() -> bool:
+    """Tell glibc to keep freed memory instead of giving it back to the kernel.
+
+    By default each large tensor is mapped, faulted in page by page and unmapped again, at every
+    layer of every pass. All three settings go together: touching one alone switches off glibc's own
+    adaptation. Call it before the first large allocation; peak memory grows by a tenth or so.
+
+    Returns:
+        Whether it took effect: only glibc has these settings.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    wanted = {_MMAP_MAX: 0, _TRIM_THRESHOLD: _NEVER, _TOP_PAD: _TOP_PAD_BYTES}
+    taken = [mallopt(parameter, value) for parameter, value in wanted.items()]
+    return all(taken)

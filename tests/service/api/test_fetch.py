@@ -1,0 +1,263 @@
+"""Image URLs: what may be named, where it may lead, how much may come."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import pytest
+
+from models.errors import HeatlensError, ImageTooLarge, ImageUndecodable, UrlInputDisabled
+from service.api.fetch import UrlFetcher, is_public, resolve
+
+pytestmark = pytest.mark.anyio
+
+Handler = Callable[[str, asyncio.StreamWriter], Awaitable[None]]
+
+
+def looks_up(*addresses: str) -> Callable[[str, int], Awaitable[Sequence[str]]]:
+    async def find(host: str, port: int) -> Sequence[str]:
+        return addresses
+
+    return find
+
+
+@asynccontextmanager
+async def server(handler: Handler) -> AsyncIterator[int]:
+    """A plain HTTP server on the loopback; hands the request's head to `handler`, yields its port."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        try:
+            await handler(head.decode(), writer)
+            await writer.drain()
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
+
+    listening = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with listening:
+        yield listening.sockets[0].getsockname()[1]
+
+
+@asynccontextmanager
+async def fetcher(*hosts: str, **kwargs: object) -> AsyncIterator[UrlFetcher]:
+    """A fetcher that may connect to the loopback, where every name is found."""
+    options = {"resolve": looks_up("127.0.0.1"), "allow": lambda _: True, **kwargs}
+    made = UrlFetcher(hosts, **options)
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+def answer(writer: asyncio.StreamWriter, body: bytes, *, head: str = "", status: int = 200) -> None:
+    writer.write(f"HTTP/1.1 {status} X\r\n{head}Connection: close\r\n\r\n".encode() + body)
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("93.184.216.34", True),
+        ("2606:4700::1111", True),
+        ("127.0.0.1", False),
+        ("10.1.2.3", False),
+        ("172.16.0.1", False),
+        ("192.168.0.1", False),
+        ("169.254.169.254", False),
+        ("100.64.0.1", False),
+        ("0.0.0.0", False),
+        ("224.0.0.1", False),
+        ("240.0.0.1", False),
+        ("255.255.255.255", False),
+        ("::1", False),
+        ("::", False),
+        ("fe80::1", False),
+        ("fe80::1%eth0", False),
+        ("fc00::1", False),
+        ("ff02::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("::ffff:10.0.0.1", False),
+        ("::ffff:93.184.216.34", True),
+        ("64:ff9b::7f00:1", False),
+        ("2002:7f00:1::", False),
+        ("2001:0:4136:e378:8000:63bf:3fff:fdd2", False),
+        ("nonsense", False),
+    ],
+)
+def test_public_addresses(address: str, public: bool) -> None:
+    assert is_public(address) is public
+
+
+async def test_fetches_with_the_name_from_the_pinned_address() -> None:
+    heads = []
+
+    async def handler(head: str, writer: asyncio.StreamWriter) -> None:
+        heads.append(head)
+        answer(writer, b"picture")
+
+    async with server(handler) as port, fetcher(f"pics.example:{port}") as made:
+        url = f"http://pics.example:{port}/a/cat.jpg?size=2"
+        assert await made.fetch(url, max_bytes=100) == b"picture"
+    (head,) = heads
+    assert head.startswith("GET /a/cat.jpg?size=2 HTTP/1.1\r\n")
+    assert f"host: pics.example:{port}\r\n" in head.lower()
+    assert "accept-encoding: identity\r\n" in head.lower()
+
+
+async def test_resolves_once() -> None:
+    asked = []
+
+    async def find(host: str, port: int) -> Sequence[str]:
+        asked.append((host, port))
+        return ["127.0.0.1"]
+
+    async def handler(head: str, writer: asyncio.StreamWriter) -> None:
+        answer(writer, b"picture")
+
+    async with server(handler) as port, fetcher(f"a.example:{port}", resolve=find) as made:
+        await made.fetch(f"http://a.example:{port}/", max_bytes=100)
+    assert asked == [("a.example", port)]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://evil.example/cat.jpg",
+        "https://pics.example.evil.example/",
+        "https://pics.example:8443/",
+        "https://xpics.example/",
+        "https://deep.example/",
+        "ftp://pics.example/",
+        "file:///etc/passwd",
+        "data:image/png;base64,aaaa",
+        "//pics.example/",
+        "/etc/passwd",
+        "",
+        "https://user@pics.example/",
+        "https://user:pass@pics.example/",
+        "https://",
+        "https://pics.example\\@evil.example/",
+        "https://evil.example#@pics.example/",
+        "https://[::1]/",
+        "https://[bad/",
+        "https://pics.example:99999/",
+        "https://pics.example:x/",
+        "http://\x00pics.example/",
+    ],
+)
+async def test_what_may_not_be_named(url: str) -> None:
+    async def find(host: str, port: int) -> Sequence[str]:
+        raise AssertionError("looked up")
+
+    async with fetcher("pics.example", "*.deep.example", resolve=find) as made:
+        with pytest.raises(UrlInputDisabled):
+            await made.fetch(url, max_bytes=100)
+
+
+@pytest.mark.parametrize("host", ["a.deep.example", "a.b.deep.example", "A.DEEP.example"])
+async def test_wildcards(host: str) -> None:
+    async with fetcher("*.deep.example", resolve=looks_up()) as made:
+        with pytest.raises(UrlInputDisabled, match="public internet"):  # named, but not found
+            await made.fetch(f"https://{host}/", max_bytes=100)
+
+
+@pytest.mark.parametrize("addresses", [("10.0.0.1",), ("93.184.216.34", "10.0.0.1"), ()])
+async def test_private_addresses_are_not_connected_to(addresses: tuple[str, ...]) -> None:
+    find = looks_up(*addresses)
+    async with fetcher("a.example", resolve=find, allow=is_public) as made:
+        with pytest.raises(UrlInputDisabled, match="public internet"):
+            await made.fetch("http://a.example/", max_bytes=100)
+
+
+async def test_redirects_are_checked_again() -> None:
+    async def handler(head: str, writer: asyncio.StreamWriter) -> None:
+        path = head.split()[1]
+        targets = {"/away": "http://169.254.169.254/", "/round": "/round", "/near": "/there"}
+        if path in targets:
+            answer(writer, b"", head=f"Location: {targets[path]}\r\n", status=302)
+        else:
+            answer(writer, b"picture")
+
+    async with server(handler) as port, fetcher(f"a.example:{port}") as made:
+        base = f"http://a.example:{port}"
+        assert await made.fetch(f"{base}/near", max_bytes=100) == b"picture"
+        with pytest.raises(UrlInputDisabled, match="host"):
+            await made.fetch(f"{base}/away", max_bytes=100)
+        with pytest.raises(ImageUndecodable, match="redirects"):
+            await made.fetch(f"{base}/round", max_bytes=100)
+
+
+async def test_bytes_are_capped() -> None:
+    sent = 0
+
+    async def handler(head: str, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        answer(writer, b"")
+        for _ in range(100_000):
+            writer.write(bytes(1000))
+            sent += 1000
+            await writer.drain()
+
+    async with server(handler) as port, fetcher(f"a.example:{port}") as made:
+        with pytest.raises(ImageTooLarge):
+            await made.fetch(f"http://a.example:{port}/", max_bytes=5_000)
+    assert sent < 50_000_000
+
+
+async def test_time_is_capped() -> None:
+    async def handler(head: str, writer: asyncio.StreamWriter) -> None:
+        answer(writer, b"")
+        for _ in range(100):
+            writer.write(b"x")
+            await asyncio.sleep(0.02)
+
+    async with server(handler) as port, fetcher(f"a.example:{port}", timeout_s=0.2) as made:
+        with pytest.raises(ImageUndecodable, match="fetched"):
+            await made.fetch(f"http://a.example:{port}/", max_bytes=5_000)
+
+
+@pytest.mark.parametrize(
+    ("status", "head"), [(404, ""), (500, ""), (304, ""), (200, "Content-Encoding: gzip\r\n")]
+)
+async def test_other_answers(status: int, head: str) -> None:
+    async def handler(_: str, writer: asyncio.StreamWriter) -> None:
+        answer(writer, b"secret text", head=head, status=status)
+
+    async with server(handler) as port, fetcher(f"a.example:{port}") as made:
+        with pytest.raises(ImageUndecodable) as caught:
+            await made.fetch(f"http://a.example:{port}/", max_bytes=5_000)
+    assert "secret" not in caught.value.message
+
+
+@pytest.mark.parametrize("error", [OSError("secret"), UnicodeError("secret")])
+async def test_failures_say_nothing(error: Exception) -> None:
+    async def find(host: str, port: int) -> Sequence[str]:
+        raise error
+
+    async with fetcher("a.example", resolve=find) as made:
+        with pytest.raises(HeatlensError) as caught:
+            await made.fetch("http://a.example/", max_bytes=10)
+    assert "secret" not in caught.value.message
+
+
+async def test_refused_connection() -> None:
+    async with fetcher("a.example:9") as made:
+        with pytest.raises(ImageUndecodable):
+            await made.fetch("http://a.example:9/", max_bytes=10)
+
+
+async def test_the_environments_proxy_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def handler(head: str, writer: asyncio.StreamWriter) -> None:
+        answer(writer, b"picture")
+
+    async with server(handler) as port:
+        monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+        async with fetcher(f"a.example:{port}") as made:
+            assert await made.fetch(f"http://a.example:{port}/", max_bytes=100) == b"picture"
+
+
+async def test_resolve_finds_the_loopback() -> None:
+    assert "127.0.0.1" in await resolve("localhost", 80)

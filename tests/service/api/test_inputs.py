@@ -1,0 +1,369 @@
+"""The three forms of input: the same answer from each, and every way to get one wrong."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.fakes import FakePool
+
+pytestmark = pytest.mark.anyio
+
+OPTIONS = {"methods": ["gradcam", "layercam"], "targets": ["top1", "goldfish"], "alpha": 0.25}
+QUERY = {"methods": "gradcam,layercam", "targets": ["top1", "goldfish"], "alpha": "0.25"}
+
+
+def same(answer: httpx.Response) -> Any:
+    """What of an answer must not depend on the form."""
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    return body["model"], body["results"]
+
+
+async def test_every_form_gives_the_same_answer(
+    client: httpx.AsyncClient, png: bytes, b64: str
+) -> None:
+    url = "/v1/explain"
+    data_url = f"data:image/png;base64,{b64}"
+    lines = "\n".join(b64[i : i + 76] for i in range(0, len(b64), 76))
+    options = ("options", (None, json.dumps(OPTIONS), "application/json"))
+    part = ("image", ("cat.png", png, "image/png"))
+    fields = {"methods": "gradcam,layercam", "targets": "top1,goldfish", "alpha": "0.25"}
+    answers = [
+        await client.post(url, content=png, headers={"Content-Type": "image/png"}, params=QUERY),
+        await client.post(url, content=png, headers={"Content-Type": "image/jpeg"}, params=QUERY),
+        await client.post(
+            url, content=png, headers={"Content-Type": "application/octet-stream"}, params=QUERY
+        ),
+        await client.post(url, content=png, params=QUERY),
+        await client.post(url, files=[part], params=QUERY),
+        await client.post(url, files=[part, options]),
+        await client.post(url, files=[options, part]),
+        await client.post(url, files=[part], data=fields),
+        await client.post(url, json={"images": [{"b64": b64}], **OPTIONS}),
+        await client.post(url, json={"images": [{"b64": data_url}], **OPTIONS}),
+        await client.post(url, json={"images": [{"b64": lines}], **OPTIONS}),
+        await client.post(url, json={"images": [{"b64": b64}]}, params=QUERY),
+        await client.post(url, content=json.dumps({"images": [{"b64": b64}], **OPTIONS})),
+    ]
+    first = same(answers[0])
+    assert len(first[1][0]["explanations"]) == 4
+    for answer in answers[1:]:
+        assert same(answer) == first
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])
+async def test_every_picture_format(
+    client: httpx.AsyncClient, draw: Callable[..., bytes], image_format: str
+) -> None:
+    answer = await client.post("/v1/predict", content=draw(image_format=image_format))
+    assert answer.status_code == 200
+
+
+async def test_a_body_in_pieces(client: httpx.AsyncClient, png: bytes) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        for i in range(0, len(png), 7):
+            yield png[i : i + 7]
+
+    assert (await client.post("/v1/predict", content=pieces())).status_code == 200
+
+
+async def test_body_beats_query(client: httpx.AsyncClient, pool: FakePool, b64: str) -> None:
+    body = {"images": [{"b64": b64}], "top_k": 2}
+    await client.post("/v1/predict", json=body, params={"top_k": 3})
+    assert pool.submitted[0].options.top_k == 2
+
+
+async def test_repeated_and_comma_separated_lists_mix(
+    client: httpx.AsyncClient, pool: FakePool, png: bytes
+) -> None:
+    params = [("targets", "0, 1"), ("targets", "tiger cat"), ("targets", "")]
+    await client.post("/v1/explain", content=png, params=params)
+    values = [target.cls.value for target in pool.submitted[0].options.targets]
+    assert values == [0, 1, 1]
+
+
+# ---------------------------------------------------------------- refused
+
+
+def form(*parts: bytes, boundary: str = "XX") -> dict[str, Any]:
+    body = b"".join(b"--XX\r\n" + part + b"\r\n" for part in parts) + b"--XX--\r\n"
+    return {
+        "content": body,
+        "headers": {"Content-Type": f"multipart/form-data; boundary={boundary}"},
+    }
+
+
+def part(name: str, data: bytes) -> bytes:
+    return f'Content-Disposition: form-data; name="{name}"\r\n\r\n'.encode() + data
+
+
+BAD: dict[str, tuple[dict[str, Any], int, str, str | None]] = {
+    "empty": ({"content": b""}, 400, "malformed_body", None),
+    "blank": ({"content": b" \n"}, 400, "malformed_body", None),
+    "not a picture": ({"content": b"hello"}, 415, "unsupported_media_type", None),
+    "svg": (
+        {"content": b"<svg/>", "headers": {"Content-Type": "image/svg+xml"}},
+        415,
+        "unsupported_media_type",
+        None,
+    ),
+    "urlencoded": (
+        {"content": b"x=1", "headers": {"Content-Type": "application/x-www-form-urlencoded"}},
+        415,
+        "unsupported_media_type",
+        None,
+    ),
+    "cut JSON": (
+        {"content": b'{"images": [', "headers": {"Content-Type": "application/json"}},
+        400,
+        "malformed_body",
+        None,
+    ),
+    "deep JSON": (
+        {"content": b"[" * 100_000, "headers": {"Content-Type": "application/json"}},
+        400,
+        "malformed_body",
+        None,
+    ),
+    "long number": (
+        {"content": b"1" * 9_000, "headers": {"Content-Type": "application/json"}},
+        400,
+        "malformed_body",
+        None,
+    ),
+    "JSON list": ({"json": [1]}, 400, "malformed_body", None),
+    "no images": ({"json": {"top_k": 1}}, 422, "invalid_option", "images"),
+    "zero images": ({"json": {"images": []}}, 422, "invalid_option", "images"),
+    "images no list": ({"json": {"images": {"b64": ""}}}, 422, "invalid_option", "images"),
+    "image no object": ({"json": {"images": ["abc"]}}, 422, "invalid_option", "images.0"),
+    "no source": ({"json": {"images": [{}]}}, 422, "invalid_option", "images.0"),
+    "two sources": (
+        {"json": {"images": [{"b64": "aaaa", "url": "https://a.example"}]}},
+        422,
+        "invalid_option",
+        "images.0",
+    ),
+    "unknown key": (
+        {"json": {"images": [{"b65": "aaaa"}]}},
+        422,
+        "invalid_option",
+        "images.0.b65",
+    ),
+    "bad base64": (
+        {"json": {"images": [{"b64": "@@@"}]}},
+        422,
+        "image_undecodable",
+        "images.0.b64",
+    ),
+    "not ASCII base64": (
+        {"json": {"images": [{"b64": "añb="}]}},
+        422,
+        "image_undecodable",
+        "images.0.b64",
+    ),
+    "cut base64": (
+        {"json": {"images": [{"b64": "iVBORw0"}]}},
+        422,
+        "image_undecodable",
+        "images.0.b64",
+    ),
+    "url": (
+        {"json": {"images": [{"url": "https://a.example/cat.jpg"}]}},
+        403,
+        "url_input_disabled",
+        "images.0.url",
+    ),
+    "form without boundary": (
+        {"content": b"x", "headers": {"Content-Type": "multipart/form-data"}},
+        400,
+        "malformed_body",
+        None,
+    ),
+    "form of another boundary": (
+        form(part("image", b"x"), boundary="YY"),
+        400,
+        "malformed_body",
+        None,
+    ),
+    "form without image": (form(part("options", b"{}")), 400, "malformed_body", None),
+    "empty form": (form(), 400, "malformed_body", None),
+    "part without name": (form(b"A: b\r\n\r\nx"), 400, "malformed_body", None),
+    "options not JSON": (
+        form(part("image", b"x"), part("options", b"{")),
+        400,
+        "malformed_body",
+        None,
+    ),
+    "field not text": (
+        form(part("image", b"x"), part("top_k", b"\xff")),
+        400,
+        "malformed_body",
+        None,
+    ),
+    "unknown field": (
+        form(part("image", b"x"), part("tpo_k", b"1")),
+        422,
+        "invalid_option",
+        "tpo_k",
+    ),
+    "wrong field": (
+        form(part("image", b"x"), part("top_k", b"many")),
+        422,
+        "invalid_option",
+        "top_k",
+    ),
+    "too many fields": (
+        form(part("image", b"x"), *[part("targets", b"1")] * 80),
+        400,
+        "malformed_body",
+        None,
+    ),
+    "cut form": (
+        {
+            "content": form(part("image", b"x" * 99))["content"][:80],
+            "headers": {"Content-Type": "multipart/form-data; boundary=XX"},
+        },
+        400,
+        "malformed_body",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+async def test_wrong_bodies(client: httpx.AsyncClient, name: str) -> None:
+    request, status, code, field = BAD[name]
+    answer = await client.post("/v1/predict", **request)
+    body = answer.json()
+    assert (answer.status_code, body["code"], body.get("field")) == (status, code, field)
+    assert body["retryable"] is False
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br"])
+async def test_compressed_bodies_are_not_accepted(
+    client: httpx.AsyncClient, png: bytes, encoding: str
+) -> None:
+    # The picture is sent as it is: what is refused is the encoding, not the bytes.
+    answer = await client.post("/v1/predict", content=png, headers={"Content-Encoding": encoding})
+    assert (answer.status_code, answer.json()["code"]) == (415, "unsupported_media_type")
+    plain = {"Content-Encoding": "identity"}
+    assert (await client.post("/v1/predict", content=png, headers=plain)).status_code == 200
+
+
+async def test_a_form_cut_after_its_first_image(client: httpx.AsyncClient, png: bytes) -> None:
+    whole = form(part("image", png), part("image", png))
+    for end in (-4, -100, -len(png) - 10):
+        answer = await client.post(
+            "/v1/predict", content=whole["content"][:end], headers=whole["headers"]
+        )
+        assert (answer.status_code, answer.json()["code"]) == (400, "malformed_body")
+
+
+async def test_an_empty_json_body_is_malformed(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/v1/predict", headers={"Content-Type": "application/json"})
+    assert answer.json()["code"] == "malformed_body"
+
+
+# ---------------------------------------------------------------- limits
+
+
+async def test_body_limit(serve: Callable[..., Any], png: bytes) -> None:
+    read = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal read
+        while True:
+            read += 1
+            yield bytes(1000)
+
+    async with serve(limits={"max_body_mb": 0.02}) as client:
+        announced = await client.post("/v1/predict", content=png + bytes(20_000))
+        streamed = await client.post("/v1/predict", content=endless())
+        assert read <= 22  # it stops where the limit is passed
+        lied = await client.post("/v1/predict", content=endless(), headers={"Content-Length": "5"})
+        exact = await client.post("/v1/predict", content=bytes(20_000))
+    for answer in (announced, streamed, lied):
+        assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large")
+    assert exact.json()["code"] == "unsupported_media_type"
+
+
+async def test_a_body_too_large_is_refused_before_it_is_read(
+    serve: Callable[..., Any],
+) -> None:
+    read = 0
+
+    async def counted() -> AsyncIterator[bytes]:
+        nonlocal read
+        for _ in range(100):
+            read += 1
+            yield bytes(1000)
+
+    async with serve(limits={"max_body_mb": 0.02}) as client:
+        headers = {"Content-Length": "100000"}
+        await client.post("/v1/predict", content=counted(), headers=headers)
+    assert read <= 1
+
+
+async def test_image_limits(serve: Callable[..., Any], png: bytes) -> None:
+    large = png + bytes(10_000)
+    b64 = base64.b64encode(large).decode()
+    async with serve(limits={"max_image_mb": 0.01}) as client:
+        raw = await client.post("/v1/predict", content=large)
+        coded = await client.post("/v1/predict", json={"images": [{"b64": b64}]})
+        alone = await client.post("/v1/predict", files=[("image", large)])
+        both = await client.post("/v1/predict", files=[("image", large), ("image", png)])
+    for answer in (raw, coded, alone):
+        assert (answer.status_code, answer.json()["code"]) == (413, "image_too_large")
+    assert both.status_code == 200
+    results = both.json()["results"]
+    assert results[0] == {
+        "error": {"code": "image_too_large", "error": "The image has more than 10000 bytes."}
+    }
+    assert results[1]["predictions"]
+
+
+async def test_pixel_limits(serve: Callable[..., Any], draw: Callable[..., bytes]) -> None:
+    async with serve(limits={"max_pixels": 4_000}) as client:
+        large = await client.post("/v1/predict", content=draw(size=(80, 60)))
+        small = await client.post("/v1/predict", content=draw(size=(1, 60)))
+    assert (large.status_code, large.json()["code"]) == (413, "image_too_large")
+    assert (small.status_code, small.json()["code"]) == (422, "image_too_small")
+
+
+async def test_image_count(serve: Callable[..., Any], png: bytes, b64: str) -> None:
+    async with serve(limits={"max_images": 2}) as client:
+        form = await client.post("/v1/predict", files=[("image", png)] * 3)
+        coded = await client.post("/v1/predict", json={"images": [{"b64": b64}] * 3})
+        fine = await client.post("/v1/predict", files=[("image", png)] * 2)
+    for answer in (form, coded):
+        assert (answer.status_code, answer.json()["code"]) == (413, "too_many_images")
+    assert fine.status_code == 200
+
+
+async def test_options_limit(serve: Callable[..., Any], png: bytes) -> None:
+    async with serve(limits={"max_options_kb": 1}) as client:
+        options = ("options", (None, " " * 2_000 + "{}", "application/json"))
+        answer = await client.post("/v1/predict", files=[("image", png), options])
+    assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large")
+
+
+async def test_results_limit(serve: Callable[..., Any], png: bytes) -> None:
+    async with serve(limits={"max_results": 7}) as client:
+        params = {"methods": "gradcam,layercam", "targets": "0,1"}
+        fine = await client.post("/v1/explain", content=png, params=params)
+        many = await client.post("/v1/explain", files=[("image", png)] * 2, params=params)
+        fused = await client.post(
+            "/v1/explain", content=png, params={**params, "layers": "stem,body", "fuse": "mean"}
+        )
+        features = await client.post(
+            "/v1/features", content=png, params={"kinds": "output,input,grad_output"}
+        )
+    assert (fine.status_code, fused.status_code) == (200, 200)
+    for answer in (many, features):
+        assert (answer.status_code, answer.json()["code"]) == (422, "invalid_option")

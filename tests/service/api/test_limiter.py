@@ -1,0 +1,113 @@
+"""Requests of one key at the same time: in one process, and in several that share a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import httpx
+import pytest
+
+from models.errors import Overloaded
+from service.api.app import create_app
+from service.api.limiter import KeyTallies
+from service.settings import Settings
+from tests.fakes import FakePool
+
+
+def process(folder: Path, pid: int, monkeypatch: pytest.MonkeyPatch, *, limit: int) -> KeyTallies:
+    """The tallies as a process of that id would keep them."""
+    monkeypatch.setattr(os, "getpid", lambda: pid)
+    return KeyTallies(limit, folder)
+
+
+def fits(tallies: KeyTallies, key: str = "a") -> bool:
+    with contextlib.suppress(Overloaded), tallies.one_more(key):
+        return True
+    return False
+
+
+def test_one_process() -> None:
+    tallies = KeyTallies(2, None)
+    with tallies.one_more("a"):
+        assert fits(tallies)
+        with tallies.one_more("a"):
+            assert not fits(tallies)
+            assert not fits(tallies)
+            assert fits(tallies, "b")
+        assert fits(tallies)
+    assert fits(tallies)
+
+
+def test_processes_count_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = process(tmp_path, 11, monkeypatch, limit=2)
+    second = process(tmp_path, 12, monkeypatch, limit=2)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(first.one_more("a"))
+        assert fits(second)
+        stack.enter_context(second.one_more("a"))
+        assert not fits(second)
+        assert not fits(first)
+        assert fits(first, "b")
+    assert fits(first)
+    assert fits(second)
+
+
+def test_a_process_that_has_ended_no_longer_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.api.limiter._LIST_AGAIN_S", 0)
+    first = process(tmp_path, 11, monkeypatch, limit=1)
+    second = process(tmp_path, 12, monkeypatch, limit=1)
+    with first.one_more("a"):
+        assert not fits(second)
+        (tmp_path / "11").unlink()  # as the supervisor does
+        assert fits(second)
+
+
+def test_close_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tallies = process(tmp_path, 11, monkeypatch, limit=1)
+    tallies.close()
+    assert not list(tmp_path.iterdir())
+    assert fits(process(tmp_path, 11, monkeypatch, limit=1)), "a lifespan may be entered again"
+
+
+@pytest.mark.anyio
+async def test_the_request_over_the_limit_is_told_to_come_again(png_bytes: bytes) -> None:
+    import asyncio
+
+    pool = FakePool(delay_s=0.2)
+    settings = Settings(limits={"max_concurrent_per_key": 2}, security={"api_keys": ["one", "two"]})
+    app = create_app(settings, pool)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://testserver"
+        ) as client,
+    ):
+
+        async def ask(key: str, path: str = "/v1/predict") -> httpx.Response:
+            return await client.post(path, content=png_bytes, headers={"X-API-Key": key})
+
+        answers = await asyncio.gather(*(ask("one") for _ in range(4)), ask("two"))
+        assert sorted(answer.status_code for answer in answers[:4]) == [200, 200, 429, 429]
+        assert answers[4].status_code == 200, "another key pays for it"
+        refused = next(answer for answer in answers if answer.status_code == 429)
+        assert refused.json()["code"] == "overloaded"
+        assert int(refused.headers["Retry-After"]) >= 1
+        answers = [await ask("one"), await ask("one", "/v1/explain")]
+        assert [answer.status_code for answer in answers] == [200, 200]
+        wrong = await ask("three")
+        assert wrong.status_code == 401
+
+
+@pytest.fixture
+def png_bytes() -> bytes:
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 40), "red").save(buffer, "PNG")
+    return buffer.getvalue()

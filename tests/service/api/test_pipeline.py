@@ -1,0 +1,207 @@
+"""The pipeline without HTTP: concurrency, failures, deadlines, digests."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+from msgspec import structs
+from PIL import Image
+
+from models.errors import DeadlineExceeded, ImageUndecodable, Overloaded
+from models.imaging.decode import DecodeLimits
+from models.types import Job, Outcome
+from service.api.body import ImageInput
+from service.api.options import ExplainOptions, FeaturesOptions, PredictOptions
+from service.api.pipeline import Pipeline, digest_of
+from service.api.plan import Plan, make_plan
+from service.api.schemas import ExplainResult, FeaturesResult, PredictResult
+from service.devices.pool import DeviceStatus
+from service.settings import LimitSettings
+from tests.fakes import FakePool, fake_info
+
+pytestmark = pytest.mark.anyio
+
+
+def picture(seed: int = 0) -> bytes:
+    noise = np.random.default_rng(seed).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def plan_of(
+    *images: ImageInput, options: Any = None, seconds: float = 10, info: Any = None
+) -> Plan:
+    now = time.monotonic()
+    return make_plan(
+        images,
+        options or PredictOptions(),
+        info or fake_info(),
+        limits=LimitSettings(),
+        started=now,
+        deadline=now + seconds,
+    )
+
+
+@asynccontextmanager
+async def pipeline(pool: FakePool, **options: Any) -> AsyncIterator[Pipeline]:
+    await pool.start()
+    with ThreadPoolExecutor(2) as threads:
+        yield Pipeline(pool, limits=DecodeLimits(), threads=threads, **options)
+
+
+def waiting(*waits_s: float, models: tuple[str, ...] | None = None) -> list[DeviceStatus]:
+    name = f"{fake_info().card.name}@{fake_info().card.version}"
+    return [
+        DeviceStatus(
+            device=f"cpu:{n}",
+            state="ready",
+            wait_ms=1000 * wait_s,
+            models=(name,) if models is None else models,
+        )
+        for n, wait_s in enumerate(waits_s)
+    ]
+
+
+async def test_excess_is_refused_before_it_is_decoded() -> None:
+    pool = FakePool()
+    async with pipeline(pool, max_wait_s=2.0) as made:
+        pool.statuses = waiting(5.0, 3.5)
+        with pytest.raises(Overloaded) as caught:
+            await made.run(plan_of(ImageInput(data=b"not even a picture")))
+        assert caught.value.retry_after_s == pytest.approx(1.5)
+        assert not pool.submitted
+        pool.statuses = waiting(5.0, 1.9)
+        await made.run(plan_of(ImageInput(data=picture())))
+        pool.statuses = waiting(5.0, models=("other@1",))  # says nothing of this model's devices
+        await made.run(plan_of(ImageInput(data=picture())))
+
+
+async def test_long_jobs_are_refused_by_devices_only() -> None:
+    pool = FakePool()
+    async with pipeline(pool, max_wait_s=2.0) as made:
+        pool.statuses = waiting(5.0)
+        options = ExplainOptions(methods=["rise"])
+        await made.run(plan_of(ImageInput(data=picture()), options=options))
+
+
+async def test_images_are_submitted_together() -> None:
+    pool = FakePool(delay_s=0.2)
+    images = [ImageInput(data=picture(i)) for i in range(10)]
+    async with pipeline(pool) as made:
+        started = time.monotonic()
+        reply = await made.run(plan_of(*images))
+    assert time.monotonic() - started < 1.5
+    assert len(reply.results) == len(reply.images) == 10
+
+
+@pytest.mark.parametrize(
+    ("options", "result"),
+    [
+        (PredictOptions(), PredictResult),
+        (ExplainOptions(), ExplainResult),
+        (FeaturesOptions(), FeaturesResult),
+    ],
+)
+async def test_result_types(options: Any, result: type) -> None:
+    images = [ImageInput(data=picture()), ImageInput(error=ImageUndecodable("Bad."))]
+    async with pipeline(FakePool()) as made:
+        reply = await made.run(plan_of(*images, options=options))
+    assert [type(item) for item in reply.results] == [result, result]
+    assert reply.results[1].error.code == "image_undecodable"
+
+
+async def test_timings_are_the_slowest_images() -> None:
+    class Slow(FakePool):
+        async def submit(self, job: Job) -> Outcome:
+            n = len(self.submitted) + 1
+            outcome = await super().submit(job)
+            return structs.replace(
+                outcome, queue_ms=n, device_ms=10 - n, batch_size=n, device=f"cpu:{n % 2}"
+            )
+
+    images = [ImageInput(data=picture(i)) for i in range(3)]
+    async with pipeline(Slow()) as made:
+        reply = await made.run(plan_of(*images))
+    assert (reply.timings.queue, reply.timings.device, reply.batch_size) == (3, 9, 3)
+    assert sorted(image.batch_size for image in reply.images) == [1, 2, 3]
+    assert reply.device == "cpu:0,cpu:1"
+    assert reply.timings.total >= reply.timings.decode > 0
+
+
+async def test_the_first_error_speaks_when_all_fail() -> None:
+    pool = FakePool(fault=lambda _: Overloaded("Later.", retry_after_s=4))
+    images = [ImageInput(data=picture()), ImageInput(error=ImageUndecodable("Bad."))]
+    async with pipeline(pool) as made:
+        with pytest.raises(Overloaded) as caught:
+            await made.run(plan_of(*images))
+    assert caught.value.retry_after_s == 4
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.0, -5.0])
+async def test_deadline(seconds: float) -> None:
+    pool = FakePool(delay_s=30)
+    async with pipeline(pool) as made:
+        with pytest.raises(DeadlineExceeded):
+            await made.run(plan_of(ImageInput(data=picture()), seconds=seconds))
+    assert len(pool.cancelled) == len(pool.submitted)
+
+
+async def test_cancelling_cancels_every_job() -> None:
+    pool = FakePool(delay_s=30)
+    images = [ImageInput(data=picture(i)) for i in range(4)]
+    async with pipeline(pool) as made:
+        running = asyncio.create_task(made.run(plan_of(*images)))
+        while len(pool.submitted) < 4:  # noqa: ASYNC110 - four arrivals, not one event
+            await asyncio.sleep(0.01)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+    assert sorted(pool.cancelled) == sorted(job.id for job in pool.submitted)
+
+
+async def test_a_fault_of_one_image_stays_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    calls = 0
+
+    def second(_: Job) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise ZeroDivisionError("secret")
+
+    images = [ImageInput(data=picture(i)) for i in range(3)]
+    async with pipeline(FakePool(fault=second)) as made:
+        reply = await made.run(plan_of(*images))
+    errors = [item.error for item in reply.results if item.error]
+    assert [error.code for error in errors] == ["internal"]
+    assert "secret" not in errors[0].error
+    assert "secret" in caplog.text
+
+
+def test_digest_depends_on_input_and_model() -> None:
+    info, array = fake_info(), np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    other_version = structs.replace(info, card=structs.replace(info.card, version="2"))
+    other_pixel = array.copy()
+    other_pixel[0, 0, 0] = 9
+    digests = {
+        digest_of(array, info),
+        digest_of(array, other_version),
+        digest_of(other_pixel, info),
+    }
+    assert len(digests) == 3
+    assert digest_of(np.asfortranarray(array), info) == digest_of(array.copy(), info)
+    assert all(len(digest) == 32 for digest in digests)
+
+
+async def test_predictions_ignore_targets_of_an_image() -> None:
+    async with pipeline(FakePool()) as made:
+        reply = await made.run(plan_of(ImageInput(data=picture(), targets=["tabby"])))
+    assert reply.results[0].predictions

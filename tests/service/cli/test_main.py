@@ -1,0 +1,268 @@
+"""The command line, end to end in this process: a tiny network, drawn pictures, real files."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import Result
+from PIL import Image
+from typer.testing import CliRunner
+
+from service.cli import main as cli
+
+NETWORK = """
+from torch import nn
+
+
+def build(num_classes):
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, num_classes),
+    )
+"""
+
+CONFIG = """
+[server]
+devices = ["cpu"]
+
+[[models]]
+name = "tiny"
+source = "python:{module}:build"
+weights = "none"
+labels = ["cat", "dog", "Egyptian cat"]
+num_classes = 3
+
+[models.preprocess]
+resize = 36
+crop = 32
+"""
+
+BROKEN = """
+[[models]]
+name = "broken"
+source = "torchvision:no_such_network"
+weights = "none"
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    module = f"network_{abs(hash(tmp_path))}"  # every test imports its own
+    (tmp_path / f"{module}.py").write_text(NETWORK)
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "heatlens.toml"
+    path.write_text(CONFIG.format(module=module))
+    return path
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder with three pictures."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    noise = np.random.default_rng(0)
+    for name, size in (("a.jpg", (50, 40)), ("b.png", (40, 64)), ("c.webp", (33, 33))):
+        pixels = noise.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    return folder
+
+
+def run(*arguments: object) -> Result:
+    wide = {"COLUMNS": "400"}
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], env=wide)
+
+
+def said(result: Result) -> str:
+    """What was printed for a person, without boxes and line breaks."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", result.stdout + result.stderr)
+    return re.sub(r"[\s│╭╮╰╯─]+", " ", plain)
+
+
+# ---------------------------------------------------------------- explain
+
+
+def test_explain_writes_overlays_and_numbers(config: Path, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run("explain", pictures, "-o", out, "-c", config, "-m", "gradcam", "-m", "layercam",
+                 "-t", "cat", "-t", "Egyptian cat")  # fmt: skip
+    assert result.exit_code == 0, said(result)
+    overlays = {
+        f"{name}.{method}.{label}.jpg"
+        for name in "abc"
+        for method in ("gradcam", "layercam")
+        for label in ("cat", "Egyptian_cat")
+    }
+    assert {path.name for path in out.iterdir()} == overlays | {"a.json", "b.json", "c.json"}
+    with Image.open(out / "a.gradcam.cat.jpg") as overlay:
+        assert overlay.size == (32, 32)
+    numbers = json.loads((out / "b.json").read_text())
+    assert (numbers["image"]["width"], numbers["image"]["height"]) == (40, 64)
+    assert sum(row["probability"] for row in numbers["predictions"]) == pytest.approx(1, abs=1e-5)
+    assert [row["target"]["class_id"] for row in numbers["explanations"]] == [0, 2, 0, 2]
+    assert numbers["statistics"][0]["shape"] == [8, 16, 16]
+    assert "a.jpg" in said(result)
+    assert "%" in said(result)
+
+
+def test_json_is_one_line_a_picture(config: Path, pictures: Path, tmp_path: Path) -> None:
+    result = run("explain", pictures, "-o", tmp_path / "out", "-c", config, "--json")
+    assert result.exit_code == 0, said(result)
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert sorted(Path(line["picture"]).name for line in lines) == ["a.jpg", "b.png", "c.webp"]
+    for line in lines:
+        assert len(line["predictions"]) == 3
+        assert all(Path(path).is_file() for path in line["overlays"])
+
+
+def test_the_whole_picture_as_canvas(config: Path, pictures: Path, tmp_path: Path) -> None:
+    result = run("explain", pictures / "b.png", "-o", tmp_path, "-c", config, "-t", "dog",
+                 "--canvas", "original", "--alpha", "0.3", "--colormap", "viridis")  # fmt: skip
+    assert result.exit_code == 0, said(result)
+    with Image.open(tmp_path / "b.gradcam.dog.jpg") as overlay:
+        assert overlay.size == (40, 64)
+
+
+def test_a_bad_picture_does_not_stop_the_others(
+    config: Path, pictures: Path, tmp_path: Path
+) -> None:
+    (pictures / "b.png").write_bytes(b"not a picture")
+    missing = tmp_path / "missing.jpg"
+    out = tmp_path / "out"
+    result = run("explain", missing, pictures, "-o", out, "-c", config)
+    assert result.exit_code == cli.EXIT_SOME_FAILED
+    assert {path.name for path in out.glob("*.json")} == {"a.json", "c.json"}
+    failures = said(result)
+    assert "unsupported_media_type" in failures
+    assert "unreadable" in failures
+    assert "b.png" in failures
+    assert "missing.jpg" in failures
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag", "hint"),
+    [
+        (("-m", "gradcan"), "--method", "gradcam"),
+        (("-t", "zebra"), "--target", "label"),
+        (("-t", "17"), "--target", "2"),
+        (("-l", "nowhere"), "--layer", "layer"),
+        (("--colormap", "pink"), "--colormap", "turbo"),
+        (("--canvas", "wall"), "--canvas", "original"),
+        (("--alpha", "7"), "--alpha", "at most 1"),
+        (("--model", "nobody"), "--model", "tiny@1"),
+    ],
+)
+def test_wrong_options_say_what_is_allowed(
+    config: Path, pictures: Path, arguments: tuple[str, str], flag: str, hint: str
+) -> None:
+    result = run("explain", pictures, "-o", pictures / "out", "-c", config, *arguments)
+    assert result.exit_code == 2
+    assert flag in said(result)
+    assert hint in said(result)
+    assert "Traceback" not in said(result)
+    assert not list((pictures / "out").glob("*"))
+
+
+def test_a_folder_without_pictures(tmp_path: Path) -> None:
+    result = run("explain", tmp_path)
+    assert result.exit_code == 2
+    assert "no picture" in said(result)
+
+
+def test_a_broken_model_says_why(config: Path, pictures: Path, tmp_path: Path) -> None:
+    config.write_text(config.read_text() + BROKEN)
+    result = run("explain", pictures, "-o", tmp_path, "-c", config, "--model", "broken")
+    assert result.exit_code == 2
+    assert "could not be loaded" in said(result)
+    assert "no_such_network" in said(result)
+
+
+# ---------------------------------------------------------------- models, serve
+
+
+def test_models_lists_what_was_found(config: Path) -> None:
+    result = run("models", "-c", config)
+    assert result.exit_code == 0, said(result)
+    assert "tiny@1" in said(result)
+    assert "32 x 32" in said(result)
+
+
+def test_models_says_what_is_broken(config: Path) -> None:
+    config.write_text(config.read_text() + BROKEN)
+    result = run("models", "-c", config, "--json")
+    assert result.exit_code == cli.EXIT_SOME_FAILED
+    cards = {card["name"]: card for card in map(json.loads, result.stdout.splitlines())}
+    assert cards["tiny"]["ready"]
+    assert cards["tiny"]["num_classes"] == 3
+    assert not cards["broken"]["ready"]
+    assert "no_such_network" in cards["broken"]["reason"]
+
+
+def test_serve_passes_its_options_on(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    class Supervisor:
+        def __init__(self, settings: object, *, source: object) -> None:
+            seen.extend([settings, source])
+
+        def run(self) -> int:
+            return 7
+
+    monkeypatch.setattr("service.supervisor.supervisor.Supervisor", Supervisor)
+    monkeypatch.setattr("service.logs.configure_logging", seen.append)
+    result = run("serve", "-c", config, "--port", "9001", "--devices", "cpu:0,cpu:1",
+                 "--http-workers", "3", "--log-level", "warning")  # fmt: skip
+    assert result.exit_code == 7
+    level, settings, source = seen
+    assert level == "warning"
+    assert source.read() == settings, "a reload forgets what was said on the command line"
+    assert source.path == config.absolute()
+    assert settings.server.port == 9001
+    assert settings.server.devices == ["cpu:0", "cpu:1"]
+    assert settings.server.http_workers == 3
+    assert settings.default_model == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("--log-level", "loud"), "warning"),
+        (("--http-workers", "many"), "http_workers"),
+        (("--port", "70000"), "65535"),
+        (("--config", "nowhere.toml"), "nowhere.toml"),
+    ],
+)
+def test_serve_refuses_what_is_wrong(arguments: tuple[str, str], hint: str) -> None:
+    result = run("serve", *arguments)
+    assert result.exit_code == 2
+    assert hint in said(result)
+
+
+def test_a_wrong_config_names_the_key(tmp_path: Path) -> None:
+    config = tmp_path / "heatlens.toml"
+    config.write_text("[limits]\nmax_imagess = 3\n")
+    result = run("models", "-c", config)
+    assert result.exit_code == 2
+    assert "limits.max_imagess" in said(result)
+
+
+def test_python_dash_m_service_is_heatlens_without_torch() -> None:
+    program = (
+        "import runpy, sys; sys.argv = ['service', '--version']\n"
+        "try: runpy.run_module('service', run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"heatlens \d+\.\d+\.\d+\S*\n", done.stdout)

@@ -1,0 +1,231 @@
+"""Messages survive the wire; what is no message never becomes one."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from models.types import (
+    ClassScore,
+    Explanation,
+    Failure,
+    Faithfulness,
+    Intervention,
+    Job,
+    JobOptions,
+    LayerStatistics,
+    ModelCard,
+    ModelInfo,
+    Outcome,
+    Quantiles,
+)
+from service.devices.messages import (
+    Ack,
+    Answer,
+    Cancel,
+    Hello,
+    Load,
+    MalformedMessage,
+    Models,
+    Submit,
+    Unload,
+    decode_from_worker,
+    decode_to_worker,
+    encode,
+)
+
+PICTURES = hnp.arrays(np.uint8, hnp.array_shapes(min_dims=3, max_dims=3, min_side=0, max_side=5))
+MAPS = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=3, min_side=0, max_side=5))
+SCORE = ClassScore(class_id=3, score=-1.5, probability=0.25)
+
+
+def plain(value: object) -> object:
+    """A structure with arrays as nested lists, to compare."""
+    return msgspec.to_builtins(
+        value, enc_hook=lambda a: [str(a.dtype), list(a.shape), a.tobytes()], builtin_types=(bytes,)
+    )
+
+
+def over_the_wire(message, decode):
+    return decode([bytes(frame) for frame in encode(message)])
+
+
+@given(PICTURES)
+def test_jobs(pixels):
+    options = JobOptions(
+        methods=("gradcam",),
+        layers=("layer4.1",),
+        interventions=(Intervention(layer="layer1", channels=(3, 4), op="zero"),),
+        seed=7,
+    )
+    job = Job(
+        id="a",
+        operation="explain",
+        model="m",
+        version="2",
+        input=pixels,
+        options=options,
+        deadline=12.5,
+        digest="d",
+        deaths=1,
+    )
+    assert plain(over_the_wire(Submit(job=job), decode_to_worker)) == plain(Submit(job=job))
+
+
+@given(MAPS, st.none() | MAPS)
+def test_answers(array, grid):
+    explanation = Explanation(
+        method="gradcam",
+        layer="last",
+        target=SCORE,
+        map=array,
+        signed=False,
+        degenerate=True,
+        faithfulness={"deletion": Faithfulness(value=0.1, random=0.2)},
+    )
+    statistics = LayerStatistics(
+        layer="last",
+        kind="output",
+        shape=(2, 3, 4),
+        mean=0.0,
+        std=1.0,
+        min=-1.0,
+        max=1.0,
+        l2=2.0,
+        sparsity=0.5,
+        dead_channels=1,
+        quantiles=Quantiles(p01=0, p25=1, p50=2, p75=3, p99=4),
+        grid=grid,
+    )
+    outcome = Outcome(
+        id="x", predictions=(SCORE,), explanations=(explanation,) * 2, statistics=(statistics,)
+    )
+    answer = Answer(
+        outcomes=(outcome, outcome), failures=(Failure(id="y", code="c", message="m"),), others_ms=3
+    )
+    assert plain(over_the_wire(answer, decode_from_worker)) == plain(answer)
+
+
+@pytest.mark.parametrize(
+    ("message", "decode"),
+    [
+        (Hello(), decode_to_worker),
+        (Cancel(job_id="x"), decode_to_worker),
+        (Load(request_id="r", spec="{}"), decode_to_worker),
+        (Unload(request_id="r", name="n"), decode_to_worker),
+        (Ack(request_id="r", failure=Failure(id="r", code="c", message="m")), decode_from_worker),
+        (
+            Models(
+                infos=(
+                    ModelInfo(
+                        card=ModelCard(
+                            name="n",
+                            version="1",
+                            state="ready",
+                            ready=True,
+                            source="s",
+                            latency_ms={1: 2.5},
+                        ),
+                        labels=("cat",),
+                    ),
+                )
+            ),
+            decode_from_worker,
+        ),
+    ],
+)
+def test_other_messages(message, decode):
+    assert over_the_wire(message, decode) == message
+
+
+def test_arrays_are_views_not_copies():
+    pixels = np.arange(27, dtype=np.uint8).reshape(3, 3, 3)
+    frames = encode(Submit(job=a_job(pixels)))
+    assert np.shares_memory(np.frombuffer(frames[1], dtype=np.uint8), pixels)
+    decoded = decode_to_worker(frames).job.input
+    assert np.shares_memory(decoded, pixels)
+    with pytest.raises(ValueError, match="read-only"):
+        decode_to_worker([bytes(frame) for frame in frames]).job.input[0] = 1
+
+
+def test_strided_arrays_keep_their_order():
+    pixels = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)[::2, ::-1]
+    decoded = over_the_wire(Submit(job=a_job(pixels)), decode_to_worker).job.input
+    assert (decoded == pixels).all()
+
+
+def a_job(pixels) -> Job:
+    return Job(
+        id="a",
+        operation="predict",
+        model="m",
+        version="1",
+        input=pixels,
+        options=JobOptions(),
+        deadline=0,
+    )
+
+
+@pytest.mark.parametrize("array", [np.zeros(3), np.zeros((1,) * 5, np.uint8), np.array([{}])])
+def test_other_arrays_are_refused(array):
+    with pytest.raises(TypeError):
+        encode(Submit(job=a_job(array)))
+
+
+def forged(reference: object) -> list[bytes]:
+    """A submit whose array reference was written by an enemy."""
+    header = msgspec.to_builtins(
+        Submit(job=a_job(np.zeros(1, np.uint8))), enc_hook=lambda _: reference
+    )
+    return [msgspec.msgpack.encode(header), bytes(12)]
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        [1, "uint8", [13]],  # beyond its frame
+        [1, "uint8", [11]],  # short of it
+        [1, "float32", [12]],
+        [1, "uint8", [-1]],
+        [1, "uint8", [-3, -4]],
+        [1, "uint8", [2**62, 2**62]],
+        [0, "uint8", [12]],  # the header itself
+        [2, "uint8", [12]],
+        [-1, "uint8", [12]],
+        [1, "object", [12]],
+        [1, "float64", [1]],
+        [1, "uint8", [1, 1, 1, 1, 12]],
+        [1, "uint8", "12"],
+        [1, "uint8"],
+        {"frame": 1},
+        "text",
+        None,
+    ],
+)
+def test_forged_references_are_refused(reference):
+    assert decode_to_worker(forged([1, "uint8", [3, 4]])).job.input.shape == (3, 4)
+    with pytest.raises(MalformedMessage):
+        decode_to_worker(forged(reference))
+
+
+@given(st.lists(st.binary(max_size=60), max_size=3))
+def test_noise_is_refused(frames):
+    for decode in (decode_to_worker, decode_from_worker):
+        with pytest.raises(MalformedMessage):
+            decode(frames)
+
+
+@given(st.integers(0, 200), st.integers(0, 255))
+def test_a_flipped_byte_is_a_message_or_refused(position, value):
+    frames = [bytearray(frame) for frame in encode(Submit(job=a_job(np.zeros((2, 2), np.uint8))))]
+    frames[0][position % len(frames[0])] = value
+    try:
+        decoded = decode_to_worker(frames)
+    except MalformedMessage:
+        return
+    assert isinstance(decoded, Submit)
+    assert decoded.job.input.nbytes <= 4

@@ -1,0 +1,36 @@
+"""The kept heap, in a process of its own since it cannot be undone."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+PROBE = """
+import resource, sys
+from service.worker.process import keep_heap
+kept = sys.argv[1] == "kept" and keep_heap()
+block = bytearray(48 << 20)
+del block
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(8):
+    block = bytearray(48 << 20)
+    block[::4096] = b"x" * len(block[::4096])
+    del block
+print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
+def test_large_blocks_are_not_faulted_in_again():
+    faults = {}
+    for case in ("plain", "kept"):
+        done = subprocess.run(
+            [sys.executable, "-c", PROBE, case], capture_output=True, text=True, check=True
+        )
+        kept, count = done.stdout.split()
+        assert kept == str(case == "kept")
+        faults[case] = int(count)
+    assert faults["kept"] * 20 < faults["plain"]

@@ -1,0 +1,251 @@
+"""The local pool, and with it the compute thread, over the fake engine."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+
+import pytest
+from fake_engine import Fault, expected_class, make_backend, picture, spec
+
+from models.errors import (
+    DeadlineExceeded,
+    Draining,
+    HeatlensError,
+    InternalError,
+    ModelLoadFailed,
+    NotReady,
+    Overloaded,
+    UnknownModel,
+    WorkerLost,
+)
+from models.types import Job, JobOptions, Outcome
+from service.settings import Settings
+from service.worker.local import LocalPool
+
+pytestmark = pytest.mark.anyio
+
+
+def job(number: int, fault=Fault.NONE, argument: int = 0, *, model="fake", timeout_s=10.0) -> Job:
+    return Job(
+        id=uuid.uuid4().hex,
+        operation="predict",
+        model=model,
+        version="1",
+        input=picture(number, fault, argument),
+        options=JobOptions(),
+        deadline=time.monotonic() + timeout_s,
+    )
+
+
+class Running:
+    """A pool that is closed at the end, and its engine."""
+
+    def __init__(self, *specs, max_wait_s: float = 100.0) -> None:
+        settings = Settings(
+            models=list(specs) or [spec()],
+            server={"devices": ["cpu"]},
+            limits={"max_wait_s": max_wait_s},
+        )
+        self.backends = []
+        self.pool = LocalPool(settings, make_backend=self._make)
+
+    def _make(self):
+        self.backends.append(make_backend())
+        return self.backends[-1]
+
+    async def __aenter__(self) -> LocalPool:
+        await self.pool.start()
+        return self.pool
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.pool.close()
+
+
+def is_own(asked: Job, outcome: Outcome | BaseException) -> bool:
+    return (
+        isinstance(outcome, Outcome)
+        and outcome.id == asked.id
+        and outcome.device == "cpu"
+        and outcome.predictions[0].class_id == expected_class(asked.input)
+    )
+
+
+async def is_answered(pool, asked: Job) -> bool:
+    return is_own(asked, await pool.submit(asked))
+
+
+async def submit_all(pool, jobs):
+    return await asyncio.gather(*(pool.submit(item) for item in jobs), return_exceptions=True)
+
+
+async def test_jobs_wait_for_their_model_and_share_batches():
+    async with Running(spec(kind="slow")) as pool:
+        assert [info.card.state for info in pool.models()] == ["loading"]
+        assert pool.devices()[0].state == "starting"
+        jobs = [job(n) for n in range(30)]
+        answers = await submit_all(pool, jobs)
+        assert all(map(is_own, jobs, answers))
+        assert max(answer.batch_size for answer in answers) == 8
+        assert all(answer.device_ms >= 2 for answer in answers)
+        assert max(answer.queue_ms for answer in answers) > min(
+            answer.queue_ms for answer in answers
+        )
+        await pool.wait_ready()
+        (status,) = pool.devices()
+        assert (status.state, status.models, status.queue_depth) == ("ready", ("fake@1",), 0)
+        assert status.last_pass_s < 5
+
+
+async def test_one_bad_job_harms_no_neighbour():
+    async with Running() as pool:
+        jobs = [job(n) for n in range(20)]
+        bad = [job(100, Fault.RAISE), job(101, Fault.RAISE), job(102, Fault.MEMORY_ALONE)]
+        answers = await submit_all(pool, [*jobs[:10], *bad, *jobs[10:]])
+        harmed = answers[10:13]
+        assert [type(error) for error in harmed] == [InternalError, InternalError, Overloaded]
+        assert all(map(is_own, jobs, answers[:10] + answers[13:]))
+
+
+async def test_memory_is_freed_before_the_halves_are_tried():
+    running = Running()
+    async with running as pool:
+        blocker = asyncio.create_task(pool.submit(job(0, Fault.SLOW, 10)))
+        await asyncio.sleep(0.03)
+        jobs = [job(n) for n in range(1, 8)] + [job(9, Fault.MEMORY)]
+        assert all(map(is_own, jobs, await submit_all(pool, jobs)))
+        assert running.backends[0].engine.freed == 3  # for eight, four and two
+        await blocker
+        again = await submit_all(pool, [job(n) for n in range(20, 40)])
+        assert max(answer.batch_size for answer in again) == 1, "the batch was not lowered"
+
+
+async def test_a_job_too_large_by_itself_does_not_lower_the_batch():
+    async with Running() as pool:
+        blocker = asyncio.create_task(pool.submit(job(0, Fault.SLOW, 10)))
+        await asyncio.sleep(0.03)
+        answers = await submit_all(
+            pool, [*(job(n) for n in range(1, 8)), job(9, Fault.MEMORY_ALONE)]
+        )
+        assert [isinstance(answer, Overloaded) for answer in answers] == [False] * 7 + [True]
+        await blocker
+        again = await submit_all(pool, [job(n) for n in range(20, 40)])
+        assert max(answer.batch_size for answer in again) == 8
+
+
+async def test_a_lost_device_fails_everything_and_stays_lost():
+    async with Running() as pool:
+        await pool.wait_ready()
+        answers = await submit_all(pool, [job(n) for n in range(3)] + [job(4, Fault.DEVICE)])
+        assert {type(answer) for answer in answers} <= {WorkerLost, Outcome}
+        assert isinstance(answers[3], WorkerLost)
+        with pytest.raises(WorkerLost):
+            await pool.submit(job(1))
+        assert pool.devices()[0].state == "lost"
+        assert not pool.models()[0].card.ready
+
+
+async def test_long_jobs_end_and_are_cancelled_between_steps():
+    async with Running() as pool:
+        asked = job(1, Fault.LONG, 5)
+        answer = await pool.submit(asked)
+        assert is_own(asked, answer)
+        assert answer.device_ms >= 50
+        endless = asyncio.create_task(pool.submit(job(2, Fault.LONG, 255)))
+        await asyncio.sleep(0.1)
+        assert await is_answered(pool, job(3))
+        endless.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await endless
+        await asyncio.sleep(0.1)
+        assert pool.devices()[0].queue_depth == 0
+
+
+async def test_deadlines():
+    async with Running() as pool:
+        await pool.wait_ready()
+        blocker = asyncio.create_task(pool.submit(job(1, Fault.SLOW, 30)))
+        await asyncio.sleep(0.05)
+        begun = time.monotonic()
+        with pytest.raises(DeadlineExceeded):
+            await pool.submit(job(2, timeout_s=0.1))
+        assert time.monotonic() - begun < 0.25
+        with pytest.raises(DeadlineExceeded):
+            await pool.submit(job(3, timeout_s=-1))
+        await blocker
+
+
+async def test_too_long_a_wait_is_refused():
+    async with Running(max_wait_s=0.01) as pool:
+        await pool.wait_ready()
+        answers = await submit_all(pool, [job(n) for n in range(100)])
+        refused = [answer for answer in answers if isinstance(answer, Overloaded)]
+        assert refused
+        assert all(error.retry_after_s > 0 for error in refused)
+        assert len(refused) < 100
+
+
+async def test_broken_entries_are_listed_and_the_others_serve():
+    async with Running(spec(), spec("broken", kind="broken")) as pool:
+        await pool.wait_ready()
+        states = {info.card.name: info.card.state for info in pool.models()}
+        assert states == {"fake": "ready", "broken": "unavailable"}
+        with pytest.raises(NotReady, match="broken"):
+            await pool.submit(job(1, model="broken"))
+        with pytest.raises(UnknownModel):
+            await pool.submit(job(1, model="other"))
+        assert await is_answered(pool, job(1))
+
+
+async def test_nothing_but_broken_entries_is_said():
+    async with Running(spec(kind="broken")) as pool:
+        with pytest.raises(ModelLoadFailed, match="broken"):
+            await pool.wait_ready()
+
+
+async def test_loading_and_unloading():
+    async with Running() as pool:
+        await pool.wait_ready()
+        await pool.load(spec("second"))
+        assert await is_answered(pool, job(1, model="second"))
+        with pytest.raises(ModelLoadFailed):
+            await pool.load(spec("third", kind="broken"))
+        assert {info.card.name for info in pool.models()} == {"fake", "second"}
+        jobs = [job(n, Fault.SLOW, 1, model="second") for n in range(20)]
+        waiting = asyncio.create_task(submit_all(pool, jobs))
+        await asyncio.sleep(0.03)
+        await pool.unload("second")
+        assert all(map(is_own, jobs, await waiting)), "the model was dropped under its jobs"
+        with pytest.raises(UnknownModel):
+            await pool.submit(job(1, model="second"))
+        with pytest.raises(UnknownModel):
+            await pool.unload("second")
+
+
+async def test_closing_ends_what_is_open():
+    running = Running()
+    async with running as pool:
+        await pool.wait_ready()
+        tasks = [asyncio.create_task(pool.submit(job(n, Fault.SLOW, 20))) for n in range(3)]
+        await asyncio.sleep(0.05)
+    for task in tasks:
+        with pytest.raises(Draining):
+            await task
+    with pytest.raises(Draining):
+        await running.pool.submit(job(1))
+
+
+async def test_failures_are_heatlens_errors_only():
+    async with Running() as pool:
+        answers = await submit_all(pool, [job(1, Fault.RAISE), job(2, Fault.USER)])
+        assert all(isinstance(answer, HeatlensError) for answer in answers)
+        assert answers[1].field == "layers.0"
+
+
+async def test_jobs_that_came_first_prove_the_device_too():
+    """Jobs that wait for the model are served before any canary; the device is then ready all the same."""
+    running = Running()
+    async with running as pool:
+        await submit_all(pool, [job(n) for n in range(4)])
+        await asyncio.wait_for(pool.wait_ready(), timeout=5)

@@ -1,8 +1,0 @@
-"""The fake engine of the process tests serves here too."""
-
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "process"))
