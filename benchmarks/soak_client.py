@@ -14,7 +14,7 @@ import msgspec
 
 from benchmarks.soak_requests import Kind, Leaving
 from service.cli.bench.address import Address
-from service.cli.bench.connection import Answer, Connection, ConnectionLost
+from service.cli.bench.connection import Completions, Connection, ConnectionLost
 
 TIMEOUT_S = 60.0
 _LONGEST_WAIT_S = 0.1
@@ -58,7 +58,7 @@ class Ledger:
         accounted = self.answered + self.typed + self.gone
         return accounted == self.sent and not (self.lost or self.unexpected or self.foreign)
 
-    def enter(self, kind: Kind, answer: Answer, request_id: str) -> None:
+    def enter(self, kind: Kind, answer: Completions, request_id: str) -> None:
         """Enter an answer of any status."""
         if answer.headers.get("x-request-id") != request_id:
             self.foreign += 1

@@ -26,7 +26,7 @@ from models.types import Failure, Job, Outcome
 logger = logging.getLogger("heatlens.engine")
 
 
-class Pending:
+class Suspended:
     """A job whose trunk pass is done and that still needs steps.
 
     Attributes:
@@ -59,7 +59,7 @@ class Pending:
         differentiated = isinstance(self.step, InputGradient)
         return self.warm.module_for(Needs(rewrites=changed, input_gradient=differentiated))
 
-    def resume(self, result: Any) -> Outcome | Failure | Pending:
+    def resume(self, result: Any) -> Outcome | Failure | Suspended:
         """Hand the step's result on; returns the outcome, or itself with its next step."""
         try:
             self.step = self._steps.send(result)
@@ -87,7 +87,7 @@ class Engine:
         """Args: the registry whose warm models answer."""
         self._registry = registry
 
-    def run(self, jobs: Sequence[Job]) -> list[Outcome | Failure | Pending]:
+    def run(self, jobs: Sequence[Job]) -> list[Outcome | Failure | Suspended]:
         """Run one trunk pass for jobs of one model and version.
 
         Args:
@@ -107,7 +107,7 @@ class Engine:
         answered = dict(zip([job.id for job in sound], self._answer(warm, sound), strict=True))
         return [faults.get(job.id) or answered[job.id] for job in jobs]
 
-    def advance(self, pending: Sequence[Pending]) -> list[Outcome | Failure | Pending]:
+    def advance(self, pending: Sequence[Suspended]) -> list[Outcome | Failure | Suspended]:
         """Run the next step of several jobs of one model.
 
         Steps of the same kind share one batch; their costs should add up to about the model's best
@@ -116,13 +116,13 @@ class Engine:
         Returns:
             One entry for each, as in `run`.
         """
-        execute: dict[type[Step], Callable[[Sequence[Pending]], list[Any]]] = {
+        execute: dict[type[Step], Callable[[Sequence[Suspended]], list[Any]]] = {
             Forward: self._forward,
             InputGradient: self._input_gradient,
             LayerGradient: self._layer_gradient,
             Exclusive: self._exclusive,
         }
-        groups: dict[tuple[type[Step], nn.Module], list[Pending]] = {}
+        groups: dict[tuple[type[Step], nn.Module], list[Suspended]] = {}
         for p in pending:
             groups.setdefault((type(p.step), p.module), []).append(p)
         results: dict[int, Any] = {}
@@ -131,13 +131,13 @@ class Engine:
         return [p.resume(results[id(p)]) for p in pending]
 
     @staticmethod
-    def _answer(warm: WarmModel, jobs: Sequence[Job]) -> list[Outcome | Failure | Pending]:
+    def _answer(warm: WarmModel, jobs: Sequence[Job]) -> list[Outcome | Failure | Suspended]:
         """One pass for all jobs, or one for each module they need where a model has faster twins."""
         parts: dict[nn.Module, list[int]] = {}
         for i, job in enumerate(jobs):
             parts.setdefault(warm.module_for(_needs(job)), []).append(i)
         staged = {m: warm.stage([jobs[i].input for i in rows]) for m, rows in parts.items()}
-        answered: dict[int, Outcome | Failure | Pending] = {}
+        answered: dict[int, Outcome | Failure | Suspended] = {}
         for module, rows in parts.items():
             part = [jobs[i] for i in rows]
             pictures = staged[module]()
@@ -149,14 +149,14 @@ class Engine:
         return [answered[i] for i in range(len(jobs))]
 
     @staticmethod
-    def _forward(group: Sequence[Pending]) -> list[Tensor]:
+    def _forward(group: Sequence[Suspended]) -> list[Tensor]:
         inputs, sizes, changes = _merge(group)
         with Extractor(group[0].module, [], changes=changes) as extractor:
             logits, _ = class_scores(extractor.forward(inputs), group[0].warm.task)
         return list(logits.split(sizes))
 
     @staticmethod
-    def _input_gradient(group: Sequence[Pending]) -> list[tuple[Tensor, Tensor]]:
+    def _input_gradient(group: Sequence[Suspended]) -> list[tuple[Tensor, Tensor]]:
         inputs, sizes, changes = _merge(group)
         steps = [p.step for p in group if isinstance(p.step, InputGradient)]
         targets = [target for step in steps for target in step.targets]
@@ -168,7 +168,7 @@ class Engine:
         return list(zip(gradient.float().split(sizes), scores.detach().split(sizes), strict=True))
 
     @staticmethod
-    def _layer_gradient(group: Sequence[Pending]) -> list[Capture]:
+    def _layer_gradient(group: Sequence[Suspended]) -> list[Capture]:
         warm = group[0].warm
         inputs, sizes, changes = _merge(group)
         steps = [p.step for p in group if isinstance(p.step, LayerGradient)]
@@ -203,7 +203,7 @@ class Engine:
         return captures
 
     @staticmethod
-    def _exclusive(group: Sequence[Pending]) -> list[Any]:
+    def _exclusive(group: Sequence[Suspended]) -> list[Any]:
         return [p.step.run() for p in group if isinstance(p.step, Exclusive)]
 
 
@@ -220,7 +220,7 @@ def failure(job: Job, error: HeatlensError) -> Failure:
 
 def _start(
     job: Job, warm: WarmModel, steps: Generator[Step, Any, Outcome]
-) -> Outcome | Failure | Pending:
+) -> Outcome | Failure | Suspended:
     try:
         first = next(steps)
     except StopIteration as stop:
@@ -228,7 +228,7 @@ def _start(
         return outcome
     except HeatlensError as error:
         return failure(job, error)
-    return Pending(job, warm, steps, first)
+    return Suspended(job, warm, steps, first)
 
 
 def _needs(job: Job) -> Needs:
@@ -283,7 +283,7 @@ def _pair_taps(warm: WarmModel, layers: Sequence[str]) -> list[Tap]:
     return taps
 
 
-def _merge(group: Sequence[Pending]) -> tuple[Tensor, list[int], list[Any]]:
+def _merge(group: Sequence[Suspended]) -> tuple[Tensor, list[int], list[Any]]:
     """Inputs of several jobs' steps as one batch, the size of each part, and every row's interventions."""
     parts = [p.step.inputs for p in group if not isinstance(p.step, Exclusive)]
     sizes = [len(part) for part in parts]

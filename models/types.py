@@ -139,7 +139,7 @@ class Job(Struct):
         deaths: worker deaths this job was already part of; such a job runs alone.
         traceparent: W3C trace context, empty when tracing is off.
         request_id: of the request that the job is part of, for logs.
-        revision: `ModelCard.revision` that the options were resolved against; empty = any.
+        fingerprint: `ModelCard.fingerprint` that the options were resolved against; empty = any.
     """
 
     id: str
@@ -153,7 +153,7 @@ class Job(Struct):
     deaths: int = 0
     traceparent: str = ""
     request_id: str = ""
-    revision: str = ""
+    fingerprint: str = ""
 
 
 # ---------------------------------------------------------------- outcomes
@@ -328,7 +328,7 @@ class ModelCard(Struct):
     """What is known of one model version; unready models carry `reason` and few other fields.
 
     Attributes:
-        revision: digest of what requests are resolved against (labels, layers, input, …); it
+        fingerprint: digest of what requests are resolved against (labels, layers, input, …); it
             changes when a version is replaced by another model.
     """
 
@@ -351,7 +351,7 @@ class ModelCard(Struct):
     preparation: tuple[str, ...] = ()
     best_batch: int = 1
     latency_ms: dict[int, float] = {}
-    revision: str = ""
+    fingerprint: str = ""
 
 
 class ModelInfo(Struct):

@@ -34,7 +34,7 @@ from benchmarks.servers import Server, ServerFailed
 from benchmarks.timing import machine_line
 from models.types import Struct
 from service.cli.bench.client import Client
-from service.cli.bench.connection import Answer, ConnectionLost
+from service.cli.bench.connection import Completions, ConnectionLost
 from service.cli.bench.loops import Bounds, Closed
 from service.cli.bench.requests import Request
 from service.cli.bench.summary import Summary
@@ -120,7 +120,7 @@ async def _measure(
     return summaries, classes
 
 
-async def _first_answer(server: Server, requests: list[Request]) -> Answer:
+async def _first_answer(server: Server, requests: list[Request]) -> Completions:
     """Wait for it: some servers listen before their workers have loaded the model.
 
     Raises:

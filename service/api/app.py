@@ -16,7 +16,7 @@ from models.imaging.decode import DecodeLimits
 from service.api import errors, openapi
 from service.api.body import InputReader
 from service.api.dependencies import Service
-from service.api.limiter import KeyTallies
+from service.api.limiter import ConcurrencyLimiter
 from service.api.metrics import Metrics
 from service.api.middleware import RequestContext
 from service.api.pipeline import Pipeline
@@ -47,7 +47,7 @@ def create_app(
     pool: DevicePool,
     *,
     read_settings: Callable[[], Settings] | None = None,
-    tallies_dir: Path | None = None,
+    limiter_dir: Path | None = None,
 ) -> FastAPI:
     """Build the application; its lifespan starts and closes `pool`, and may be entered again after it ended.
 
@@ -56,8 +56,8 @@ def create_app(
         pool: the devices, not yet started.
         read_settings: reads the configuration again, for models that are to be loaded; None = it
             never changes.
-        tallies_dir: where other processes of the same service count the requests of each key; None
-            = there are none.
+        limiter_dir: where HTTP processes share the requests that each key has in flight; None
+            = this process is the only one.
     """
     metrics = Metrics(
         pool,
@@ -73,9 +73,9 @@ def create_app(
             fetcher = _fetcher(settings)
             if fetcher is not None:
                 stack.push_async_callback(fetcher.close)
-            tallies = _tallies(settings, tallies_dir)
-            if tallies is not None:
-                stack.callback(tallies.close)
+            limiter = _limiter(settings, limiter_dir)
+            if limiter is not None:
+                stack.callback(limiter.close)
             app.state.tracing = tracing = http_tracing(settings.tracing)
             if tracing is not None:
                 stack.callback(tracing.close)
@@ -88,7 +88,7 @@ def create_app(
                 reader=InputReader(settings.limits, threads=threads, fetcher=fetcher),
                 pipeline=_pipeline(settings, pool=pool, threads=threads),
                 metrics=metrics,
-                tallies=tallies,
+                limiter=limiter,
             )
             yield
 
@@ -116,9 +116,9 @@ def _fetcher(settings: Settings) -> UrlFetcher | None:
     return UrlFetcher(hosts)
 
 
-def _tallies(settings: Settings, folder: Path | None) -> KeyTallies | None:
+def _limiter(settings: Settings, folder: Path | None) -> ConcurrencyLimiter | None:
     limit = settings.limits.max_concurrent_per_key
-    return None if limit is None else KeyTallies(limit, folder)
+    return None if limit is None else ConcurrencyLimiter(limit, folder)
 
 
 def _pipeline(settings: Settings, *, pool: DevicePool, threads: ThreadPoolExecutor) -> Pipeline:

@@ -9,7 +9,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from service.api.body import InputReader
-from service.api.limiter import KeyTallies
+from service.api.limiter import ConcurrencyLimiter
 from service.api.metrics import Metrics
 from service.api.pipeline import Pipeline
 from service.devices.pool import DevicePool
@@ -22,7 +22,7 @@ class Service:
 
     Attributes:
         read_settings: reads the configuration as it is now; `settings` are those in force.
-        tallies: counts the requests of each key; None = they are not limited.
+        limiter: counts the requests of each key; None = they are not limited.
     """
 
     settings: Settings
@@ -31,7 +31,7 @@ class Service:
     reader: InputReader
     pipeline: Pipeline
     metrics: Metrics
-    tallies: KeyTallies | None = None
+    limiter: ConcurrencyLimiter | None = None
 
 
 async def get_service(request: Request) -> Service:

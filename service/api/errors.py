@@ -19,7 +19,7 @@ from models.errors import (
     MethodNotAllowed,
     UnknownRoute,
 )
-from service.api.schemas import ErrorAnswer
+from service.api.schemas import ErrorResponse
 
 CLIENT_GONE = 499
 """Status in logs and metrics of a request whose client left; it is never sent."""
@@ -73,7 +73,7 @@ _RETRY_AFTER_S = 1.0
 
 def error_response(error: HeatlensError, *, request_id: str) -> Response:
     """The answer that tells a client of an error."""
-    answer = ErrorAnswer(
+    answer = ErrorResponse(
         error=error.message,
         code=error.code,
         request_id=request_id,

@@ -24,7 +24,7 @@ _LIST_AGAIN_S = 0.2
 _RETRY_AFTER_S = 1.0
 
 
-class KeyTallies:
+class ConcurrencyLimiter:
     """Counts requests by key.
 
     Args:
@@ -45,7 +45,7 @@ class KeyTallies:
         self._listed_at = float("-inf")
 
     @contextmanager
-    def one_more(self, key: str) -> Iterator[None]:
+    def slot(self, key: str) -> Iterator[None]:
         """Count a request while it is under way.
 
         Raises:

@@ -27,21 +27,21 @@ from service.api.options import (
 )
 from service.api.schemas import (
     Box,
-    ErrorAnswer,
-    ExplainAnswer,
+    ErrorResponse,
+    ExplainResponse,
     ExplainResult,
-    ExplanationAnswer,
-    FeaturesAnswer,
+    ExplanationResponse,
+    FeaturesResponse,
     FeaturesResult,
+    ImageData,
     ImageInfo,
     ModelUsed,
-    PictureData,
     PixelRegion,
     Point,
-    PredictAnswer,
     Prediction,
+    PredictResponse,
     PredictResult,
-    StatisticsAnswer,
+    StatisticsResponse,
     Timings,
     ValueRange,
 )
@@ -108,26 +108,28 @@ def error(status: int) -> dict[str, Any]:
     """The `responses` entry of an error status."""
     return {
         "description": f"Codes: {', '.join(f'`{code}`' for code in CODES[status])}.",
-        "content": {JSON: {"schema": ref("ErrorAnswer"), "example": ERROR}},
+        "content": {JSON: {"schema": ref("ErrorResponse"), "example": ERROR}},
     }
 
 
-def input_answers(name: str, description: str, *, example: Any) -> dict[int | str, dict[str, Any]]:
+def input_responses(
+    name: str, description: str, *, example: Any
+) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route that takes images."""
     return answers(ref(name), description, errors=_INPUT, example=example)
 
 
-def model_answers(schema: Mapping[str, Any], description: str) -> dict[int | str, dict[str, Any]]:
+def model_responses(schema: Mapping[str, Any], description: str) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route about one model."""
     return answers(schema, description, errors=_MODEL)
 
 
-def open_answers(schema: Mapping[str, Any], description: str) -> dict[int | str, dict[str, Any]]:
+def open_responses(schema: Mapping[str, Any], description: str) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route that needs no key."""
     return answers(schema, description, errors=_ALWAYS)
 
 
-def admin_answers(schema: Mapping[str, Any], description: str) -> dict[int | str, dict[str, Any]]:
+def admin_responses(schema: Mapping[str, Any], description: str) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route that needs an admin key."""
     return answers(schema, description, errors=(400, *_KEYED, 403, 413, 422, 503))
 
@@ -206,25 +208,25 @@ def _request_name(options: type[BaseModel]) -> str:
     return options.__name__.replace("Options", "Request")
 
 
-ANSWERS: tuple[type[Any], ...] = (
-    schemas.ErrorAnswer,
-    schemas.PredictAnswer,
-    schemas.ExplainAnswer,
-    schemas.FeaturesAnswer,
-    schemas.ModelsAnswer,
-    schemas.CardAnswer,
+RESPONSES: tuple[type[Any], ...] = (
+    schemas.ErrorResponse,
+    schemas.PredictResponse,
+    schemas.ExplainResponse,
+    schemas.FeaturesResponse,
+    schemas.ModelsResponse,
+    schemas.CardResponse,
     LayerInfo,
-    schemas.MethodAnswer,
-    schemas.AliveAnswer,
-    schemas.ReadyAnswer,
+    schemas.MethodResponse,
+    schemas.AliveResponse,
+    schemas.ReadyResponse,
     schemas.RepositoryModel,
 )
 """Answers that are documented; what they contain follows by itself."""
 
 
-def _answer_schemas() -> dict[str, Any]:
+def _response_schemas() -> dict[str, Any]:
     """JSON schemas of all answers, by name."""
-    _, found = msgspec.json.schema_components(ANSWERS, ref_template=_REF.format(model="{name}"))
+    _, found = msgspec.json.schema_components(RESPONSES, ref_template=_REF.format(model="{name}"))
     for result in (schemas.PredictResult, schemas.ExplainResult, schemas.FeaturesResult):
         whole = [field for field in result.__struct_fields__ if field != "error"]
         found[result.__name__]["oneOf"] = [{"required": whole}, {"required": ["error"]}]
@@ -253,7 +255,7 @@ def _components() -> dict[str, Any]:
     found["ImageOption"]["oneOf"] = [
         {"required": [one], "properties": {one: {"type": "string"}}} for one in ("b64", "url")
     ]
-    return {**found, **_answer_schemas()}
+    return {**found, **_response_schemas()}
 
 
 def install(app: FastAPI) -> None:
@@ -299,7 +301,7 @@ _IMAGE = ImageInfo(
 )
 _TABBY = Prediction(class_id=281, label="tabby", score=9.21, probability=0.61)
 _TIMINGS = Timings(decode=2.1, queue=0.4, device=21.7, render=1.2, total=26.0)
-_STATISTICS = StatisticsAnswer(
+_STATISTICS = StatisticsResponse(
     layer="bn2",
     kind="output",
     shape=(1280, 7, 7),
@@ -313,12 +315,12 @@ _STATISTICS = StatisticsAnswer(
     quantiles=Quantiles(p01=0.0, p25=0.0, p50=0.0, p75=0.4, p99=3.2),
     top_channels=(ChannelStatistics(index=711, mean=4.2, max=6.0, weight=0.031),),
 )
-_EXPLANATION = ExplanationAnswer(
+_EXPLANATION = ExplanationResponse(
     method="gradcam",
     layer="bn2",
     target=_TABBY,
-    heatmap=PictureData(media_type="image/png", width=224, height=224, data="iVBORw0KGgo="),
-    overlay=PictureData(media_type="image/jpeg", width=224, height=224, data="/9j/4AAQSkY="),
+    heatmap=ImageData(media_type="image/png", width=224, height=224, data="iVBORw0KGgo="),
+    overlay=ImageData(media_type="image/jpeg", width=224, height=224, data="/9j/4AAQSkY="),
     range=ValueRange(min=0.0, max=3.7),
     signed=False,
     degenerate=False,
@@ -334,7 +336,7 @@ def _builtins(answer: msgspec.Struct) -> dict[str, Any]:
 
 
 PREDICT = _builtins(
-    PredictAnswer(
+    PredictResponse(
         request_id=_REQUEST_ID,
         model=_MODEL_USED,
         results=(PredictResult(image=_IMAGE, predictions=(_TABBY,), statistics=()),),
@@ -343,7 +345,7 @@ PREDICT = _builtins(
     )
 )
 EXPLAIN = _builtins(
-    ExplainAnswer(
+    ExplainResponse(
         request_id=_REQUEST_ID,
         model=_MODEL_USED,
         results=(
@@ -359,7 +361,7 @@ EXPLAIN = _builtins(
     )
 )
 FEATURES = _builtins(
-    FeaturesAnswer(
+    FeaturesResponse(
         request_id=_REQUEST_ID,
         model=_MODEL_USED,
         results=(FeaturesResult(image=_IMAGE, predictions=(_TABBY,), features=(_STATISTICS,)),),
@@ -368,7 +370,7 @@ FEATURES = _builtins(
     )
 )
 ERROR = _builtins(
-    ErrorAnswer(
+    ErrorResponse(
         error="Unknown method. Allowed: gradcam, layercam.",
         code="invalid_option",
         request_id=_REQUEST_ID,

@@ -194,7 +194,7 @@ class Pipeline:
                 digest=digest,
                 traceparent=tracing.traceparent(),
                 request_id=logs.request_id.get(),
-                revision=card.revision,
+                fingerprint=card.fingerprint,
             )
         )
 

@@ -43,7 +43,7 @@ _LINGER_POLL_S = 0.02
 _LAST = (b"connection", b"close")
 
 
-class Closing:
+class ConnectionDraining:
     """Wraps an application; while `leaving`, each answer is the last one on its connection.
 
     A client learns with an answer that its connection ends, rather than by sending a request into
@@ -87,7 +87,7 @@ class HttpServer(uvicorn.Server):
         self,
         config: uvicorn.Config,
         *,
-        closing: Closing,
+        closing: ConnectionDraining,
         pool: SocketPool,
         grace_s: float,
         announce: Callable[[], None],
@@ -140,7 +140,7 @@ def _default_app(runtime: RuntimeDir) -> MakeApp:
     from service.api.app import create_app
 
     source = runtime.read_source()
-    return functools.partial(create_app, read_settings=source.read, tallies_dir=runtime.tallies_dir)
+    return functools.partial(create_app, read_settings=source.read, limiter_dir=runtime.limiter_dir)
 
 
 def main(arguments: Sequence[str] | None = None, *, make_app: MakeApp | None = None) -> int:
@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None, *, make_app: MakeApp | None = N
     configure_logging(settings.server.log_level)
     pool = SocketPool(runtime, ready_within_s=settings.server.ready_within_s)
     make_app = make_app or _default_app(runtime)
-    closing = Closing(make_app(settings, pool))
+    closing = ConnectionDraining(make_app(settings, pool))
     config = uvicorn.Config(
         closing,
         http="httptools",

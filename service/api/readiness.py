@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from models.types import ModelInfo
-from service.api.schemas import DeviceReadiness, ModelReadiness, ReadyAnswer
+from service.api.schemas import DeviceReadiness, ModelReadiness, ReadyResponse
 from service.devices.pool import DevicePool, DeviceStatus
 from service.settings import Settings
 
@@ -14,7 +14,7 @@ def is_up(status: DeviceStatus, *, within_s: float) -> bool:
     return status.state == "ready" and recent
 
 
-def readiness(pool: DevicePool, settings: Settings) -> ReadyAnswer:
+def readiness(pool: DevicePool, settings: Settings) -> ReadyResponse:
     """Ready means: a device completed a pass recently, a model is warm, and the default one is not still loading.
 
     A model that failed to load, or that was unloaded, does not take the others off the air; it is
@@ -32,7 +32,7 @@ def readiness(pool: DevicePool, settings: Settings) -> ReadyAnswer:
         missing.append("no device is known yet")
     default = [model for model in models if model.name == settings.default_model]
     settled = not default or any(model.ready or model.state == "unavailable" for model in default)
-    return ReadyAnswer(
+    return ReadyResponse(
         ready=any(d.ready for d in devices) and any(m.ready for m in models) and settled,
         missing=tuple(text for text in missing if text),
         devices=devices,

@@ -26,16 +26,16 @@ from service.api.plan import Plan, RenderOptions
 from service.api.schemas import (
     Box,
     ExplainResult,
-    ExplanationAnswer,
+    ExplanationResponse,
     FeaturesResult,
+    ImageData,
     ImageInfo,
-    PictureData,
     PixelRegion,
     Point,
     Prediction,
     PredictResult,
     Result,
-    StatisticsAnswer,
+    StatisticsResponse,
     ValueRange,
     Values,
 )
@@ -101,13 +101,13 @@ def _explanation(
     view: View,
     labels: tuple[str, ...],
     options: RenderOptions,
-) -> ExplanationAnswer:
+) -> ExplanationResponse:
     location = None
     if not item.degenerate:
         location = locate(item.map, view.geometry, signed=item.signed)
     unit = None if item.degenerate else shade(item.map, canvas, signed=item.signed)
-    heatmap: PictureData | None = None
-    laid_over: PictureData | None = None
+    heatmap: ImageData | None = None
+    laid_over: ImageData | None = None
     if "heatmap" in options.outputs:
         data = heatmap_png(unit, canvas, colormap=options.colormap, signed=item.signed)
         heatmap = _picture(data, "image/png", canvas)
@@ -120,7 +120,7 @@ def _explanation(
             image_format=options.overlay_format,
         )
         laid_over = _picture(data, f"image/{options.overlay_format}", canvas)
-    return ExplanationAnswer(
+    return ExplanationResponse(
         method=item.method,
         layer=item.layer,
         target=_prediction(item.target, labels),
@@ -147,13 +147,13 @@ def _prediction(item: ClassScore, labels: tuple[str, ...]) -> Prediction:
     )
 
 
-def _statistics(item: LayerStatistics, options: RenderOptions) -> StatisticsAnswer:
-    grid: PictureData | None = None
+def _statistics(item: LayerStatistics, options: RenderOptions) -> StatisticsResponse:
+    grid: ImageData | None = None
     if item.grid is not None and item.grid.size:
         data = grid_png(item.grid, colormap=options.colormap)
         width, height = struct.unpack_from(">II", data, 16)  # the PNG's own header
-        grid = PictureData(media_type="image/png", width=width, height=height, data=_base64(data))
-    return StatisticsAnswer(
+        grid = ImageData(media_type="image/png", width=width, height=height, data=_base64(data))
+    return StatisticsResponse(
         layer=item.layer,
         kind=item.kind,
         shape=item.shape,
@@ -183,9 +183,9 @@ def _box(location: Location | None) -> Box | None:
     return Box(x=box.x, y=box.y, width=box.width, height=box.height)
 
 
-def _picture(data: bytes, media_type: str, canvas: Canvas) -> PictureData:
+def _picture(data: bytes, media_type: str, canvas: Canvas) -> ImageData:
     height, width = canvas.base.shape[:2]
-    return PictureData(media_type=media_type, width=width, height=height, data=_base64(data))
+    return ImageData(media_type=media_type, width=width, height=height, data=_base64(data))
 
 
 def _base64(data: bytes) -> str:

@@ -28,7 +28,7 @@ Milliseconds = Annotated[float, Meta(description="Milliseconds.", examples=[2.1]
 Base64 = Annotated[str, Meta(description="Base64 of the bytes.")]
 
 
-class ErrorAnswer(Struct):
+class ErrorResponse(Struct):
     """Why a request failed."""
 
     error: Annotated[str, Meta(description="Fixed human text.")]
@@ -86,7 +86,7 @@ class Prediction(Struct):
     probability: Annotated[float, Meta(ge=0, le=1, examples=[0.61])]
 
 
-class PictureData(Struct):
+class ImageData(Struct):
     """An encoded picture."""
 
     media_type: Annotated[str, Meta(examples=["image/png"])]
@@ -126,14 +126,14 @@ class Box(Struct):
     height: int
 
 
-class ExplanationAnswer(Struct, kw_only=True):
+class ExplanationResponse(Struct, kw_only=True):
     """One map: a method, a layer and a target."""
 
     method: Annotated[str, Meta(examples=["gradcam"])]
     layer: str
     target: Prediction
-    heatmap: PictureData | UnsetType = UNSET
-    overlay: PictureData | UnsetType = UNSET
+    heatmap: ImageData | UnsetType = UNSET
+    overlay: ImageData | UnsetType = UNSET
     values: Values | UnsetType = UNSET
     range: ValueRange
     signed: Annotated[
@@ -148,7 +148,7 @@ class ExplanationAnswer(Struct, kw_only=True):
     warnings: tuple[str, ...] = ()
 
 
-class StatisticsAnswer(Struct):
+class StatisticsResponse(Struct):
     """Statistics of one image's tensor at one layer."""
 
     layer: str
@@ -164,7 +164,7 @@ class StatisticsAnswer(Struct):
     quantiles: Quantiles
     top_channels: tuple[ChannelStatistics, ...]
     target: Annotated[int, Meta(description="Class whose gradient this is.")] | UnsetType = UNSET
-    grid: PictureData | UnsetType = UNSET
+    grid: ImageData | UnsetType = UNSET
 
 
 class PredictResult(Struct):
@@ -172,7 +172,7 @@ class PredictResult(Struct):
 
     image: ImageInfo | UnsetType = UNSET
     predictions: tuple[Prediction, ...] | UnsetType = UNSET
-    statistics: tuple[StatisticsAnswer, ...] | UnsetType = UNSET
+    statistics: tuple[StatisticsResponse, ...] | UnsetType = UNSET
     error: ImageError | UnsetType = UNSET
 
 
@@ -181,8 +181,8 @@ class ExplainResult(Struct):
 
     image: ImageInfo | UnsetType = UNSET
     predictions: tuple[Prediction, ...] | UnsetType = UNSET
-    explanations: tuple[ExplanationAnswer, ...] | UnsetType = UNSET
-    statistics: tuple[StatisticsAnswer, ...] | UnsetType = UNSET
+    explanations: tuple[ExplanationResponse, ...] | UnsetType = UNSET
+    statistics: tuple[StatisticsResponse, ...] | UnsetType = UNSET
     error: ImageError | UnsetType = UNSET
 
 
@@ -191,7 +191,7 @@ class FeaturesResult(Struct):
 
     image: ImageInfo | UnsetType = UNSET
     predictions: tuple[Prediction, ...] | UnsetType = UNSET
-    features: tuple[StatisticsAnswer, ...] | UnsetType = UNSET
+    features: tuple[StatisticsResponse, ...] | UnsetType = UNSET
     error: ImageError | UnsetType = UNSET
 
 
@@ -208,12 +208,12 @@ class Timings(Struct):
     total: Milliseconds
 
 
-class _Answer(Struct):
+class _Response(Struct):
     request_id: str
     model: ModelUsed
 
 
-class PredictAnswer(_Answer):
+class PredictResponse(_Response):
     """Predictions, one result per image in order."""
 
     results: tuple[PredictResult, ...]
@@ -221,7 +221,7 @@ class PredictAnswer(_Answer):
     batch_size: Annotated[int, Meta(description="Images in the device's batch that answered.")]
 
 
-class ExplainAnswer(_Answer):
+class ExplainResponse(_Response):
     """Predictions and explanations, one result per image in order."""
 
     results: tuple[ExplainResult, ...]
@@ -229,7 +229,7 @@ class ExplainAnswer(_Answer):
     batch_size: Annotated[int, Meta(description="Images in the device's batch that answered.")]
 
 
-class FeaturesAnswer(_Answer):
+class FeaturesResponse(_Response):
     """Statistics of layers, one result per image in order."""
 
     results: tuple[FeaturesResult, ...]
@@ -240,7 +240,7 @@ class FeaturesAnswer(_Answer):
 # ---------------------------------------------------------------- listings
 
 
-class InputAnswer(Struct):
+class InputResponse(Struct):
     """What pictures become before they enter the model."""
 
     height: int
@@ -251,7 +251,7 @@ class InputAnswer(Struct):
     interpolation: str
 
 
-class CardAnswer(Struct):
+class CardResponse(Struct):
     """A model card; a model that is not ready says why in `reason`."""
 
     name: str
@@ -264,7 +264,7 @@ class CardAnswer(Struct):
     source: str
     num_classes: int
     task: Task
-    input: InputAnswer | None
+    input: InputResponse | None
     target_layer: str | None
     head: HeadKind | None
     closed_form: bool
@@ -277,15 +277,15 @@ class CardAnswer(Struct):
     ]
 
 
-class ModelsAnswer(Struct):
+class ModelsResponse(Struct):
     """Every configured model."""
 
     models: tuple[str, ...]
     default: str
-    cards: tuple[CardAnswer, ...]
+    cards: tuple[CardResponse, ...]
 
 
-class MethodAnswer(Struct):
+class MethodResponse(Struct):
     """One explanation method."""
 
     name: str
@@ -302,7 +302,7 @@ class MethodAnswer(Struct):
 # ---------------------------------------------------------------- health
 
 
-class AliveAnswer(Struct, kw_only=True):
+class AliveResponse(Struct, kw_only=True):
     """The process answers."""
 
     status: Annotated[str, Meta(examples=["alive"])]
@@ -333,7 +333,7 @@ class ModelReadiness(Struct):
     reason: str | None
 
 
-class ReadyAnswer(Struct):
+class ReadyResponse(Struct):
     """Whether requests can be answered, and what is missing."""
 
     ready: bool

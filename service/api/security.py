@@ -45,10 +45,10 @@ async def limit_key(service: ServiceDep, key: KeyDep) -> AsyncIterator[None]:
     Raises:
         Overloaded: the key has as many under way as it may.
     """
-    if service.tallies is None or not key:
+    if service.limiter is None or not key:
         yield
         return
-    with service.tallies.one_more(_hash(key)):
+    with service.limiter.slot(_hash(key)):
         yield
 
 

@@ -19,7 +19,7 @@ from service.api.body import ImageInput
 from service.api.options import ExplainOptions, validate
 from service.api.pipeline import Pipeline
 from service.api.plan import choose_model, job_options, make_plan
-from service.cli.files import PictureFile, write_result
+from service.cli.files import ImageFile, write_result
 from service.devices.pool import DevicePool
 from service.hardware import available_cores
 from service.settings import Settings
@@ -40,7 +40,7 @@ class Explained(Struct):
         overlays: the overlays written.
     """
 
-    picture: PictureFile
+    picture: ImageFile
     result: dict[str, Any]
     overlays: tuple[Path, ...]
 
@@ -56,7 +56,7 @@ class Explained(Struct):
 class Failed(Struct):
     """A picture that was not; `code` is one of the API's, or `unreadable` for a file that cannot be opened."""
 
-    picture: PictureFile
+    picture: ImageFile
     code: str
     message: str
 
@@ -77,7 +77,7 @@ async def load_models(
 
 
 async def explain_files(
-    files: Sequence[PictureFile],
+    files: Sequence[ImageFile],
     *,
     options: Mapping[str, Any],
     settings: Settings,
@@ -132,7 +132,7 @@ class _Desk:
         )
         self._pipeline = Pipeline(pool, limits=caps, threads=threads)
 
-    async def explain(self, file: PictureFile, folder: Path) -> Explained | Failed:
+    async def explain(self, file: ImageFile, folder: Path) -> Explained | Failed:
         try:
             data = await asyncio.to_thread(self._read, file.path)
             now = time.monotonic()
@@ -162,7 +162,7 @@ class _Desk:
 
 
 async def _concurrently(
-    work: Callable[[PictureFile], Any], files: Sequence[PictureFile], limit: int
+    work: Callable[[ImageFile], Any], files: Sequence[ImageFile], limit: int
 ) -> AsyncIterator[Explained | Failed]:
     waiting = iter(files)
     running: set[asyncio.Task[Explained | Failed]] = set()

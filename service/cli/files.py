@@ -14,14 +14,14 @@ from models.types import Struct
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 
-class PictureFile(Struct):
+class ImageFile(Struct):
     """A file to explain and the name, unique among its fellows, under which its results are written."""
 
     path: Path
     name: str
 
 
-def find_pictures(paths: Iterable[Path]) -> list[PictureFile]:
+def find_images(paths: Iterable[Path]) -> list[ImageFile]:
     """List the files that are meant, each once, in the order given.
 
     A folder stands for the pictures in it and below it, by suffix and in order; a file is taken
@@ -36,7 +36,7 @@ def find_pictures(paths: Iterable[Path]) -> list[PictureFile]:
     for file in found.values():
         name = _free_name(file, taken)
         taken.add(name.casefold())
-        pictures.append(PictureFile(path=file, name=name))
+        pictures.append(ImageFile(path=file, name=name))
     return pictures
 
 

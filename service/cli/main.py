@@ -23,7 +23,7 @@ from models.imaging.colormaps import Colormap
 from models.methods import METHODS
 from service.cli.bench.command import bench
 from service.cli.explain import Explained, Failed, explain_files, load_models
-from service.cli.files import PictureFile, find_pictures
+from service.cli.files import ImageFile, find_images
 from service.cli.tables import failures_table, models_list, predictions_table
 from service.settings import ConfigurationError, Settings, load_settings
 
@@ -177,7 +177,7 @@ def explain(
         "canvas": canvas,
     }
     options = {key: value for key, value in given.items() if value is not None}
-    files = find_pictures(pictures)
+    files = find_images(pictures)
     if not files:
         raise typer.BadParameter("There is no picture in these folders.", param_hint="PICTURE")
     settings = _settings(config)
@@ -198,7 +198,7 @@ def explain(
 
 
 async def _explain(
-    files: Sequence[PictureFile],
+    files: Sequence[ImageFile],
     *,
     options: Mapping[str, Any],
     settings: Settings,

@@ -10,27 +10,27 @@ from dataclasses import dataclass
 from models.catalog import ModelSpec
 from models.errors import ModelLoadFailed, NotReady, UnknownModel
 from models.types import Failure
-from service.devices.connection import DeviceLink
-from service.devices.messages import Ack, Load, Unload, to_error, to_failure
+from service.devices.connection import WorkerConnection
+from service.devices.messages import Ack, Load, Unload, from_wire, to_wire
 from service.devices.runtime_dir import RuntimeDir, holds
 
 
 @dataclass(slots=True, eq=False)
-class _Order:
+class _Command:
     """A load or unload that a worker has not acknowledged."""
 
-    link: DeviceLink
+    link: WorkerConnection
     end: asyncio.Future[Failure | None]
 
 
-class ModelOrders:
+class ModelCommands:
     """Gives workers their orders and waits for the acknowledgements."""
 
     def __init__(self, runtime: RuntimeDir) -> None:
         self._runtime = runtime
-        self._open: dict[str, _Order] = {}
+        self._open: dict[str, _Command] = {}
 
-    async def load(self, spec: ModelSpec, links: Collection[DeviceLink]) -> None:
+    async def load(self, spec: ModelSpec, links: Collection[WorkerConnection]) -> None:
         """Load or replace a model version on its devices; the first one alone, so that a bad entry harms one only.
 
         Args:
@@ -54,7 +54,7 @@ class ModelOrders:
         await self._run([(link, Load(request_id=_new_id(), spec=text)) for link in new])
 
     async def unload(
-        self, name: str, version: str | None, *, links: Collection[DeviceLink]
+        self, name: str, version: str | None, *, links: Collection[WorkerConnection]
     ) -> None:
         """Drop a model version (None: all of them) everywhere once its jobs are done.
 
@@ -82,14 +82,14 @@ class ModelOrders:
         if order is not None and not order.end.done():
             order.end.set_result(ack.failure)
 
-    def lose(self, link: DeviceLink) -> None:
+    def lose(self, link: WorkerConnection) -> None:
         """End what a worker that died can no longer acknowledge."""
         lost = ModelLoadFailed("The device worker ended before it was done.")
         for request_id, order in self._open.items():
             if order.link is link and not order.end.done():
-                order.end.set_result(to_failure(request_id, lost))
+                order.end.set_result(to_wire(request_id, lost))
 
-    async def _run(self, orders: Sequence[tuple[DeviceLink, Load | Unload]]) -> None:
+    async def _run(self, orders: Sequence[tuple[WorkerConnection, Load | Unload]]) -> None:
         """Send orders and wait for all of them.
 
         Raises:
@@ -99,7 +99,7 @@ class ModelOrders:
         ends: list[asyncio.Future[Failure | None]] = []
         for link, message in orders:
             ends.append(loop.create_future())
-            self._open[message.request_id] = _Order(link, ends[-1])
+            self._open[message.request_id] = _Command(link, ends[-1])
             link.send(message)
         try:
             failures = [failure for failure in await asyncio.gather(*ends) if failure is not None]
@@ -107,7 +107,7 @@ class ModelOrders:
             for _, message in orders:
                 del self._open[message.request_id]
         if failures:
-            raise to_error(failures[0])
+            raise from_wire(failures[0])
 
 
 def _new_id() -> str:

@@ -21,14 +21,14 @@ from service.devices.messages import (
     encode,
 )
 from service.devices.runtime_dir import RuntimeDir
-from service.devices.status import Board, BoardFile
+from service.devices.status import WorkerStatus, WorkerStatusFile
 
 log = logging.getLogger("heatlens.client")
 
 _RECONNECT_MS = 20
 
 
-class DeviceLink:
+class WorkerConnection:
     """Sends to and hears from one worker process.
 
     Each incarnation has its own address: what a dead worker said late, or was never sent, ends with
@@ -46,7 +46,7 @@ class DeviceLink:
         runtime: RuntimeDir,
         device: str,
         incarnation: int,
-        on_message: Callable[[DeviceLink, FromWorker], None],
+        on_message: Callable[[WorkerConnection, FromWorker], None],
     ) -> None:
         self.device = device
         self.incarnation = incarnation
@@ -55,7 +55,7 @@ class DeviceLink:
         self._others_ms = 0.0
         self._others_at = 0.0
         self._on_message = on_message
-        self._board = BoardFile.open(runtime.board_file(device, incarnation))
+        self._board = WorkerStatusFile.open(runtime.status_file(device, incarnation))
         self._socket = context.socket(zmq.DEALER)
         self._socket.set(zmq.SNDHWM, 0)  # bounded by the tickets of the pool
         self._socket.set(zmq.RCVHWM, 0)
@@ -69,7 +69,7 @@ class DeviceLink:
         """Queue a message; never waits."""
         self._socket.send_multipart(encode(message))
 
-    def board(self) -> Board | None:
+    def board(self) -> WorkerStatus | None:
         """What the worker is doing; None while it has not said."""
         return self._board.read()
 

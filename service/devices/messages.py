@@ -64,7 +64,7 @@ class Unload(Message, frozen=True, kw_only=True):
 # ---------------------------------------------------------------- from a worker
 
 
-class Answer(Message, frozen=True, kw_only=True):
+class Completions(Message, frozen=True, kw_only=True):
     """Ends of jobs of the receiving client.
 
     Attributes:
@@ -90,7 +90,7 @@ class Ack(Message, frozen=True, kw_only=True):
 
 
 ToWorker = Hello | Submit | Cancel | Load | Unload
-FromWorker = Answer | Models | Ack
+FromWorker = Completions | Models | Ack
 
 
 class MalformedMessage(Exception):
@@ -170,7 +170,7 @@ def _view(ref: _ArrayRef, frames: Sequence[Frame]) -> np.ndarray:
 # ---------------------------------------------------------------- failures
 
 
-def to_failure(job_id: str, error: HeatlensError) -> Failure:
+def to_wire(job_id: str, error: HeatlensError) -> Failure:
     """The failure that ends `job_id` (or a request of that id) with `error`."""
     return Failure(
         id=job_id,
@@ -181,7 +181,7 @@ def to_failure(job_id: str, error: HeatlensError) -> Failure:
     )
 
 
-def to_error(failure: Failure) -> HeatlensError:
+def from_wire(failure: Failure) -> HeatlensError:
     """The exception that a failure stands for; an unknown code is an internal error."""
     kind = ERRORS.get(failure.code, InternalError)
     return kind(failure.message, field=failure.field, retry_after_s=failure.retry_after_s)

@@ -13,7 +13,7 @@ from models.types import ModelCard, ModelInfo, ModelState
 _PREFERENCE: dict[ModelState, int] = {"ready": 0, "unloading": 1, "loading": 2, "unavailable": 3}
 
 
-def loading_info(spec: ModelSpec) -> ModelInfo:
+def loading_model(spec: ModelSpec) -> ModelInfo:
     """A model of which only the configuration is known yet."""
     card = ModelCard(
         name=spec.name,
@@ -70,7 +70,7 @@ def merge(
     return merged
 
 
-def remember(before: Sequence[ModelInfo], now: Sequence[ModelInfo]) -> list[ModelInfo]:
+def keep_known_models(before: Sequence[ModelInfo], now: Sequence[ModelInfo]) -> list[ModelInfo]:
     """What a device says now, but what it knew of a model before while it loads that again after a restart."""
     warm = {(info.card.name, info.card.version): info for info in before if info.card.ready}
     return [
@@ -84,8 +84,8 @@ def remember(before: Sequence[ModelInfo], now: Sequence[ModelInfo]) -> list[Mode
 # ---------------------------------------------------------------- revision
 
 
-def with_revision(info: ModelInfo) -> ModelInfo:
-    """Put `revision` on the card: a digest of labels, classes, input and layers.
+def with_fingerprint(info: ModelInfo) -> ModelInfo:
+    """Put `fingerprint` on the card: a digest of labels, classes, input and layers.
 
     Devices that hold the same model agree on it, and so does a worker after its restart. Weights
     are left out: two models that differ in nothing else answer the same requests, each as a whole.
@@ -99,4 +99,4 @@ def with_revision(info: ModelInfo) -> ModelInfo:
         [(layer.name, layer.output_shape, layer.spatial) for layer in info.layers],
     )
     digest = hashlib.blake2b(msgspec.msgpack.encode(resolved), digest_size=8).hexdigest()
-    return msgspec.structs.replace(info, card=msgspec.structs.replace(card, revision=digest))
+    return msgspec.structs.replace(info, card=msgspec.structs.replace(card, fingerprint=digest))

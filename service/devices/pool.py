@@ -24,7 +24,7 @@ class DeviceStatus(Struct):
         wait_ms: estimated wait of a new job in device-milliseconds.
         models: models that are warm on it, as `name@version`.
         restarts: times its worker was restarted.
-        restart_reasons: the same by why it had ended; see `DeviceLife`.
+        restart_reasons: the same by why it had ended; see `DeviceState`.
         memory_bytes: memory that its worker holds there.
         batches: what the worker has run since it started.
     """

@@ -41,12 +41,12 @@ class RuntimeDir:
         if len(os.fsencode(runtime.socket_path("cuda:000", 1_000_000))) > _SOCKET_PATH_LIMIT:
             path.rmdir()
             raise OSError(f"{path} is too long for a Unix socket; set TMPDIR to a shorter path")
-        for folder in (runtime.metrics_dir, runtime.tallies_dir):
+        for folder in (runtime.metrics_dir, runtime.limiter_dir):
             folder.mkdir(mode=0o700)
         return runtime
 
     @property
-    def fleet_file(self) -> Path:
+    def states_file(self) -> Path:
         """The record of all devices; see `fleet.py`."""
         return self.path / "fleet"
 
@@ -56,9 +56,9 @@ class RuntimeDir:
         return self.path / "metrics"
 
     @property
-    def tallies_dir(self) -> Path:
+    def limiter_dir(self) -> Path:
         """Where HTTP processes say how many requests of each key they have; see `concurrency.py`."""
-        return self.path / "tallies"
+        return self.path / "limiter"
 
     def http_file(self, pid: int) -> Path:
         """What an HTTP process makes once it serves."""
@@ -67,11 +67,11 @@ class RuntimeDir:
     def forget_http(self, pid: int) -> None:
         """Drop what an HTTP process that has ended said of the moment; its counters stay."""
         self.http_file(pid).unlink(missing_ok=True)
-        (self.tallies_dir / str(pid)).unlink(missing_ok=True)
+        (self.limiter_dir / str(pid)).unlink(missing_ok=True)
         for path in self.metrics_dir.glob(f"gauge_live*_{pid}.db"):
             path.unlink(missing_ok=True)
 
-    def board_file(self, device: str, incarnation: int) -> Path:
+    def status_file(self, device: str, incarnation: int) -> Path:
         """The board of one worker process; see `board.py`."""
         return self.path / f"board-{_plain(device)}-{incarnation}"
 

@@ -24,22 +24,22 @@ from models.errors import (
     WorkerLost,
 )
 from models.types import Failure, Job, ModelInfo, Outcome
-from service.devices.commands import ModelOrders
-from service.devices.connection import DeviceLink
+from service.devices.commands import ModelCommands
+from service.devices.connection import WorkerConnection
 from service.devices.messages import (
     Ack,
-    Answer,
     Cancel,
+    Completions,
     FromWorker,
     Models,
     Submit,
-    to_error,
-    to_failure,
+    from_wire,
+    to_wire,
 )
-from service.devices.model_state import job_ms, loading_info, merge, remember
+from service.devices.model_state import job_ms, keep_known_models, loading_model, merge
 from service.devices.pool import DeviceStatus
 from service.devices.runtime_dir import RuntimeDir, holds
-from service.devices.status import DeviceLife, Fleet, FleetFile
+from service.devices.status import DeviceState, DeviceStates, DeviceStatesFile
 
 _POLL_S = 0.02
 _MAX_WAITING = 512
@@ -48,12 +48,12 @@ _NEWS_POLL_S = 0.002
 
 
 @dataclass(slots=True, eq=False)
-class _Ticket:
+class _InFlight:
     """A job that somebody awaits; `link` is None while no device can take it."""
 
     job: Job
     end: asyncio.Future[Outcome | Failure]
-    link: DeviceLink | None = None
+    link: WorkerConnection | None = None
     was_sent: bool = False
 
 
@@ -73,12 +73,12 @@ class SocketPool:
     def __init__(self, runtime: RuntimeDir, *, ready_within_s: float = 30.0) -> None:
         self._runtime = runtime
         self._ready_within_s = ready_within_s
-        self._fleet = Fleet()
-        self._links: dict[str, DeviceLink] = {}
+        self._fleet = DeviceStates()
+        self._links: dict[str, WorkerConnection] = {}
         self._said: dict[str, Sequence[ModelInfo]] = {}
         self._models: list[ModelInfo] | None = None
-        self._tickets: dict[str, _Ticket] = {}
-        self._orders = ModelOrders(runtime)
+        self._tickets: dict[str, _InFlight] = {}
+        self._orders = ModelCommands(runtime)
         self._quarantined: frozenset[str] = frozenset()
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -86,11 +86,11 @@ class SocketPool:
     async def start(self) -> None:
         """Read the fleet and connect; returns once those devices that are ready have named their models."""
         self._context = zmq.asyncio.Context()
-        self._fleet_file = FleetFile.open(self._runtime.fleet_file)
+        self._fleet_file = DeviceStatesFile.open(self._runtime.states_file)
         specs = self._runtime.read_catalog()
         for life in self._fleet_file.read().devices:
             self._said[life.device] = [
-                loading_info(spec) for spec in specs if holds(spec, life.device)
+                loading_model(spec) for spec in specs if holds(spec, life.device)
             ]
         self._apply(self._fleet_file.read())
         self._watching = asyncio.create_task(self._watch())
@@ -124,7 +124,7 @@ class SocketPool:
         """Run one job; see `DevicePool.submit`."""
         if self._closed:
             raise Draining("The service is stopping.")
-        ticket = _Ticket(job, asyncio.get_running_loop().create_future())
+        ticket = _InFlight(job, asyncio.get_running_loop().create_future())
         self._tickets[job.id] = ticket
         try:
             async with asyncio.timeout(job.deadline - time.monotonic()):
@@ -135,17 +135,17 @@ class SocketPool:
         finally:
             self._discard(ticket)
         if isinstance(end, Failure):
-            raise to_error(end)
+            raise from_wire(end)
         return end
 
-    def _discard(self, ticket: _Ticket) -> None:
+    def _discard(self, ticket: _InFlight) -> None:
         del self._tickets[ticket.job.id]
         if ticket.link is not None:
             ticket.link.outstanding.pop(ticket.job.id, None)
             if not ticket.end.done() or ticket.end.cancelled():
                 ticket.link.send(Cancel(job_id=ticket.job.id))
 
-    def _dispatch(self, ticket: _Ticket) -> None:
+    def _dispatch(self, ticket: _InFlight) -> None:
         """Send a job to a device, let it wait for one, or fail it where none can come."""
         job = ticket.job
         if job.digest and job.digest in self._quarantined:
@@ -159,21 +159,23 @@ class SocketPool:
         ]
         if not ready:
             hopeless = self._hopeless(ticket)
-            if isinstance(hopeless, UnknownModel) and job.revision:  # it was there a moment ago
+            if isinstance(hopeless, UnknownModel) and job.fingerprint:  # it was there a moment ago
                 hopeless = ModelReplaced("The model was unloaded; ask again.")
             if hopeless is not None:
                 self._fail(ticket, hopeless)
             return
-        fitting = [link for link in ready if job.revision in {"", link.infos[key].card.revision}]
+        fitting = [
+            link for link in ready if job.fingerprint in {"", link.infos[key].card.fingerprint}
+        ]
         if not fitting:
             self._fail(ticket, ModelReplaced("The model was replaced; ask again."))
             return
-        link = min(fitting, key=DeviceLink.load_ms)
+        link = min(fitting, key=WorkerConnection.load_ms)
         link.outstanding[job.id] = job_ms(link.infos[key].card)
         ticket.link, ticket.was_sent = link, True
         link.send(Submit(job=job))
 
-    def _hopeless(self, ticket: _Ticket) -> HeatlensError | None:
+    def _hopeless(self, ticket: _InFlight) -> HeatlensError | None:
         """Why it makes no sense to wait for a device; None if it does."""
         if all(life.life == "given_up" for life in self._fleet.devices):
             if ticket.was_sent:
@@ -190,9 +192,9 @@ class SocketPool:
             return Overloaded("Too many requests wait for a device.", retry_after_s=1.0)
         return None
 
-    def _fail(self, ticket: _Ticket, error: HeatlensError) -> None:
+    def _fail(self, ticket: _InFlight, error: HeatlensError) -> None:
         if not ticket.end.done():
-            ticket.end.set_result(to_failure(ticket.job.id, error))
+            ticket.end.set_result(to_wire(ticket.job.id, error))
 
     def _dispatch_waiting(self) -> None:
         for ticket in list(self._tickets.values()):
@@ -208,7 +210,7 @@ class SocketPool:
                 self._apply(fleet)
             await asyncio.sleep(_POLL_S)
 
-    def _apply(self, fleet: Fleet) -> None:
+    def _apply(self, fleet: DeviceStates) -> None:
         """Close the links of workers that died, open those of new ones, and see to the jobs that wait."""
         self._fleet = fleet
         self._quarantined = frozenset(fleet.quarantined)
@@ -216,18 +218,18 @@ class SocketPool:
         for life in fleet.devices:
             link = self._links.get(life.device)
             if link is not None and (life.life != "up" or life.incarnation != link.incarnation):
-                self._lose(link, life)
+                self._on_disconnect(link, life)
             if life.life == "up" and life.device not in self._links:
-                self._links[life.device] = DeviceLink(
+                self._links[life.device] = WorkerConnection(
                     context=self._context,
                     runtime=self._runtime,
                     device=life.device,
                     incarnation=life.incarnation,
-                    on_message=self._hear,
+                    on_message=self._on_message,
                 )
         self._dispatch_waiting()
 
-    def _lose(self, link: DeviceLink, life: DeviceLife) -> None:
+    def _on_disconnect(self, link: WorkerConnection, life: DeviceState) -> None:
         del self._links[link.device]
         closing = asyncio.create_task(link.close())
         self._closing.add(closing)
@@ -241,15 +243,15 @@ class SocketPool:
                     self._suspect(ticket)
         self._orders.lose(link)
 
-    def _suspect(self, ticket: _Ticket) -> None:
+    def _suspect(self, ticket: _InFlight) -> None:
         """Count a death for a job that was on the device; the second one ends it."""
         ticket.job = msgspec.structs.replace(ticket.job, deaths=ticket.job.deaths + 1)
         if ticket.job.deaths >= 2:
             self._fail(ticket, _quarantined())
 
-    def _hear(self, link: DeviceLink, message: FromWorker) -> None:
+    def _on_message(self, link: WorkerConnection, message: FromWorker) -> None:
         match message:
-            case Answer(outcomes=outcomes, failures=failures, others_ms=others_ms):
+            case Completions(outcomes=outcomes, failures=failures, others_ms=others_ms):
                 link.note_others(others_ms)
                 for outcome in outcomes:
                     self._end(link, msgspec.structs.replace(outcome, device=link.device))
@@ -257,13 +259,13 @@ class SocketPool:
                     self._end(link, failure)
             case Models(infos=infos):
                 link.infos = {(info.card.name, info.card.version): info for info in infos}
-                self._said[link.device] = remember(self._said[link.device], infos)
+                self._said[link.device] = keep_known_models(self._said[link.device], infos)
                 self._models = None
                 self._dispatch_waiting()
             case Ack():
                 self._orders.settle(message)
 
-    def _end(self, link: DeviceLink, end: Outcome | Failure) -> None:
+    def _end(self, link: WorkerConnection, end: Outcome | Failure) -> None:
         ticket = self._tickets.get(end.id)
         if ticket is not None and ticket.link is link and not ticket.end.done():
             ticket.end.set_result(end)
@@ -285,7 +287,7 @@ class SocketPool:
         """Every configured device."""
         return [self._status(life) for life in self._fleet.devices]
 
-    def _status(self, life: DeviceLife) -> DeviceStatus:
+    def _status(self, life: DeviceState) -> DeviceStatus:
         link = self._links.get(life.device)
         board = link.board() if link is not None else None
         if board is None:
@@ -324,7 +326,7 @@ class SocketPool:
         await self._orders.unload(name, version, links=self._links.values())
 
 
-def _is_awaited(link: DeviceLink) -> bool:
+def _is_awaited(link: WorkerConnection) -> bool:
     """Whether a device that is ready has not yet answered our Hello: it would be taken for one that loads."""
     board = link.board()
     return board is not None and board.ready and not link.infos

@@ -17,7 +17,7 @@ from service.devices.shared_record import SharedRecord
 
 Activity = Literal["idle", "batch", "canary", "load"]
 
-_BOARD_CAPACITY = 128 * 1024
+_STATUS_CAPACITY = 128 * 1024
 
 
 class RunningJob(Struct):
@@ -44,7 +44,7 @@ class BatchCount(Struct):
     images: int = 0
 
 
-class Board(Struct):
+class WorkerStatus(Struct):
     """One device worker, as its compute thread last described it; times are `time.monotonic`.
 
     Attributes:
@@ -76,29 +76,29 @@ class Board(Struct):
     batches: tuple[BatchCount, ...] = ()
 
 
-class BoardFile:
+class WorkerStatusFile:
     """A board in a file: made by the supervisor, written by one worker, read by everyone."""
 
     def __init__(self, record: SharedRecord) -> None:
         self._record = record
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(Board)
+        self._decoder = msgspec.msgpack.Decoder(WorkerStatus)
 
     @classmethod
-    def create(cls, path: Path) -> BoardFile:
+    def create(cls, path: Path) -> WorkerStatusFile:
         """Make the file, with nothing on it."""
-        return cls(SharedRecord.create(path, capacity=_BOARD_CAPACITY))
+        return cls(SharedRecord.create(path, capacity=_STATUS_CAPACITY))
 
     @classmethod
-    def open(cls, path: Path) -> BoardFile:
+    def open(cls, path: Path) -> WorkerStatusFile:
         """Map a file that exists."""
         return cls(SharedRecord(path))
 
-    def write(self, board: Board) -> None:
+    def write(self, board: WorkerStatus) -> None:
         """Replace what the board says."""
         self._record.write(self._encoder.encode(board))
 
-    def read(self) -> Board | None:
+    def read(self) -> WorkerStatus | None:
         """What the board says; None if nothing was written yet."""
         record = self._record.read()
         return None if record is None else self._decoder.decode(record)
@@ -109,7 +109,7 @@ class BoardFile:
 
 
 def is_hung(
-    board: Board, *, now: float, floor_s: float, factor: float, load_timeout_s: float
+    board: WorkerStatus, *, now: float, floor_s: float, factor: float, load_timeout_s: float
 ) -> bool:
     """Whether the device has been at one thing for far longer than predicted.
 
@@ -129,15 +129,15 @@ def is_hung(
 # ---------------------------------------------------------------- fleet
 
 
-_FLEET_CAPACITY = 512 * 1024
+_STATES_CAPACITY = 512 * 1024
 
-MAX_DEATHS = 8
+MAX_EXITS = 8
 MAX_QUARANTINED = 1024
 
-Life = Literal["up", "down", "given_up"]
+ProcessState = Literal["up", "down", "given_up"]
 
 
-class Death(Struct):
+class WorkerExit(Struct):
     """How one incarnation of a worker ended.
 
     Attributes:
@@ -149,7 +149,7 @@ class Death(Struct):
     suspects: tuple[str, ...] = ()
 
 
-class DeviceLife(Struct):
+class DeviceState(Struct):
     """One device worker as a process.
 
     Attributes:
@@ -163,13 +163,13 @@ class DeviceLife(Struct):
 
     device: str
     incarnation: int = 0
-    life: Life = "down"
+    life: ProcessState = "down"
     restarts: int = 0
     restart_reasons: dict[str, int] = {}
-    deaths: tuple[Death, ...] = ()
+    deaths: tuple[WorkerExit, ...] = ()
 
 
-class Fleet(Struct):
+class DeviceStates(Struct):
     """Every device, and what concerns all.
 
     Attributes:
@@ -179,36 +179,36 @@ class Fleet(Struct):
             again.
     """
 
-    devices: tuple[DeviceLife, ...] = ()
+    devices: tuple[DeviceState, ...] = ()
     draining: bool = False
     quarantined: tuple[str, ...] = ()
     refused_models: tuple[str, ...] = ()
 
 
-class FleetFile:
+class DeviceStatesFile:
     """The fleet in a file: written by the supervisor, polled by everyone."""
 
     def __init__(self, record: SharedRecord) -> None:
         self._record = record
-        self._decoder = msgspec.msgpack.Decoder(Fleet)
+        self._decoder = msgspec.msgpack.Decoder(DeviceStates)
         self._seen = -1
-        self._fleet = Fleet()
+        self._fleet = DeviceStates()
 
     @classmethod
-    def create(cls, path: Path) -> FleetFile:
+    def create(cls, path: Path) -> DeviceStatesFile:
         """Make the file, with nothing in it."""
-        return cls(SharedRecord.create(path, capacity=_FLEET_CAPACITY))
+        return cls(SharedRecord.create(path, capacity=_STATES_CAPACITY))
 
     @classmethod
-    def open(cls, path: Path) -> FleetFile:
+    def open(cls, path: Path) -> DeviceStatesFile:
         """Map a file that exists."""
         return cls(SharedRecord(path))
 
-    def write(self, fleet: Fleet) -> None:
+    def write(self, fleet: DeviceStates) -> None:
         """Replace the record."""
         self._record.write(msgspec.msgpack.encode(fleet))
 
-    def read(self) -> Fleet:
+    def read(self) -> DeviceStates:
         """The current record; decoded only when it has changed."""
         version = self._record.version()
         if version != self._seen:

@@ -8,7 +8,15 @@ from collections import Counter
 from collections.abc import Sequence
 
 from service.devices.runtime_dir import RuntimeDir
-from service.devices.status import MAX_DEATHS, Board, BoardFile, Death, DeviceLife, Life, is_hung
+from service.devices.status import (
+    MAX_EXITS,
+    DeviceState,
+    ProcessState,
+    WorkerExit,
+    WorkerStatus,
+    WorkerStatusFile,
+    is_hung,
+)
 from service.settings import WorkerSettings
 from service.supervisor.child import Child, RestartBudget, describe_end
 from service.worker.backend import EXIT_DEVICE_LOST
@@ -21,7 +29,7 @@ LOAD_TIMEOUT_S = 300.0
 _LOAD_DEATHS = 2
 
 
-class DeviceSlot:
+class DeviceProcess:
     """Keeps one device worker running.
 
     Attributes:
@@ -40,18 +48,18 @@ class DeviceSlot:
         self._settings = settings
         self._command = tuple(command)
         self._threads = threads
-        self._board: BoardFile | None = None
+        self._board: WorkerStatusFile | None = None
         self._hung = False
-        self._deaths: tuple[Death, ...] = ()
+        self._deaths: tuple[WorkerExit, ...] = ()
         self._load_deaths: Counter[str] = Counter()
         self._proven: set[str] = set()
         self._restart_reasons: Counter[str] = Counter()
         self._quarantined: list[str] = []
 
-    def life(self) -> DeviceLife:
+    def life(self) -> DeviceState:
         """What everyone may know."""
-        life: Life = "up" if self.child.running else "down"
-        return DeviceLife(
+        life: ProcessState = "up" if self.child.running else "down"
+        return DeviceState(
             device=self.device,
             incarnation=self.child.incarnation,
             life="given_up" if self.child.given_up else life,
@@ -60,7 +68,7 @@ class DeviceSlot:
             deaths=self._deaths,
         )
 
-    def tend(self, runtime: RuntimeDir, now: float, *, restart: bool) -> None:
+    def poll(self, runtime: RuntimeDir, now: float, *, restart: bool) -> None:
         """See to a worker that has ended, or that hangs."""
         code = self.child.reap()
         if code is not None:
@@ -73,7 +81,7 @@ class DeviceSlot:
                 reason,
                 extra=_requests(board),
             )
-            runtime.board_file(self.device, self.child.incarnation).unlink(missing_ok=True)
+            runtime.status_file(self.device, self.child.incarnation).unlink(missing_ok=True)
             runtime.socket_path(self.device, self.child.incarnation).unlink(missing_ok=True)
             if not restart:
                 return
@@ -92,7 +100,7 @@ class DeviceSlot:
             return
         self.child.incarnation += 1
         incarnation = self.child.incarnation
-        self._board = BoardFile.create(runtime.board_file(self.device, incarnation))
+        self._board = WorkerStatusFile.create(runtime.status_file(self.device, incarnation))
         self._hung = False
         arguments = {
             "--runtime": str(runtime.path),
@@ -117,7 +125,7 @@ class DeviceSlot:
     def _is_hung(self, now: float) -> bool:
         board = self._board.read() if self._board is not None else None
         # Until it writes its board a worker is importing: the same patience as for a model.
-        board = board or Board(activity="load", since=self.child.started_at)
+        board = board or WorkerStatus(activity="load", since=self.child.started_at)
         return is_hung(
             board,
             now=now,
@@ -126,9 +134,9 @@ class DeviceSlot:
             load_timeout_s=LOAD_TIMEOUT_S,
         )
 
-    def _learn(self, reason: str) -> Board:
+    def _learn(self, reason: str) -> WorkerStatus:
         """Read from the board who was on the device when the worker ended."""
-        board = (self._board.read() if self._board is not None else None) or Board()
+        board = (self._board.read() if self._board is not None else None) or WorkerStatus()
         if self._board is not None:
             self._board.close()
             self._board = None
@@ -141,12 +149,12 @@ class DeviceSlot:
             self._load_deaths[board.subject] += 1
             if self._load_deaths[board.subject] >= _LOAD_DEATHS:
                 self.refused_models.add(board.subject)
-        death = Death(
+        death = WorkerExit(
             incarnation=self.child.incarnation,
             reason=reason,
             suspects=tuple(job.id for job in board.jobs),
         )
-        self._deaths = (*self._deaths, death)[-MAX_DEATHS:]
+        self._deaths = (*self._deaths, death)[-MAX_EXITS:]
         return board
 
 
@@ -157,7 +165,7 @@ def _kind_of_end(code: int) -> str:
     return "crash" if code < 0 else "exit"
 
 
-def _requests(board: Board) -> dict[str, object]:
+def _requests(board: WorkerStatus) -> dict[str, object]:
     """Whose jobs were on the device: `extra` for the logger."""
     ids = tuple(dict.fromkeys(job.request_id for job in board.jobs if job.request_id))
     return {"fields": {"request_ids": ids}} if ids else {}

@@ -50,7 +50,7 @@ class HttpLaunch:
         )
 
 
-class HttpSlot:
+class HttpProcess:
     """Keeps one HTTP process running.
 
     To replace it, its successor is started first; when that serves, the old one is told to drain.
@@ -69,7 +69,7 @@ class HttpSlot:
         self._late_at = 0.0
         self._failed = False
 
-    def tend(self, launch: HttpLaunch, now: float, *, restart: bool) -> None:
+    def poll(self, launch: HttpLaunch, now: float, *, restart: bool) -> None:
         """See to processes that have ended, and go on with a replacement."""
         if self._has_ended(self.child, launch) and restart:
             proven = now - self.child.started_at > _PROVEN_S
@@ -92,7 +92,7 @@ class HttpSlot:
         launch.start(self._successor, now)
         self._late_at = now + _SUCCESSOR_S
 
-    def go_on(self, launch: HttpLaunch, now: float, *, grace_s: float) -> None:
+    def advance(self, launch: HttpLaunch, now: float, *, grace_s: float) -> None:
         """Let the old process drain once its successor serves; give up on one that does not come to that."""
         successor = self._successor
         if successor is None or successor.pid is None:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from service.settings import ConfigurationError, ConfigurationSource, Settings, reloaded
 from service.supervisor.child import Child, RestartBudget
-from service.supervisor.http_process import HttpLaunch, HttpSlot
+from service.supervisor.http_process import HttpLaunch, HttpProcess
 
 log = logging.getLogger("heatlens.supervisor")
 
@@ -41,7 +41,7 @@ class Reload:
         *,
         source: ConfigurationSource,
         launch: HttpLaunch,
-        slots: Sequence[HttpSlot],
+        slots: Sequence[HttpProcess],
     ) -> None:
         self.settings = settings
         self._source = source
@@ -49,8 +49,8 @@ class Reload:
         self._slots = tuple(slots)
         self._phase: _Phase = "idle"
         self._next = settings
-        self._waiting: deque[HttpSlot] = deque()
-        self._rolling: HttpSlot | None = None
+        self._waiting: deque[HttpProcess] = deque()
+        self._rolling: HttpProcess | None = None
         self._helper: Child | None = None
 
     @property
@@ -104,7 +104,7 @@ class Reload:
     def _roll(self, now: float) -> None:
         slot = self._rolling
         if slot is not None:
-            slot.go_on(self._launch, now, grace_s=self._next.server.grace_s)
+            slot.advance(self._launch, now, grace_s=self._next.server.grace_s)
             if slot.replacement_failed:
                 self._launch.runtime.write_settings(self.settings)
                 self._fail("a new HTTP process did not start to serve")

@@ -17,13 +17,13 @@ from enum import Enum
 
 from service import tracing
 from service.devices.runtime_dir import RuntimeDir
-from service.devices.status import MAX_QUARANTINED, Fleet, FleetFile
+from service.devices.status import MAX_QUARANTINED, DeviceStates, DeviceStatesFile
 from service.hardware import available_cores, resolve_devices, threads_per_device
 from service.logs import configure_logging
 from service.settings import ConfigurationSource, Settings
 from service.supervisor.child import Child
-from service.supervisor.device_process import DeviceSlot
-from service.supervisor.http_process import HttpLaunch, HttpSlot
+from service.supervisor.device_process import DeviceProcess
+from service.supervisor.http_process import HttpLaunch, HttpProcess
 from service.supervisor.reload import Reload
 
 log = logging.getLogger("heatlens.supervisor")
@@ -73,11 +73,13 @@ class Supervisor:
         devices = resolve_devices(settings.server.devices, cores=cores)
         threads = settings.workers.threads or threads_per_device(devices, cores=cores)
         self._slots = [
-            DeviceSlot(device, settings=settings.workers, command=worker_command, threads=threads)
+            DeviceProcess(
+                device, settings=settings.workers, command=worker_command, threads=threads
+            )
             for device in devices
         ]
         self._http = [
-            HttpSlot(index, settings.workers)
+            HttpProcess(index, settings.workers)
             for index in range(settings.server.http_worker_count())
         ]
         self._phase = _Phase.SERVING
@@ -86,7 +88,7 @@ class Supervisor:
         self._signals = 0
         self._reload_wanted = False
         self._quarantined: tuple[str, ...] = ()
-        self._published: Fleet | None = None
+        self._published: DeviceStates | None = None
 
     def run(self) -> int:
         """Run the service in this thread, which must be the main one; returns the exit code."""
@@ -126,7 +128,7 @@ class Supervisor:
         runtime.write_settings(self._settings)
         runtime.write_source(self._source)
         runtime.write_catalog(self._settings.models)
-        self._fleet_file = FleetFile.create(runtime.fleet_file)
+        self._fleet_file = DeviceStatesFile.create(runtime.states_file)
         self._publish()
         host, port = listener.getsockname()[:2]
         log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
@@ -138,7 +140,7 @@ class Supervisor:
     def _tick(self, now: float) -> None:
         self._obey_signals(now)
         for slot in self._slots:
-            slot.tend(self._runtime, now, restart=self._phase is not _Phase.STOPPING)
+            slot.poll(self._runtime, now, restart=self._phase is not _Phase.STOPPING)
         self._quarantine()
         self._publish()  # before clients can see a new worker, they see how the old one ended
         for slot in self._slots:
@@ -146,13 +148,13 @@ class Supervisor:
         self._publish()
         serving = self._phase is _Phase.SERVING
         for http in self._http:
-            http.tend(self._launch, now, restart=serving)
+            http.poll(self._launch, now, restart=serving)
         if serving:
             self._tick_reload(now)
         if serving and self._is_hopeless():
             self._exit_code = 1
             self._drain(now)
-        self._go_on(now)
+        self._advance(now)
 
     def _tick_reload(self, now: float) -> None:
         if self._reload_wanted and not self._reload.busy:
@@ -196,7 +198,7 @@ class Supervisor:
     def _grace_s(self) -> float:
         return self._reload.settings.server.grace_s
 
-    def _go_on(self, now: float) -> None:
+    def _advance(self, now: float) -> None:
         """Move to the next phase once this one's processes have ended, or its time is up."""
         late = now >= self._phase_ends
         if self._phase is _Phase.DRAINING:
@@ -222,7 +224,7 @@ class Supervisor:
                 self._quarantined = (*others, digest)[-MAX_QUARANTINED:]
 
     def _publish(self) -> None:
-        fleet = Fleet(
+        fleet = DeviceStates(
             devices=tuple(slot.life() for slot in self._slots),
             draining=self._phase is not _Phase.SERVING,
             quarantined=self._quarantined,

@@ -13,10 +13,10 @@ from typing import Any, Literal, Protocol
 from models.catalog import ModelSpec
 from models.errors import HeatlensError, ModelLoadFailed
 from models.types import Failure, Job, ModelCard, ModelInfo, Outcome
-from service.devices.model_state import with_revision
-from service.worker.queue import Pending
+from service.devices.model_state import with_fingerprint
+from service.worker.queue import Suspended
 
-Result = Outcome | Failure | Pending
+Result = Outcome | Failure | Suspended
 
 
 class Engine(Protocol):
@@ -27,7 +27,7 @@ class Engine(Protocol):
         ...
 
     def advance(self, pending: Sequence[Any]) -> Sequence[Result]:
-        """One bounded step of each long job (its own `Pending`s); a result each, in order."""
+        """One bounded step of each long job (its own `Suspended`s); a result each, in order."""
         ...
 
 
@@ -122,7 +122,7 @@ _DEVICE = (
 )
 
 
-def classify(error: BaseException) -> Fault:
+def classify_exception(error: BaseException) -> Fault:
     """Say what an exception out of the engine means.
 
     Returns:
@@ -159,11 +159,11 @@ def load_model(backend: Backend, spec: ModelSpec) -> ModelCard | HeatlensError:
         DeviceLost: the device needs a new process.
     """
     try:
-        return with_revision(backend.registry.load(spec)).card
+        return with_fingerprint(backend.registry.load(spec)).card
     except HeatlensError as error:
         return type(error)(error.message, field=error.field)
     except Exception as error:
-        fault = classify(error)
+        fault = classify_exception(error)
         log.exception("loading %s@%s failed: %s", spec.name, spec.version, fault)
         if fault == "device":
             raise DeviceLost("device error") from None

@@ -17,19 +17,19 @@ from models.types import Job
 from service.worker.queue import (
     Batch,
     BatchReason,
+    Decision,
     Entry,
     EntryQueue,
     JobClass,
     LatencyModel,
     ModelKey,
-    Pending,
     QueuedModel,
-    Turn,
+    Suspended,
+    can_share_batch,
     cost,
     fit,
     is_long,
     make_batch,
-    may_join,
 )
 
 _CLASSES: tuple[JobClass, JobClass] = ("interactive", "long")
@@ -47,10 +47,10 @@ class Batcher:
     """
 
     def __init__(
-        self, *, max_wait_s: float = 10.0, interactive_share: float = 0.75, max_pending: int = 16
+        self, *, max_wait_s: float = 10.0, interactive_share: float = 0.75, max_suspended: int = 16
     ) -> None:
         self._max_wait_s = max_wait_s
-        self._max_pending = max_pending
+        self._max_suspended = max_suspended
         self._share: dict[JobClass, float] = {
             "interactive": interactive_share,
             "long": 1 - interactive_share,
@@ -58,7 +58,7 @@ class Batcher:
         self._models: dict[ModelKey, QueuedModel] = {}
         self._queues: dict[tuple[ModelKey, JobClass], EntryQueue] = {}
         self._entries: dict[str, Entry] = {}
-        self._pending: dict[str, Entry] = {}
+        self._suspended: dict[str, Entry] = {}
         self._count: dict[JobClass, int] = {"interactive": 0, "long": 0}
         self._finish: dict[JobClass, float] = {"interactive": 0.0, "long": 0.0}
         self._virtual_now = 0.0
@@ -73,7 +73,7 @@ class Batcher:
         *,
         best_batch: int,
         latency_ms: Mapping[int, float],
-        revision: str = "",
+        fingerprint: str = "",
     ) -> list[Entry]:
         """Admit jobs for a model that is warm, or take over what its reloading measured.
 
@@ -84,10 +84,10 @@ class Batcher:
             best_batch=max(1, best_batch),
             passes=LatencyModel(latency_ms),
             steps=LatencyModel(latency_ms),
-            revision=revision,
+            fingerprint=fingerprint,
         )
         waiting = [e for e in self._entries.values() if e.key == key and e.started is None]
-        stale = [entry for entry in waiting if model.has_replaced(entry.job)]
+        stale = [entry for entry in waiting if model.is_stale(entry.job)]
         for entry in stale:
             self.cancel(entry.job.id)
         return stale
@@ -128,7 +128,7 @@ class Batcher:
                 leaves.
         """
         model = self._models.get((job.model, job.version))
-        if job.revision and (model is None or model.closing or model.has_replaced(job)):
+        if job.fingerprint and (model is None or model.closing or model.is_stale(job)):
             raise ModelReplaced("The model was replaced or unloaded meanwhile.")
         if model is None:
             raise UnknownModel("The model is not loaded on this device.", field="model")
@@ -165,20 +165,20 @@ class Batcher:
             self._forget(entry)
         return entry
 
-    def next(self, now: float) -> Turn:
+    def next(self, now: float) -> Decision:
         """Purge what expired and choose the batch to run; the device must be free."""
         expired = tuple(self._purge(now))
         ready = [c for c in _CLASSES if self._candidates(c)]
         if not ready:
-            return Turn(None, expired)
+            return Decision(None, expired)
         chosen = min(ready, key=lambda c: self._finish[c])  # a tie goes to the interactive class
         self._virtual_now = max(self._virtual_now, self._finish[chosen])
         first = min(self._candidates(chosen), key=lambda entry: entry.job.deadline)
         take = self._take_steps if first.pending is not None else self._take_fresh
         self._running = take(first, now)
-        return Turn(self._running, expired)
+        return Decision(self._running, expired)
 
-    def done(self, now: float, *, pending: Iterable[Pending] = ()) -> None:
+    def done(self, now: float, *, pending: Iterable[Suspended] = ()) -> None:
         """Account for the batch that `next` gave: it has ended, and of its jobs only `pending` go on."""
         batch, self._running = self._running, None
         if batch is None:
@@ -246,7 +246,7 @@ class Batcher:
                 queue.pop()
                 self._forget(head)
                 yield head
-        for entry in list(self._pending.values()):
+        for entry in list(self._suspended.values()):
             if entry.gone:
                 self._forget(entry)
             elif entry.job.deadline <= now:
@@ -255,8 +255,8 @@ class Batcher:
 
     def _candidates(self, job_class: JobClass) -> list[Entry]:
         """The first of each queue of the class, and for the long class the jobs between steps."""
-        between = list(self._pending.values()) if job_class == "long" else []
-        if job_class == "long" and len(between) >= self._max_pending:
+        between = list(self._suspended.values()) if job_class == "long" else []
+        if job_class == "long" and len(between) >= self._max_suspended:
             return between
         heads = [
             q.head() for (_, queued_class), q in self._queues.items() if queued_class == job_class
@@ -273,7 +273,7 @@ class Batcher:
         if fitting < limit:
             limit, reason = fitting, "deadline"
         entries = [queue.pop()]
-        while len(entries) < limit and may_join(entries, queue.head()):
+        while len(entries) < limit and can_share_batch(entries, queue.head()):
             entries.append(queue.pop())
         if first.job.deaths or len(entries) < limit:
             reason = "alone"
@@ -290,7 +290,7 @@ class Batcher:
         model = self._models[first.key]
         limit = model.batch_limit(now)
         reason: BatchReason = "memory" if limit < model.best_batch else "full"
-        held = self._max_pending - len(self._pending)
+        held = self._max_suspended - len(self._suspended)
         if first.job_class == "long" and held < limit:
             return held, "held"
         return limit, reason
@@ -298,14 +298,14 @@ class Batcher:
     def _take_steps(self, first: Entry, now: float) -> Batch:
         model = self._models[first.key]
         entries, images = [first], cost(first)
-        others = (e for e in self._pending.values() if e.key == first.key and e is not first)
+        others = (e for e in self._suspended.values() if e.key == first.key and e is not first)
         for entry in sorted(others, key=lambda e: e.job.deadline):
             fits = images + cost(entry) <= model.batch_limit(now)
-            if fits and may_join(entries, entry):
+            if fits and can_share_batch(entries, entry):
                 entries.append(entry)
                 images += cost(entry)
         for entry in entries:
-            del self._pending[entry.job.id]
+            del self._suspended[entry.job.id]
         predicted_ms = model.steps.predict_ms(images)
         return make_batch(entries, images=images, predicted_ms=predicted_ms, now=now, reason="step")
 
@@ -324,9 +324,9 @@ class Batcher:
             self._forget(entry)
             entry.job_class = "long"
             self._keep(entry)
-        self._pending[entry.job.id] = entry
+        self._suspended[entry.job.id] = entry
 
     def _forget(self, entry: Entry) -> None:
         del self._entries[entry.job.id]
-        self._pending.pop(entry.job.id, None)
+        self._suspended.pop(entry.job.id, None)
         self._count[entry.job_class] -= 1

@@ -14,13 +14,13 @@ import msgspec
 from models.catalog import ModelSpec
 from models.errors import HeatlensError, ModelLoadFailed, ModelReplaced, UnknownModel
 from models.types import Failure, Job, ModelInfo, Outcome
-from service.devices.messages import to_failure
-from service.devices.model_state import loading_info, with_revision
-from service.devices.status import Board
+from service.devices.messages import to_wire
+from service.devices.model_state import loading_model, with_fingerprint
+from service.devices.status import WorkerStatus
 from service.tracing import DeviceTracing
 from service.worker.backend import Backend, DeviceLost, Listener, Result, load_model
 from service.worker.batcher import Batcher
-from service.worker.queue import Batch, Entry, ModelKey, Turn
+from service.worker.queue import Batch, Decision, Entry, ModelKey
 from service.worker.runner import Runner
 
 log = logging.getLogger("heatlens.compute")
@@ -64,7 +64,7 @@ class ComputeThread:
         make_backend: Callable[[], Backend],
         specs: Sequence[ModelSpec],
         listener: Listener,
-        write_board: Callable[[Board], None],
+        write_status: Callable[[WorkerStatus], None],
         refused: Collection[str] = (),
         canary_s: float = 5.0,
         tracing: DeviceTracing | None = None,
@@ -72,7 +72,7 @@ class ComputeThread:
         self._batcher = batcher
         self._make_backend = make_backend
         self._listener = listener
-        self._write_board = write_board
+        self._write_board = write_status
         self._refused = frozenset(refused)
         self._canary_s = canary_s
         self._tracing = tracing
@@ -156,12 +156,12 @@ class ComputeThread:
         try:
             self._announce(())
             self._backend = self._make_backend()
-            self._runner = Runner(self._backend, write_board=self._publish)
+            self._runner = Runner(self._backend, write_status=self._publish)
             while not self._stopping:
                 work = self._next()
                 if isinstance(work, _Task):
                     self._perform(work)
-                elif isinstance(work, Turn):
+                elif isinstance(work, Decision):
                     self._serve(work)
                 elif work is not None:
                     self._pass_canary(work)
@@ -171,7 +171,7 @@ class ComputeThread:
             log.exception("the compute thread failed")
             self._listener.lost("compute thread failed")
 
-    def _next(self) -> _Task | Turn | ModelInfo | None:
+    def _next(self) -> _Task | Decision | ModelInfo | None:
         """A model task, a batch, or a model that is due for a canary pass; waits where there is none.
 
         Tasks and batches take turns, so that neither loading nor load starves the other.
@@ -211,7 +211,7 @@ class ComputeThread:
             waiting |= keys
         return None
 
-    def _serve(self, turn: Turn) -> None:
+    def _serve(self, turn: Decision) -> None:
         answers: list[Outcome | Failure] = [_expired(entry) for entry in turn.expired]
         if self._tracing is not None:
             for entry in turn.expired:
@@ -273,7 +273,7 @@ class ComputeThread:
     def _turn_away(self) -> None:
         """End what waited for a model that has been replaced: clients know the new one by now, and ask again."""
         error = ModelReplaced("The model was replaced while the request waited.")
-        failures = [to_failure(entry.job.id, error) for entry in self._stale]
+        failures = [to_wire(entry.job.id, error) for entry in self._stale]
         self._stale = []
         if failures:
             self._listener.answered(failures)
@@ -303,12 +303,12 @@ class ComputeThread:
                 (card.name, card.version),
                 best_batch=card.best_batch,
                 latency_ms=card.latency_ms,
-                revision=card.revision,
+                fingerprint=card.fingerprint,
             )
         return None
 
     def _refresh(self) -> None:
-        infos = [with_revision(info) for info in self._backend.registry.infos()]
+        infos = [with_fingerprint(info) for info in self._backend.registry.infos()]
         self._announce(infos)
         models = tuple("@".join(_key(info)) for info in self._infos if info.card.ready)
         self._runner.post("idle", models=models)
@@ -320,7 +320,7 @@ class ComputeThread:
         with self._changed:
             self._infos = (
                 *map(self._as_seen, infos),
-                *(loading_info(spec) for spec in coming if (spec.name, spec.version) not in known),
+                *(loading_model(spec) for spec in coming if (spec.name, spec.version) not in known),
             )
         self._listener.models_changed(self._infos)
 
@@ -333,7 +333,7 @@ class ComputeThread:
         )
         return msgspec.structs.replace(info, card=card)
 
-    def _publish(self, board: Board) -> None:
+    def _publish(self, board: WorkerStatus) -> None:
         depth, wait_ms = self._published = self.load_state()
         self._write_board(msgspec.structs.replace(board, queue_depth=depth, wait_ms=wait_ms))
 

@@ -24,10 +24,10 @@ from models.errors import (
     WorkerLost,
 )
 from models.types import Failure, Job, ModelInfo, Outcome
-from service.devices.messages import to_error, to_failure
-from service.devices.model_state import loading_info, merge
+from service.devices.messages import from_wire, to_wire
+from service.devices.model_state import loading_model, merge
 from service.devices.pool import DeviceStatus
-from service.devices.status import Board
+from service.devices.status import WorkerStatus
 from service.hardware import available_cores, resolve_devices
 from service.settings import Settings
 from service.tracing import device_tracing
@@ -59,8 +59,8 @@ class LocalPool:
         specs = sorted(settings.models, key=lambda spec: spec.name != settings.default_model)
         self._ends: dict[str, asyncio.Future[Outcome | Failure]] = {}
         self._changed = asyncio.Event()
-        self._infos: Sequence[ModelInfo] = [loading_info(spec) for spec in specs]
-        self._board = Board()
+        self._infos: Sequence[ModelInfo] = [loading_model(spec) for spec in specs]
+        self._board = WorkerStatus()
         self._lost = False
         self._closed = False
         self._tracing = device_tracing(settings.tracing, device=device)
@@ -70,7 +70,7 @@ class LocalPool:
             or (lambda: make_engine_backend(device, base_dir=settings.base_dir, threads=threads)),
             specs=specs,
             listener=self,
-            write_board=self._post,
+            write_status=self._post,
             canary_s=_CANARY_S,
             tracing=self._tracing,
         )
@@ -125,7 +125,7 @@ class LocalPool:
             del self._ends[job.id]
             self._compute.cancel(job.id)  # no-op for a job that has ended
         if isinstance(result, Failure):
-            raise to_error(result)
+            raise from_wire(result)
         return msgspec.structs.replace(result, device=self._device)
 
     def models(self) -> Sequence[ModelInfo]:
@@ -207,9 +207,9 @@ class LocalPool:
     def lost(self, reason: str) -> None:
         """Fail everything: there is no other process."""
         log.error("the device is lost: %s", reason)
-        self._from_thread(self._lose)
+        self._from_thread(self._on_disconnect)
 
-    def _post(self, board: Board) -> None:
+    def _post(self, board: WorkerStatus) -> None:
         became_ready = board.ready and not self._board.ready
         self._board = board
         if became_ready:
@@ -229,10 +229,10 @@ class LocalPool:
         self._infos = infos
         self._changed.set()
 
-    def _lose(self) -> None:
+    def _on_disconnect(self) -> None:
         self._lost = True
         self._changed.set()
         self._fail_all(WorkerLost("The device failed; the log says why."))
 
     def _fail_all(self, error: HeatlensError) -> None:
-        self._settle([to_failure(job_id, error) for job_id in self._ends])
+        self._settle([to_wire(job_id, error) for job_id in self._ends])

@@ -30,8 +30,8 @@ from models.errors import HeatlensError, ModelLoadFailed
 from models.types import Failure, Job, ModelInfo, Outcome
 from service.devices.messages import (
     Ack,
-    Answer,
     Cancel,
+    Completions,
     Hello,
     Load,
     MalformedMessage,
@@ -42,10 +42,10 @@ from service.devices.messages import (
     Unload,
     decode_to_worker,
     encode,
-    to_failure,
+    to_wire,
 )
 from service.devices.runtime_dir import RuntimeDir, die_with_parent, holds
-from service.devices.status import BoardFile, FleetFile
+from service.devices.status import DeviceStatesFile, WorkerStatusFile
 from service.logs import configure_logging
 from service.settings import Settings
 from service.tracing import device_tracing
@@ -99,15 +99,15 @@ class Worker:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.set(zmq.SNDHWM, 0)  # never drop: what is queued is bounded by admission
         self._socket.set(zmq.RCVHWM, 0)
-        self._board = BoardFile.open(
-            options.runtime.board_file(options.device, options.incarnation)
+        self._board = WorkerStatusFile.open(
+            options.runtime.status_file(options.device, options.incarnation)
         )
         self._tracing = device_tracing(settings.tracing, device=options.device)
         self._compute = self._make_compute()
 
     def _make_compute(self) -> ComputeThread:
         options, settings = self._options, self._settings
-        fleet = FleetFile.open(options.runtime.fleet_file)
+        fleet = DeviceStatesFile.open(options.runtime.states_file)
         refused = fleet.read().refused_models
         fleet.close()
         specs = [spec for spec in options.runtime.read_catalog() if holds(spec, options.device)]
@@ -118,7 +118,7 @@ class Worker:
             specs=specs,
             refused=refused,
             listener=self,
-            write_board=self._board.write,
+            write_status=self._board.write,
             canary_s=settings.workers.canary_s,
             tracing=self._tracing,
         )
@@ -183,7 +183,7 @@ class Worker:
         try:
             self._compute.submit(job)
         except HeatlensError as error:
-            self._answer([to_failure(job.id, error)])
+            self._answer([to_wire(job.id, error)])
 
     def _load(self, spec: str, done: Done) -> None:
         try:
@@ -193,7 +193,7 @@ class Worker:
 
     def _acknowledge(self, identity: Identity, request_id: str) -> Done:
         def done(error: HeatlensError | None) -> None:
-            failure = None if error is None else to_failure(request_id, error)
+            failure = None if error is None else to_wire(request_id, error)
             self._from_thread(self._send, [identity], Ack(request_id=request_id, failure=failure))
 
         return done
@@ -230,7 +230,7 @@ class Worker:
         for owner, own in by_owner.items():
             mine = sum(identity == owner for identity in self._owners.values())
             others = max(0, depth - mine) / depth if depth else 0.0
-            answer = Answer(
+            answer = Completions(
                 outcomes=tuple(r for r in own if isinstance(r, Outcome)),
                 failures=tuple(r for r in own if isinstance(r, Failure)),
                 others_ms=wait_ms * others,

@@ -25,7 +25,7 @@ ModelKey = tuple[str, str]
 """Name and version."""
 
 
-class Pending(Protocol):
+class Suspended(Protocol):
     """A long job between two steps, as the engine keeps it."""
 
     @property
@@ -60,7 +60,7 @@ class Entry:
     device_s: float = 0.0
     batch_size: int = 1
     batches: int = 0
-    pending: Pending | None = None
+    pending: Suspended | None = None
     gone: bool = False
 
     @property
@@ -88,7 +88,7 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class Decision:
     """What to do now: a batch to run, if any, and jobs whose deadline passed while they waited."""
 
     batch: Batch | None
@@ -155,7 +155,7 @@ class QueuedModel:
     best_batch: int
     passes: LatencyModel
     steps: LatencyModel
-    revision: str = ""
+    fingerprint: str = ""
     long_ms: float = 0.0
     closing: bool = False
     batch_cap: int = 0
@@ -165,9 +165,9 @@ class QueuedModel:
         """Jobs that may be taken at once."""
         return min(self.best_batch, self.batch_cap) if now < self.cap_until else self.best_batch
 
-    def has_replaced(self, job: Job) -> bool:
+    def is_stale(self, job: Job) -> bool:
         """Whether a job was resolved against another revision; without one it fits any."""
-        return bool(job.revision and self.revision) and job.revision != self.revision
+        return bool(job.fingerprint and self.fingerprint) and job.fingerprint != self.fingerprint
 
 
 def make_batch(
@@ -185,7 +185,7 @@ def make_batch(
     )
 
 
-def may_join(entries: list[Entry], entry: Entry | None) -> bool:
+def can_share_batch(entries: list[Entry], entry: Entry | None) -> bool:
     """A job that was on the device when a worker died runs alone."""
     return entry is not None and entry.job.deaths == 0 and entries[0].job.deaths == 0
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from models.errors import HeatlensError, InternalError, Overloaded
 from models.types import Failure, Job, JobOptions, ModelInfo
-from service.devices.messages import to_failure
-from service.devices.status import Activity, BatchCount, Board, RunningJob
-from service.worker.backend import Backend, DeviceLost, Result, classify
-from service.worker.queue import Batch, Pending
+from service.devices.messages import to_wire
+from service.devices.status import Activity, BatchCount, RunningJob, WorkerStatus
+from service.worker.backend import Backend, DeviceLost, Result, classify_exception
+from service.worker.queue import Batch, Suspended
 
 log = logging.getLogger("heatlens.compute")
 
@@ -34,13 +34,13 @@ class Runner:
         write_board: publishes a board.
     """
 
-    def __init__(self, backend: Backend, *, write_board: Callable[[Board], None]) -> None:
+    def __init__(self, backend: Backend, *, write_status: Callable[[WorkerStatus], None]) -> None:
         self._backend = backend
-        self._write_board = write_board
+        self._write_board = write_status
         self._largest_fit: int | None = None
         self._counts: dict[tuple[str, str, str], BatchCount] = {}
         self._measured = -math.inf
-        self.board = Board()
+        self.board = WorkerStatus()
 
     @property
     def largest_fit(self) -> int | None:
@@ -114,7 +114,7 @@ class Runner:
             self._backend.free_memory()
             self._largest_fit = max(1, len(items) // 2)
         if len(items) == 1:
-            return [to_failure(_job(items[0]).id, error)]
+            return [to_wire(_job(items[0]).id, error)]
         half = len(items) // 2
         return [
             *self._attempt(call, items[:half], batch),
@@ -141,7 +141,7 @@ class Runner:
                 error.message, field=error.field, retry_after_s=error.retry_after_s
             )
         except Exception as error:  # whatever a model raises must end its own jobs only
-            fault = classify(error)
+            fault = classify_exception(error)
             log.exception("a batch of %d failed: %s", len(items), fault, extra=_requests(items))
             if fault == "device":
                 raise DeviceLost("device error") from None
@@ -170,16 +170,16 @@ class Runner:
         )
 
 
-def _job(item: Job | Pending) -> Job:
+def _job(item: Job | Suspended) -> Job:
     return item if isinstance(item, Job) else item.job
 
 
-def _running(item: Job | Pending) -> RunningJob:
+def _running(item: Job | Suspended) -> RunningJob:
     job = _job(item)
     return RunningJob(id=job.id, digest=job.digest, deaths=job.deaths, request_id=job.request_id)
 
 
-def _requests(items: Sequence[Job | Pending]) -> dict[str, Any]:
+def _requests(items: Sequence[Job | Suspended]) -> dict[str, Any]:
     """Whose requests a line of the log is about: `extra` for the logger."""
     ids = tuple(dict.fromkeys(_job(item).request_id for item in items if _job(item).request_id))
     if len(ids) == 1:

@@ -14,7 +14,7 @@ from benchmarks.soak import _COUNTED
 from benchmarks.soak_client import Ledger, Soaker
 from benchmarks.soak_requests import Kind, Leaving, draw, mixture
 from service.cli.bench.address import Address
-from service.cli.bench.connection import Answer
+from service.cli.bench.connection import Completions
 from service.cli.bench.requests import make_request
 
 HERE = Address(host="127.0.0.1", ip="127.0.0.1", port=80)
@@ -26,9 +26,9 @@ def kind(*statuses: int, leaving: Leaving = Leaving.STAYS, address: Address = HE
     return Kind("explain", 1.0, request, frozenset(statuses), leaving)
 
 
-def answer(status: int, body: object = None, *, request_id: str = "id") -> Answer:
+def answer(status: int, body: object = None, *, request_id: str = "id") -> Completions:
     content = b"<html>" if body is None else json.dumps(body).encode()
-    return Answer(status=status, headers={"x-request-id": request_id}, body=content)
+    return Completions(status=status, headers={"x-request-id": request_id}, body=content)
 
 
 # ---------------------------------------------------------------- ledger
@@ -59,7 +59,7 @@ def test_an_error_that_is_not_typed_is_a_lost_request() -> None:
         (answer(200, request_id="another"), 200),
     ],
 )
-def test_what_makes_the_ledger_fail(found: Answer, allowed: int) -> None:
+def test_what_makes_the_ledger_fail(found: Completions, allowed: int) -> None:
     ledger = Ledger(sent=1)
     ledger.enter(kind(allowed), found, "id")
     assert not ledger.balances

@@ -67,7 +67,7 @@ def expected_class(pixels: np.ndarray) -> int:
 
 
 @dataclass
-class FakePending:
+class FakeSuspended:
     job: Job
     left: int
     cost: int = 1
@@ -144,17 +144,17 @@ class FakeEngine:
         self._journal = journal
         self.freed = 0
 
-    def run(self, jobs: list[Job]) -> list[Outcome | Failure | FakePending]:
+    def run(self, jobs: list[Job]) -> list[Outcome | Failure | FakeSuspended]:
         assert len({(job.model, job.version) for job in jobs}) == 1
         self._registry.get(jobs[0].model, jobs[0].version)
         self._note([job.id for job in jobs])
         time.sleep(0.002)
         return [self._one(job, alone=len(jobs) == 1) for job in jobs]
 
-    def advance(self, pending: list[FakePending]) -> list[Outcome | Failure | FakePending]:
+    def advance(self, pending: list[FakeSuspended]) -> list[Outcome | Failure | FakeSuspended]:
         self._note([f"step:{item.job.id}" for item in pending])
         time.sleep(0.01)
-        results: list[Outcome | Failure | FakePending] = []
+        results: list[Outcome | Failure | FakeSuspended] = []
         for item in pending:
             item.left -= 1
             results.append(item if item.left > 0 else outcome(item.job))
@@ -168,7 +168,7 @@ class FakeEngine:
             with self._journal.open("a") as file:
                 file.write(" ".join(ids) + "\n")
 
-    def _one(self, job: Job, *, alone: bool) -> Outcome | Failure | FakePending:
+    def _one(self, job: Job, *, alone: bool) -> Outcome | Failure | FakeSuspended:
         fault, argument = Fault(int(job.input[0, 0, 0])), int(job.input[0, 1, 0])
         match fault:
             case Fault.KILL:
@@ -198,7 +198,7 @@ class FakeEngine:
             case Fault.SLOW:
                 time.sleep(argument / 100)
             case Fault.LONG:
-                return FakePending(job, left=argument)
+                return FakeSuspended(job, left=argument)
         return outcome(job)
 
 

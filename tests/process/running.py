@@ -19,7 +19,7 @@ import psutil
 
 from service.devices.runtime_dir import RuntimeDir
 from service.devices.socket_pool import SocketPool
-from service.devices.status import BoardFile, Fleet, FleetFile
+from service.devices.status import DeviceStates, DeviceStatesFile, WorkerStatusFile
 from service.settings import Settings
 
 
@@ -86,15 +86,15 @@ class Service:
         return RuntimeDir(path)
 
     @property
-    def fleet(self) -> Fleet:
-        file = FleetFile.open(self.runtime.fleet_file)
+    def fleet(self) -> DeviceStates:
+        file = DeviceStatesFile.open(self.runtime.states_file)
         with contextlib.closing(file):
             return file.read()
 
     def board(self, device: str = "cpu"):
         life = next(life for life in self.fleet.devices if life.device == device)
         try:
-            file = BoardFile.open(self.runtime.board_file(device, life.incarnation))
+            file = WorkerStatusFile.open(self.runtime.status_file(device, life.incarnation))
         except FileNotFoundError:
             return None
         with contextlib.closing(file):

@@ -15,7 +15,7 @@ from models.errors import BodyTooLarge, InternalError, InvalidOption, MalformedB
 from models.types import ModelCard, ModelState
 from service.api.dependencies import Service, ServiceDep
 from service.api.handler import json_response
-from service.api.openapi import admin_answers, ref, repository_body
+from service.api.openapi import admin_responses, ref, repository_body
 from service.api.schemas import RepositoryModel
 from service.settings import ConfigurationError
 
@@ -30,14 +30,16 @@ _STATES: Mapping[ModelState, str] = {
     "unavailable": "UNAVAILABLE",
     "unloading": "UNLOADING",
 }
-_DONE = admin_answers({"type": "object"}, "Done; the body is an empty object.")
+_DONE = admin_responses({"type": "object"}, "Done; the body is an empty object.")
 
 
 @router.post(
     "/index",
     summary="List what is, or could be, loaded",
     response_class=Response,
-    responses=admin_answers({"type": "array", "items": ref("RepositoryModel")}, "Model versions."),
+    responses=admin_responses(
+        {"type": "array", "items": ref("RepositoryModel")}, "Model versions."
+    ),
     openapi_extra=repository_body(ready={"type": "boolean"}),
 )
 async def index(request: Request, service: ServiceDep) -> Response:

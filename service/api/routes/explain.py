@@ -16,16 +16,18 @@ from models.imaging.render import OverlayFormat
 from service.api import handler, openapi
 from service.api.dependencies import ServiceDep
 from service.api.handler import json_response, model_used
-from service.api.openapi import image_input, input_answers
+from service.api.openapi import image_input, input_responses
 from service.api.options import ExplainOptions
 from service.api.pipeline import Reply
 from service.api.plan import Plan
-from service.api.schemas import ExplainAnswer, ExplainResult, ExplanationAnswer, PictureData
+from service.api.schemas import ExplainResponse, ExplainResult, ExplanationResponse, ImageData
 
 router = APIRouter(prefix="/v1", tags=["explain"])
 
 _FORMATS: Mapping[str, OverlayFormat] = {f"image/{name}": name for name in get_args(OverlayFormat)}
-_DOCUMENT = input_answers("ExplainAnswer", "Predictions and explanations.", example=openapi.EXPLAIN)
+_DOCUMENT = input_responses(
+    "ExplainResponse", "Predictions and explanations.", example=openapi.EXPLAIN
+)
 _DOCUMENT[200]["content"] |= {
     media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in _FORMATS
 }
@@ -55,7 +57,7 @@ async def explain(request: Request, service: ServiceDep) -> Response:
     if picture_wanted(accept, plan.render.overlay_format) is not None:
         return _picture(reply)
     return json_response(
-        ExplainAnswer(
+        ExplainResponse(
             request_id=request.state.request_id,
             model=model_used(plan.info, reply),
             results=cast("tuple[ExplainResult, ...]", reply.results),
@@ -116,8 +118,8 @@ def _for_picture(plan: Plan, wanted: OverlayFormat) -> Plan:
 def _picture(reply: Reply) -> Response:
     """The one overlay as an answer of its own."""
     result = cast("ExplainResult", reply.results[0])
-    explanation = cast("tuple[ExplanationAnswer, ...]", result.explanations)[0]
-    overlay = cast("PictureData", explanation.overlay)
+    explanation = cast("tuple[ExplanationResponse, ...]", result.explanations)[0]
+    overlay = cast("ImageData", explanation.overlay)
     target = explanation.target
     return Response(
         base64.b64decode(overlay.data),

@@ -7,19 +7,19 @@ from fastapi import APIRouter, Request, Response
 from service.api import metrics
 from service.api.dependencies import ServiceDep
 from service.api.handler import json_response
-from service.api.openapi import open_answers, ref
+from service.api.openapi import open_responses, ref
 from service.api.readiness import readiness
-from service.api.schemas import AliveAnswer
+from service.api.schemas import AliveResponse
 
 router = APIRouter(tags=["health"])
 
-_ALIVE = open_answers(ref("AliveAnswer"), "The process answers.")
-_READY = open_answers(ref("ReadyAnswer"), "Requests can be answered.")
+_ALIVE = open_responses(ref("AliveResponse"), "The process answers.")
+_READY = open_responses(ref("ReadyResponse"), "Requests can be answered.")
 _READY[503] = {**_READY[200], "description": "Requests cannot be answered yet; see `missing`."}
 
 
 def _alive(request: Request) -> Response:
-    return json_response(AliveAnswer(status="alive", version=request.app.version))
+    return json_response(AliveResponse(status="alive", version=request.app.version))
 
 
 @router.get("/", summary="Say who answers", response_class=Response, responses=_ALIVE)
@@ -55,6 +55,4 @@ async def readyz(service: ServiceDep) -> Response:
 )
 async def show_metrics(service: ServiceDep) -> Response:
     """Metrics of all HTTP processes and devices."""
-    return Response(
-        service.metrics.exposition(), headers={"Content-Type": metrics.CONTENT_TYPE}
-    )
+    return Response(service.metrics.exposition(), headers={"Content-Type": metrics.CONTENT_TYPE})

@@ -11,9 +11,9 @@ from models.methods import METHODS
 from models.types import ModelCard, ModelInfo, Preprocess
 from service.api.dependencies import Service, ServiceDep
 from service.api.handler import json_response
-from service.api.openapi import answers, model_answers, ref
+from service.api.openapi import answers, model_responses, ref
 from service.api.plan import find_model
-from service.api.schemas import CardAnswer, InputAnswer, MethodAnswer, ModelsAnswer
+from service.api.schemas import CardResponse, InputResponse, MethodResponse, ModelsResponse
 
 router = APIRouter(prefix="/v1", tags=["models"])
 
@@ -22,13 +22,13 @@ router = APIRouter(prefix="/v1", tags=["models"])
     "/models",
     summary="List the models",
     response_class=Response,
-    responses=answers(ref("ModelsAnswer"), "Names and cards."),
+    responses=answers(ref("ModelsResponse"), "Names and cards."),
 )
 async def list_models(service: ServiceDep) -> Response:
     """Every configured model with its card; `models` is KServe's list of names."""
     infos = service.pool.models()
     return json_response(
-        ModelsAnswer(
+        ModelsResponse(
             models=tuple(dict.fromkeys(info.card.name for info in infos)),
             default=service.settings.default_model,
             cards=tuple(card_answer(info.card, infos) for info in infos),
@@ -40,7 +40,7 @@ async def list_models(service: ServiceDep) -> Response:
     "/models/{name}",
     summary="Show a model's card",
     response_class=Response,
-    responses=model_answers(ref("CardAnswer"), "The card; `ready` says whether it answers."),
+    responses=model_responses(ref("CardResponse"), "The card; `ready` says whether it answers."),
 )
 async def show_model(name: str, service: ServiceDep) -> Response:
     """The card of `name` (its newest ready version) or `name@version`."""
@@ -51,7 +51,7 @@ async def show_model(name: str, service: ServiceDep) -> Response:
     "/models/{name}/labels",
     summary="List a model's labels",
     response_class=Response,
-    responses=model_answers(
+    responses=model_responses(
         {"type": "array", "items": {"type": "string"}}, "Labels by class index."
     ),
 )
@@ -64,7 +64,7 @@ async def list_labels(name: str, service: ServiceDep) -> Response:
     "/models/{name}/layers",
     summary="List a model's layers",
     response_class=Response,
-    responses=model_answers(
+    responses=model_responses(
         {"type": "array", "items": ref("LayerInfo")}, "Layers in the model's order."
     ),
 )
@@ -77,13 +77,13 @@ async def list_layers(name: str, service: ServiceDep) -> Response:
     "/methods",
     summary="List the explanation methods",
     response_class=Response,
-    responses=answers({"type": "array", "items": ref("MethodAnswer")}, "Methods."),
+    responses=answers({"type": "array", "items": ref("MethodResponse")}, "Methods."),
 )
 async def list_methods() -> Response:
     """Every method, with its paper and formula; a model's card says which apply to it."""
     return json_response(
         [
-            MethodAnswer(
+            MethodResponse(
                 name=row.name,
                 title=row.title,
                 paper=row.paper,
@@ -99,9 +99,9 @@ async def list_methods() -> Response:
     )
 
 
-def card_answer(card: ModelCard, infos: Sequence[ModelInfo]) -> CardAnswer:
+def card_answer(card: ModelCard, infos: Sequence[ModelInfo]) -> CardResponse:
     """A card as the API shows it."""
-    return CardAnswer(
+    return CardResponse(
         name=card.name,
         version=card.version,
         ready=card.ready,
@@ -124,11 +124,11 @@ def card_answer(card: ModelCard, infos: Sequence[ModelInfo]) -> CardAnswer:
     )
 
 
-def _input(spec: Preprocess | None) -> InputAnswer | None:
+def _input(spec: Preprocess | None) -> InputResponse | None:
     if spec is None:
         return None
     height, width = spec.crop
-    return InputAnswer(
+    return InputResponse(
         height=height,
         width=width,
         resize=spec.resize,

@@ -9,9 +9,9 @@ from fastapi import APIRouter, Request, Response
 from service.api import handler, openapi
 from service.api.dependencies import ServiceDep
 from service.api.handler import json_response, model_used
-from service.api.openapi import image_input, input_answers
+from service.api.openapi import image_input, input_responses
 from service.api.options import PredictOptions
-from service.api.schemas import PredictAnswer, PredictResult
+from service.api.schemas import PredictResponse, PredictResult
 
 router = APIRouter(prefix="/v1", tags=["predict"])
 
@@ -20,14 +20,14 @@ router = APIRouter(prefix="/v1", tags=["predict"])
     "/predict",
     summary="Classify images",
     response_class=Response,
-    responses=input_answers("PredictAnswer", "Predictions.", example=openapi.PREDICT),
+    responses=input_responses("PredictResponse", "Predictions.", example=openapi.PREDICT),
     openapi_extra=image_input(PredictOptions),
 )
 async def predict(request: Request, service: ServiceDep) -> Response:
     """The most probable classes of each image."""
     plan, reply = await handler.answer(request, service, PredictOptions)
     return json_response(
-        PredictAnswer(
+        PredictResponse(
             request_id=request.state.request_id,
             model=model_used(plan.info, reply),
             results=cast("tuple[PredictResult, ...]", reply.results),

@@ -11,7 +11,7 @@ import msgspec
 
 from models.types import Struct
 from service.cli.bench.address import Address
-from service.cli.bench.connection import Answer, Connection, ConnectionLost
+from service.cli.bench.connection import Completions, Connection, ConnectionLost
 from service.cli.bench.requests import Request
 
 Check = Callable[[int, bytes], bool]
@@ -114,7 +114,7 @@ class Client:
             size=size,
         )
 
-    async def ask(self, request: Request) -> Answer:
+    async def ask(self, request: Request) -> Completions:
         """Send one request out of turn.
 
         Raises:
@@ -150,7 +150,7 @@ class Client:
         else:
             connection.close()
 
-    def _judge(self, answer: Answer, request: Request, request_id: str) -> str:
+    def _judge(self, answer: Completions, request: Request, request_id: str) -> str:
         if answer.headers.get("x-request-id", request_id) != request_id:
             return FOREIGN_ANSWER
         if not 200 <= answer.status < 300:
@@ -164,7 +164,7 @@ class _ErrorBody(msgspec.Struct):
     code: str
 
 
-def error_code(answer: Answer) -> str:
+def error_code(answer: Completions) -> str:
     """The service's own code of a failed request, or `http_STATUS`."""
     try:
         return msgspec.json.decode(answer.body, type=_ErrorBody).code

@@ -24,7 +24,7 @@ class ConnectionLost(Exception):
     """The connection ended, or what came over it is no HTTP, before the answer was whole."""
 
 
-class Answer(Struct):
+class Completions(Struct):
     """A whole answer; the names of its headers are in lower case."""
 
     status: int
@@ -46,7 +46,7 @@ class Connection:
         self.reusable = True
         self.last_used = time.monotonic()
 
-    async def exchange(self, request: bytes) -> Answer:
+    async def exchange(self, request: bytes) -> Completions:
         """Send one request and read its answer.
 
         Raises:
@@ -78,7 +78,7 @@ class Connection:
             )
         return self._reader, self._writer
 
-    async def _read(self, reader: asyncio.StreamReader) -> Answer:
+    async def _read(self, reader: asyncio.StreamReader) -> Completions:
         head = await reader.readuntil(b"\r\n\r\n")
         first, *lines = head.decode("latin-1").split("\r\n")
         protocol, status, *_ = first.split(" ")
@@ -90,7 +90,7 @@ class Connection:
         keeps = headers.get("connection", "").lower() != "close" and protocol != "HTTP/1.0"
         framed = "content-length" in headers or "transfer-encoding" in headers
         self.reusable = keeps and (framed or int(status) in _BODILESS)
-        return Answer(status=int(status), headers=headers, body=body)
+        return Completions(status=int(status), headers=headers, body=body)
 
 
 async def _read_body(

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from service.cli.files import find_pictures
+from service.cli.files import find_images
 
 DRAWN = 64
 DRAWN_SIZE = (500, 375)
@@ -30,7 +30,7 @@ def read_pictures(folder: Path, *, most: int = 1000) -> list[bytes]:
     Raises:
         NoPictures: there is none.
     """
-    files = find_pictures([folder])[:most]
+    files = find_images([folder])[:most]
     if not files:
         raise NoPictures(f"There is no picture in {folder}.")
     return [file.path.read_bytes() for file in files]

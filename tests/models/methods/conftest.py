@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.capture import Capture
-from models.engine import Engine, Pending
+from models.engine import Engine, Suspended
 from models.errors import ERRORS
 from models.extractor import Extractor, Tap
 from models.head import probe_head
@@ -48,10 +48,10 @@ class Drive:
         """The maps of several methods on one model, whose steps share batches."""
         self.taken = []
         results: list[Tensor | None] = [None] * len(runs)
-        pending: dict[int, Pending] = {}
+        pending: dict[int, Suspended] = {}
         for i, (steps, subject) in enumerate(runs):
             try:
-                pending[i] = Pending(_job(subject, str(i)), subject.warm, steps, next(steps))
+                pending[i] = Suspended(_job(subject, str(i)), subject.warm, steps, next(steps))
             except StopIteration as stop:
                 results[i] = stop.value
         engine = Engine(registry=None)

@@ -21,7 +21,7 @@ from service.api.security import require_admin_key
 from service.settings import Settings
 from tests.fakes import FakePool
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 MAX_RESIDENT_MB = 120
 
 

@@ -174,12 +174,12 @@ async def test_a_request_whose_model_was_replaced_is_asked_again(
     """Options are resolved anew, against the labels of the model that answers."""
     (old,) = pool.infos
     new = structs.replace(
-        old, labels=("a", "b", "c", "d", "e"), card=structs.replace(old.card, revision="new")
+        old, labels=("a", "b", "c", "d", "e"), card=structs.replace(old.card, fingerprint="new")
     )
-    pool.infos = [structs.replace(old, card=structs.replace(old.card, revision="old"))]
+    pool.infos = [structs.replace(old, card=structs.replace(old.card, fingerprint="old"))]
 
     def replaced(job: Job) -> ModelReplaced | None:
-        if job.revision == "new":
+        if job.fingerprint == "new":
             return None
         pool.infos = [new]
         return ModelReplaced("It was replaced.")
@@ -189,7 +189,7 @@ async def test_a_request_whose_model_was_replaced_is_asked_again(
     assert answer.status_code == 200
     labels = {item["label"] for r in answer.json()["results"] for item in r["predictions"]}
     assert labels <= set(new.labels)
-    assert [job.revision for job in pool.submitted] == ["old", "old", "new", "new"]
+    assert [job.fingerprint for job in pool.submitted] == ["old", "old", "new", "new"]
 
 
 async def test_a_model_that_is_replaced_over_and_over_is_a_typed_error(

@@ -11,42 +11,44 @@ import pytest
 
 from models.errors import Overloaded
 from service.api.app import create_app
-from service.api.limiter import KeyTallies
+from service.api.limiter import ConcurrencyLimiter
 from service.settings import Settings
 from tests.fakes import FakePool
 
 
-def process(folder: Path, pid: int, monkeypatch: pytest.MonkeyPatch, *, limit: int) -> KeyTallies:
+def process(
+    folder: Path, pid: int, monkeypatch: pytest.MonkeyPatch, *, limit: int
+) -> ConcurrencyLimiter:
     """The tallies as a process of that id would keep them."""
     monkeypatch.setattr(os, "getpid", lambda: pid)
-    return KeyTallies(limit, folder)
+    return ConcurrencyLimiter(limit, folder)
 
 
-def fits(tallies: KeyTallies, key: str = "a") -> bool:
-    with contextlib.suppress(Overloaded), tallies.one_more(key):
+def fits(limiter: ConcurrencyLimiter, key: str = "a") -> bool:
+    with contextlib.suppress(Overloaded), limiter.slot(key):
         return True
     return False
 
 
 def test_one_process() -> None:
-    tallies = KeyTallies(2, None)
-    with tallies.one_more("a"):
-        assert fits(tallies)
-        with tallies.one_more("a"):
-            assert not fits(tallies)
-            assert not fits(tallies)
-            assert fits(tallies, "b")
-        assert fits(tallies)
-    assert fits(tallies)
+    limiter = ConcurrencyLimiter(2, None)
+    with limiter.slot("a"):
+        assert fits(limiter)
+        with limiter.slot("a"):
+            assert not fits(limiter)
+            assert not fits(limiter)
+            assert fits(limiter, "b")
+        assert fits(limiter)
+    assert fits(limiter)
 
 
 def test_processes_count_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = process(tmp_path, 11, monkeypatch, limit=2)
     second = process(tmp_path, 12, monkeypatch, limit=2)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(first.one_more("a"))
+        stack.enter_context(first.slot("a"))
         assert fits(second)
-        stack.enter_context(second.one_more("a"))
+        stack.enter_context(second.slot("a"))
         assert not fits(second)
         assert not fits(first)
         assert fits(first, "b")
@@ -60,15 +62,15 @@ def test_a_process_that_has_ended_no_longer_counts(
     monkeypatch.setattr("service.api.limiter._LIST_AGAIN_S", 0)
     first = process(tmp_path, 11, monkeypatch, limit=1)
     second = process(tmp_path, 12, monkeypatch, limit=1)
-    with first.one_more("a"):
+    with first.slot("a"):
         assert not fits(second)
         (tmp_path / "11").unlink()  # as the supervisor does
         assert fits(second)
 
 
 def test_close_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tallies = process(tmp_path, 11, monkeypatch, limit=1)
-    tallies.close()
+    limiter = process(tmp_path, 11, monkeypatch, limit=1)
+    limiter.close()
     assert not list(tmp_path.iterdir())
     assert fits(process(tmp_path, 11, monkeypatch, limit=1)), "a lifespan may be entered again"
 

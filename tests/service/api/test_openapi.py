@@ -129,7 +129,7 @@ async def test_enums(document: dict[str, Any]) -> None:
     assert explain["colormap"]["enum"] == list(COLORMAPS) == list(get_args(Colormap))
     assert explain["fuse"]["enum"] == ["none", "mean", "max", "product"]
     assert explain["outputs"]["items"]["enum"] == ["heatmap", "overlay", "values"]
-    assert sorted(schemas["CardAnswer"]["properties"]["state"]["enum"]) == sorted(
+    assert sorted(schemas["CardResponse"]["properties"]["state"]["enum"]) == sorted(
         get_args(ModelState)
     )
     assert explain["interventions"]["items"] == {"$ref": "#/components/schemas/InterventionOption"}

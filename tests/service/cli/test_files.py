@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from service.cli.files import find_pictures, slug
+from service.cli.files import find_images, slug
 
 
 def touch(folder: Path, *names: str) -> list[Path]:
@@ -19,24 +19,24 @@ def touch(folder: Path, *names: str) -> list[Path]:
 
 def test_a_folder_stands_for_its_pictures(tmp_path: Path) -> None:
     touch(tmp_path, "b.JPG", "a.png", "deep/c.webp", "notes.txt", "d.jpg/e.gif")
-    names = [picture.path.relative_to(tmp_path).as_posix() for picture in find_pictures([tmp_path])]
+    names = [picture.path.relative_to(tmp_path).as_posix() for picture in find_images([tmp_path])]
     assert names == ["a.png", "b.JPG", "d.jpg/e.gif", "deep/c.webp"]
 
 
 def test_a_file_is_taken_whatever_it_is_called(tmp_path: Path) -> None:
     (odd,) = touch(tmp_path, "picture.dat")
     missing = tmp_path / "missing.jpg"
-    assert [picture.path for picture in find_pictures([odd, missing])] == [odd, missing]
+    assert [picture.path for picture in find_images([odd, missing])] == [odd, missing]
 
 
 def test_a_file_named_twice_is_taken_once(tmp_path: Path) -> None:
     (file,) = touch(tmp_path, "cat.jpg")
-    assert len(find_pictures([file, tmp_path, tmp_path / "." / "cat.jpg"])) == 1
+    assert len(find_images([file, tmp_path, tmp_path / "." / "cat.jpg"])) == 1
 
 
 def test_results_do_not_overwrite_each_other(tmp_path: Path) -> None:
     files = touch(tmp_path, "cat.jpg", "cat.png", "x/cat.jpg", "y/Cat.jpg", "z/cat.jpg")
-    names = [picture.name for picture in find_pictures(files)]
+    names = [picture.name for picture in find_images(files)]
     assert names == ["cat", "cat.png", "cat.jpg", "Cat-2", "cat-3"]
 
 

@@ -25,8 +25,8 @@ from models.types import (
 )
 from service.devices.messages import (
     Ack,
-    Answer,
     Cancel,
+    Completions,
     Hello,
     Load,
     MalformedMessage,
@@ -104,7 +104,7 @@ def test_answers(array, grid):
     outcome = Outcome(
         id="x", predictions=(SCORE,), explanations=(explanation,) * 2, statistics=(statistics,)
     )
-    answer = Answer(
+    answer = Completions(
         outcomes=(outcome, outcome), failures=(Failure(id="y", code="c", message="m"),), others_ms=3
     )
     assert plain(over_the_wire(answer, decode_from_worker)) == plain(answer)

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from models.errors import ERRORS, InternalError, Overloaded
 from models.types import Failure, ModelCard, ModelInfo
-from service.devices.messages import to_error, to_failure
-from service.devices.model_state import job_ms, loading_info, merge, remember
+from service.devices.messages import from_wire, to_wire
+from service.devices.model_state import job_ms, keep_known_models, loading_model, merge
 from service.devices.runtime_dir import RuntimeDir, holds
 from service.hardware import resolve_devices, threads_per_device
 from service.supervisor.child import RestartBudget, describe_end
-from service.worker.backend import classify
+from service.worker.backend import classify_exception
 from service.worker.queue import LatencyModel
 
 # ---------------------------------------------------------------- latency
@@ -132,7 +132,7 @@ def test_cards_of_several_devices_become_one():
 
 
 def test_a_model_stays_ready_while_its_device_comes_back_and_not_when_it_does_not():
-    said = {"cpu": remember([info(), info("gone")], [info(state="loading")])}
+    said = {"cpu": keep_known_models([info(), info("gone")], [info(state="loading")])}
     (restarting,) = merge(said, connected=set(), coming={"cpu"})
     assert restarting.card.ready
     assert restarting.card.devices == ()
@@ -142,14 +142,14 @@ def test_a_model_stays_ready_while_its_device_comes_back_and_not_when_it_does_no
 
 
 def test_what_a_restart_finds_broken_is_not_remembered_as_warm():
-    (now,) = remember([info()], [info(state="unavailable")])
+    (now,) = keep_known_models([info()], [info(state="unavailable")])
     assert now.card.state == "unavailable"
 
 
 def test_the_cost_of_a_job():
     assert job_ms(info(best_batch=4, latency_ms={1: 10, 4: 20}).card) == 5
     assert job_ms(info().card) > 0
-    assert loading_info(spec()).card.state == "loading"
+    assert loading_model(spec()).card.state == "loading"
 
 
 # ---------------------------------------------------------------- faults and failures
@@ -180,28 +180,31 @@ def test_the_cost_of_a_job():
     ],
 )
 def test_fault_classes(error, fault):
-    assert classify(error) == fault
+    assert classify_exception(error) == fault
 
 
 def test_torchs_own_exceptions_are_known():
     """The real class of CUDA faults, and a real allocation that no machine can make."""
-    assert classify(torch.AcceleratorError("CUDA error: unspecified launch failure")) == "device"
+    assert (
+        classify_exception(torch.AcceleratorError("CUDA error: unspecified launch failure"))
+        == "device"
+    )
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**58, dtype=torch.uint8)
-    assert classify(caught.value) == "memory"
+    assert classify_exception(caught.value) == "memory"
 
 
 @pytest.mark.parametrize("code", ERRORS)
 def test_errors_survive_as_failures(code):
     error = ERRORS[code]("what", field="methods.0", retry_after_s=2.5)
-    back = to_error(to_failure("id", error))
+    back = from_wire(to_wire("id", error))
     assert type(back) is type(error)
     assert (back.message, back.field, back.retry_after_s) == ("what", "methods.0", 2.5)
 
 
 def test_an_unknown_code_is_an_internal_error():
-    assert type(to_error(Failure(id="x", code="no_such", message="m"))) is InternalError
-    assert to_failure("x", Overloaded("m")).code == "overloaded"
+    assert type(from_wire(Failure(id="x", code="no_such", message="m"))) is InternalError
+    assert to_wire("x", Overloaded("m")).code == "overloaded"
 
 
 # ---------------------------------------------------------------- runtime folder

@@ -11,13 +11,13 @@ import pytest
 
 from service.devices.shared_record import SharedRecord
 from service.devices.status import (
-    Board,
-    BoardFile,
-    Death,
-    DeviceLife,
-    Fleet,
-    FleetFile,
+    DeviceState,
+    DeviceStates,
+    DeviceStatesFile,
     RunningJob,
+    WorkerExit,
+    WorkerStatus,
+    WorkerStatusFile,
     is_hung,
 )
 
@@ -96,11 +96,13 @@ def test_no_reader_sees_half_a_record_while_another_process_writes(tmp_path):
 
 
 def test_the_board_names_the_jobs(tmp_path):
-    written = BoardFile.create(tmp_path / "board")
-    read = BoardFile.open(tmp_path / "board")
+    written = WorkerStatusFile.create(tmp_path / "board")
+    read = WorkerStatusFile.open(tmp_path / "board")
     assert read.read() is None
     jobs = tuple(RunningJob(id=f"{n:032x}", digest=f"{n:032x}", deaths=n) for n in range(256))
-    board = Board(ready=True, activity="batch", since=5.0, predicted_s=0.1, jobs=jobs, wait_ms=1.5)
+    board = WorkerStatus(
+        ready=True, activity="batch", since=5.0, predicted_s=0.1, jobs=jobs, wait_ms=1.5
+    )
     written.write(board)
     assert read.read() == board
     written.close()
@@ -121,20 +123,20 @@ def test_the_board_names_the_jobs(tmp_path):
     ],
 )
 def test_hangs(activity, age_s, predicted_s, hung):
-    board = Board(activity=activity, since=1000.0, predicted_s=predicted_s)
+    board = WorkerStatus(activity=activity, since=1000.0, predicted_s=predicted_s)
     assert hung == is_hung(board, now=1000 + age_s, floor_s=10, factor=10, load_timeout_s=300)
 
 
 def test_the_fleet_at_its_largest_fits(tmp_path):
     ids = tuple(f"{n:032x}" for n in range(256))
-    deaths = tuple(Death(incarnation=n, reason="SIGSEGV", suspects=ids) for n in range(8))
-    fleet = Fleet(
-        devices=tuple(DeviceLife(device=f"cuda:{n}", deaths=deaths) for n in range(4)),
+    deaths = tuple(WorkerExit(incarnation=n, reason="SIGSEGV", suspects=ids) for n in range(8))
+    fleet = DeviceStates(
+        devices=tuple(DeviceState(device=f"cuda:{n}", deaths=deaths) for n in range(4)),
         quarantined=ids * 4,
     )
-    written = FleetFile.create(tmp_path / "fleet")
+    written = DeviceStatesFile.create(tmp_path / "fleet")
     written.write(fleet)
-    read = FleetFile.open(tmp_path / "fleet")
+    read = DeviceStatesFile.open(tmp_path / "fleet")
     assert read.read() == fleet
     assert read.read() is read.read(), "decoded again though nothing changed"
     written.close()

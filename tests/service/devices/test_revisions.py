@@ -12,7 +12,7 @@ from fake_engine import Fault, make_backend, picture, spec
 
 from models.errors import ModelReplaced, NotReady, UnknownModel
 from models.types import Job, JobOptions, LayerInfo, ModelCard, ModelInfo, Preprocess
-from service.devices.model_state import with_revision
+from service.devices.model_state import with_fingerprint
 from service.settings import Settings
 from service.worker.batcher import Batcher
 from service.worker.local import LocalPool
@@ -21,7 +21,7 @@ KEY = ("m", "1")
 LATENCY = {1: 10.0, 8: 24.0}
 
 
-def job(number: int, *, revision: str = "", deadline: float = 100.0, **changes: object) -> Job:
+def job(number: int, *, fingerprint: str = "", deadline: float = 100.0, **changes: object) -> Job:
     plain = Job(
         id=str(number),
         operation="predict",
@@ -30,14 +30,14 @@ def job(number: int, *, revision: str = "", deadline: float = 100.0, **changes: 
         input=np.zeros((1, 1, 3), dtype=np.uint8),
         options=JobOptions(),
         deadline=deadline,
-        revision=revision,
+        fingerprint=fingerprint,
     )
     return msgspec.structs.replace(plain, **changes)
 
 
-def batcher(*, revision: str = "old", best: int = 8) -> Batcher:
+def batcher(*, fingerprint: str = "old", best: int = 8) -> Batcher:
     made = Batcher()
-    made.set_model(KEY, best_batch=best, latency_ms=LATENCY, revision=revision)
+    made.set_model(KEY, best_batch=best, latency_ms=LATENCY, fingerprint=fingerprint)
     return made
 
 
@@ -61,11 +61,11 @@ INFO = ModelInfo(
 )
 
 
-def revision(**changes: object) -> str:
+def fingerprint(**changes: object) -> str:
     card = {k: v for k, v in changes.items() if k in ModelCard.__struct_fields__}
     rest = {k: v for k, v in changes.items() if k not in card}
     info = msgspec.structs.replace(INFO, card=msgspec.structs.replace(INFO.card, **card), **rest)
-    return with_revision(info).card.revision
+    return with_fingerprint(info).card.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -79,41 +79,41 @@ def revision(**changes: object) -> str:
     ],
 )
 def test_a_revision_changes_with_what_requests_are_resolved_against(changes):
-    assert revision(**changes) != revision()
+    assert fingerprint(**changes) != fingerprint()
 
 
 def test_a_revision_is_the_same_on_every_device_and_after_a_restart():
-    assert revision() == revision(devices=("cuda:1",), latency_ms={1: 3.0}, best_batch=4)
-    assert len(revision()) == 16
+    assert fingerprint() == fingerprint(devices=("cuda:1",), latency_ms={1: 3.0}, best_batch=4)
+    assert len(fingerprint()) == 16
 
 
 def test_jobs_of_another_revision_are_turned_away():
     queue = batcher()
-    queue.add(job(1, revision="old"), 0)
+    queue.add(job(1, fingerprint="old"), 0)
     queue.add(job(2), 0)
     with pytest.raises(ModelReplaced):
-        queue.add(job(3, revision="new"), 0)
-    stale = queue.set_model(KEY, best_batch=8, latency_ms=LATENCY, revision="new")
+        queue.add(job(3, fingerprint="new"), 0)
+    stale = queue.set_model(KEY, best_batch=8, latency_ms=LATENCY, fingerprint="new")
     assert [entry.job.id for entry in stale] == ["1"]
     with pytest.raises(ModelReplaced):
-        queue.add(job(4, revision="old"), 0)
-    queue.add(job(5, revision="new"), 0)
+        queue.add(job(4, fingerprint="old"), 0)
+    queue.add(job(5, fingerprint="new"), 0)
     assert [entry.job.id for entry in queue.next(0).batch.entries] == ["2", "5"]
     assert queue.depth == 2
 
 
 def test_a_model_that_is_loaded_again_keeps_its_jobs():
     queue = batcher()
-    queue.add(job(1, revision="old"), 0)
-    assert queue.set_model(KEY, best_batch=8, latency_ms=LATENCY, revision="old") == []
+    queue.add(job(1, fingerprint="old"), 0)
+    assert queue.set_model(KEY, best_batch=8, latency_ms=LATENCY, fingerprint="old") == []
     assert queue.next(0).batch.entries[0].job.id == "1"
 
 
 def test_what_is_on_the_device_when_its_model_is_replaced_ends_as_it_began():
     queue = batcher()
-    queue.add(job(1, revision="old"), 0)
+    queue.add(job(1, fingerprint="old"), 0)
     queue.next(0)
-    assert queue.set_model(KEY, best_batch=8, latency_ms=LATENCY, revision="new") == []
+    assert queue.set_model(KEY, best_batch=8, latency_ms=LATENCY, fingerprint="new") == []
     queue.done(1)
     assert queue.depth == 0
 
@@ -126,13 +126,13 @@ async def test_who_waits_while_a_model_is_replaced_learns_the_new_one_first():
     await pool.start()
     try:
         await pool.wait_ready()
-        old = pool.models()[0].card.revision
+        old = pool.models()[0].card.fingerprint
         assert old
 
         def fresh(number: int, fault: Fault = Fault.NONE, argument: int = 0) -> Job:
             return job(
                 number,
-                revision=old,
+                fingerprint=old,
                 model="fake",
                 input=picture(number, fault, argument),
                 deadline=time.monotonic() + 10,
@@ -152,12 +152,12 @@ async def test_who_waits_while_a_model_is_replaced_learns_the_new_one_first():
             try:
                 await task
             except ModelReplaced:
-                seen.append(pool.models()[0].card.revision)
+                seen.append(pool.models()[0].card.fingerprint)
         await loading
         await running
         assert len(seen) > 1
         assert heard.index("models") < heard.index("1")
-        assert set(seen) == {pool.models()[0].card.revision} != {old}
+        assert set(seen) == {pool.models()[0].card.fingerprint} != {old}
     finally:
         await pool.close()
 
@@ -166,12 +166,12 @@ def test_jobs_for_a_model_that_goes_are_asked_again_unless_they_name_no_revision
     queue = batcher()
     queue.close_model(KEY)
     with pytest.raises(ModelReplaced):
-        queue.add(job(1, revision="old"), 0)
+        queue.add(job(1, fingerprint="old"), 0)
     with pytest.raises(NotReady):
         queue.add(job(2), 0)
     queue.drop_model(KEY)
     with pytest.raises(ModelReplaced):
-        queue.add(job(3, revision="old"), 0)
+        queue.add(job(3, fingerprint="old"), 0)
     with pytest.raises(UnknownModel):
         queue.add(job(4), 0)
 
@@ -239,7 +239,7 @@ def test_long_jobs_are_held_and_step():
         def __init__(self, item: Job) -> None:
             self.job = item
 
-    queue = Batcher(max_pending=2)
+    queue = Batcher(max_suspended=2)
     queue.set_model(KEY, best_batch=8, latency_ms=LATENCY)
     long = [job(n, options=JobOptions(faithfulness=("deletion",))) for n in range(3)]
     assert reason(queue, *long) == ("held", 2)

@@ -65,7 +65,7 @@ class AnyOrder(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
-        self.queue = batcher(max_wait_s=1e9, max_pending=3)
+        self.queue = batcher(max_wait_s=1e9, max_suspended=3)
         self.jobs: dict[str, Job] = {}
         self.open: set[str] = set()
         self.ended: list[str] = []
@@ -299,7 +299,7 @@ def test_a_job_that_was_in_a_death_runs_alone_at_every_step():
 
 
 def test_no_more_jobs_are_held_between_steps_than_allowed():
-    queue = batcher(max_pending=2, max_wait_s=1e9)
+    queue = batcher(max_suspended=2, max_wait_s=1e9)
     for number in range(5):
         queue.add(job(number, long=True), 0.0)
     first = queue.next(0.0).batch

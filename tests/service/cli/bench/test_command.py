@@ -31,7 +31,7 @@ def classifier(serve_apart, answer):
     """Answers with the mean brightness of the picture as its score; `spoil(number)` spoils an answer."""
     spoilt: set[int] = set()
 
-    async def classify(seen):
+    async def classify_exception(seen):
         if len(server.seen) in spoilt:
             return answer({"code": "overloaded"}, status=429, seen=seen)
         pixels = Image.open(io.BytesIO(seen.body)).convert("RGB").resize((1, 1)).getpixel((0, 0))
@@ -39,7 +39,7 @@ def classifier(serve_apart, answer):
         image = {"width": 1, "height": 1}
         return answer({"results": [{"image": image, "predictions": predictions}]}, seen=seen)
 
-    server, url = serve_apart(classify)
+    server, url = serve_apart(classify_exception)
     server.spoilt = spoilt
     return server, url
 

@@ -60,10 +60,10 @@ def test_what_is_no_answer_has_no_fingerprint(answer: bytes) -> None:
 
 @pytest.mark.anyio
 async def test_answers_are_learnt_one_by_one(serve, answer) -> None:
-    async def classify(seen):
+    async def classify_exception(seen):
         return answer(body({1: float(seen.body[0])}))
 
-    async with serve(classify) as (server, address):
+    async with serve(classify_exception) as (server, address):
         requests = picture_requests(address, [b"a", b"b", b"b"])
         verifier = await learn(Client(address, requests, timeout_s=2), requests)
     assert [seen.body for seen in server.seen] == [b"a", b"b", b"b"]
