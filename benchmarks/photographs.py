@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,7 +58,6 @@ def job_for(
         version=warm.version,
         input=pixels,
         options=options,
-        deadline=time.monotonic() + 86_400,
     )
 
 

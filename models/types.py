@@ -126,7 +126,7 @@ class JobOptions(Struct):
 
 
 class Job(Struct):
-    """One picture to run through one model.
+    """One image to run through one model.
 
     Attributes:
         id: unique per job.
@@ -134,12 +134,6 @@ class Job(Struct):
         model: catalog name.
         version: version of that model.
         input: uint8 array (height, width, 3), the model input before normalising.
-        deadline: monotonic time after which nobody waits for the answer.
-        digest: digest of model and input, by which an input is recognised after a worker death.
-        deaths: worker deaths this job was already part of; such a job runs alone.
-        traceparent: W3C trace context, empty when tracing is off.
-        request_id: of the request that the job is part of, for logs.
-        fingerprint: `ModelCard.fingerprint` that the options were resolved against; empty = any.
     """
 
     id: str
@@ -148,12 +142,6 @@ class Job(Struct):
     version: str
     input: np.ndarray
     options: JobOptions
-    deadline: float
-    digest: str = ""
-    deaths: int = 0
-    traceparent: str = ""
-    request_id: str = ""
-    fingerprint: str = ""
 
 
 # ---------------------------------------------------------------- outcomes
@@ -242,23 +230,12 @@ class LayerStatistics(Struct):
 
 
 class Outcome(Struct):
-    """The answer to a job.
-
-    Attributes:
-        queue_ms: time from arrival in the worker to the start of its (first) batch.
-        device_ms: time its batches occupied the device.
-        batch_size: jobs in the trunk pass that answered it.
-        device: where it ran; the pool says it.
-    """
+    """The result of a job."""
 
     id: str
     predictions: tuple[ClassScore, ...]
     explanations: tuple[Explanation, ...] = ()
     statistics: tuple[LayerStatistics, ...] = ()
-    queue_ms: float = 0.0
-    device_ms: float = 0.0
-    batch_size: int = 1
-    device: str = ""
 
 
 class Failure(Struct):

@@ -53,13 +53,13 @@ class Metrics:
     """
 
     def __init__(
-        self, pool: DevicePool, *, ready_within_s: float, nv_aliases: bool = False
+        self, pool: DevicePool, *, ready_within_s: float = 30.0, nv_aliases: bool = False
     ) -> None:
         self._pool = pool
         self._nv_aliases = nv_aliases
         self._multiprocess = MULTIPROCESS_DIR in os.environ
         self._registry = own = CollectorRegistry()
-        self._devices = _DeviceCollector(pool, ready_within_s)
+        self.ready_within_s = ready_within_s
         self.request_seconds = Histogram(
             "http_request_duration_seconds",
             "Duration of requests by route template.",
@@ -134,7 +134,7 @@ class Metrics:
     def exposition(self) -> bytes:
         """All metrics in Prometheus's text format."""
         counted = list(self._counted().collect())
-        known = list(self._devices.collect())
+        known = list(_DeviceCollector(self._pool, self.ready_within_s).collect())
         if self._nv_aliases:
             known += nv_families(counted, self._pool.devices())
         registry = CollectorRegistry()

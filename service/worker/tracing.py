@@ -102,7 +102,9 @@ class OtelDeviceTracing:
 
     def ran(self, batch: Batch, *, began: float, ended: float, done: float) -> None:
         """Record a batch."""
-        contexts = {e.job.id: _context(e.job.traceparent) for e in batch.entries if _is_shown(e)}
+        contexts = {
+            e.job.id: _context(e.submission.traceparent) for e in batch.entries if _is_shown(e)
+        }
         for entry in batch.entries:
             parent = contexts.get(entry.job.id)
             if parent is None:
@@ -129,7 +131,7 @@ class OtelDeviceTracing:
     def expired(self, entry: Entry, *, now: float) -> None:
         """Record a job whose deadline passed."""
         if entry.started is None and _is_shown(entry):
-            parent = _context(entry.job.traceparent)
+            parent = _context(entry.submission.traceparent)
             self._span("queue", parent, began=entry.arrived, ended=now, code="deadline_exceeded")
 
     def close(self) -> None:
@@ -152,7 +154,7 @@ def _is_unnamed(resource: Resource) -> bool:
 
 
 def _is_shown(entry: Entry) -> bool:
-    return bool(entry.job.traceparent) and entry.batches <= _MOST_BATCHES
+    return bool(entry.submission.traceparent) and entry.batches <= _MOST_BATCHES
 
 
 def _context(traceparent: str) -> Context:

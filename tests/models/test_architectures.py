@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -178,7 +177,6 @@ def explained(warm: WarmModel, methods: tuple[str, ...], *, layers=None) -> list
             samples=2,
             steps=3,
         ),
-        deadline=time.monotonic() + 1000,
     )
     engine = Engine(OneModel(warm))
     answer = engine.run([job])[0]

@@ -57,7 +57,6 @@ def job(
         version="1",
         input=picture,
         options=JobOptions(**options),
-        deadline=1e9,
     )
 
 

@@ -86,7 +86,6 @@ def _job(subject: Subject, name: str) -> Job:
         version="1",
         input=np.zeros((1, 1, 3), np.uint8),
         options=JobOptions(interventions=subject.interventions),
-        deadline=0.0,
     )
 
 

@@ -99,7 +99,7 @@ def test_the_board_names_the_jobs(tmp_path):
     written = WorkerStatusFile.create(tmp_path / "board")
     read = WorkerStatusFile.open(tmp_path / "board")
     assert read.read() is None
-    jobs = tuple(RunningJob(id=f"{n:032x}", digest=f"{n:032x}", deaths=n) for n in range(256))
+    jobs = tuple(RunningJob(id=f"{n:032x}", digest=f"{n:032x}", worker_exits=n) for n in range(256))
     board = WorkerStatus(
         ready=True, activity="batch", since=5.0, predicted_s=0.1, jobs=jobs, wait_ms=1.5
     )
@@ -129,9 +129,9 @@ def test_hangs(activity, age_s, predicted_s, hung):
 
 def test_the_fleet_at_its_largest_fits(tmp_path):
     ids = tuple(f"{n:032x}" for n in range(256))
-    deaths = tuple(WorkerExit(incarnation=n, reason="SIGSEGV", suspects=ids) for n in range(8))
+    exits = tuple(WorkerExit(incarnation=n, reason="SIGSEGV", suspects=ids) for n in range(8))
     fleet = DeviceStates(
-        devices=tuple(DeviceState(device=f"cuda:{n}", deaths=deaths) for n in range(4)),
+        devices=tuple(DeviceState(device=f"cuda:{n}", exits=exits) for n in range(4)),
         quarantined=ids * 4,
     )
     written = DeviceStatesFile.create(tmp_path / "fleet")

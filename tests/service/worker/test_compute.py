@@ -1,4 +1,4 @@
-"""Models replaced under jobs that were resolved against the old one; why batches have their size."""
+"""Models replaced under jobs that were resolved against the old one, and the reasons for batch sizes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from fake_engine import Fault, make_backend, picture, spec
 
 from models.errors import ModelReplaced, NotReady, UnknownModel
-from models.types import Job, JobOptions, LayerInfo, ModelCard, ModelInfo, Preprocess
-from service.devices.model_state import with_fingerprint
+from models.types import Failure, Job, JobOptions
+from service.devices.messages import Completion, Submission
 from service.settings import Settings
 from service.worker.batcher import Batcher
 from service.worker.local import LocalPool
@@ -21,7 +21,14 @@ KEY = ("m", "1")
 LATENCY = {1: 10.0, 8: 24.0}
 
 
-def job(number: int, *, fingerprint: str = "", deadline: float = 100.0, **changes: object) -> Job:
+def job(
+    number: int,
+    *,
+    fingerprint: str = "",
+    deadline: float = 100.0,
+    exits: int = 0,
+    **changes: object,
+) -> Submission:
     plain = Job(
         id=str(number),
         operation="predict",
@@ -29,10 +36,17 @@ def job(number: int, *, fingerprint: str = "", deadline: float = 100.0, **change
         version="1",
         input=np.zeros((1, 1, 3), dtype=np.uint8),
         options=JobOptions(),
+    )
+    return Submission(
+        job=msgspec.structs.replace(plain, **changes),
         deadline=deadline,
+        worker_exits=exits,
         fingerprint=fingerprint,
     )
-    return msgspec.structs.replace(plain, **changes)
+
+
+def job_id(result: Completion | Failure) -> str:
+    return result.outcome.id if isinstance(result, Completion) else result.id
 
 
 def batcher(*, fingerprint: str = "old", best: int = 8) -> Batcher:
@@ -41,53 +55,7 @@ def batcher(*, fingerprint: str = "old", best: int = 8) -> Batcher:
     return made
 
 
-# ---------------------------------------------------------------- revisions
-
-
-INFO = ModelInfo(
-    card=ModelCard(
-        name="m",
-        version="1",
-        state="ready",
-        ready=True,
-        source="timm:x",
-        num_classes=2,
-        input=Preprocess(resize=8, crop=(8, 8)),
-    ),
-    labels=("a", "b"),
-    layers=(
-        LayerInfo(name="l", type="Conv2d", output_shape=(8, 7, 7), spatial=True, parameters=1),
-    ),
-)
-
-
-def fingerprint(**changes: object) -> str:
-    card = {k: v for k, v in changes.items() if k in ModelCard.__struct_fields__}
-    rest = {k: v for k, v in changes.items() if k not in card}
-    info = msgspec.structs.replace(INFO, card=msgspec.structs.replace(INFO.card, **card), **rest)
-    return with_fingerprint(info).card.fingerprint
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"labels": ("b", "a")},
-        {"num_classes": 3},
-        {"task": "multi_label"},
-        {"input": Preprocess(resize=8, crop=(8, 8), mean=(0.5, 0.5, 0.5))},
-        {"layers": ()},
-    ],
-)
-def test_a_revision_changes_with_what_requests_are_resolved_against(changes):
-    assert fingerprint(**changes) != fingerprint()
-
-
-def test_a_revision_is_the_same_on_every_device_and_after_a_restart():
-    assert fingerprint() == fingerprint(devices=("cuda:1",), latency_ms={1: 3.0}, best_batch=4)
-    assert len(fingerprint()) == 16
-
-
-def test_jobs_of_another_revision_are_turned_away():
+def test_jobs_of_another_model_are_turned_away():
     queue = batcher()
     queue.add(job(1, fingerprint="old"), 0)
     queue.add(job(2), 0)
@@ -129,7 +97,7 @@ async def test_who_waits_while_a_model_is_replaced_learns_the_new_one_first():
         old = pool.models()[0].card.fingerprint
         assert old
 
-        def fresh(number: int, fault: Fault = Fault.NONE, argument: int = 0) -> Job:
+        def fresh(number: int, fault: Fault = Fault.NONE, argument: int = 0) -> Submission:
             return job(
                 number,
                 fingerprint=old,
@@ -139,9 +107,9 @@ async def test_who_waits_while_a_model_is_replaced_learns_the_new_one_first():
             )
 
         heard = []
-        told, answered = pool.models_changed, pool.answered
-        pool.models_changed = lambda infos: (heard.append("models"), told(infos))
-        pool.answered = lambda ends: (heard.extend(end.id for end in ends), answered(ends))
+        told, answered = pool.on_models, pool.on_results
+        pool.on_models = lambda infos: (heard.append("models"), told(infos))
+        pool.on_results = lambda ends: (heard.extend(map(job_id, ends)), answered(ends))
         running = asyncio.create_task(pool.submit(fresh(0, Fault.SLOW, 30)))
         await asyncio.sleep(0.1)
         loading = asyncio.create_task(pool.load(spec(task="multi_label")))
@@ -162,7 +130,7 @@ async def test_who_waits_while_a_model_is_replaced_learns_the_new_one_first():
         await pool.close()
 
 
-def test_jobs_for_a_model_that_goes_are_asked_again_unless_they_name_no_revision():
+def test_jobs_for_a_model_that_goes_are_asked_again_unless_they_name_no_model():
     queue = batcher()
     queue.close_model(KEY)
     with pytest.raises(ModelReplaced):
@@ -208,7 +176,7 @@ async def test_a_load_does_not_overtake_the_unload_of_the_same_model():
 # ---------------------------------------------------------------- reasons
 
 
-def reason(queue: Batcher, *jobs: Job, now: float = 0.0) -> tuple[str, int]:
+def reason(queue: Batcher, *jobs: Submission, now: float = 0.0) -> tuple[str, int]:
     for item in jobs:
         queue.add(item, now)
     batch = queue.next(now).batch
@@ -222,10 +190,10 @@ def test_why_a_batch_has_its_size():
     assert reason(batcher(best=1), *jobs[:1]) == ("full", 1)
     soon = job(0, deadline=0.017)
     assert reason(batcher(), soon, *jobs[1:]) == ("deadline", 4)
-    suspect = job(0, deadline=1, deaths=1)
+    suspect = job(0, deadline=1, exits=1)
     assert reason(batcher(), suspect, *jobs[1:]) == ("alone", 1)
     assert reason(batcher(), suspect) == ("alone", 1)
-    late_suspect = job(0, deadline=101, deaths=1)
+    late_suspect = job(0, deadline=101, exits=1)
     assert reason(batcher(), *jobs[1:3], late_suspect) == ("alone", 2)
     small = batcher()
     small.lower_batch(KEY, 2, until=10)
@@ -243,5 +211,5 @@ def test_long_jobs_are_held_and_step():
     queue.set_model(KEY, best_batch=8, latency_ms=LATENCY)
     long = [job(n, options=JobOptions(faithfulness=("deletion",))) for n in range(3)]
     assert reason(queue, *long) == ("held", 2)
-    queue.done(0.01, pending=[Step(item) for item in long[:2]])
+    queue.done(0.01, suspended=[Step(item.job) for item in long[:2]])
     assert reason(queue, now=0.01) == ("step", 2)
