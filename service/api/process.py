@@ -92,7 +92,7 @@ class HttpServer(uvicorn.Server):
             loop.remove_signal_handler(signal.SIGTERM)
 
     def _drain(self) -> None:
-        if self._leaving is not None:
+        if self._leaving is not None or not self._reload.started:
             self.should_exit = self.force_exit = True
             return
         self._draining.draining = True

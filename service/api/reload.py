@@ -100,10 +100,13 @@ class _Generation:
             self._requests -= 1
 
     async def finish(self) -> None:
-        """Wait for the requests, at most for the grace period, and run the shutdown."""
-        until = time.monotonic() + self.lease.settings.server.grace_s
-        while self._requests and time.monotonic() < until:  # noqa: ASYNC110 # seldom, and bounded
+        """Wait for the requests, which end by their deadlines, and run the shutdown."""
+        while self._requests:  # noqa: ASYNC110 # seldom, and short
             await asyncio.sleep(_POLL_S)
+        await self.stop()
+
+    async def stop(self) -> None:
+        """Run the application's shutdown now."""
         await self._lifespan.shutdown()
 
 
@@ -120,25 +123,36 @@ class Reload:
         self._runtime = runtime
         self._make_app = make_app
         self._tasks: set[asyncio.Task[None]] = set()
+        self._current: _Generation | None = None
         self._leading = False
         self._requested = False
 
     @property
+    def started(self) -> bool:
+        """Whether the process has built its first application."""
+        return self._current is not None
+
+    @property
     def settings(self) -> Settings:
         """The settings in force in this process."""
-        return self._current.lease.settings
+        return self._serving.lease.settings
+
+    @property
+    def _serving(self) -> _Generation:
+        assert self._current is not None, "the lifespan has not started"
+        return self._current
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or run the lifespan of the process."""
         if scope["type"] == "lifespan":
             await self._run(receive, send)
         else:
-            await self._current(scope, receive, send)
+            await self._serving(scope, receive, send)
 
     def request(self) -> None:
         """Reload the configuration for all HTTP processes, after a reload under way."""
         self._requested = True
-        if not self._leading:
+        if self.started and not self._leading:
             self._leading = True
             self._spawn(self._lead())
 
@@ -154,13 +168,15 @@ class Reload:
             await send({"type": "lifespan.startup.failed"})
             return
         watching = asyncio.create_task(self._watch())
+        if self._requested:
+            self.request()
         await send({"type": "lifespan.startup.complete"})
         await receive()
         for task in (watching, *self._tasks):
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-        await self._current.finish()
+        await self._serving.stop()
         await self.pool.close()
         await send({"type": "lifespan.shutdown.complete"})
 
@@ -180,14 +196,14 @@ class Reload:
 
     async def _swap(self) -> _Generation:
         """Serve by the published settings from now on; returns the replaced application."""
-        replaced, self._current = self._current, await self._build()
+        replaced, self._current = self._serving, await self._build()
         return replaced
 
     async def _watch(self) -> None:
         """Swap when another process has published settings."""
         while True:
             await asyncio.sleep(_WATCH_S)
-            if self._leading or self._current.lease.is_current():
+            if self._leading or self._serving.lease.is_current():
                 continue
             try:
                 replaced = await self._swap()
@@ -248,7 +264,7 @@ class Reload:
             self._runtime.write_settings(before)
             return False
         await replaced.finish()
-        until = time.monotonic() + before.server.grace_s + _RELEASE_S
+        until = time.monotonic() + before.limits.max_timeout_s + _RELEASE_S
         while not replaced.lease.is_last() and time.monotonic() < until:  # noqa: ASYNC110 # a lock
             await asyncio.sleep(_POLL_S)
         replaced.lease.close()
