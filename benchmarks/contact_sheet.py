@@ -21,7 +21,8 @@ from benchmarks.photographs import answer, job_for, model_input
 from models.catalog import default_spec
 from models.engine import Engine
 from models.imaging.render import input_canvas, overlay, shade
-from models.registry import ModelRegistry, WarmModel
+from models.registry import ModelRegistry
+from models.warm_model import WarmModel
 from models.types import Explanation, JobOptions, Outcome
 
 PHOTOGRAPHS = ("chelsea", "coffee")

@@ -27,8 +27,9 @@ from benchmarks.photographs import job_for
 from benchmarks.timing import Case, Comparison, compare, machine_line, rounds_of
 from models.catalog import ModelSpec, default_spec
 from models.engine import Engine
-from models.preparation.twin import Needs
-from models.registry import ModelRegistry, WarmModel
+from models.preparation.variant import Needs
+from models.registry import ModelRegistry
+from models.warm_model import WarmModel
 from models.types import ClassRef, Job, JobOptions, Operation, Outcome, Target
 
 PLAIN = "plain forward"

@@ -11,10 +11,11 @@ from typing import cast
 
 import numpy as np
 
-from models.engine import Engine, Pending
+from models.engine import Engine, Suspended
 from models.imaging.decode import DecodeLimits, decode
 from models.imaging.preprocess import preprocess
-from models.registry import ModelRegistry, WarmModel
+from models.registry import ModelRegistry
+from models.warm_model import WarmModel
 from models.types import Job, JobOptions, Operation, Outcome
 
 
@@ -70,7 +71,7 @@ def answer(engine: Engine, job: Job) -> Outcome:
         RuntimeError: the engine refused it.
     """
     found = engine.run([job])[0]
-    while isinstance(found, Pending):
+    while isinstance(found, Suspended):
         found = engine.advance([found])[0]
     if not isinstance(found, Outcome):
         raise RuntimeError(found)  # noqa: TRY004  (a failure of the model, no wrong type)

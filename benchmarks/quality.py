@@ -38,7 +38,8 @@ from models.catalog import PreprocessSpec, default_spec
 from models.engine import Engine
 from models.imaging.render import normalise, upsample
 from models.methods import METHODS
-from models.registry import ModelRegistry, WarmModel
+from models.registry import ModelRegistry
+from models.warm_model import WarmModel
 from models.types import ClassRef, JobOptions, Target
 
 SIDE = 224

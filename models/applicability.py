@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from models.methods import METHODS
-from models.methods.row import Family, Method
+from models.methods.table import Family, Method
 from models.types import HeadKind, MethodSupport, Struct
 
 

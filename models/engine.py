@@ -9,25 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.answers import Answers
+from models.outcomes import BatchOutcomes
 from models.capture import Capture
-from models.cuda.plans import run_graphed
+from models.graphed_pass import run_graphed
 from models.errors import HeatlensError, InternalError, InvalidOption
 from models.extractor import Extractor, Tap
 from models.interventions import changes_for
 from models.layers import TokenLayout, to_map
-from models.preparation.twin import Needs
-from models.registry import ModelRegistry, WarmModel
-from models.steps import Exclusive, Forward, InputGradient, LayerGradient, Step
+from models.preparation.variant import Needs
+from models.registry import ModelRegistry
+from models.warm_model import WarmModel
+from models.steps import Unbatched, Forward, InputGradient, LayerGradient, Step
 from models.targets import ScoreWeights, class_scores
-from models.trunk import differentiates_layers, run_trunk
+from models.shared_pass import differentiates_layers, run_shared_pass
 from models.types import Failure, Job, Outcome
 
 logger = logging.getLogger("heatlens.engine")
 
 
-class Pending:
-    """A job whose trunk pass is done and that still needs steps.
+class Suspended:
+    """A job whose shared pass is done and that still needs steps.
 
     Attributes:
         job: the job.
@@ -59,7 +60,7 @@ class Pending:
         differentiated = isinstance(self.step, InputGradient)
         return self.warm.module_for(Needs(rewrites=changed, input_gradient=differentiated))
 
-    def resume(self, result: Any) -> Outcome | Failure | Pending:
+    def resume(self, result: Any) -> Outcome | Failure | Suspended:
         """Hand the step's result on; returns the outcome, or itself with its next step."""
         try:
             self.step = self._steps.send(result)
@@ -87,8 +88,8 @@ class Engine:
         """Args: the registry whose warm models answer."""
         self._registry = registry
 
-    def run(self, jobs: Sequence[Job]) -> list[Outcome | Failure | Pending]:
-        """Run one trunk pass for jobs of one model and version.
+    def run(self, jobs: Sequence[Job]) -> list[Outcome | Failure | Suspended]:
+        """Run one shared pass for jobs of one model and version.
 
         Args:
             jobs: predict, explain and features jobs alike.
@@ -107,7 +108,7 @@ class Engine:
         answered = dict(zip([job.id for job in sound], self._answer(warm, sound), strict=True))
         return [faults.get(job.id) or answered[job.id] for job in jobs]
 
-    def advance(self, pending: Sequence[Pending]) -> list[Outcome | Failure | Pending]:
+    def advance(self, pending: Sequence[Suspended]) -> list[Outcome | Failure | Suspended]:
         """Run the next step of several jobs of one model.
 
         Steps of the same kind share one batch; their costs should add up to about the model's best
@@ -116,13 +117,13 @@ class Engine:
         Returns:
             One entry for each, as in `run`.
         """
-        execute: dict[type[Step], Callable[[Sequence[Pending]], list[Any]]] = {
+        execute: dict[type[Step], Callable[[Sequence[Suspended]], list[Any]]] = {
             Forward: self._forward,
             InputGradient: self._input_gradient,
             LayerGradient: self._layer_gradient,
-            Exclusive: self._exclusive,
+            Unbatched: self._exclusive,
         }
-        groups: dict[tuple[type[Step], nn.Module], list[Pending]] = {}
+        groups: dict[tuple[type[Step], nn.Module], list[Suspended]] = {}
         for p in pending:
             groups.setdefault((type(p.step), p.module), []).append(p)
         results: dict[int, Any] = {}
@@ -131,32 +132,32 @@ class Engine:
         return [p.resume(results[id(p)]) for p in pending]
 
     @staticmethod
-    def _answer(warm: WarmModel, jobs: Sequence[Job]) -> list[Outcome | Failure | Pending]:
-        """One pass for all jobs, or one for each module they need where a model has faster twins."""
+    def _answer(warm: WarmModel, jobs: Sequence[Job]) -> list[Outcome | Failure | Suspended]:
+        """One pass for all jobs, or one for each module they need where a model has faster variants."""
         parts: dict[nn.Module, list[int]] = {}
         for i, job in enumerate(jobs):
             parts.setdefault(warm.module_for(_needs(job)), []).append(i)
         staged = {m: warm.stage([jobs[i].input for i in rows]) for m, rows in parts.items()}
-        answered: dict[int, Outcome | Failure | Pending] = {}
+        answered: dict[int, Outcome | Failure | Suspended] = {}
         for module, rows in parts.items():
             part = [jobs[i] for i in rows]
             pictures = staged[module]()
             trunk = run_graphed(warm, part, module=module, pictures=pictures)
             if trunk is None:
-                trunk = run_trunk(warm, part, module=module, pictures=pictures)
-            answers = Answers(warm, part, trunk)
+                trunk = run_shared_pass(warm, part, module=module, pictures=pictures)
+            answers = BatchOutcomes(warm, part, trunk)
             answered |= {i: _start(jobs[i], warm, answers.steps(r)) for r, i in enumerate(rows)}
         return [answered[i] for i in range(len(jobs))]
 
     @staticmethod
-    def _forward(group: Sequence[Pending]) -> list[Tensor]:
+    def _forward(group: Sequence[Suspended]) -> list[Tensor]:
         inputs, sizes, changes = _merge(group)
         with Extractor(group[0].module, [], changes=changes) as extractor:
             logits, _ = class_scores(extractor.forward(inputs), group[0].warm.task)
         return list(logits.split(sizes))
 
     @staticmethod
-    def _input_gradient(group: Sequence[Pending]) -> list[tuple[Tensor, Tensor]]:
+    def _input_gradient(group: Sequence[Suspended]) -> list[tuple[Tensor, Tensor]]:
         inputs, sizes, changes = _merge(group)
         steps = [p.step for p in group if isinstance(p.step, InputGradient)]
         targets = [target for step in steps for target in step.targets]
@@ -168,7 +169,7 @@ class Engine:
         return list(zip(gradient.float().split(sizes), scores.detach().split(sizes), strict=True))
 
     @staticmethod
-    def _layer_gradient(group: Sequence[Pending]) -> list[Capture]:
+    def _layer_gradient(group: Sequence[Suspended]) -> list[Capture]:
         warm = group[0].warm
         inputs, sizes, changes = _merge(group)
         steps = [p.step for p in group if isinstance(p.step, LayerGradient)]
@@ -203,8 +204,8 @@ class Engine:
         return captures
 
     @staticmethod
-    def _exclusive(group: Sequence[Pending]) -> list[Any]:
-        return [p.step.run() for p in group if isinstance(p.step, Exclusive)]
+    def _exclusive(group: Sequence[Suspended]) -> list[Any]:
+        return [p.step.run() for p in group if isinstance(p.step, Unbatched)]
 
 
 def failure(job: Job, error: HeatlensError) -> Failure:
@@ -220,7 +221,7 @@ def failure(job: Job, error: HeatlensError) -> Failure:
 
 def _start(
     job: Job, warm: WarmModel, steps: Generator[Step, Any, Outcome]
-) -> Outcome | Failure | Pending:
+) -> Outcome | Failure | Suspended:
     try:
         first = next(steps)
     except StopIteration as stop:
@@ -228,11 +229,11 @@ def _start(
         return outcome
     except HeatlensError as error:
         return failure(job, error)
-    return Pending(job, warm, steps, first)
+    return Suspended(job, warm, steps, first)
 
 
 def _needs(job: Job) -> Needs:
-    """What the job's trunk pass needs."""
+    """What the job's shared pass needs."""
     options = job.options
     layers = frozenset(options.layers)
     if job.operation == "features":
@@ -283,9 +284,9 @@ def _pair_taps(warm: WarmModel, layers: Sequence[str]) -> list[Tap]:
     return taps
 
 
-def _merge(group: Sequence[Pending]) -> tuple[Tensor, list[int], list[Any]]:
+def _merge(group: Sequence[Suspended]) -> tuple[Tensor, list[int], list[Any]]:
     """Inputs of several jobs' steps as one batch, the size of each part, and every row's interventions."""
-    parts = [p.step.inputs for p in group if not isinstance(p.step, Exclusive)]
+    parts = [p.step.inputs for p in group if not isinstance(p.step, Unbatched)]
     sizes = [len(part) for part in parts]
     rows = [
         p.job.options.interventions for p, n in zip(group, sizes, strict=True) for _ in range(n)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Noted:
+class NotedMaps:
     """What a long method may return instead of bare maps.
 
     Attributes:

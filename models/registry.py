@@ -11,7 +11,7 @@ from models.catalog import ModelSpec
 from models.errors import ModelLoadFailed, UnknownModel
 from models.sources import load
 from models.types import ModelCard, ModelInfo
-from models.warm import WARMUP_S, WarmModel, prepare
+from models.warmup import WARMUP_S, WarmModel, prepare
 
 __all__ = ["ModelRegistry", "WarmModel"]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from models.capture import Capture
 from models.hooks import ForwardHook
 from models.interventions import changes_for
-from models.registry import WarmModel
+from models.warm_model import WarmModel
 from models.targets import ResolvedTarget
 from models.types import Intervention
 
@@ -79,7 +79,7 @@ class LayerGradient:
 
 
 @dataclass(frozen=True)
-class Exclusive:
+class Unbatched:
     """Wanted: what `run` returns; it makes passes with hooks of its own and so shares no batch.
 
     Attributes:
@@ -91,7 +91,7 @@ class Exclusive:
     cost: int
 
 
-Step = Forward | InputGradient | LayerGradient | Exclusive
+Step = Forward | InputGradient | LayerGradient | Unbatched
 Steps = Generator[Step, Any, Tensor]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.transfer import indices
+from models.cuda.staging import indices
 from models.types import ClassRef, ClassScore, Target, Task
 
 

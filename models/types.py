@@ -247,7 +247,7 @@ class Outcome(Struct):
     Attributes:
         queue_ms: time from arrival in the worker to the start of its (first) batch.
         device_ms: time its batches occupied the device.
-        batch_size: jobs in the trunk pass that answered it.
+        batch_size: jobs in the shared pass that answered it.
         device: where it ran; the pool says it.
     """
 

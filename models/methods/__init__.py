@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from models.methods.row import Method
+from models.methods.table import Method
 from models.methods.rows import activation, gradient, perturbation, pixels, transformer
 
 METHODS: dict[str, Method] = {

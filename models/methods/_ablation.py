@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.extractor import Extractor
 from models.hooks import ForwardHook
-from models.steps import Exclusive, Step, Subject
+from models.steps import Unbatched, Step, Subject
 from models.targets import class_scores
 
 # What follows the target layer is so much cheaper than the trunk that one pass of it may feed many
@@ -48,18 +48,18 @@ def replayed_drops(subject: Subject) -> Generator[Step, Any, Tensor]:
     channels = activation.flatten(1).abs().amax(1).nonzero().flatten().tolist()
     if not channels:
         return drops
-    spread, whole = yield Exclusive(partial(_begin, subject, channels[0]), cost=2)
+    spread, whole = yield Unbatched(partial(_begin, subject, channels[0]), cost=2)
     rows = _rows(subject) if spread else subject.chunk
     for first in range(0, len(channels), rows):
         part = channels[first : first + rows]
         step = partial(_replay, subject, part, spread=spread)
-        logits = yield Exclusive(step, cost=min(len(part), subject.chunk))
+        logits = yield Unbatched(step, cost=min(len(part), subject.chunk))
         drops[part] = whole - subject.scores(logits)
     return drops
 
 
 def _rows(subject: Subject) -> int:
-    """Ablations that one trunk pass feeds, where its batch may grow at the layer."""
+    """Ablations that one shared pass feeds, where its batch may grow at the layer."""
     if subject.layer != subject.warm.target_layer:
         return subject.chunk
     return _ROWS * subject.chunk if subject.warm.head.kind == "gap" else max(_ROWS, subject.chunk)
@@ -68,7 +68,7 @@ def _rows(subject: Subject) -> int:
 def _begin(subject: Subject, channel: int) -> tuple[bool, Tensor]:
     """Whether the batch may grow at the layer, and the untouched scores (1, T) that drops are counted from.
 
-    The scores of the trunk pass would not do: it may have run on a module prepared for speed, whose
+    The scores of the shared pass would not do: it may have run on a module prepared for speed, whose
     rounding differs by as much as a channel is worth.
     """
     whole = _replay(subject, [_NONE], spread=False)

@@ -7,13 +7,13 @@ from functools import partial
 from typing import TypeVar
 
 from models.errors import HeatlensError
-from models.steps import Exclusive, Step
+from models.steps import Unbatched, Step
 
 T = TypeVar("T")
 
 
-def exclusively(run: Callable[[], T], *, cost: int) -> Generator[Step, T | HeatlensError, T]:
-    """Yield one `Exclusive` step and return what `run` returned.
+def run_unbatched(run: Callable[[], T], *, cost: int) -> Generator[Step, T | HeatlensError, T]:
+    """Yield one `Unbatched` step and return what `run` returned.
 
     Args:
         run: at most one batch of work.
@@ -22,7 +22,7 @@ def exclusively(run: Callable[[], T], *, cost: int) -> Generator[Step, T | Heatl
     Raises:
         HeatlensError: what `run` raised, here in the method's own job.
     """
-    result = yield Exclusive(run=partial(_caught, run), cost=cost)
+    result = yield Unbatched(run=partial(_caught, run), cost=cost)
     if isinstance(result, HeatlensError):
         raise result
     return result

@@ -20,7 +20,7 @@ from models.errors import MethodNotApplicable
 from models.methods._fullgrad import decompose, obstacle
 from models.methods._heads import linear_head
 from models.methods._shapley import curved_weights, linear_curved_weights
-from models.steps import Exclusive, LayerGradient, Steps, Subject
+from models.steps import Unbatched, LayerGradient, Steps, Subject
 from models.targets import ResolvedTarget, ScoreWeights
 
 _SPACE = (-2, -1)
@@ -184,7 +184,7 @@ def shapleycam(subject: Subject) -> Steps:
         for start in range(0, len(subject.targets), subject.chunk):
             targets = subject.targets[start : start + subject.chunk]
             run = partial(curved_weights, subject, targets)
-            parts.append((yield Exclusive(run, cost=6 * len(targets))))
+            parts.append((yield Unbatched(run, cost=6 * len(targets))))
         weights = torch.cat(parts)
     return _weighted_sum(weights[None], capture.activation)[0].relu_()
 
@@ -207,7 +207,7 @@ def fullgrad(subject: Subject) -> Steps:
     parts = []
     for start in range(0, len(subject.targets), subject.chunk):
         targets = subject.targets[start : start + subject.chunk]
-        parts.append((yield Exclusive(partial(_fullgrad, subject, targets), cost=3 * len(targets))))
+        parts.append((yield Unbatched(partial(_fullgrad, subject, targets), cost=3 * len(targets))))
     return torch.cat(parts)
 
 

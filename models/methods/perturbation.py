@@ -17,7 +17,7 @@ from torch import Tensor
 
 from models.methods._ablation import closed_form_drops, replayed_drops
 from models.methods._masks import KEPT, RandomMasks, unit_masks, varying_channels
-from models.noted import Noted
+from models.steps import NotedMaps
 from models.steps import Forward, Step, Steps, Subject
 from models.targets import probabilities
 
@@ -25,7 +25,7 @@ SMOOTHING = 2.0
 """Standard deviation of SS-CAM's noise, in units of a mask's range."""
 
 
-def scorecam(subject: Subject) -> Generator[Step, Any, Noted]:
+def scorecam(subject: Subject) -> Generator[Step, Any, NotedMaps]:
     """Score-CAM (Wang et al. 2020, algorithm 1), for T targets at once.
 
     M = ReLU(sum_k w_k A_k), w = softmax over channels of y_c(X * H_k), H_k = minmax(upsample(A_k)).
@@ -44,7 +44,7 @@ def scorecam(subject: Subject) -> Generator[Step, Any, Noted]:
         energy = _activation(subject)[channels].square().sum((1, 2))
         channels = channels[energy.argsort(descending=True, stable=True)[: subject.samples]]
     maps = yield from _score_weighted(subject, channels, [lambda masks: masks])
-    return Noted(maps, notes)
+    return NotedMaps(maps, notes)
 
 
 def ss_cam(subject: Subject) -> Steps:

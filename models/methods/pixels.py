@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.methods._exclusive import exclusively
+from models.methods._exclusive import run_unbatched
 from models.methods._guided import guided_gradients
 from models.methods._lrp import Explained, relevance
 from models.methods.gradient import gradcam
-from models.noted import Noted
+from models.steps import NotedMaps
 from models.steps import Forward, InputGradient, Step, Steps, Subject
 
 _NOISE = 0.15
@@ -86,7 +86,7 @@ def vargrad(subject: Subject) -> Steps:
     return variance.sum(_COLOURS)
 
 
-def integrated_gradients(subject: Subject) -> Generator[Step, Any, Noted]:
+def integrated_gradients(subject: Subject) -> Generator[Step, Any, NotedMaps]:
     """Integrated gradients (Sundararajan et al. 2017, eq. 1), summed over the colours, signed.
 
     (x - b) times the mean gradient on the straight line from b, a black picture, to x; the mean is
@@ -111,10 +111,10 @@ def integrated_gradients(subject: Subject) -> Generator[Step, Any, Noted]:
         maps.append((difference * total).sum(_COLOURS)[0])
         delta = float(maps[-1].sum()) - gain
         notes.append(f"Completeness delta {delta:.2g} of score difference {gain:.3g}.")
-    return Noted(torch.stack(maps), tuple(notes))
+    return NotedMaps(torch.stack(maps), tuple(notes))
 
 
-def lrp(subject: Subject) -> Generator[Step, Any, Noted]:
+def lrp(subject: Subject) -> Generator[Step, Any, NotedMaps]:
     """Layer-wise relevance propagation (Bach et al. 2015) by the composite of Montavon et al. 2019, signed.
 
     The epsilon rule in linear layers, the gamma rule in convolutions, the box rule at the pixels.
@@ -139,8 +139,8 @@ def lrp(subject: Subject) -> Generator[Step, Any, Noted]:
         targets = subject.targets[start : start + subject.chunk]
         # Rules cost several forwards, but these are of one image whatever the number of targets.
         run = partial(relevance, explained, targets)
-        found += yield from exclusively(run, cost=3 * len(targets))
-    return Noted(torch.stack([pixels for pixels, _ in found]), tuple(note for _, note in found))
+        found += yield from run_unbatched(run, cost=3 * len(targets))
+    return NotedMaps(torch.stack([pixels for pixels, _ in found]), tuple(note for _, note in found))
 
 
 def _gradients(subject: Subject) -> Generator[Step, Any, Tensor]:
@@ -160,7 +160,7 @@ def _guided(subject: Subject) -> Generator[Step, Any, Tensor]:
     for start in range(0, len(subject.targets), subject.chunk):
         targets = subject.targets[start : start + subject.chunk]
         run = partial(guided_gradients, subject, targets)
-        found.append((yield from exclusively(run, cost=3 * len(targets))))
+        found.append((yield from run_unbatched(run, cost=3 * len(targets))))
     return torch.cat(found)
 
 

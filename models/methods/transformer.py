@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from models.layers import TokenLayout
-from models.methods._attention import Attended, attend, layer_gradients
-from models.methods._exclusive import exclusively
+from models.methods._attention_gradients import Attended, attend, layer_gradients
+from models.methods._exclusive import run_unbatched
 from models.steps import Steps, Subject
 from models.targets import ResolvedTarget
 
@@ -31,7 +31,7 @@ def attention_rollout(subject: Subject) -> Steps:
         MethodNotApplicable: the model is not a vision transformer that is understood here.
     """
     run = partial(attend, subject, subject.targets[:1], _rollout)
-    maps = yield from exclusively(run, cost=3)
+    maps = yield from run_unbatched(run, cost=3)
     return maps.repeat(len(subject.targets), 1, 1)
 
 
@@ -74,7 +74,7 @@ def _by_target(subject: Subject, run: Callable[[Sequence[ResolvedTarget]], Tenso
     found = []
     for start in range(0, len(subject.targets), subject.chunk):
         targets = subject.targets[start : start + subject.chunk]
-        found.append((yield from exclusively(partial(run, targets), cost=3 * len(targets))))
+        found.append((yield from run_unbatched(partial(run, targets), cost=3 * len(targets))))
     return torch.cat(found)
 
 

@@ -1,1 +1,1 @@
-"""Load-time preparation: a faster twin of a model that gives the same answers."""
+"""Load-time preparation: a faster variant of a model that gives the same answers."""

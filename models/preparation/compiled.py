@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.preparation.replay import LayerOutputs, Reference, Refused
-from models.preparation.twin import Twin
+from models.preparation.variant import Variant
 
 SIZES = (4, 1)
 """Batch sizes that are compiled, most first: each takes tens of seconds, and four pictures gain nearly all there is."""
@@ -18,8 +18,8 @@ SIZES = (4, 1)
 logger = logging.getLogger("heatlens.preparation")
 
 
-def compiled_twin(module: nn.Module, reference: Reference, *, dtype: torch.dtype) -> Twin:
-    """Compile a model's trunk up to its target layer, and make a twin of it.
+def compiled_variant(module: nn.Module, reference: Reference, *, dtype: torch.dtype) -> Variant:
+    """Compile a model's trunk up to its target layer, and make a variant of it.
 
     Args:
         module: the model, on the CPU, of `dtype`.
@@ -32,16 +32,16 @@ def compiled_twin(module: nn.Module, reference: Reference, *, dtype: torch.dtype
     """
     target = reference.head.layer
     try:
-        trunk = CompiledTrunk(LayerOutputs(module, [target]), reference.pictures.to(dtype))
+        trunk = CompiledBackbone(LayerOutputs(module, [target]), reference.pictures.to(dtype))
     except Exception as error:
         logger.warning("torch.compile does not take the model", exc_info=True)
         raise Refused("the compilation failed; the log says more") from error
-    return reference.twin(
+    return reference.variant(
         trunk, [target], exact=dtype == torch.float32, step="trunk by torch.compile"
     )
 
 
-class CompiledTrunk:
+class CompiledBackbone:
     """A trunk compiled for a few batch sizes; other batches run in parts of these."""
 
     def __init__(self, module: LayerOutputs, pictures: Tensor) -> None:

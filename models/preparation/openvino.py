@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.preparation.replay import LayerOutputs, Reference, Refused
-from models.preparation.twin import Twin
+from models.preparation.variant import Variant
 from models.types import Precision
 
 logger = logging.getLogger("heatlens.preparation")
@@ -20,10 +20,10 @@ logger = logging.getLogger("heatlens.preparation")
 _HINTS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 
 
-def openvino_twins(
+def openvino_variants(
     module: nn.Module, reference: Reference, *, precision: Precision
-) -> tuple[list[Twin], Precision]:
-    """Convert a model's trunk, and make twins of it.
+) -> tuple[list[Variant], Precision]:
+    """Convert a model's trunk, and make variants of it.
 
     Args:
         module: the model, float32, on the CPU; left as it is.
@@ -32,7 +32,7 @@ def openvino_twins(
             instructions for it.
 
     Returns:
-        A twin of the target layer alone, then one that gives the feature layers too (each further
+        A variant of the target layer alone, then one that gives the feature layers too (each further
         output costs fusions and a copy), and the precision they compute in.
 
     Raises:
@@ -45,7 +45,7 @@ def openvino_twins(
     try:
         converted = _convert(openvino, LayerOutputs(module, layers), reference.pictures)
         trunks = [
-            CompiledTrunk(openvino, converted, outputs=count, precision=precision)
+            CompiledBackbone(openvino, converted, outputs=count, precision=precision)
             for count in sorted({1, len(layers)})
         ]
     except Exception as error:
@@ -54,14 +54,14 @@ def openvino_twins(
     served = trunks[0].precision
     step = f"OpenVINO trunk in {served}"
     steps = [step, f"{step} with {len(features)} feature layers"]
-    twins = [
-        reference.twin(trunk, layers[: trunk.outputs], exact=served == "fp32", step=step)
+    variants = [
+        reference.variant(trunk, layers[: trunk.outputs], exact=served == "fp32", step=step)
         for trunk, step in zip(trunks, steps, strict=False)
     ]
-    return twins, served
+    return variants, served
 
 
-class CompiledTrunk:
+class CompiledBackbone:
     """A trunk compiled for any batch size. One thread at a time may call it."""
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Twins whose trunk is opaque: another runtime gives the tensors, and their layers are played back to the hooks."""
+"""Variants whose trunk is opaque: another runtime gives the tensors, and their layers are played back to the hooks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from models.head import HeadProbe
 from models.hooks import ForwardHook, HookStack
 from models.layers import TokenLayout, to_map
 from models.preparation.precision import alike
-from models.preparation.twin import Twin, close, equal_layers, layer_outputs
+from models.preparation.variant import Variant, close, equal_layers, layer_outputs
 
 Run = Callable[[Tensor], Sequence[Tensor]]
 """(N, 3, H, W) → the tensor of each layer, in memory of their own."""
@@ -146,8 +146,8 @@ class Reference:
         self._expected = layer_outputs(module, self.pictures, layers=tuple(wanted))
         self.features = tuple(f for f in wanted if f in self._expected and f != head.layer)
 
-    def twin(self, run: Run, layers: Sequence[str], *, exact: bool, step: str) -> Twin:
-        """Make a twin of an opaque trunk.
+    def variant(self, run: Run, layers: Sequence[str], *, exact: bool, step: str) -> Variant:
+        """Make a variant of an opaque trunk.
 
         Args:
             run: the trunk; it takes float32 pictures.
@@ -172,7 +172,7 @@ class Reference:
         readable = equal_layers(found, self._expected, equal)
         if self.head.layer not in readable:
             raise Refused(f"its tensors at {self.head.layer} differ from torch's")
-        return Twin(
+        return Variant(
             module=module,
             step=step,
             readable=readable,

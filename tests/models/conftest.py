@@ -8,14 +8,14 @@ from torch import nn
 
 from models.engine import Engine
 from models.head import HeadProbe
-from models.registry import WarmModel
+from models.warm_model import WarmModel
 from models.types import LayerInfo, ModelCard, ModelInfo, Preprocess
 
 
 @pytest.fixture
 def every_precision(monkeypatch):
     """Half precision wherever the tests run, however slow it is there."""
-    monkeypatch.setattr("models.preparation.prepare.has_instructions", lambda *_: True)
+    monkeypatch.setattr("models.preparation.optimise.has_instructions", lambda *_: True)
 
 
 class HandNet(nn.Module):

@@ -15,13 +15,13 @@ from torch import nn
 
 from models.catalog import ModelSpec
 from models.compat import define_missing_operators
-from models.engine import Engine, Pending
+from models.engine import Engine, Suspended
 from models.imaging.render import normalise
 from models.methods import METHODS
-from models.registry import WarmModel
+from models.warm_model import WarmModel
 from models.sources import LoadedModel, load
 from models.types import ClassRef, Explanation, Job, JobOptions, Outcome, Preprocess, Target
-from models.warm import prepare
+from models.warmup import prepare
 from models.weights import fill_zero_heads, seeded
 
 define_missing_operators()
@@ -182,7 +182,7 @@ def explained(warm: WarmModel, methods: tuple[str, ...], *, layers=None) -> list
     )
     engine = Engine(OneModel(warm))
     answer = engine.run([job])[0]
-    while isinstance(answer, Pending):
+    while isinstance(answer, Suspended):
         answer = engine.advance([answer])[0]
     assert isinstance(answer, Outcome), answer
     return list(answer.explanations)

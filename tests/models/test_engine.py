@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from models.engine import Engine, Pending
+from models.engine import Engine, Suspended
 from models.hooks import HookStack
 from models.methods import METHODS, implementation
 from models.steps import Forward
@@ -68,9 +68,9 @@ def normalised(item: Job) -> torch.Tensor:
 def finish(engine: Engine, jobs: list[Job]) -> list[Outcome | Failure]:
     """Run a batch to its end, steps included."""
     answers = engine.run(jobs)
-    while pending := [a for a in answers if isinstance(a, Pending)]:
+    while pending := [a for a in answers if isinstance(a, Suspended)]:
         advanced = iter(engine.advance(pending))
-        answers = [next(advanced) if isinstance(a, Pending) else a for a in answers]
+        answers = [next(advanced) if isinstance(a, Suspended) else a for a in answers]
     return answers
 
 

@@ -141,7 +141,7 @@ def test_half_precision(registry, every_precision):
 
 
 def test_a_precision_that_the_device_has_no_instructions_for_is_skipped(registry, monkeypatch):
-    monkeypatch.setattr("models.preparation.prepare.has_instructions", lambda *_: False)
+    monkeypatch.setattr("models.preparation.optimise.has_instructions", lambda *_: False)
     card = registry.load(entry("pooled", precision="bf16")).card
     assert card.precision == "fp32"
     assert "bf16 skipped: the device has no instructions for it" in card.preparation
@@ -158,7 +158,7 @@ def test_a_precision_that_spoils_the_scores_is_skipped_and_the_card_says_so(
 def test_a_model_is_fused_and_the_card_says_so(registry):
     card = registry.load(entry("pooled")).card
     assert "1 fused convolutions" in card.preparation
-    assert card.target_layer in registry.get("pooled", "1").twins[0].rewritable
+    assert card.target_layer in registry.get("pooled", "1").variants[0].rewritable
 
 
 def test_a_broken_entry_leaves_what_was_loaded(registry):

@@ -1,6 +1,6 @@
 """Rows of the activation methods."""
 
-from models.methods.row import Method
+from models.methods.table import Method
 
 ROWS = (
     Method(

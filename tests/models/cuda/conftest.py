@@ -9,10 +9,10 @@ import pytest
 import torch
 from msgspec import structs
 
-from models.cuda.capture import CudaCapture
+from models.cuda.recorder import GraphRecorder
 from models.cuda.graphs import Capture, Graphs, Work
 from models.cuda.staging import CopyStream
-from models.registry import WarmModel
+from models.warm_model import WarmModel
 
 
 def rerun(work: Work) -> Work:
@@ -38,7 +38,7 @@ def on_gpu(warm: WarmModel, device: torch.device) -> WarmModel:
         head=warm.head.to(device),
         uploads=CopyStream(device),
     )
-    return graphed(moved, capture=CudaCapture(device))
+    return graphed(moved, capture=GraphRecorder(device))
 
 
 @pytest.fixture

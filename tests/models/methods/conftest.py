@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from models.capture import Capture
-from models.engine import Engine, Pending
+from models.engine import Engine, Suspended
 from models.errors import ERRORS
 from models.extractor import Extractor, Tap
 from models.head import probe_head
 from models.interventions import changes_for
 from models.layers import to_map
-from models.registry import WarmModel
-from models.steps import Exclusive, Step, Steps, Subject
+from models.warm_model import WarmModel
+from models.steps import Unbatched, Step, Steps, Subject
 from models.targets import ResolvedTarget, ScoreWeights, class_scores
 from models.types import Failure, Job, JobOptions, ModelCard, ModelInfo
 
@@ -48,10 +48,10 @@ class Drive:
         """The maps of several methods on one model, whose steps share batches."""
         self.taken = []
         results: list[Tensor | None] = [None] * len(runs)
-        pending: dict[int, Pending] = {}
+        pending: dict[int, Suspended] = {}
         for i, (steps, subject) in enumerate(runs):
             try:
-                pending[i] = Pending(_job(subject, str(i)), subject.warm, steps, next(steps))
+                pending[i] = Suspended(_job(subject, str(i)), subject.warm, steps, next(steps))
             except StopIteration as stop:
                 results[i] = stop.value
         engine = Engine(registry=None)
@@ -71,7 +71,7 @@ class Drive:
     def _check(self, step: Step, subject: Subject) -> None:
         self.taken.append(step)
         assert step.cost > 0
-        if isinstance(step, Exclusive):
+        if isinstance(step, Unbatched):
             # A chunk of images that are differentiated twice costs as much as six.
             assert step.cost <= 6 * subject.chunk
         else:
@@ -214,7 +214,7 @@ def _subject(
 
 
 def _closed_form(capture: Capture, warm: WarmModel, targets) -> Capture:
-    """The same with its gradient in the short form that the trunk pass gives for such heads."""
+    """The same with its gradient in the short form that the shared pass gives for such heads."""
     rows = ScoreWeights([targets], capture.activation.device).of_rows(warm.head.weight)
     gradient = rows[..., None, None] / capture.activation[0, 0].numel()
     torch.testing.assert_close(gradient.expand_as(capture.gradient), capture.gradient)

@@ -16,12 +16,12 @@ from torch import nn
 
 from models.catalog import ModelSpec
 from models.compat import define_missing_operators
-from models.engine import Engine, Pending
+from models.engine import Engine, Suspended
 from models.methods import METHODS, implementation
-from models.registry import WarmModel
+from models.warm_model import WarmModel
 from models.sources import LoadedModel
 from models.types import ClassRef, Job, JobOptions, Outcome, Preprocess, Target
-from models.warm import prepare
+from models.warmup import prepare
 from models.weights import seeded
 
 define_missing_operators()
@@ -125,9 +125,9 @@ def finish(warm: WarmModel, jobs) -> list[list[np.ndarray]]:
     """Maps of each job; the steps of all jobs are taken together."""
     engine = Engine(OneModel(warm))
     answers = engine.run(jobs)
-    while pending := [a for a in answers if isinstance(a, Pending)]:
+    while pending := [a for a in answers if isinstance(a, Suspended)]:
         advanced = iter(engine.advance(pending))
-        answers = [next(advanced) if isinstance(a, Pending) else a for a in answers]
+        answers = [next(advanced) if isinstance(a, Suspended) else a for a in answers]
     assert all(isinstance(answer, Outcome) for answer in answers), answers
     return [[e.map for e in answer.explanations] for answer in answers]
 
@@ -233,9 +233,9 @@ def test_an_abandoned_method_leaves_nothing(kind, untouched):
             engine = Engine(OneModel(warm))
             answer = engine.run([job(warm, [name], 2)])[0]
             for _ in range(2):
-                if isinstance(answer, Pending):
+                if isinstance(answer, Suspended):
                     answer = engine.advance([answer])[0]
-            if isinstance(answer, Pending):
+            if isinstance(answer, Suspended):
                 answer.close()
 
 

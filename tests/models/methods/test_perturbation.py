@@ -14,8 +14,8 @@ from models.head import HeadProbe
 from models.layers import TokenLayout
 from models.methods import METHODS, implementation
 from models.methods._masks import RandomMasks, unit_masks, varying_channels
-from models.noted import Noted
-from models.steps import Exclusive, Forward
+from models.steps import NotedMaps
+from models.steps import Unbatched, Forward
 from models.targets import ResolvedTarget, class_scores, probabilities
 from models.types import Intervention
 from tests.models.conftest import frozen
@@ -25,7 +25,7 @@ from tests.models.test_engine import finish, job, normalised
 def run(drive, name: str, subject) -> torch.Tensor:
     """The maps of a method."""
     made = drive(implementation(name)(subject), subject)
-    return made.maps if isinstance(made, Noted) else made
+    return made.maps if isinstance(made, NotedMaps) else made
 
 
 OWN = [name for name, row in METHODS.items() if row.family == "perturbation"]
@@ -297,7 +297,7 @@ def test_ablationcam_under_interventions(layer, drive, subject_of, pool_net, ima
     layouts = {"out": None, "fc": None}
     subject = subject_of(pool_net, images[0], [1], "out", interventions=(change,), layouts=layouts)
     found = run(drive, "ablationcam", subject)
-    assert all(isinstance(step, Exclusive) for step in drive.taken)
+    assert all(isinstance(step, Unbatched) for step in drive.taken)
     activation = subject.capture.activation[0]
     weights = pool_net.fc.weight[1] * activation.mean((1, 2))
     weights = weights * (-2 if layer == "fc" else 1) / subject.capture.score[0].abs()
@@ -428,7 +428,7 @@ def test_common_properties(name, drive, subject_of, flat_net, images, untouched)
             torch.testing.assert_close(run(drive, name, subject(chunk)), expected)
         both = [subject(3), subject(5, image=1, targets=[0])]
         first, second = (
-            made.maps if isinstance(made, Noted) else made
+            made.maps if isinstance(made, NotedMaps) else made
             for made in drive.together([(method(s), s) for s in both])
         )
         torch.testing.assert_close(first, expected)
@@ -447,7 +447,7 @@ def test_given_up_half_way_leaves_nothing(name, subject_of, flat_net, images, un
         )
         steps = implementation(name)(subject)
         step = next(steps)
-        if isinstance(step, Exclusive):
+        if isinstance(step, Unbatched):
             step.run()
         steps.close()
 

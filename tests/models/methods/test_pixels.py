@@ -18,7 +18,7 @@ from torch import nn
 from models.errors import MethodNotApplicable
 from models.methods import METHODS, implementation
 from models.methods._guided import relus
-from models.noted import Noted
+from models.steps import NotedMaps
 from models.steps import InputGradient
 from models.targets import ResolvedTarget
 from models.types import Intervention
@@ -63,8 +63,8 @@ def frozen(net: nn.Module) -> nn.Module:
     return net.eval().requires_grad_(False)
 
 
-def maps_of(made: torch.Tensor | Noted) -> torch.Tensor:
-    return made.maps if isinstance(made, Noted) else made
+def maps_of(made: torch.Tensor | NotedMaps) -> torch.Tensor:
+    return made.maps if isinstance(made, NotedMaps) else made
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from torch import nn
 from models.compat import define_missing_operators
 from models.layers import find_layouts
 from models.methods import METHODS
-from models.methods.refusals import refusals
+from models.methods.applicability import refusals
 from models.probe import trace
 
 define_missing_operators()

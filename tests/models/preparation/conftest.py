@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from models.catalog import ModelSpec
-from models.registry import WarmModel
+from models.warm_model import WarmModel
 from models.sources import LoadedModel
 from models.types import Preprocess
-from models.warm import prepare
+from models.warmup import prepare
 from tests.models.conftest import PoolNet, frozen
 
 SIDE = 8

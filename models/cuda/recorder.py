@@ -12,7 +12,7 @@ from torch import Tensor
 from models.cuda.graphs import Work
 
 
-class CudaCapture:
+class GraphRecorder:
     """Records CUDA graphs.
 
     All share one memory pool: a graph may write over what another has returned, so that only the

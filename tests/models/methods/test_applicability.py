@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from models.applicability import ModelFacts, method_support, supported_methods
+from models.methods.applicability import ModelFacts, method_support, supported_methods
 from models.methods import METHODS
 
 GAP_LINEAR = ModelFacts(target_layer="layer4", head="gap_linear", closed_form=True)

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from models.imputation import NOISE, impute
+from models.faithfulness.imputation import NOISE, impute
 
 CURVE_STEPS = 56
 """Steps of deletion and insertion curves.

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from models.catalog import ModelSpec
 from models.head import HeadProbe
 from models.layers import TokenLayout
-from models.preparation.compiled import compiled_twin
-from models.preparation.openvino import openvino_twins
+from models.preparation.compiled import compiled_variant
+from models.preparation.openvino import openvino_variants
 from models.preparation.precision import (
     DTYPES,
     LEAST_COSINE,
@@ -23,7 +23,7 @@ from models.preparation.precision import (
     has_instructions,
 )
 from models.preparation.replay import PooledHead, Reference, Refused
-from models.preparation.twin import Twin, fused_twin
+from models.preparation.variant import Variant, fused_variant
 from models.types import Precision
 
 
@@ -35,38 +35,38 @@ class Findings:
         target_layer: the `auto` layer; None if there is none.
         layout: how its output lies.
         head: what follows it.
-        choose_features: from the fused twin, if there is one, the layers that are described by
+        choose_features: from the fused variant, if there is one, the layers that are described by
             default.
     """
 
     target_layer: str | None
     layout: TokenLayout | None
     head: HeadProbe
-    choose_features: Callable[[Twin | None], tuple[str, ...]]
+    choose_features: Callable[[Variant | None], tuple[str, ...]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Prepared:
+class Optimised:
     """A model in the form in which it is served.
 
     Attributes:
         module: the model as it is, on its device, channels_last, of `precision`.
-        twins: its faster twins there, the fastest first.
+        variants: its faster variants there, the fastest first.
         features: layers that are described by default.
         precision: the precision served; float32 where the one asked for failed its check.
         steps: what was done, and what was skipped and why, for the model card.
     """
 
     module: nn.Module
-    twins: tuple[Twin, ...]
+    variants: tuple[Variant, ...]
     features: tuple[str, ...]
     precision: Precision
     steps: tuple[str, ...]
 
 
-def prepare_module(
+def optimise(
     module: nn.Module, probe: Tensor, *, spec: ModelSpec, device: torch.device, findings: Findings
-) -> Prepared:
+) -> Optimised:
     """Prepare a model for its device.
 
     Args:
@@ -81,7 +81,7 @@ def prepare_module(
     with torch.inference_mode():
         expected = module(probe)
     steps = ["channels_last"]
-    fused = fused_twin(module, probe)
+    fused = fused_variant(module, probe)
     steps.append("fusion skipped: nothing to fuse" if fused is None else fused.step)
     features = findings.choose_features(fused)
     precision = spec.precision
@@ -89,7 +89,7 @@ def prepare_module(
         steps.append(f"{precision} skipped: the device has no instructions for it")
         precision = "fp32"
     precision = _precision(precision, module, (probe, expected), steps)
-    replays: list[Twin] = []
+    replays: list[Variant] = []
     reference: Reference | None = None
     runtime = "torch.compile" if spec.compile else spec.runtime
     if runtime != "torch":
@@ -98,7 +98,7 @@ def prepare_module(
             reference = Reference(module, probe, head=head, features=features)
     if reference and runtime == "openvino":
         with _skipping(runtime, steps):
-            replays, served = openvino_twins(module, reference, precision=precision)
+            replays, served = openvino_variants(module, reference, precision=precision)
             if served != precision:
                 steps.append(
                     f"{served} instead of {precision}: OpenVINO has no {precision} on this CPU"
@@ -108,13 +108,13 @@ def prepare_module(
     placed = cast(module.to(device), dtype, outputs=outputs)
     if reference and runtime == "torch.compile":
         with _skipping(runtime, steps):
-            replays = [compiled_twin(placed, reference, dtype=dtype)]
-    steps += [twin.step for twin in replays]
+            replays = [compiled_variant(placed, reference, dtype=dtype)]
+    steps += [variant.step for variant in replays]
     if fused is not None:
         fused = replace(fused, module=cast(fused.module.to(device), dtype, outputs=outputs))
-    return Prepared(
+    return Optimised(
         module=placed,
-        twins=(*replays, *([fused] if fused else [])),
+        variants=(*replays, *([fused] if fused else [])),
         features=features,
         precision=precision,
         steps=tuple(steps),

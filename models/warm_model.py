@@ -11,8 +11,8 @@ import torch
 from msgspec import structs
 from torch import Tensor, nn
 
-from models.applicability import ModelFacts, supported_methods
-from models.cuda.capture import CudaCapture
+from models.methods.applicability import ModelFacts, supported_methods
+from models.cuda.recorder import GraphRecorder
 from models.cuda.graphs import Graphs
 from models.cuda.staging import CopyStream, Ready, Uploads, stage
 from models.errors import ModelLoadFailed
@@ -25,10 +25,10 @@ from models.layers import (
     has_gradient,
     layer_infos,
 )
-from models.methods.refusals import refusals
+from models.methods.applicability import refusals
 from models.preparation.precision import DTYPES
-from models.preparation.prepare import Findings, prepare_module
-from models.preparation.twin import Needs, Twin
+from models.preparation.optimise import Findings, optimise
+from models.preparation.variant import Needs, Variant
 from models.probe import Trace, probe_batch, trace
 from models.sources import LoadedModel
 from models.types import LayerInfo, ModelCard, ModelInfo, Preprocess, Task
@@ -46,7 +46,7 @@ class WarmModel:
         version: version of that model.
         module: eval mode, parameters frozen, channels_last, of `dtype`; (N, 3, H, W) → (N, outputs)
             scores. Every layer of it can be tapped and changed.
-        twins: faster modules that give the same tensors at some of the layers, the fastest first.
+        variants: faster modules that give the same tensors at some of the layers, the fastest first.
         device: where the module is.
         dtype: dtype of its parameters and input.
         scale: (1, 3, 1, 1) float32 on the device; the input is pixel · scale + shift, for pixels
@@ -65,7 +65,7 @@ class WarmModel:
     name: str
     version: str
     module: nn.Module
-    twins: tuple[Twin, ...] = ()
+    variants: tuple[Variant, ...] = ()
     device: torch.device
     dtype: torch.dtype
     scale: Tensor
@@ -103,7 +103,7 @@ class WarmModel:
 
     def module_for(self, needs: Needs) -> nn.Module:
         """The fastest module for a pass with these needs."""
-        return next((twin.module for twin in self.twins if twin.serves(needs)), self.module)
+        return next((variant.module for variant in self.variants if variant.serves(needs)), self.module)
 
     def stage(self, pictures: Sequence[np.ndarray]) -> Ready:
         """Start to bring pictures, (H, W, 3) uint8 of the input's size, to the device as one batch."""
@@ -155,7 +155,7 @@ def prepare(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARM
         layers=layer_infos(traced, layouts, target_layer=target),
     )
 
-    def choose_features(fused: Twin | None) -> tuple[str, ...]:
+    def choose_features(fused: Variant | None) -> tuple[str, ...]:
         # Layers of the faster module, so that describing them costs no other pass.
         quick = {k: v for k, v in layouts.items() if fused is None or k in fused.readable}
         return feature_layers(traced, quick)
@@ -166,7 +166,7 @@ def prepare(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARM
         head=head,
         choose_features=choose_features,
     )
-    prepared = prepare_module(loaded.module, probe, spec=spec, device=device, findings=findings)
+    prepared = optimise(loaded.module, probe, spec=spec, device=device, findings=findings)
     info = structs.replace(info, feature_layers=prepared.features)
     dtype = DTYPES[prepared.precision]
     graphs = _graphs(device, dtype) if spec.cuda_graphs else None
@@ -177,7 +177,7 @@ def prepare(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARM
         name=spec.name,
         version=spec.version,
         module=prepared.module,
-        twins=prepared.twins,
+        variants=prepared.variants,
         device=device,
         dtype=dtype,
         scale=scale.to(device),
@@ -194,7 +194,7 @@ def prepare(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARM
 
 
 def _graphs(device: torch.device, dtype: torch.dtype) -> Graphs | None:
-    return Graphs(CudaCapture(device), dtype=dtype) if device.type == "cuda" else None
+    return Graphs(GraphRecorder(device), dtype=dtype) if device.type == "cuda" else None
 
 
 def _target_layer(configured: str, traced: Trace, layouts: Layouts) -> str | None:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-import models.imputation
+import models.faithfulness.imputation
 from models.compat import define_missing_operators
-from models.imputation import impute
+from models.faithfulness.imputation import impute
 
 define_missing_operators()
 with warnings.catch_warnings():
@@ -43,7 +43,7 @@ def dense(image: np.ndarray, removed: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
 @pytest.mark.parametrize("size", [(9, 11), (1, 8), (16, 5)])
 def test_impute_solves_the_system(share, size, monkeypatch):
-    monkeypatch.setattr(models.imputation, "RESIDUAL", 1e-6)
+    monkeypatch.setattr(models.faithfulness.imputation, "RESIDUAL", 1e-6)
     rng = np.random.default_rng(7)
     image = rng.normal(size=(3, *size))
     removed = rng.random((2, *size)) < share
@@ -67,7 +67,7 @@ def test_impute_is_the_authors(monkeypatch):
     found = impute(image, removed[None])[0]
     spread = float(image.std())
     assert (found - expected)[:, removed].square().mean().sqrt() < 0.01 * spread
-    monkeypatch.setattr(models.imputation, "RESIDUAL", 1e-6)
+    monkeypatch.setattr(models.faithfulness.imputation, "RESIDUAL", 1e-6)
     torch.testing.assert_close(
         impute(image, removed[None])[0], expected, rtol=0, atol=1e-3 * spread
     )

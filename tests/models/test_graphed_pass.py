@@ -16,10 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models.capture import Capture
 from models.cuda import plans
 from models.cuda.graphs import Graphs, Work
-from models.cuda.plans import GRAPHABLE, plan_of
+from models.graphed_pass import GRAPHABLE, plan_of
 from models.engine import Engine
 from models.methods import METHODS, implementation
-from models.registry import ModelRegistry, WarmModel
+from models.registry import ModelRegistry
+from models.warm_model import WarmModel
 from models.types import Intervention, Outcome, Target
 from tests.models.conftest import FlatNet, OneModel, PoolNet, frozen, warm_of
 from tests.models.cuda.conftest import graphed, on_gpu, rerun
@@ -255,7 +256,7 @@ def registry(tmp_path, monkeypatch) -> ModelRegistry:
 
 @pytest.mark.parametrize("on", [True, False])
 def test_the_card_says_whether_passes_are_recorded(on, registry, monkeypatch):
-    monkeypatch.setattr("models.warm._graphs", lambda device, dtype: Graphs(rerun, dtype=dtype))
+    monkeypatch.setattr("models.warmup._graphs", lambda device, dtype: Graphs(rerun, dtype=dtype))
     card = registry.load(entry("pooled", cuda_graphs=on)).card
     assert ("CUDA graphs" in card.preparation) == on
     assert (registry.get("pooled", "1").graphs is not None) == on

@@ -1,4 +1,4 @@
-"""The one trunk pass of a batch of jobs: predictions, (activation, gradient) pairs and statistics together."""
+"""The one shared pass of a batch of jobs: predictions, (activation, gradient) pairs and statistics together."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from models.capture import Capture
 from models.extractor import Extractor, InplaceConflict, Tap
 from models.interventions import changes_for
 from models.methods import METHODS
-from models.registry import WarmModel
+from models.warm_model import WarmModel
 from models.statistics import Reductions, reduce
 from models.targets import ScoreWeights, class_scores, coded
-from models.transfer import indices
+from models.cuda.staging import indices
 from models.types import Job, Kind
 
 Place = tuple[str, Kind]
 
 
 @dataclass(frozen=True)
-class Trunk:
+class SharedPass:
     """What the pass gave.
 
     Attributes:
@@ -66,9 +66,9 @@ class _Kept:
 _Catches = dict[Place, _Kept | None]
 
 
-def run_trunk(
+def run_shared_pass(
     warm: WarmModel, jobs: Sequence[Job], *, module: nn.Module, pictures: Tensor
-) -> Trunk:
+) -> SharedPass:
     """Run the one pass that answers a batch of jobs.
 
     Args:
@@ -92,7 +92,7 @@ def _run(
     wanted: tuple[Tensor, dict[Place, _Wish]],
     *,
     tensor_hooks_only: bool = False,
-) -> Trunk:
+) -> SharedPass:
     inputs, wishes = wanted
     taps = [_tap(warm, place, wish) for place, wish in wishes.items()]
     changes = changes_for(warm.layouts, [job.options.interventions for job in jobs])
@@ -111,7 +111,7 @@ def _run(
                 extractor.backward(totals[t], again=t + 1 < weights.width)
                 by_target.append({place: extractor.caught(*place) for place in gradients})
     logits = logits.detach()
-    return Trunk(
+    return SharedPass(
         inputs=inputs,
         logits=logits,
         probabilities=probabilities,
@@ -122,7 +122,7 @@ def _run(
 
 
 def differentiates_layers(methods: Sequence[str]) -> bool:
-    """Whether any of the methods needs gradients at the explained layers from the trunk pass."""
+    """Whether any of the methods needs gradients at the explained layers from the shared pass."""
     # Methods of the input itself differentiate passes of their own.
     return any(METHODS[name].needs_gradients and not METHODS[name].of_input for name in methods)
 

@@ -20,7 +20,7 @@ from models.errors import MethodNotApplicable
 from models.extractor import Extractor
 from models.hooks import ForwardHook
 from models.layers import Layouts, TokenLayout
-from models.methods._attention_weights import Weigh, way_to_weigh
+from models.methods._attention_modules import Weigh, way_to_weigh
 from models.targets import ResolvedTarget, ScoreWeights, class_scores
 
 if (

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from models import transfer
-from models.cuda.capture import waiting_forbidden
+from models.cuda.recorder import waiting_forbidden
 from models.engine import Engine
-from models.transfer import fetch, indices
+from models.cuda.staging import indices
+from models.host_results import fetch
 from models.types import Target
 from tests.models.conftest import FlatNet, OneModel, PoolNet, frozen, warm_of
 from tests.models.cuda.conftest import on_gpu
@@ -130,7 +131,7 @@ def test_nothing_else_is_read_from_the_device_while_the_pass_runs(which, monkeyp
 
     names = ("tolist", "item", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__")
     doors = {name: getattr(torch.Tensor, name) for name in names}
-    monkeypatch.setattr("models.host.fetch", fetched)
+    monkeypatch.setattr("models.host_results.fetch", fetched)
     for name in names:
         monkeypatch.setattr(torch.Tensor, name, closed)
     found = finish(engine, batch)

@@ -1,4 +1,4 @@
-"""From a trunk pass to each job's outcome: maps of all its methods, targets and layers, and its statistics."""
+"""From a shared pass to each job's outcome: maps of all its methods, targets and layers, and its statistics."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ import torch
 from msgspec import structs
 
 from models.errors import InternalError
-from models.faithfulness import FaithfulnessTest
+from models.faithfulness.measures import FaithfulnessTest
 from models.fuse import fuse
-from models.host import HostResults
+from models.host_results import HostResults
 from models.methods import METHODS, implementation
-from models.noted import Noted
-from models.registry import WarmModel
+from models.steps import NotedMaps
+from models.warm_model import WarmModel
 from models.statistics import Summary, describe, summarise
 from models.steps import Step, Subject
 from models.targets import ResolvedTarget, predictions
-from models.transfer import indices
-from models.trunk import Trunk
+from models.cuda.staging import indices
+from models.shared_pass import SharedPass
 from models.types import ClassScore, Explanation, Job, Kind, LayerStatistics, Outcome
 
 _SIGNED_LAYER = "The layer has negative values, for which this method is not derived."
 
 
-class Answers:
+class BatchOutcomes:
     """The answers of one batch.
 
-    Maps of the methods that need nothing but the trunk pass are there from the beginning
+    Maps of the methods that need nothing but the shared pass are there from the beginning
     (`HostResults`); `steps` then finishes each job, yielding steps where its methods need further
     passes.
     """
 
-    def __init__(self, warm: WarmModel, jobs: Sequence[Job], trunk: Trunk) -> None:
+    def __init__(self, warm: WarmModel, jobs: Sequence[Job], trunk: SharedPass) -> None:
         """Args: the model, the batch and what its pass gave."""
         self._warm = warm
         self._jobs = jobs
@@ -78,7 +78,7 @@ class Answers:
             ready = self._host.map(layer, name, row)
             if ready is None:
                 made = yield from implementation(name)(self._subject(name, layer, row))
-                if isinstance(made, Noted):
+                if isinstance(made, NotedMaps):
                     notes[layer] = made.notes
                     made = made.maps
                 ready = made.cpu().numpy()
@@ -205,7 +205,7 @@ class Answers:
         return None
 
 
-def _summaries(trunk: Trunk) -> dict[tuple[str, Kind, int], list[Summary | None]]:
+def _summaries(trunk: SharedPass) -> dict[tuple[str, Kind, int], list[Summary | None]]:
     """By layer, kind and row of the batch: a summary for each target (None where it has no part in the score)."""
     found = [r for by_target, _ in trunk.reductions.values() for r in by_target if r is not None]
     finished = iter(summarise(found))

@@ -14,10 +14,10 @@ from models.extractor import Extractor, Tap
 from models.layers import to_map
 from models.methods import METHODS, implementation
 from models.targets import class_scores, coded, look_up
-from models.transfer import indices
-from models.trunk import Trunk
+from models.cuda.staging import indices
+from models.shared_pass import SharedPass
 from models.types import Job
-from models.warm import WarmModel
+from models.warmup import WarmModel
 
 _DECOMPOSING = ("eigencam", "eigengradcam", "kpca_cam")
 """Methods that wait for the device: to decompose a matrix is to ask whether it succeeded."""
@@ -63,7 +63,7 @@ def plan_of(warm: WarmModel, jobs: Sequence[Job]) -> Plan | None:
 
 def run_graphed(
     warm: WarmModel, jobs: Sequence[Job], *, module: nn.Module, pictures: Tensor
-) -> Trunk | None:
+) -> SharedPass | None:
     """Run the pass of a batch as a recorded one.
 
     Args:
@@ -90,7 +90,7 @@ def run_graphed(
         activation, score, *_ = explained
         capture = Capture(warm.target_layer, activation, None, score)
         captures[warm.target_layer] = (capture, list(range(len(jobs))))
-    return Trunk(
+    return SharedPass(
         inputs=inputs,
         logits=logits,
         probabilities=probabilities,

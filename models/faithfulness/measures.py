@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.perturbations import (
+from models.faithfulness.pixel_removal import (
     IMPUTED_SHARES,
     Original,
     Perturbed,

@@ -1,4 +1,4 @@
-"""Faster twins of a model, and the proof that they give the same tensors."""
+"""Faster variants of a model, and the proof that they give the same tensors."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class Needs:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Twin:
+class Variant:
     """A module that answers like the original, faster.
 
-    Passes that need more than it has run on a slower twin, or on the original. Inputs of its layers
-    are never those of the original's: a twin keeps what its layers return, not how they come to it.
+    Passes that need more than it has run on a slower variant, or on the original. Inputs of its layers
+    are never those of the original's: a variant keeps what its layers return, not how they come to it.
 
     Attributes:
-        module: the twin; eval mode, parameters frozen.
+        module: the variant; eval mode, parameters frozen.
         step: what was done to make it, for the model card.
         readable: layers whose outputs were found equal to the original's.
         rewritable: layers whose output can be changed, and differentiated at.
@@ -65,29 +65,29 @@ class Twin:
         )
 
 
-def fused_twin(module: nn.Module, probe: Tensor) -> Twin | None:
-    """Make a twin with fused convolutions and check it against the original, in float32.
+def fused_variant(module: nn.Module, probe: Tensor) -> Variant | None:
+    """Make a variant with fused convolutions and check it against the original, in float32.
 
     Args:
         module: the original, in eval mode, float32; left as it is.
         probe: (N, 3, H, W) normalised, on the module's device, of the size that will be served.
 
     Returns:
-        The twin, or None where nothing could be fused or the scores differ by more than
+        The variant, or None where nothing could be fused or the scores differ by more than
         `TOLERANCE`.
     """
     try:
-        twin, fused = fuse_convolutions(copy.deepcopy(module))
+        variant, fused = fuse_convolutions(copy.deepcopy(module))
         if not fused:
             return None
-        expected, found = layer_outputs(module, probe), layer_outputs(twin, probe)
+        expected, found = layer_outputs(module, probe), layer_outputs(variant, probe)
     except Exception:  # noqa: BLE001  (a model that cannot be rewritten is served as it is)
         return None
     if not close(found[""], expected[""]):
         return None
     same = equal_layers(found, expected, close)
-    return Twin(
-        module=twin,
+    return Variant(
+        module=variant,
         step=f"{fused} fused convolutions",
         readable=same,
         rewritable=same,

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from models.methods import METHODS, implementation, weights_implementation
 from models.targets import resolve_ranks
-from models.transfer import fetch, indices
-from models.trunk import Trunk
+from models.cuda.staging import indices
+from models.host_results import fetch
+from models.shared_pass import SharedPass
 from models.types import Job
 
 _Key = tuple[Any, ...]
@@ -27,7 +28,7 @@ class HostResults:
         targets: of each image, ranks looked up.
     """
 
-    def __init__(self, jobs: Sequence[Job], trunk: Trunk) -> None:
+    def __init__(self, jobs: Sequence[Job], trunk: SharedPass) -> None:
         """Compute the maps of the one-pass methods, for all images that ask at once, and fetch everything.
 
         Args:
@@ -51,7 +52,7 @@ class HostResults:
         self.targets = [resolve_ranks(job.options.targets, classes) for job, classes in ranked]
 
     def map(self, layer: str, method: str, row: int) -> np.ndarray | None:
-        """Maps (T, h, w) of an image by a method that needs nothing but the trunk pass."""
+        """Maps (T, h, w) of an image by a method that needs nothing but the shared pass."""
         return self._value(("map", layer, method), row)
 
     def weights(self, layer: str, method: str, row: int) -> np.ndarray | None:
@@ -78,7 +79,7 @@ def _depth(jobs: Sequence[Job]) -> int:
 
 
 def _explain(
-    jobs: Sequence[Job], layer: str, trunk: Trunk
+    jobs: Sequence[Job], layer: str, trunk: SharedPass
 ) -> Iterator[tuple[_Key, Tensor, list[int]]]:
     """Maps and weights of every one-pass method asked for at a layer: key, values, and the row of each."""
     capture, rows = trunk.captures[layer]

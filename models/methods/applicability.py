@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from models.errors import MethodNotApplicable
 from models.layers import Layouts
 from models.methods import METHODS
-from models.methods._attention import verify_transformer
+from models.methods._attention_gradients import verify_transformer
 from models.methods._fullgrad import obstacle
 from models.methods._guided import relus
 from models.methods._lrp import Explained, relevance
