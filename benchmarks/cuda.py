@@ -31,13 +31,13 @@ from benchmarks.engine import (
     results_table,
 )
 from benchmarks.timing import Case, Comparison, compare, machine_line, rounds_of
-from models.cuda.recorder import GraphRecorder
 from models.cuda.graphs import Graphs
+from models.cuda.recorder import GraphRecorder
 from models.cuda.staging import CopyStream
 from models.engine import Engine
 from models.registry import ModelRegistry
-from models.warm_model import WarmModel
 from models.types import Job, JobOptions, Outcome
+from models.warm_model import WarmModel
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ from models.catalog import ModelSpec, default_spec
 from models.engine import Engine
 from models.preparation.variant import Needs
 from models.registry import ModelRegistry
-from models.warm_model import WarmModel
 from models.types import ClassRef, Job, JobOptions, Operation, Outcome, Target
+from models.warm_model import WarmModel
 
 PLAIN = "plain forward"
 GRADIENT_CAMS = ("gradcam", "gradcam_plus_plus", "xgradcam", "hirescam", "layercam")

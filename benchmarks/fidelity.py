@@ -28,8 +28,8 @@ from benchmarks.photographs import Photograph, answer, engine_of, job_for, photo
 from benchmarks.timing import machine_line
 from models.catalog import default_spec
 from models.registry import ModelRegistry
-from models.warm_model import WarmModel
 from models.types import ClassRef, JobOptions, Outcome, Precision, Target
+from models.warm_model import WarmModel
 
 HALF: tuple[Precision, ...] = ("bf16", "fp16")
 

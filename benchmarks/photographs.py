@@ -15,8 +15,8 @@ from models.engine import Engine, Suspended
 from models.imaging.decode import DecodeLimits, decode
 from models.imaging.preprocess import preprocess
 from models.registry import ModelRegistry
-from models.warm_model import WarmModel
 from models.types import Job, JobOptions, Operation, Outcome
+from models.warm_model import WarmModel
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ from models.engine import Engine
 from models.imaging.render import normalise, upsample
 from models.methods import METHODS
 from models.registry import ModelRegistry
-from models.warm_model import WarmModel
 from models.types import ClassRef, JobOptions, Target
+from models.warm_model import WarmModel
 
 SIDE = 224
 SAMPLES = {"rise": 1000, "scorecam": 256, "ss_cam": 2, "is_cam": 2}

@@ -25,8 +25,8 @@ from benchmarks.photographs import answer, engine_of
 from benchmarks.timing import machine_line
 from models.imaging.render import upsample
 from models.registry import ModelRegistry
-from models.warm_model import WarmModel
 from models.types import ClassRef, JobOptions, Target
+from models.warm_model import WarmModel
 
 SIDE = 224
 

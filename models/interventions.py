@@ -1,4 +1,4 @@
-"""Interventions: forward hooks that return a value, so that a model answers as if feature maps were changed."""
+"""Interventions: forward hooks that change feature maps during a pass."""
 
 from __future__ import annotations
 

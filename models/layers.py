@@ -1,4 +1,4 @@
-"""The layers of a model: how each output lies in the picture, which one to explain, which ones to describe."""
+"""The layers of a model: how outputs lie in the image, and which to explain and describe."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PASSIVE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLayout:
-    """How a layer's output lies in the picture, when it is not a plain (N, C, h, w) map.
+    """How a layer's output lies in the image, when it is not a plain (N, C, h, w) map.
 
     Attributes:
         grid: (h, w) of the map.
@@ -163,14 +163,14 @@ def choose_target_layer(trace: Trace, layouts: Layouts) -> str | None:
 
 
 def has_gradient(trace: Trace, layouts: Layouts, name: str) -> bool:
-    """Whether any score of the probe depends on a map at its positions (its prefix tokens do not count)."""
+    """Whether any score of the probe depends on the positions of a map, prefix tokens aside."""
     every = range(trace.scores.shape[1])
     gradient = _gradient(trace, trace.calls[name], layouts, every)
     return gradient is not None and bool(gradient.any())
 
 
 def _gradient(trace: Trace, call: Call, layouts: Layouts, classes: Sequence[int]) -> Tensor | None:
-    """Gradient (N, C, h, w) of a mixture of the classes' scores at a map; None where it has no part in them."""
+    """Gradient (N, C, h, w) of a mixture of the classes' scores at a map; None without one."""
     if call.output is None or not (call.output.requires_grad and trace.scores.requires_grad):
         return None
     # Weighted, since plain sums may cancel: two classes of one logit, scores that add up to one.
@@ -200,11 +200,11 @@ def _chain(group: Sequence[Call], layouts: Layouts) -> list[Call]:
 
 
 def feature_layers(trace: Trace, layouts: Layouts) -> tuple[str, ...]:
-    """Choose at most 12 maps that are spread over the depth: stages or blocks rather than single operations.
+    """Choose at most 12 maps that are spread over the depth of the model.
 
-    The tree of maps is cut at one level: the deepest cut of 4 to 12 maps, or else the first that
-    has more, thinned evenly. Values that are overwritten at once (a convolution before an in-place
-    activation) are left out.
+    Stages or blocks are preferred to single operations: the tree of maps is cut at one level: the
+    deepest cut of 4 to 12 maps, or else the first that has more, thinned evenly. Values that are
+    overwritten at once (a convolution before an in-place activation) are left out.
     """
     blocks: dict[str, Sequence[str]] = {}
     for group in trace.groups():
@@ -243,7 +243,7 @@ def _cut(levels: Mapping[str, int], level: int) -> list[str]:
 
 
 def _outermost(name: str, chosen: Sequence[str], blocks: Mapping[str, Sequence[str]]) -> str:
-    """The outermost block that returns the same values as `name` and has no other chosen layer within."""
+    """The outermost block with the values of `name` and no other chosen layer within."""
     return min(
         (
             block

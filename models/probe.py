@@ -1,4 +1,4 @@
-"""Probe batches, and what a model does with one: its scores, and what every module on the way returned."""
+"""Probe batches, and what a model and each of its modules return for one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROBE_IMAGES = 2
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Call:
-    """What one module returned in a probed forward; its last call counts if it was called more than once.
+    """What one module returned in a probed forward, in its last call.
 
     Attributes:
         output: the tensor, with its graph; None if the module returned anything but one tensor.
@@ -39,7 +39,7 @@ class Call:
     @property
     def overwritten(self) -> bool:
         """Whether an in-place operation changed the output after it was returned."""
-        return self.output is not None and self.output._version != self.values[-1]  # noqa: SLF001 (torch has no public name for it)
+        return self.output is not None and _version(self.output) != self.values[-1]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,14 +77,14 @@ def probe_batch(
 
 
 def check_answer(module: nn.Module, preprocess: Preprocess) -> int:
-    """Check that a model answers a probe with one finite row of scores per picture.
+    """Check that a model answers a probe with one finite row of scores per image.
 
     Args:
         module: in eval mode, on the CPU.
         preprocess: gives the input's size.
 
     Returns:
-        The number of scores per picture.
+        The number of scores per image.
 
     Raises:
         ModelLoadFailed: it does not; the text says how.
@@ -101,8 +101,8 @@ def check_answer(module: nn.Module, preprocess: Preprocess) -> int:
     if scores.ndim != 2 or scores.shape[0] != len(probe):
         shape = " x ".join(map(str, scores.shape))
         raise ModelLoadFailed(
-            f"The model answers {len(probe)} pictures with a tensor of {shape}, "
-            "not with one row of scores per picture."
+            f"The model answers {len(probe)} images with a tensor of {shape}, "
+            "not with one row of scores per image."
         )
     if not bool(torch.isfinite(scores).all()):
         raise ModelLoadFailed("The model's scores are not finite; its weights may be damaged.")
@@ -119,7 +119,7 @@ def trace(module: nn.Module, task: Task, probe: Tensor) -> Trace:
         module: in eval mode, parameters frozen.
         task: how its output is read as scores.
         probe: (N, 3, H, W), N at least 2 so that a batch dimension can be told from windows of one
-            picture.
+            image.
     """
     calls: dict[str, Call] = {}
     times: Counter[str] = Counter()
@@ -156,5 +156,10 @@ def _values(tensor: Tensor) -> tuple[int, ...]:
         tensor.untyped_storage().data_ptr(),
         int(tensor.storage_offset()),
         tensor.numel(),
-        tensor._version,  # noqa: SLF001 (torch has no public name for it)
+        _version(tensor),
     )
+
+
+def _version(tensor: Tensor) -> int:
+    """How often the tensor was changed in place; torch has no public name for it."""
+    return int(tensor._version)  # noqa: SLF001

@@ -1,4 +1,4 @@
-"""From what a request says to what a job holds: labels, globs, ranks and `auto` against one model. No torch."""
+"""Resolves labels, globs, ranks and `auto` of a request against one model. No torch here."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def _normal(label: str) -> str:
 
 @lru_cache(maxsize=16)
 def _label_index(labels: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    """Class indices by whole label and, where that is not taken, by each comma-separated synonym."""
+    """Class indices by whole label and, unless that is taken, by comma-separated synonym."""
     whole: dict[str, tuple[int, ...]] = {}
     synonyms: dict[str, tuple[int, ...]] = {}
     for index, label in enumerate(labels):

@@ -1,4 +1,4 @@
-"""The one shared pass of a batch of jobs: predictions, (activation, gradient) pairs and statistics together."""
+"""The one pass that all jobs of a batch share: predictions, captures and statistics."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from models.capture import Capture
+from models.cuda.staging import indices
 from models.extractor import Extractor, InplaceConflict, Tap
 from models.interventions import changes_for
 from models.methods import METHODS
-from models.warm_model import WarmModel
 from models.statistics import Reductions, reduce
 from models.targets import ScoreWeights, class_scores, coded
-from models.cuda.staging import indices
 from models.types import Job, Kind
+from models.warm_model import WarmModel
 
 Place = tuple[str, Kind]
 
@@ -48,7 +48,7 @@ class SharedPass:
 
 @dataclass
 class _Wish:
-    """Rows of the batch that want a place's tensor itself, or its statistics, or grids beside them."""
+    """Rows of the batch that want a place's tensor itself, its statistics, or its grids."""
 
     maps: list[int] = field(default_factory=list)
     statistics: list[int] = field(default_factory=list)
@@ -67,7 +67,7 @@ _Catches = dict[Place, _Kept | None]
 
 
 def run_shared_pass(
-    warm: WarmModel, jobs: Sequence[Job], *, module: nn.Module, pictures: Tensor
+    warm: WarmModel, jobs: Sequence[Job], *, module: nn.Module, images: Tensor
 ) -> SharedPass:
     """Run the one pass that answers a batch of jobs.
 
@@ -75,10 +75,10 @@ def run_shared_pass(
         warm: the model.
         jobs: N jobs for it, their inputs of its input size.
         module: the model's module that serves the layers of all jobs.
-        pictures: the jobs' inputs, (N, H, W, 3) uint8 on any device.
+        images: the jobs' inputs, (N, H, W, 3) uint8 on any device.
     """
     wishes = _wishes(warm, jobs)
-    inputs = warm.normalise(pictures)
+    inputs = warm.normalise(images)
     try:
         return _run(warm, jobs, module, (inputs, wishes))
     except InplaceConflict:

@@ -1,4 +1,4 @@
-"""Statistics of feature maps, reduced on the device inside the hook, so that only a few numbers leave it.
+"""Statistics of feature maps, reduced on the device so that only a few numbers leave it.
 
 The reductions are the cheap ones: means, norms, extremes. The standard deviation comes from the L2
 norm and the mean; quantiles come from a fixed subsample of `SUBSAMPLE` values, one at random from
@@ -36,7 +36,7 @@ class Reductions:
         norm: float32 (N,), L2 norm.
         zeros: float32 (N,), number of values that are exactly 0.
         sample: float32 (N, at most `SUBSAMPLE`), values for the quantiles.
-        maps: float32 (N, C, h, w), kept only where a picture grid was asked for.
+        maps: float32 (N, C, h, w), kept only where an image grid was asked for.
     """
 
     shape: tuple[int, ...]
@@ -58,7 +58,7 @@ class Summary:
         means: float32 (C,), mean of each channel.
         maxima: float32 (C,), maximum of each channel.
         quantiles: those of `Quantiles`, in its order.
-        maps: float32 (C, h, w), still on the device, where a picture grid was asked for.
+        maps: float32 (C, h, w), still on the device, where an image grid was asked for.
     """
 
     shape: tuple[int, ...]
@@ -246,13 +246,13 @@ def _subsample(flat: Tensor) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _places(size: int) -> Tensor:
-    """One place in each of `SUBSAMPLE` equal stretches: a plain stride could meet the same channels only."""
+    """One place in each of `SUBSAMPLE` equal stretches; a plain stride could miss channels."""
     jitter = torch.rand(SUBSAMPLE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return ((torch.arange(SUBSAMPLE) + jitter) * (size / SUBSAMPLE)).long().clamp_max(size - 1)
 
 
 def _quantiles(samples: np.ndarray, shapes: Sequence[Sequence[int]]) -> np.ndarray:
-    """Quantiles (images, 5) of samples that lie one behind the other, one shape (images, values) for each layer.
+    """Quantiles (images, 5) of concatenated samples, one shape (images, values) for each layer.
 
     By linear interpolation between the two nearest values, as numpy's default.
     """
@@ -270,7 +270,7 @@ def _quantiles(samples: np.ndarray, shapes: Sequence[Sequence[int]]) -> np.ndarr
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:
-    """Places of the `count` largest values, largest first, ties by lower place: a sort of the few, not of all."""
+    """Places of the `count` largest values, largest first, ties by lower place."""
     places = np.arange(len(values))
     if count < len(values):
         places = np.flatnonzero(values >= np.partition(values, -count)[-count])

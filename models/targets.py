@@ -39,7 +39,7 @@ def class_scores(output: Tensor, task: Task) -> tuple[Tensor, Tensor]:
 
 
 def probabilities(scores: Tensor, task: Task) -> Tensor:
-    """Probabilities (N, classes) of the scores that `class_scores` returned, once the model's output is gone.
+    """Probabilities (N, classes) of scores that `class_scores` returned.
 
     The two scores of a single logit, (-z, z), are told from those of two logits by their being
     opposite.
@@ -73,7 +73,7 @@ def resolve_ranks(targets: Sequence[Target], order: Sequence[int]) -> tuple[Reso
 
 
 def coded(targets: Sequence[Target]) -> tuple[ResolvedTarget, ...]:
-    """Targets whose ranks are still to be looked up (`look_up`): rank r, from 1, stands as class -r."""
+    """Targets whose ranks are still to be looked up (`look_up`): rank r is coded as class -r."""
 
     def code(ref: ClassRef) -> int:
         return ref.value if ref.kind == "index" else -ref.value
@@ -161,7 +161,7 @@ class ScoreWeights:
 def predictions(
     logits: np.ndarray, probabilities: np.ndarray, order: np.ndarray
 ) -> list[tuple[ClassScore, ...]]:
-    """The best classes of each image, as `order` (N, k) ranks them; scores and shares are (N, classes)."""
+    """The best classes of each image, as `order` (N, k) ranks them."""
     rows = np.arange(len(order))[:, None]
     scores, shares = logits[rows, order].tolist(), probabilities[rows, order].tolist()
     return [

@@ -19,7 +19,7 @@ _NAMED_KEYS = 3
 
 @contextmanager
 def seeded(seed: int = 0) -> Iterator[None]:
-    """Make random weights the same in every process, and leave torch's own random state as it was."""
+    """Make random weights the same in every process; torch's own random state is kept."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
@@ -28,7 +28,7 @@ def seeded(seed: int = 0) -> Iterator[None]:
 def fill_zero_heads(module: nn.Module) -> None:
     """Give linear layers of zeros small random weights: some libraries start their classifiers so.
 
-    Such a model would score every class 0 for every picture, and no layer of it could be explained.
+    Such a model would score every class 0 for every image, and no layer of it could be explained.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Linear) and not bool(layer.weight.any()):
@@ -38,7 +38,7 @@ def fill_zero_heads(module: nn.Module) -> None:
 def load_weights(
     module: nn.Module, weights: str, *, base_dir: Path, ignored: tuple[str, ...] = ()
 ) -> None:
-    """Load a checkpoint into a model; every parameter and buffer of the model must be in it, and nothing else.
+    """Load a checkpoint that holds every parameter and buffer of a model, and nothing else.
 
     Args:
         module: changed in place.
@@ -73,7 +73,8 @@ def read_state_dict(weights: str, *, base_dir: Path) -> dict[str, Tensor]:
     path = base_dir / weights
     if path.suffix not in (".safetensors", ".pth", ".pt"):
         raise ModelLoadFailed(
-            f"The weights {weights} are neither `default`, `none`, nor a .safetensors, .pth or .pt file."
+            f"The weights {weights} are neither `default` nor `none`, "
+            "nor a .safetensors, .pth or .pt file."
         )
     if not path.is_file():
         raise ModelLoadFailed(f"The weights file {weights} does not exist.")
@@ -81,7 +82,7 @@ def read_state_dict(weights: str, *, base_dir: Path) -> dict[str, Tensor]:
         content = _read(path)
     except Exception as error:
         raise ModelLoadFailed(
-            f"The weights file {weights} cannot be read: it is damaged, or holds more than tensors. "
+            f"The weights file {weights} cannot be read: it is damaged or holds more than tensors. "
             "Save the model's state_dict()."
         ) from error
     for wrapper in _WRAPPERS:

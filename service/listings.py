@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from models.methods.row import Cost, Family
+from models.methods.table import Cost, Family
 from models.types import HeadKind, MethodSupport, ModelState, Precision, Struct, Task
 
 

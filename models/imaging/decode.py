@@ -1,4 +1,4 @@
-"""Untrusted bytes to an RGB picture, under caps.
+"""From untrusted bytes to an RGB image, within limits.
 
 Only the format that the first bytes announce is tried, the size is read from the header and checked
 before memory for pixels is taken, and whatever goes wrong inside the decoder leaves as one of our
@@ -39,7 +39,7 @@ FORMATS: Mapping[str, str] = MappingProxyType(
 """Media types that are decoded, and the name of each one's decoder."""
 
 CANVAS_SIDE = 1024
-"""Longest side, in pixels, at which a whole picture is drawn."""
+"""Longest side, in pixels, at which a whole image is drawn."""
 
 _MAGIC = (
     (b"\xff\xd8\xff", "image/jpeg"),
@@ -57,7 +57,7 @@ _ORIENTATION_TAG = 0x0112
 
 
 class _Turn(NamedTuple):
-    """What brings a picture upright: first swap the axes, then mirror."""
+    """What brings an image upright: first swap the axes, then mirror."""
 
     transpose: Image.Transpose
     swap: bool
@@ -77,7 +77,7 @@ _TURNS: Mapping[int, _Turn] = MappingProxyType(
     }
 )
 
-# A picture drafted to at least twice the size it will be resized to keeps what the resize needs:
+# An image drafted to at least twice the size it will be resized to keeps what the resize needs:
 # the model input differs by less than half a level of 256 on average and by 8 at most (measured on
 # photographs). Filters that jump need every pixel.
 _DRAFT_MARGIN = 2
@@ -92,10 +92,10 @@ _JPEG_SCAN = re.compile(rb"\xff\xda\x00[\x08\x0a\x0c\x0e][\x01-\x04]")
 
 
 class DecodeLimits(Struct):
-    """What a picture may be at most, and at least.
+    """What an image may be at most, and at least.
 
     Attributes:
-        max_bytes: size of the encoded picture.
+        max_bytes: size of the encoded image.
         max_pixels: width times height. Above 178 megapixels Pillow's own limit holds.
         min_side: pixels that width and height must have.
     """
@@ -106,8 +106,8 @@ class DecodeLimits(Struct):
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """A decoded picture.
+class DecodedImage:
+    """A decoded image.
 
     Attributes:
         image: RGB, upright; of a large photograph perhaps only a half, quarter or eighth of the
@@ -138,8 +138,8 @@ def sniff(data: bytes) -> str | None:
 
 def decode(
     data: bytes, *, limits: DecodeLimits, preprocess: Preprocess, keep_original: bool = False
-) -> Picture:
-    """Decode the first frame of a picture to upright RGB.
+) -> DecodedImage:
+    """Decode the first frame of an image to upright RGB.
 
     EXIF orientation is applied, transparency composited on white, and every other mode (CMYK,
     palette, grey, 1-bit, 16-bit, 32-bit, float) becomes RGB; colour profiles are ignored, as the
@@ -147,10 +147,10 @@ def decode(
     what `preprocess` resizes to.
 
     Args:
-        data: the encoded picture.
+        data: the encoded image.
         limits: caps.
-        preprocess: what the picture is for; it says how small a JPEG may be decoded.
-        keep_original: keep enough pixels to draw the whole picture, too.
+        preprocess: what the image is for; it says how small a JPEG may be decoded.
+        keep_original: keep enough pixels to draw the whole image, too.
 
     Raises:
         UnsupportedMediaType: not a format that is decoded.
@@ -195,7 +195,7 @@ def _check_size(size: tuple[int, int], limits: DecodeLimits) -> None:
         raise ImageTooSmall(f"The image is less than {limits.min_side} pixels wide or high.")
 
 
-def _load(image: Image.Image, preprocess: Preprocess, *, keep_original: bool) -> Picture:
+def _load(image: Image.Image, preprocess: Preprocess, *, keep_original: bool) -> DecodedImage:
     width, height = image.size
     scale = _draft(image, preprocess, keep_original=keep_original)
     image.load()
@@ -204,16 +204,20 @@ def _load(image: Image.Image, preprocess: Preprocess, *, keep_original: bool) ->
     upright = rgb if turn is None else rgb.transpose(turn.transpose)
     if scale == 1:
         box = (0.0, 0.0, float(upright.width), float(upright.height))
-        return Picture(upright, width=upright.width, height=upright.height, box=box, drafted=False)
+        return DecodedImage(
+            upright, width=upright.width, height=upright.height, box=box, drafted=False
+        )
     # A draft rounds up to whole pixels: its last row and column may lie partly outside the
     # original.
     inner = (width / scale, height / scale)
     if turn is None:
-        return Picture(upright, width=width, height=height, box=(0.0, 0.0, *inner), drafted=True)
+        return DecodedImage(
+            upright, width=width, height=height, box=(0.0, 0.0, *inner), drafted=True
+        )
     if turn.swap:
         width, height = height, width
     box = _turn_box(inner, turn, rgb.size)
-    return Picture(upright, width=width, height=height, box=box, drafted=True)
+    return DecodedImage(upright, width=width, height=height, box=box, drafted=True)
 
 
 # ---------------------------------------------------------------- size
@@ -244,7 +248,7 @@ def _orientation(image: Image.Image) -> int:
     """EXIF orientation 1 to 8; 1 when there is none or it cannot be read."""
     try:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # noqa: BLE001 - garbage in the metadata must not cost the picture
+    except Exception:  # noqa: BLE001 - garbage in the metadata must not cost the image
         return 1
     return value if isinstance(value, int) else 1
 
@@ -252,7 +256,7 @@ def _orientation(image: Image.Image) -> int:
 def _turn_box(
     inner: tuple[float, float], turn: _Turn, size: tuple[int, int]
 ) -> tuple[float, float, float, float]:
-    """Where the part `inner` (width, height), at the origin of a picture of that size, lies after the turn."""
+    """Where the part `inner` (width, height) at the origin of an image lies after the turn."""
     width, height = inner
     gap_x, gap_y = size[0] - width, size[1] - height
     if turn.swap:
@@ -279,7 +283,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _deep_to_grey(image: Image.Image) -> Image.Image:
     """16-bit, 32-bit and float grey to 8 bits.
 
-    16-bit pictures keep their high byte, as 16-bit colour does. Wider integers and floats do not
+    16-bit images keep their high byte, as 16-bit colour does. Wider integers and floats do not
     say their range: [0, 1] (floats only), [0, 255] and [0, 65535] are recognised, anything else is
     stretched from its least to its greatest value. What is not a number is black.
     """

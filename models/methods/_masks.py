@@ -13,7 +13,7 @@ KEPT = 0.5
 
 
 def varying_channels(activation: Tensor) -> Tensor:
-    """Indices (long) of the channels of (K, h, w) that are not constant; a constant one makes no mask."""
+    """Indices (long) of the channels of (K, h, w) that are not constant and so make a mask."""
     values = activation.flatten(1)
     return (values.amax(1) > values.amin(1)).nonzero().flatten()
 

@@ -1,4 +1,4 @@
-"""What methods that know only some kinds of models say to a model, found out once when it is loaded."""
+"""Which methods can explain a model, found by rules and trials when it is loaded."""
 
 from __future__ import annotations
 
@@ -9,26 +9,59 @@ from torch import Tensor, nn
 
 from models.errors import MethodNotApplicable
 from models.layers import Layouts
-from models.methods import METHODS
 from models.methods._attention_gradients import verify_transformer
 from models.methods._fullgrad import obstacle
 from models.methods._guided import relus
 from models.methods._lrp import Explained, relevance
+from models.methods.table import METHODS, Family, Method
 from models.probe import Trace
 from models.targets import ResolvedTarget, class_scores
-from models.types import Task
+from models.types import HeadKind, MethodSupport, Struct, Task
 
 _SMALL_SIDE = 96
-"""Pixels of the picture on which relevance is tried: what a model computes does not depend on its input's size."""
+"""Side of the image on which LRP is tried: an input's size does not change what a model does."""
 
 
-def refusals(
+class ModelFacts(Struct):
+    """What the probes found out about a model.
+
+    Attributes:
+        target_layer: its `auto` layer; None if no map of it has a gradient.
+        head: what follows that layer.
+        closed_form: whether the gradient there was proved to be W[c]/Z.
+        refusals: by name of a method that was tried on it and refused, the reason.
+    """
+
+    target_layer: str | None
+    head: HeadKind | None
+    closed_form: bool
+    refusals: dict[str, str] = {}
+
+
+Rule = Callable[[ModelFacts], str | None]
+"""Why a method cannot explain the model; None if it can."""
+
+
+def method_support(method: Method, facts: ModelFacts) -> MethodSupport:
+    """Tell whether a method can explain a model: by its family's rule, its own, and its trial."""
+    rules = [_FAMILY_RULES.get(method.family), _METHOD_RULES.get(method.name)]
+    reasons = [*(rule(facts) for rule in rules if rule), facts.refusals.get(method.name)]
+    reason = next(filter(None, reasons), None)
+    return MethodSupport(name=method.name, applicable=reason is None, reason=reason)
+
+
+def supported_methods(facts: ModelFacts) -> tuple[MethodSupport, ...]:
+    """Return one row for every method, in the order of METHODS."""
+    return tuple(method_support(method, facts) for method in METHODS.values())
+
+
+def try_methods(
     module: nn.Module, traced: Trace, layouts: Layouts, *, task: Task, probe: Tensor
 ) -> dict[str, str]:
-    """Try the methods whose rules are proved model by model, on one picture of a probe.
+    """Try the methods whose rules are proved model by model, on one image of a probe.
 
     Guided backpropagation looks for ReLUs in the recorded graph, LRP for conservation of relevance
-    (on a small picture where the model takes one), attention methods for attention that they
+    (on a small image where the model takes one), attention methods for attention that they
     reproduce, FullGrad for biases that it cannot account for.
 
     Args:
@@ -41,25 +74,26 @@ def refusals(
     Returns:
         The reason, as a clause, by name of each method that cannot explain the model.
     """
-    picture = probe[:1]
+    image = probe[:1]
     guided = _refusal(lambda: relus(traced.scores))
-    conserving = _refusal(lambda: relevance(_explained(module, task, picture), [ResolvedTarget(0)]))
-    attentive = _refusal(lambda: verify_transformer(module, layouts, picture))
+    conserving = _refusal(lambda: relevance(_explained(module, task, image), [ResolvedTarget(0)]))
+    attentive = _refusal(lambda: verify_transformer(module, layouts, image))
     reasons = {"guided_backprop": guided, "guided_gradcam": guided, "lrp": conserving}
     reasons["fullgrad"] = obstacle(module)
     reasons |= {name: attentive for name, row in METHODS.items() if row.family == "transformer"}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def _explained(module: nn.Module, task: Task, picture: Tensor) -> Explained:
-    """The picture made small, or itself where the model does not take a small one."""
-    small = nn.functional.interpolate(picture, (_SMALL_SIDE, _SMALL_SIDE), mode="nearest")
+def _explained(module: nn.Module, task: Task, image: Tensor) -> Explained:
+    """The image made small, or itself where the model does not take a small one."""
+    small = nn.functional.interpolate(image, (_SMALL_SIDE, _SMALL_SIDE), mode="nearest")
     with torch.no_grad():
         try:
             logits, _ = class_scores(module(small), task)
-        except Exception:  # noqa: BLE001  (models that insist on their input's size say so in many ways)
-            small = picture
-            logits, _ = class_scores(module(picture), task)
+        # Models that insist on their input's size say so in many ways.
+        except Exception:  # noqa: BLE001
+            small = image
+            logits, _ = class_scores(module(image), task)
     return Explained(
         module=module,
         task=task,
@@ -76,3 +110,28 @@ def _refusal(attempt: Callable[[], object]) -> str | None:
     except MethodNotApplicable as error:
         return error.message[0].lower() + error.message[1:].rstrip(".")
     return None
+
+
+def _needs_map(facts: ModelFacts) -> str | None:
+    if facts.target_layer is None:
+        return "no layer of the model is a map of the image that the scores depend on"
+    return None
+
+
+def _needs_closed_form(facts: ModelFacts) -> str | None:
+    if not facts.closed_form:
+        return (
+            "it needs global average pooling and then a single linear layer after the target layer"
+        )
+    return None
+
+
+_FAMILY_RULES: dict[Family, Rule] = {"gradient": _needs_map, "activation": _needs_map}
+_METHOD_RULES: dict[str, Rule] = {
+    "cam": _needs_closed_form,
+    "scorecam": _needs_map,
+    "ss_cam": _needs_map,
+    "is_cam": _needs_map,
+    "ablationcam": _needs_map,
+    "guided_gradcam": _needs_map,
+}

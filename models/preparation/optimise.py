@@ -1,4 +1,4 @@
-"""All load-time preparation of a model, step by step, each with its own check."""
+"""Optimises a model for its device, step by step, each step with its own check."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Optimised:
 def optimise(
     module: nn.Module, probe: Tensor, *, spec: ModelSpec, device: torch.device, findings: Findings
 ) -> Optimised:
-    """Prepare a model for its device.
+    """Optimise a model for its device.
 
     Args:
         module: on the CPU, float32, eval mode, parameters frozen; it is moved.
@@ -76,7 +76,8 @@ def optimise(
         device: where it will be served.
         findings: what the probes found out.
     """
-    module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the stub lacks it
+    # The stub lacks this overload.
+    module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     probe = probe.contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         expected = module(probe)
@@ -131,10 +132,10 @@ def _skipping(step: str, steps: list[str]) -> Iterator[None]:
 
 
 def _head(findings: Findings, device: torch.device, *, outputs: int) -> PooledHead:
-    """What makes the scores of a replayed trunk.
+    """What makes the scores of a replayed backbone.
 
     Raises:
-        Refused: no trunk can be replayed here.
+        Refused: no backbone can be replayed here.
     """
     if device.type != "cpu":
         raise Refused("it is for the CPU")
@@ -152,7 +153,8 @@ def _precision(
     if asked == "fp32":
         return asked
     fidelity = _fidelity(module, *probed, DTYPES[asked])
-    if not fidelity >= LEAST_COSINE:  # not a number is no fidelity
+    # Written so that NaN is refused, too.
+    if not fidelity >= LEAST_COSINE:
         steps.append(f"{asked} skipped: its scores have cosine {fidelity:.3f} with float32's")
         return "fp32"
     steps.append(f"{asked}, cosine of scores with float32's {fidelity:.4f}")

@@ -14,18 +14,18 @@ from models.hooks import HookStack
 from models.preparation.fusion import fuse_convolutions
 
 TOLERANCE = 1e-4
-"""Largest difference of a layer's float32 tensor from the original's, relative to its largest value."""
+"""Largest difference of a layer's float32 tensor from the original's, relative to its peak."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What a pass takes from a module, and what it does to it.
+    """What a pass reads from a module and does to it.
 
     Attributes:
         reads: layers whose output is tapped.
         rewrites: layers whose output is changed, or where the scores are differentiated.
         layer_inputs: whether inputs of layers are tapped.
-        input_gradient: whether the scores are differentiated at the pictures.
+        input_gradient: whether the scores are differentiated at the images.
     """
 
     reads: frozenset[str] = frozenset()
@@ -38,15 +38,15 @@ class Needs:
 class Variant:
     """A module that answers like the original, faster.
 
-    Passes that need more than it has run on a slower variant, or on the original. Inputs of its layers
-    are never those of the original's: a variant keeps what its layers return, not how they come to it.
+    Passes that need more run on a slower variant, or on the original. Inputs of its layers are
+    never those of the original: a variant keeps what layers return, not how they compute it.
 
     Attributes:
         module: the variant; eval mode, parameters frozen.
         step: what was done to make it, for the model card.
         readable: layers whose outputs were found equal to the original's.
         rewritable: layers whose output can be changed, and differentiated at.
-        differentiable: whether gradients reach the pictures.
+        differentiable: whether gradients reach the images.
     """
 
     module: nn.Module
@@ -81,7 +81,8 @@ def fused_variant(module: nn.Module, probe: Tensor) -> Variant | None:
         if not fused:
             return None
         expected, found = layer_outputs(module, probe), layer_outputs(variant, probe)
-    except Exception:  # noqa: BLE001  (a model that cannot be rewritten is served as it is)
+    # A model that cannot be rewritten is served as it is.
+    except Exception:  # noqa: BLE001
         return None
     if not close(found[""], expected[""]):
         return None

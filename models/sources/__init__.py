@@ -1,4 +1,4 @@
-"""The SOURCES table, and `load`: from a catalog entry to a verified, frozen model on the CPU. No torch at import."""
+"""From a catalog entry to a verified, frozen model on the CPU. No torch at import."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SOURCES = {
     "python": "models.sources.python",
     "embedded": "models.sources.embedded",
 }
-"""Module of each source, by the prefix of `ModelSpec.source`; each has `build(request) -> Built`."""
+"""Module of each source by the prefix of `ModelSpec.source`; each is a `Source`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class BuildRequest:
     Attributes:
         name: what follows the source's prefix.
         pretrained: whether the library's own weights are wanted.
-        num_classes: scores per picture of an architecture that gets other weights; None keeps its
+        num_classes: scores per image of an architecture that gets other weights; None keeps its
             own number. The library's own weights come with their head, whatever is said here.
         base_dir: directory that relative paths and modules of the configuration start from.
     """
@@ -67,7 +67,7 @@ class LoadedModel:
     Attributes:
         module: (N, 3, H, W) normalised float32 → (N, num_classes) scores (logits).
         labels: `num_classes` names.
-        preprocess: how a picture becomes its input, the configuration's overrides applied.
+        preprocess: how an image becomes its input, the configuration's overrides applied.
     """
 
     module: nn.Module
@@ -145,7 +145,7 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
 
 
 def _head_size(spec: ModelSpec, labels: tuple[str, ...] | None) -> int | None:
-    """Scores per picture that the configuration asks for; two classes of a binary model are one logit."""
+    """Scores per image that the configuration asks for; one for binary models with labels."""
     if spec.num_classes is not None or labels is None:
         return spec.num_classes
     return 1 if spec.task == "binary" else len(labels)

@@ -64,7 +64,7 @@ def _factory(request: BuildRequest) -> Callable[..., Any]:
 
 
 def _make_importable(directory: Path) -> None:
-    """Let modules beside the configuration be imported, now and when the network itself imports later.
+    """Let modules beside the configuration be imported, now and later.
 
     They come last, so that they never take the place of an installed package.
     """

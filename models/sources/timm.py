@@ -16,7 +16,7 @@ from models.sources import BuildRequest, Built
 from models.types import Fit, Preprocess
 
 _FITS: dict[str, Fit] = {"squash": "stretch", "border": "contain"}
-"""How timm's crop modes other than `center` make a picture fit a pair of sizes."""
+"""How timm's crop modes other than `center` make an image fit a pair of sizes."""
 
 
 def build(request: BuildRequest) -> Built:

@@ -5,16 +5,7 @@ from __future__ import annotations
 from models.errors import ERRORS, HeatlensError, InternalError
 from models.types import Failure
 
-
-def to_failure(job_id: str, error: HeatlensError) -> Failure:
-    """The failure that ends `job_id` (or a request of that id) with `error`."""
-    return Failure(
-        id=job_id,
-        code=error.code,
-        message=error.message,
-        field=error.field,
-        retry_after_s=error.retry_after_s,
-    )
+to_failure = Failure.of
 
 
 def to_error(failure: Failure) -> HeatlensError:

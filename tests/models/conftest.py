@@ -8,8 +8,8 @@ from torch import nn
 
 from models.engine import Engine
 from models.head import HeadProbe
-from models.warm_model import WarmModel
 from models.types import LayerInfo, ModelCard, ModelInfo, Preprocess
+from models.warm_model import WarmModel
 
 
 @pytest.fixture

@@ -18,10 +18,10 @@ from models.compat import define_missing_operators
 from models.engine import Engine, Suspended
 from models.imaging.render import normalise
 from models.methods import METHODS
-from models.warm_model import WarmModel
 from models.sources import LoadedModel, load
 from models.types import ClassRef, Explanation, Job, JobOptions, Outcome, Preprocess, Target
-from models.warmup import prepare
+from models.warm_model import WarmModel
+from models.warmup import warm_up
 from models.weights import fill_zero_heads, seeded
 
 define_missing_operators()
@@ -147,7 +147,7 @@ class OneModel:
 
 def warmed(loaded: LoadedModel, *, chunk: int = 64) -> WarmModel:
     """The model as the registry warms it up, with a batch size that does not depend on the machine's mood."""
-    warm = prepare(loaded, torch.device("cpu"), warmup_s=0.0)
+    warm = warm_up(loaded, torch.device("cpu"), warmup_s=0.0)
     card = structs.replace(warm.info.card, best_batch=chunk)
     return replace(warm, info=structs.replace(warm.info, card=card))
 

@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from models import graphed_pass
 from models.capture import Capture
-from models.cuda import plans
 from models.cuda.graphs import Graphs, Work
-from models.graphed_pass import GRAPHABLE, plan_of
 from models.engine import Engine
+from models.graphed_pass import GRAPHABLE, plan_of
 from models.methods import METHODS, implementation
 from models.registry import ModelRegistry
-from models.warm_model import WarmModel
 from models.types import Intervention, Outcome, Target
+from models.warm_model import WarmModel
 from tests.models.conftest import FlatNet, OneModel, PoolNet, frozen, warm_of
 from tests.models.cuda.conftest import graphed, on_gpu, rerun
 from tests.models.test_engine import assert_same, finish, index, job, rank
@@ -83,7 +83,7 @@ predicted = st.fixed_dictionaries(
 def test_any_batch_is_answered_as_by_the_plain_pass(wanted):
     counting = Counting()
     batch = [job(f"{i}", seed=i, **options) for i, options in enumerate(wanted)]
-    assert_as_plain(graphed(pooled(), capture=counting), batch)
+    assert_as_plain(graphed(pooled(), record=counting), batch)
     assert counting.recorded == counting.replayed == 1
 
 
@@ -140,13 +140,13 @@ CONTRAST = Target(cls=rank(1), against=(rank(2),))
 def test_other_batches_run_plainly(options):
     counting = Counting()
     batch = [job("a", "predict"), job("b", **options)]
-    assert_as_plain(graphed(pooled(), capture=counting), batch)
+    assert_as_plain(graphed(pooled(), record=counting), batch)
     assert counting.recorded == 0
 
 
 def test_batches_beyond_the_best_run_plainly():
     counting = Counting()
-    warm = graphed(pooled(), capture=counting, best_batch=3)
+    warm = graphed(pooled(), record=counting, best_batch=3)
     assert_as_plain(warm, [job(f"{i}", seed=i) for i in range(4)])
     assert counting.recorded == 0
     assert_as_plain(warm, [job(f"{i}", seed=i) for i in range(3)])
@@ -155,7 +155,7 @@ def test_batches_beyond_the_best_run_plainly():
 
 def test_a_head_without_a_closed_form_is_recorded_for_predictions_only():
     counting = Counting()
-    warm = graphed(warm_of(frozen(FlatNet())), capture=counting)
+    warm = graphed(warm_of(frozen(FlatNet())), record=counting)
     assert_as_plain(warm, [job("a")])
     assert counting.recorded == 0
     assert_as_plain(warm, [job("a", "predict"), job("b", "predict", seed=1)])
@@ -170,14 +170,14 @@ def test_a_plan_is_the_union_of_what_its_jobs_ask_for():
         job("c", methods=("gradcam", "cam"), targets=two),
     ]
     plan = plan_of(graphed(pooled()), batch)
-    assert plan == plans.Plan(methods=("cam", "gradcam", "layercam"), targets=2, rows=4)
+    assert plan == graphed_pass.Plan(methods=("cam", "gradcam", "layercam"), targets=2, rows=4)
 
 
 def test_a_device_that_cannot_record_answers_all_the_same():
     def failing(work: Work) -> Work:
         raise RuntimeError("no")
 
-    warm = graphed(pooled(), capture=failing)
+    warm = graphed(pooled(), record=failing)
     for _ in range(3):
         assert_as_plain(warm, [job("a"), job("b", "predict", seed=1)])
     assert len(warm.graphs) == 0
@@ -237,7 +237,9 @@ def test_a_recorded_pass_never_waits_for_the_device(methods):
         shift=plain.shift.to(meta),
         head=plain.head.to(meta),
     )
-    run = plans._pass(warm, warm.module, plans.Plan(methods=methods, targets=3, rows=4))
+    run = graphed_pass._pass(
+        warm, warm.module, graphed_pass.Plan(methods=methods, targets=3, rows=4)
+    )
     pictures = torch.zeros(4, 8, 8, 3, dtype=torch.uint8, device=meta)
     codes = torch.zeros(4, 3, dtype=torch.int64, device=meta)
     with Watching() as watching:

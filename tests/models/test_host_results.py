@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from models import transfer
+from models import host_results
 from models.cuda.recorder import waiting_forbidden
-from models.engine import Engine
 from models.cuda.staging import indices
+from models.engine import Engine
 from models.host_results import fetch
 from models.types import Target
 from tests.models.conftest import FlatNet, OneModel, PoolNet, frozen, warm_of
@@ -38,8 +38,8 @@ def transfers(monkeypatch) -> list[int]:
         made.append(packed.numel())
         return packed.clone().numpy()
 
-    monkeypatch.setattr(transfer, "_on_host", lambda tensor: False)
-    monkeypatch.setattr(transfer, "_to_host", to_host)
+    monkeypatch.setattr(host_results, "_on_host", lambda tensor: False)
+    monkeypatch.setattr(host_results, "_to_host", to_host)
     return made
 
 

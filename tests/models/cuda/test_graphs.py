@@ -7,8 +7,8 @@ import logging
 import pytest
 import torch
 
-from models.cuda.recorder import GraphRecorder
 from models.cuda.graphs import Graphs, Work
+from models.cuda.recorder import GraphRecorder
 from tests.models.cuda.conftest import rerun
 
 
@@ -20,8 +20,8 @@ def numbers(*values: float) -> tuple[torch.Tensor]:
     return (torch.tensor(values)[:, None],)
 
 
-def graphs_of(capture=rerun, **options) -> Graphs:
-    return Graphs(capture, **{"dtype": torch.float32, "patience": 0} | options)
+def graphs_of(record=rerun, **options) -> Graphs:
+    return Graphs(record, **{"dtype": torch.float32, "patience": 0} | options)
 
 
 def values(outputs: tuple[torch.Tensor, ...] | None) -> list[float]:

@@ -10,9 +10,16 @@ import torch
 from torch import nn
 
 import models.faithfulness.pixel_removal
-from models.faithfulness.measures import MEASURES, FaithfulnessTest
 from models.faithfulness.imputation import impute
-from models.faithfulness.pixel_removal import Original, curve_counts, deleted, imputed, kept, pixel_ranks
+from models.faithfulness.measures import MEASURES, FaithfulnessTest
+from models.faithfulness.pixel_removal import (
+    Original,
+    curve_counts,
+    deleted,
+    imputed,
+    kept,
+    pixel_ranks,
+)
 from models.targets import class_scores, probabilities
 from models.types import ClassScore, Explanation, Outcome, Target
 from tests.models.test_engine import assert_same, finish, index, job

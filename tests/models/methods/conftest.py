@@ -18,10 +18,10 @@ from models.extractor import Extractor, Tap
 from models.head import probe_head
 from models.interventions import changes_for
 from models.layers import to_map
-from models.warm_model import WarmModel
-from models.steps import Unbatched, Step, Steps, Subject
+from models.steps import Step, Steps, Subject, Unbatched
 from models.targets import ResolvedTarget, ScoreWeights, class_scores
 from models.types import Failure, Job, JobOptions, ModelCard, ModelInfo
+from models.warm_model import WarmModel
 
 CaptureOf = Callable[..., Capture]
 SubjectOf = Callable[..., Subject]

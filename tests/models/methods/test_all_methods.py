@@ -18,10 +18,10 @@ from models.catalog import ModelSpec
 from models.compat import define_missing_operators
 from models.engine import Engine, Suspended
 from models.methods import METHODS, implementation
-from models.warm_model import WarmModel
 from models.sources import LoadedModel
 from models.types import ClassRef, Job, JobOptions, Outcome, Preprocess, Target
-from models.warmup import prepare
+from models.warm_model import WarmModel
+from models.warmup import warm_up
 from models.weights import seeded
 
 define_missing_operators()
@@ -75,7 +75,7 @@ def warmed(kind: str, precision: str = "fp32") -> WarmModel:
         task="single_label",
         preprocess=Preprocess(resize=SIDE, crop=(SIDE, SIDE)),
     )
-    return prepare(loaded, torch.device("cpu"), warmup_s=0.0)
+    return warm_up(loaded, torch.device("cpu"), warmup_s=0.0)
 
 
 def chunked(warm: WarmModel, chunk: int) -> WarmModel:

@@ -14,8 +14,7 @@ from models.head import HeadProbe
 from models.layers import TokenLayout
 from models.methods import METHODS, implementation
 from models.methods._masks import RandomMasks, unit_masks, varying_channels
-from models.steps import NotedMaps
-from models.steps import Unbatched, Forward
+from models.steps import Forward, NotedMaps, Unbatched
 from models.targets import ResolvedTarget, class_scores, probabilities
 from models.types import Intervention
 from tests.models.conftest import frozen
@@ -242,7 +241,7 @@ def test_ablationcam_on_pooled_linear_heads_needs_no_pass(drive, subject_of, poo
 
 
 @pytest.mark.parametrize(("target_layer", "replays"), [("out", 1), ("elsewhere", 3)])
-def test_ablationcam_replays_other_heads_with_one_trunk_row(
+def test_ablationcam_replays_other_heads_with_one_backbone_row(
     target_layer, replays, drive, subject_of, flat_net, images, untouched
 ):
     """All six channels at once after the target layer, chunks of two after any other."""

@@ -18,8 +18,7 @@ from torch import nn
 from models.errors import MethodNotApplicable
 from models.methods import METHODS, implementation
 from models.methods._guided import relus
-from models.steps import NotedMaps
-from models.steps import InputGradient
+from models.steps import InputGradient, NotedMaps
 from models.targets import ResolvedTarget
 from models.types import Intervention
 

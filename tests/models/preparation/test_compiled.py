@@ -1,4 +1,4 @@
-"""A compiled trunk answers as the model does, and a machine that cannot compile serves it as before."""
+"""A compiled backbone answers as the model does, and a machine that cannot compile serves it as before."""
 
 from __future__ import annotations
 

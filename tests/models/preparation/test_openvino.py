@@ -22,9 +22,9 @@ from models.preparation.optimise import Findings, optimise
 from models.preparation.replay import Replay
 from models.preparation.variant import Needs
 from models.registry import ModelRegistry
-from models.warm_model import WarmModel
 from models.statistics import SUBSAMPLE
 from models.types import Intervention, Outcome, Target
+from models.warm_model import WarmModel
 from tests.models.conftest import FlatNet, OneModel, PoolNet, frozen
 from tests.models.preparation.conftest import SIDE, blocks, warm
 from tests.models.test_engine import MIXED, assert_same, finish, index, job

@@ -57,12 +57,15 @@ def test_layers_called_twice_are_not_offered(net, head, pictures):
     assert reference.features == ("block",)
 
 
-def test_a_trunk_with_other_tensors_is_refused(net, head, pictures):
+def test_a_backbone_with_other_tensors_is_refused(net, head, pictures):
     reference = Reference(net, pictures, head=head, features=())
-    trunk = LayerOutputs(net, ["out"])
-    variant = reference.variant(trunk, ["out"], exact=True, step="as it is")
+    backbone = LayerOutputs(net, ["out"])
+    variant = reference.variant(backbone, ["out"], exact=True, step="as it is")
     assert variant.readable == variant.rewritable == {"out"}
-    for wrong in (lambda x: [1.01 * trunk(x)[0]], lambda x: [trunk(x)[0].flip(-1).cumsum(-1)]):
+    for wrong in (
+        lambda x: [1.01 * backbone(x)[0]],
+        lambda x: [backbone(x)[0].flip(-1).cumsum(-1)],
+    ):
         with pytest.raises(Refused, match="differ from torch's"):
             reference.variant(wrong, ["out"], exact=True, step="wrong")
 
