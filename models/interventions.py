@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from models.errors import InvalidOption
 from models.hooks import ForwardHook
-from models.layers import TokenLayout
+from models.layers import Layouts
 from models.types import Intervention
-
-Layouts = Mapping[str, TokenLayout | None]
 
 
 def changes_for(
