@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,23 +28,21 @@ from models.warm_model import WarmModel
 logger = logging.getLogger("heatlens.engine")
 
 
+@dataclass(eq=False)
 class Suspended:
     """A job between steps: its shared pass is done, and its methods need further passes.
 
     Attributes:
         job: the job.
         warm: its model.
-        step: the step that comes next.
+        steps: a started generator.
+        step: the step that it yielded last.
     """
 
-    def __init__(
-        self, job: Job, warm: WarmModel, steps: Generator[Step, Any, Outcome], first: Step
-    ) -> None:
-        """Made by the engine, from a started generator and the step it yielded first."""
-        self.job = job
-        self.warm = warm
-        self.step = first
-        self._steps = steps
+    job: Job
+    warm: WarmModel
+    steps: Generator[Step, Any, Outcome]
+    step: Step
 
     @property
     def cost(self) -> int:
@@ -63,7 +62,7 @@ class Suspended:
     def resume(self, result: Any) -> Outcome | Failure | Suspended:
         """Go on with the step's result; returns the outcome, or itself with its next step."""
         try:
-            self.step = self._steps.send(result)
+            self.step = self.steps.send(result)
         except StopIteration as stop:
             outcome: Outcome = stop.value
             return outcome
@@ -79,7 +78,7 @@ class Suspended:
 
     def close(self) -> None:
         """Give up; the generator's tensors are released."""
-        self._steps.close()
+        self.steps.close()
 
 
 class Engine:
@@ -90,10 +89,7 @@ class Engine:
         self._registry = registry
 
     def run(self, jobs: Sequence[Job]) -> list[Outcome | Failure | Suspended]:
-        """Run one shared pass for jobs of one model and version.
-
-        Args:
-            jobs: predict, explain and features jobs alike.
+        """Run one shared pass for jobs of one model and version, whatever their operations.
 
         Returns:
             One entry for each job, in order: its outcome, its typed failure, or, where methods need
@@ -113,10 +109,7 @@ class Engine:
         """Run the next step of several jobs of one model.
 
         Steps of the same kind share one batch; their costs should add up to about the model's best
-        batch.
-
-        Returns:
-            One entry for each, as in `run`.
+        batch. Returns one entry for each, as `run` does.
         """
         execute: dict[type[Step], Callable[[Sequence[Suspended]], list[Any]]] = {
             Forward: self._forward,

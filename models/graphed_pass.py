@@ -64,17 +64,9 @@ def plan_of(warm: WarmModel, jobs: Sequence[Job]) -> Plan | None:
 def run_graphed(
     warm: WarmModel, jobs: Sequence[Job], *, module: nn.Module, images: Tensor
 ) -> SharedPass | None:
-    """Run the pass of a batch as a recorded one.
+    """Run the shared pass as a recorded one, with the arguments of `run_shared_pass`.
 
-    Args:
-        warm: the model.
-        jobs: N jobs for it.
-        module: the model's module that serves the layers of all jobs.
-        images: the jobs' inputs, (N, H, W, 3) uint8 on the device.
-
-    Returns:
-        What the pass gave, good until the next recorded one; None where it must be run as any
-        other.
+    What it returns is good until the next recorded pass; None where the pass must be run plainly.
     """
     plan = None if warm.graphs is None else plan_of(warm, jobs)
     if warm.graphs is None or plan is None:

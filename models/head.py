@@ -61,16 +61,9 @@ def probe_head(
 ) -> HeadProbe:
     """Find out what follows a layer, by autograd on a probe batch.
 
-    The closed form is granted when three things hold: for several classes and all images the
-    gradient at every position is W[c]/Z within 1e-5 of the largest one, and for *all* classes
-    W·mean(A) + b gives the scores.
-
-    Args:
-        module: in eval mode, parameters frozen, float32.
-        layer_name: the layer.
-        layout: how its output lies.
-        task: how the module's output is read as scores.
-        probe: (N, 3, H, W) normalised float32 on the module's device, at least two images.
+    The closed form is granted when for several classes and all images the gradient at every
+    position is W[c]/Z within 1e-5 of the largest one, and for *all* classes W·mean(A) + b gives the
+    scores. The module is frozen and float32; the probe holds at least two images.
     """
     cut = _run(module, layer_name, task, probe)
     maps = to_map(cut.activation.detach(), layout)

@@ -30,12 +30,7 @@ class HostResults:
     """
 
     def __init__(self, jobs: Sequence[Job], shared: SharedPass) -> None:
-        """Compute the maps of the one-pass methods for the whole batch, and fetch everything.
-
-        Args:
-            jobs: the batch.
-            shared: what its pass gave.
-        """
+        """Compute the maps of the one-pass methods for the whole batch, and fetch everything."""
         tensors: dict[_Key, Tensor] = {
             ("logits",): shared.logits,
             ("probabilities",): shared.probabilities,
@@ -75,12 +70,7 @@ class HostResults:
 def fetch(tensors: Mapping[K, Tensor]) -> dict[K, np.ndarray]:
     """Bring tensors to the host, all in one transfer: waiting leaves the device without work.
 
-    Args:
-        tensors: on any device, of any dtype that numpy knows.
-
-    Returns:
-        An array of the same shape and dtype for each; of tensors that are on the host already, a
-        view.
+    Arrays have the shape and dtype of their tensors, and are views of those already on the host.
     """
     arrays = {key: t.detach().numpy() for key, t in tensors.items() if _on_host(t)}
     # The widest first, so that every array begins at a multiple of its item's size.

@@ -16,23 +16,16 @@ from models.types import Intervention
 def changes_for(
     layouts: Layouts, interventions: Sequence[Sequence[Intervention]]
 ) -> list[tuple[str, ForwardHook]]:
-    """Hooks that change each image of a batch by its own interventions.
+    """(layer, hook) pairs that change each row of a batch by its own interventions.
 
-    Args:
-        layouts: token layouts by layer name; a layer that has one keeps its channels in the last
-            dimension.
-        interventions: those of each row of the batch.
-
-    Returns:
-        (layer, hook) pairs, one for each layer that any row changes.
+    A layer that has a layout keeps its channels in the last dimension.
     """
     by_layer: dict[str, list[tuple[int, Intervention]]] = {}
     for row, changes in enumerate(interventions):
         for change in changes:
             by_layer.setdefault(change.layer, []).append((row, change))
     return [
-        (layer, _hook(changes, layouts.get(layer) is not None))
-        for layer, changes in by_layer.items()
+        (name, _hook(changes, layouts.get(name) is not None)) for name, changes in by_layer.items()
     ]
 
 

@@ -35,13 +35,9 @@ class TokenLayout:
     channels_last: bool = False
 
     def to_map(self, tensor: Tensor) -> Tensor:
-        """Lay a layer's output, or a gradient of its shape, out as a map.
+        """Lay a layer's output, or a gradient of its shape, out as a map (N, C, h, w).
 
-        Args:
-            tensor: (N, h, w, C) or (N, prefix + h·w, C), any dtype.
-
-        Returns:
-            (N, C, h, w): a view where torch can make one, prefix tokens left out.
+        It is a view where torch can make one; prefix tokens are left out.
         """
         if self.channels_last:
             return tensor.permute(0, 3, 1, 2)
@@ -69,8 +65,7 @@ def find_layouts(trace: Trace) -> dict[str, TokenLayout | None]:
     Returns:
         The layout of each map by layer name, in the order of the trace; None = plain (N, C, h, w).
     """
-    # What a dropout or identity returns first-hand came from no module: attention weights, single
-    # heads.
+    # What a dropout or identity returns first was made by no module: attention weights, heads.
     unseen = {group[0].name for group in trace.groups() if isinstance(group[0].module, _PASSIVE)}
     layouts: dict[str, TokenLayout | None] = {}
     grids: dict[tuple[int, int], None] = {}

@@ -207,16 +207,9 @@ class BatchOutcomes:
 def fuse(maps: Sequence[Tensor], how: Fuse) -> Tensor:
     """Fuse maps of several layers into one.
 
-    Each is upsampled to the finest one's size (bilinear, half-pixel centres) and scaled to [0, 1]
-    by its own range, so that layers count alike whatever the size of their values; a constant map
-    counts as 0.
-
-    Args:
-        maps: float32 (T, h, w) of each layer, sizes may differ.
-        how: `mean`, `max` or `product` of the scaled maps.
-
-    Returns:
-        float32 (T, H, W), the finest size.
+    The maps (T, h, w) are upsampled to the finest one's size (bilinear, half-pixel centres) and
+    scaled to [0, 1] by their own range, so that layers count alike whatever the size of their
+    values; a constant map counts as 0.
     """
     height, width = max((m.shape[-2:] for m in maps), key=lambda size: size[0] * size[1])
     scaled = torch.stack([_unit(_resize(m, (height, width))) for m in maps])

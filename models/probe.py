@@ -77,14 +77,7 @@ def probe_batch(
 
 
 def check_answer(module: nn.Module, preprocess: Preprocess) -> int:
-    """Check that a model answers a probe with one finite row of scores per image.
-
-    Args:
-        module: in eval mode, on the CPU.
-        preprocess: gives the input's size.
-
-    Returns:
-        The number of scores per image.
+    """Check that a model on the CPU gives one finite row of scores per image; return its length.
 
     Raises:
         ModelLoadFailed: it does not; the text says how.
@@ -110,16 +103,10 @@ def check_answer(module: nn.Module, preprocess: Preprocess) -> int:
 
 
 def trace(module: nn.Module, task: Task, probe: Tensor) -> Trace:
-    """Run a model once with a hook on every module.
+    """Run a frozen model once with a hook on every module.
 
     All outputs and their graph are kept until the trace is dropped: about the memory of a training
-    step on the probe batch.
-
-    Args:
-        module: in eval mode, parameters frozen.
-        task: how its output is read as scores.
-        probe: (N, 3, H, W), N at least 2 so that a batch dimension can be told from windows of one
-            image.
+    step on the probe, which has at least two images to tell batches from windows of one image.
     """
     calls: dict[str, Call] = {}
     times: Counter[str] = Counter()

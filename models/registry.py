@@ -22,13 +22,7 @@ class ModelRegistry:
     """
 
     def __init__(self, device: str, base_dir: Path, *, warmup_s: float = WARMUP_S) -> None:
-        """Make an empty registry.
-
-        Args:
-            device: the torch device.
-            base_dir: what relative paths of entries start from.
-            warmup_s: about how long a warm-up may measure.
-        """
+        """Make an empty registry; relative paths of entries start from `base_dir`."""
         self.device = torch.device(device)
         self._base_dir = base_dir
         self._warmup_s = warmup_s

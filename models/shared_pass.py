@@ -69,13 +69,10 @@ _Catches = dict[Place, _Kept | None]
 def run_shared_pass(
     warm: WarmModel, jobs: Sequence[Job], *, module: nn.Module, images: Tensor
 ) -> SharedPass:
-    """Run the one pass that answers a batch of jobs.
+    """Run the one pass that answers N jobs of a model.
 
-    Args:
-        warm: the model.
-        jobs: N jobs for it, their inputs of its input size.
-        module: the model's module that serves the layers of all jobs.
-        images: the jobs' inputs, (N, H, W, 3) uint8 on any device.
+    `module` is the one of the model's modules that serves the layers of all jobs; `images` are the
+    jobs' inputs, (N, H, W, 3) uint8 on any device.
     """
     wishes = _wishes(warm, jobs)
     inputs = warm.normalise(images)

@@ -76,15 +76,12 @@ class Summary:
 
 
 def reduce(tensor: Tensor, *, channels_last: bool = False, keep_maps: bool = False) -> Reductions:
-    """Reduce a batch.
+    """Reduce a batch in float32, on the tensor's device.
 
     Args:
-        tensor: (N, C, h, w), (N, h, w, C) or (N, tokens, C) if `channels_last`, or (N, C).
+        tensor: (N, C, h, w) or (N, C); (N, h, w, C) or (N, tokens, C) if `channels_last`.
         channels_last: whether the last dimension is the channels' one.
         keep_maps: whether to keep the maps themselves (tensors with two spatial dimensions only).
-
-    Returns:
-        The reductions, on the tensor's device. Values are reduced in float32.
     """
     values = tensor.float()
     shape = tuple(values.shape[1:])
@@ -109,11 +106,7 @@ def reduce(tensor: Tensor, *, channels_last: bool = False, keep_maps: bool = Fal
 
 
 def summarise(reductions: Sequence[Reductions]) -> list[list[Summary]]:
-    """Finish the reductions of all layers of a batch at once, with one transfer from the device.
-
-    Returns:
-        For each of the reductions one summary an image.
-    """
+    """Finish all reductions of a batch with one transfer: for each, one summary an image."""
     if not reductions:
         return []
     names = ("means", "maxima", "low", "norm", "zeros", "sample")

@@ -186,14 +186,7 @@ class Subject:
 def run_unbatched(run: Callable[[], T], *, cost: int) -> Generator[Step, T | HeatlensError, T]:
     """Yield one `Unbatched` step and return what `run` returned.
 
-    A typed error ends the method that asked for the step, not the other jobs of its batch.
-
-    Args:
-        run: at most one batch of work.
-        cost: the number of images that it is worth.
-
-    Raises:
-        HeatlensError: what `run` raised.
+    A typed error that `run` raises is raised here, and so ends one method and not its batch.
     """
     result = yield Unbatched(run=partial(_result_or_error, run), cost=cost)
     if isinstance(result, HeatlensError):
@@ -204,12 +197,9 @@ def run_unbatched(run: Callable[[], T], *, cost: int) -> Generator[Step, T | Hea
 def run_by_targets(
     subject: Subject, run: Callable[[tuple[ResolvedTarget, ...]], Tensor], *, cost: int
 ) -> Steps:
-    """Run unbatched steps of as many targets as fit, and return their results as one tensor.
+    """Run unbatched steps of as many targets as fit, and return their rows as one tensor.
 
-    Args:
-        subject: whose targets they are.
-        run: returns a tensor of one row for each of the targets that it is given.
-        cost: the number of images that one target is worth.
+    `run` returns a row for each of the targets that it is given; each is worth `cost` images.
     """
     results = []
     for targets in subject.target_chunks():

@@ -112,12 +112,7 @@ def measure_latencies(
     """Time passes of growing batch size; each size runs once unmeasured before.
 
     A size is left out, and with it all larger ones, when its passes would exceed what is left of
-    the time.
-
-    Args:
-        run: runs one pass of that many images.
-        device: where it runs; work queued there is waited for.
-        budget_s: about how long all passes may take; batch size 1 is measured in any case.
+    the budget; batch size 1 is measured in any case. Work queued on the device is waited for.
 
     Returns:
         Milliseconds of the fastest of up to 3 passes, by batch size.

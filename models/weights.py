@@ -40,15 +40,11 @@ def load_weights(
 ) -> None:
     """Load a checkpoint that holds every parameter and buffer of a model, and nothing else.
 
-    Args:
-        module: changed in place.
-        weights: path of a `.safetensors`, `.pth` or `.pt` file, as configured.
-        base_dir: directory that a relative path starts from.
-        ignored: prefixes of keys that are passed over.
+    `weights` is the path of a `.safetensors`, `.pth` or `.pt` file, which may start from
+    `base_dir`; keys with `ignored` prefixes are passed over.
 
     Raises:
-        ModelLoadFailed: the file is missing or unreadable, or does not fit; the text names the
-            first keys.
+        ModelLoadFailed: the file is missing or unreadable, or its keys do not fit.
     """
     state = {
         key: value

@@ -59,14 +59,7 @@ class Graphs:
     def __init__(
         self, record: Record, *, dtype: torch.dtype, most: int = MOST, patience: int = PATIENCE
     ) -> None:
-        """Make an empty store.
-
-        Args:
-            record: records work.
-            dtype: the precision that replays are compared in.
-            most: keys that are remembered.
-            patience: times a key is met before it is recorded.
-        """
+        """Remember at most `most` keys; compare replays in `dtype`'s precision."""
         self._record_work = record
         self._tolerance = TOLERANCES[dtype]
         self._most = most
@@ -90,8 +83,7 @@ class Graphs:
             rows: the number it is recorded for, at least n.
 
         Returns:
-            Its outputs, good until the next call; None where it is not replayed, and must be called
-            plainly.
+            Its outputs, good until the next call; None where it must be called plainly.
         """
         if key in self._refused:
             return None

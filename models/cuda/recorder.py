@@ -58,8 +58,7 @@ class GraphRecorder:
             ):
                 return work()
         except Exception:
-            # Torch would go on as if it were recording: it would free nothing that two streams have
-            # used.
+            # Torch would go on as if recording, and free nothing that two streams have used.
             with suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(stream.device_index, self._pool)  # noqa: SLF001
             raise
@@ -70,7 +69,8 @@ def waiting_forbidden() -> Iterator[None]:
     """Let operations that wait for the device fail, before they can spoil a recording."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that this mode does not know all such operations
+        # Torch warns that this mode does not know all such operations.
+        warnings.simplefilter("ignore")
         torch.cuda.set_sync_debug_mode("error")
         try:
             yield

@@ -61,12 +61,7 @@ class CopyStream:
 
 
 def stage(images: Sequence[np.ndarray], uploads: Uploads | None) -> Ready:
-    """Stack images of one size and start their way to the device.
-
-    Args:
-        images: N arrays (H, W, 3) uint8.
-        uploads: the way; None leaves them on the host.
-    """
+    """Stack uint8 images (H, W, 3) and start their upload; without `uploads` they stay here."""
     arrays = [torch.from_numpy(image) for image in images]
     if uploads is None:
         return lambda: torch.stack(arrays)

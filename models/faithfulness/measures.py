@@ -60,15 +60,10 @@ class FaithfulnessTest:
         chunk: int,
         seed: int,
     ) -> None:
-        """Prepare.
+        """Prepare the measures of these names.
 
-        Args:
-            names: of `MEASURES`.
-            inputs: normalised, (1, 3, H, W), in the model's precision.
-            whole: float32 (classes,), probabilities of the image itself.
-            task: how scores become probabilities.
-            chunk: most images in a step.
-            seed: of the random maps and the noise.
+        `inputs` are normalised, (1, 3, H, W), in the model's precision; `whole` (classes,) are the
+        probabilities of the image itself; a step holds at most `chunk` images.
         """
         self._measures = {name: MEASURES[name] for name in names}
         self._dtype = inputs.dtype

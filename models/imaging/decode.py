@@ -11,7 +11,6 @@ import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -26,16 +25,14 @@ from models.errors import (
 )
 from models.types import Preprocess, Struct
 
-FORMATS: Mapping[str, str] = MappingProxyType(
-    {
-        "image/jpeg": "JPEG",
-        "image/png": "PNG",
-        "image/webp": "WEBP",
-        "image/bmp": "BMP",
-        "image/gif": "GIF",
-        "image/tiff": "TIFF",
-    }
-)
+FORMATS: Mapping[str, str] = {
+    "image/jpeg": "JPEG",
+    "image/png": "PNG",
+    "image/webp": "WEBP",
+    "image/bmp": "BMP",
+    "image/gif": "GIF",
+    "image/tiff": "TIFF",
+}
 """Media types that are decoded, and the name of each one's decoder."""
 
 CANVAS_SIDE = 1024
@@ -65,17 +62,15 @@ class _Turn(NamedTuple):
     mirror_y: bool
 
 
-_TURNS: Mapping[int, _Turn] = MappingProxyType(
-    {
-        2: _Turn(Image.Transpose.FLIP_LEFT_RIGHT, swap=False, mirror_x=True, mirror_y=False),
-        3: _Turn(Image.Transpose.ROTATE_180, swap=False, mirror_x=True, mirror_y=True),
-        4: _Turn(Image.Transpose.FLIP_TOP_BOTTOM, swap=False, mirror_x=False, mirror_y=True),
-        5: _Turn(Image.Transpose.TRANSPOSE, swap=True, mirror_x=False, mirror_y=False),
-        6: _Turn(Image.Transpose.ROTATE_270, swap=True, mirror_x=True, mirror_y=False),
-        7: _Turn(Image.Transpose.TRANSVERSE, swap=True, mirror_x=True, mirror_y=True),
-        8: _Turn(Image.Transpose.ROTATE_90, swap=True, mirror_x=False, mirror_y=True),
-    }
-)
+_TURNS: Mapping[int, _Turn] = {
+    2: _Turn(Image.Transpose.FLIP_LEFT_RIGHT, swap=False, mirror_x=True, mirror_y=False),
+    3: _Turn(Image.Transpose.ROTATE_180, swap=False, mirror_x=True, mirror_y=True),
+    4: _Turn(Image.Transpose.FLIP_TOP_BOTTOM, swap=False, mirror_x=False, mirror_y=True),
+    5: _Turn(Image.Transpose.TRANSPOSE, swap=True, mirror_x=False, mirror_y=False),
+    6: _Turn(Image.Transpose.ROTATE_270, swap=True, mirror_x=True, mirror_y=False),
+    7: _Turn(Image.Transpose.TRANSVERSE, swap=True, mirror_x=True, mirror_y=True),
+    8: _Turn(Image.Transpose.ROTATE_90, swap=True, mirror_x=False, mirror_y=True),
+}
 
 # An image drafted to at least twice the size it will be resized to keeps what the resize needs:
 # the model input differs by less than half a level of 256 on average and by 8 at most (measured on
@@ -110,8 +105,7 @@ class DecodedImage:
     """A decoded image.
 
     Attributes:
-        image: RGB, upright; of a large photograph perhaps only a half, quarter or eighth of the
-            size.
+        image: RGB, upright; a large photograph may have a half, quarter or eighth of its size.
         width: width of the original in pixels, after EXIF rotation.
         height: its height.
         box: (left, top, right, bottom) of the original within `image`, whose last pixels may lie
@@ -173,7 +167,8 @@ def decode(
         raise
     except (MemoryError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageTooLarge("The image needs too much memory to decode.") from error
-    except Exception as error:  # damaged bytes raise anything at all inside a decoder
+    # Damaged bytes raise anything at all inside a decoder.
+    except Exception as error:
         raise ImageUndecodable("The image is damaged or truncated.") from error
 
 
@@ -220,9 +215,6 @@ def _load(image: Image.Image, preprocess: Preprocess, *, keep_original: bool) ->
     return DecodedImage(upright, width=width, height=height, box=box, drafted=True)
 
 
-# ---------------------------------------------------------------- size
-
-
 def _draft(image: Image.Image, preprocess: Preprocess, *, keep_original: bool) -> int:
     """Have a JPEG decoded at 1/2, 1/4 or 1/8 where enough is left; returns the divisor."""
     if image.format not in ("JPEG", "MPO") or preprocess.interpolation in _NEVER_DRAFTED:
@@ -241,14 +233,12 @@ def _draft(image: Image.Image, preprocess: Preprocess, *, keep_original: bool) -
     return scale
 
 
-# ---------------------------------------------------------------- orientation
-
-
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation 1 to 8; 1 when there is none or it cannot be read."""
     try:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # noqa: BLE001 - garbage in the metadata must not cost the image
+    # Garbage in the metadata must not cost the image.
+    except Exception:  # noqa: BLE001
         return 1
     return value if isinstance(value, int) else 1
 
@@ -264,9 +254,6 @@ def _turn_box(
     left = gap_x if turn.mirror_x else 0.0
     top = gap_y if turn.mirror_y else 0.0
     return left, top, left + width, top + height
-
-
-# ---------------------------------------------------------------- colour
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

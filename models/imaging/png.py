@@ -21,21 +21,14 @@ _LEVEL = 1
 
 
 def encode_palette(indices: np.ndarray, *, palette: np.ndarray, opacity: np.ndarray) -> bytes:
-    """Write an 8-bit palette image.
-
-    Args:
-        indices: uint8 (height, width).
-        palette: uint8 (256, 3), the colour of each index.
-        opacity: uint8 (256,), 0 = transparent.
-    """
+    """Write an 8-bit palette image: uint8 indices (h, w), colours (256, 3), opacity (256,)."""
     extra = _chunk(b"PLTE", palette.tobytes()) + _chunk(b"tRNS", opacity.tobytes())
     return _encode(indices, colour=_COLOUR_PALETTE, extra=extra, strategy=zlib.Z_DEFAULT_STRATEGY)
 
 
 def encode_rgb(pixels: np.ndarray) -> bytes:
     """Write an RGB image, uint8 (height, width, 3)."""
-    # Photographs hold runs at most: looking for longer matches costs half as much again and saves
-    # nothing.
+    # Photographs hold runs at most: looking for longer matches costs time and saves nothing.
     return _encode(pixels, colour=_COLOUR_RGB, extra=b"", strategy=zlib.Z_RLE)
 
 

@@ -9,7 +9,6 @@ a shape that the whole of them, resized, would fill the memory.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -18,16 +17,14 @@ from PIL import Image
 from models.imaging.decode import DecodedImage
 from models.types import Geometry, Preprocess, Region
 
-_FILTERS: Mapping[str, Image.Resampling] = MappingProxyType(
-    {
-        "nearest": Image.Resampling.NEAREST,
-        "box": Image.Resampling.BOX,
-        "bilinear": Image.Resampling.BILINEAR,
-        "hamming": Image.Resampling.HAMMING,
-        "bicubic": Image.Resampling.BICUBIC,
-        "lanczos": Image.Resampling.LANCZOS,
-    }
-)
+_FILTERS: Mapping[str, Image.Resampling] = {
+    "nearest": Image.Resampling.NEAREST,
+    "box": Image.Resampling.BOX,
+    "bilinear": Image.Resampling.BILINEAR,
+    "hamming": Image.Resampling.HAMMING,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 
 # An image of extreme shape would be resized to a huge one, of which only the crop is used.
 _MAX_RESIZED_PIXELS = 16_000_000

@@ -27,8 +27,7 @@ _PEAK_OPACITY = 0.85
 _JPEG_QUALITY = 85
 _WEBP_QUALITY = 80
 
-# Share of its magnitude by which a constant map may vary after interpolation: four roundings of
-# float32.
+# Share of its magnitude by which a constant map may vary: four roundings of float32.
 _ROUNDING = 4 * 2.0**-23
 
 # Magnitudes whose differences and quotients stay normal numbers of float32.
@@ -133,11 +132,8 @@ def heatmap_png(
 ) -> bytes:
     """Draw a heatmap over the canvas: 8-bit palette PNG whose opacity grows with the value.
 
-    Args:
-        unit: what `shade` returned; None gives a transparent image.
-        canvas: what it was shaded for.
-        colormap: name of the colour table.
-        signed: whether 0.5 is zero; opacity then grows with the distance from it.
+    `unit` is what `shade` returned for the canvas; None gives a transparent image. If `signed`, 0.5
+    is zero, and opacity grows with the distance from it.
     """
     # Half of 255 rounds to 128, the index of zero in a signed map.
     indices = np.full(canvas.base.shape[:2], 128 if signed else 0, np.uint8)
@@ -157,15 +153,8 @@ def overlay(
     """Blend a map with its canvas and encode the result.
 
     Each pixel of the window becomes (1 - alpha) * image + alpha * colour: how bright the image
-    looks does not depend on the map. Outside the window, and without a map, the image is left as
-    it is.
-
-    Args:
-        unit: what `shade` returned; None leaves the image unchanged.
-        canvas: what it was shaded for.
-        colormap: name of the colour table.
-        alpha: 0 = the image, 1 = the colours.
-        image_format: `jpeg` (quality 85), `png` (lossless) or `webp` (quality 80).
+    looks does not depend on the map. Outside the window, and without a map (`unit` is what `shade`
+    returned for the canvas), the image is left as it is. JPEG has quality 85, WebP quality 80.
     """
     image = Image.fromarray(canvas.base)
     if unit is not None:
@@ -182,9 +171,6 @@ def encode_values(values: np.ndarray) -> tuple[tuple[int, ...], bytes]:
     return values.shape, np.ascontiguousarray(values, dtype="<f4").tobytes()
 
 
-# ---------------------------------------------------------------- geometry of maps
-
-
 def _extremes(values: np.ndarray) -> tuple[float, float]:
     return float(values.min(initial=np.inf)), float(values.max(initial=-np.inf))
 
@@ -192,10 +178,8 @@ def _extremes(values: np.ndarray) -> tuple[float, float]:
 def _window(size: int, start: float, length: float) -> tuple[slice, tuple[float, float]]:
     """Pixels of an axis whose centre lies in a stretch, and where in it they begin and end.
 
-    Args:
-        size: pixels of the axis.
-        start: of the stretch, as a fraction of the axis; it may reach beyond its ends.
-        length: of the stretch, as a fraction of the axis.
+    The axis has `size` pixels; start and length of the stretch are fractions of it, and may reach
+    beyond its ends.
     """
     first = min(size, max(0, int(np.ceil(start * size - 0.5))))
     last = min(size, max(first, int(np.ceil((start + length) * size - 0.5))))
@@ -208,8 +192,7 @@ def _enlarge(values: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.nd
 
 
 def _span_weights(source: int, target: int, span: tuple[float, float]) -> np.ndarray:
-    # Windows of original images differ from request to request: only whole views are worth
-    # keeping.
+    # Windows of original images differ from request to request: only whole views are kept.
     return _whole_weights(source, target) if span == (0.0, 1.0) else _weights(source, target, span)
 
 
@@ -232,9 +215,6 @@ def _weights(source: int, target: int, span: tuple[float, float]) -> np.ndarray:
     weights[row, low] = 1 - share
     weights[row, np.minimum(low + 1, source - 1)] += share
     return weights
-
-
-# ---------------------------------------------------------------- colour and encoding
 
 
 def _levels(unit: np.ndarray) -> np.ndarray:

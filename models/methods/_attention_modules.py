@@ -49,10 +49,6 @@ class Transformer:
 def find_transformer(module: nn.Module, layouts: Layouts) -> Transformer:
     """Find the attention modules of a vision transformer.
 
-    Args:
-        module: the model.
-        layouts: token layouts by layer name.
-
     Raises:
         MethodNotApplicable: it has none, or some that work on windows or in an unknown way.
     """

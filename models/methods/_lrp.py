@@ -52,14 +52,11 @@ _HARDTANH = inspect.signature(nn.functional.hardtanh)
 
 @dataclass(frozen=True, kw_only=True)
 class Explained:
-    """What relevance is wanted of: one image in one model.
+    """One image in one model, whose relevance is wanted.
 
     Attributes:
-        module: the model.
-        task: how its output is read as scores.
         inputs: (1, 3, H, W), normalised.
-        low: the least value of each pixel and colour, of the same shape.
-        high: the greatest.
+        low, high: the least and greatest value of each pixel and colour, of the same shape.
         logits: (classes,), the scores that the rewritten pass must arrive at.
         changes: hooks of interventions.
     """

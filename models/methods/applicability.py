@@ -64,15 +64,8 @@ def try_methods(
     (on a small image where the model takes one), attention methods for attention that they
     reproduce, FullGrad for biases that it cannot account for.
 
-    Args:
-        module: in eval mode, parameters frozen, float32.
-        traced: its trace on `probe`.
-        layouts: of its layers.
-        task: how its output is read as scores.
-        probe: (N, 3, H, W), what was traced.
-
-    Returns:
-        The reason, as a clause, by name of each method that cannot explain the model.
+    The module is frozen and float32, `traced` its trace on the probe. Returns the reason, as a
+    clause, by name of each method that cannot explain the model.
     """
     image = probe[:1]
     guided = _refusal(lambda: relus(traced.scores))

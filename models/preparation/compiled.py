@@ -21,14 +21,10 @@ logger = logging.getLogger("heatlens.preparation")
 def compiled_variant(module: nn.Module, reference: Reference, *, dtype: torch.dtype) -> Variant:
     """Compile a model's backbone up to its target layer, and make a variant of it.
 
-    Args:
-        module: the model, on the CPU, of `dtype`.
-        reference: what it gives in float32.
-        dtype: what it computes in.
+    The module is on the CPU and of `dtype`; `reference` is what it gives in float32.
 
     Raises:
-        Refused: there is no C++ compiler, the model cannot be compiled, or it then gives other
-            tensors.
+        Refused: there is no C++ compiler, or the compiled model fails or gives other tensors.
     """
     target = reference.head.layer
     try:
@@ -45,12 +41,7 @@ class CompiledBackbone:
     """A backbone compiled for a few batch sizes; other batches run in parts of these."""
 
     def __init__(self, module: LayerOutputs, images: Tensor) -> None:
-        """Compile.
-
-        Args:
-            module: the backbone up to one layer, in eval mode.
-            images: (N, 3, H, W) of its dtype, channels_last, N at least the largest of `SIZES`.
-        """
+        """Compile for images like these, (N, 3, H, W), N at least the largest of `SIZES`."""
         self._dtype = images.dtype
         self._compiled = {size: _compile(module, images[:size]) for size in SIZES}
 

@@ -41,8 +41,7 @@ class _Packing:
     Attributes:
         weight: in oneDNN's layout.
         place: padding, stride, dilation and groups.
-        pads: pixels (left, right, top, bottom) that the input gets first, where no padding of
-            oneDNN's will do.
+        pads: (left, right, top, bottom) that the input is padded by where oneDNN's padding fails.
     """
 
     weight: Tensor
@@ -65,14 +64,7 @@ class FusedConv2d(nn.Module):
     def __init__(
         self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, activation: Activation | None
     ) -> None:
-        """Fold, in float64.
-
-        Args:
-            conv: the convolution, with zero padding; TensorFlow-like "same" padding is recognised
-                by its class.
-            norm: the batch-norm that follows it, in eval mode.
-            activation: what follows that.
-        """
+        """Fold, in float64; TensorFlow-like "same" padding is recognised by its class."""
         super().__init__()
         weight, bias = _folded(conv, norm)
         self.weight = nn.Parameter(weight, requires_grad=False)

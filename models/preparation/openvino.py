@@ -25,11 +25,8 @@ def openvino_variants(
 ) -> tuple[list[Variant], Precision]:
     """Convert a model's backbone, and make variants of it.
 
-    Args:
-        module: the model, float32, on the CPU; left as it is.
-        reference: what it gives.
-        precision: what OpenVINO may compute in; it stays with float32 where the CPU has no
-            instructions for it.
+    The module is float32, on the CPU, and left as it is; `reference` is what it gives. OpenVINO
+    computes in float32 where the CPU has no instructions for `precision`.
 
     Returns:
         A variant of the target layer alone, then one that gives the feature layers too (each
@@ -67,14 +64,7 @@ class CompiledBackbone:
     def __init__(
         self, openvino: Any, converted: Any, *, outputs: int, precision: Precision
     ) -> None:
-        """Compile.
-
-        Args:
-            openvino: the library.
-            converted: the converted model, (N, 3, H, W) → tensors; left as it is.
-            outputs: how many of its tensors, from the first, are wanted.
-            precision: what it may compute in.
-        """
+        """Compile the first `outputs` tensors of a converted model, which is left as it is."""
         whole = converted.clone()
         model = openvino.Model(whole.get_results()[:outputs], whole.get_parameters())
         # Images come channels_last, and are taken as they lie.

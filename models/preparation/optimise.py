@@ -67,7 +67,7 @@ class Optimised:
 def optimise(
     module: nn.Module, probe: Tensor, *, spec: ModelSpec, device: torch.device, findings: Findings
 ) -> Optimised:
-    """Optimise a model for its device.
+    """Optimise a model for its device, as its entry asks.
 
     Args:
         module: on the CPU, float32, eval mode, parameters frozen; it is moved.
@@ -152,17 +152,13 @@ def _precision(
     """The precision asked for if its scores are good enough, else float32."""
     if asked == "fp32":
         return asked
-    fidelity = _fidelity(module, *probed, DTYPES[asked])
+    probe, expected = probed
+    half = cast(copy.deepcopy(module), DTYPES[asked], outputs=expected.shape[1])
+    with torch.inference_mode():
+        fidelity = cosine(half(probe.to(DTYPES[asked])), expected)
     # Written so that NaN is refused, too.
     if not fidelity >= LEAST_COSINE:
         steps.append(f"{asked} skipped: its scores have cosine {fidelity:.3f} with float32's")
         return "fp32"
     steps.append(f"{asked}, cosine of scores with float32's {fidelity:.4f}")
     return asked
-
-
-def _fidelity(module: nn.Module, probe: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
-    """Cosine of the scores of a half-precision copy with those of float32."""
-    half = cast(copy.deepcopy(module), dtype, outputs=expected.shape[1])
-    with torch.inference_mode():
-        return cosine(half(probe.to(dtype)), expected)

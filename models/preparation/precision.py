@@ -40,13 +40,7 @@ class Float32Linear(nn.Linear):
 
 
 def cast(module: nn.Module, dtype: torch.dtype, *, outputs: int) -> nn.Module:
-    """Cast a model; the linear layer that makes its scores stays in float32.
-
-    Args:
-        module: float32, changed in place.
-        dtype: what the rest is cast to.
-        outputs: number of scores, by which that layer is found.
-    """
+    """Cast a float32 model in place, except the linear layer that makes its `outputs` scores."""
     if dtype == torch.float32:
         return module
     last = [

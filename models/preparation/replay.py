@@ -130,14 +130,7 @@ class Reference:
     def __init__(
         self, module: nn.Module, probe: Tensor, *, head: PooledHead, features: Sequence[str]
     ) -> None:
-        """Run the model.
-
-        Args:
-            module: the original, in eval mode, float32, on the CPU.
-            probe: (N, 3, H, W) normalised float32.
-            head: what follows the layer that its scores come from.
-            features: layers whose tensors are wanted too.
-        """
+        """Run the original, float32 and on the CPU; `features` are layers of interest, too."""
         self.head = head
         # An odd number, and more than runtimes are shown: no batch size may be special.
         self.images = torch.cat([probe, probe, probe[:1]]).contiguous(

@@ -68,13 +68,8 @@ class Variant:
 def fused_variant(module: nn.Module, probe: Tensor) -> Variant | None:
     """Make a variant with fused convolutions and check it against the original, in float32.
 
-    Args:
-        module: the original, in eval mode, float32; left as it is.
-        probe: (N, 3, H, W) normalised, on the module's device, of the size that will be served.
-
-    Returns:
-        The variant, or None where nothing could be fused or the scores differ by more than
-        `TOLERANCE`.
+    The module is in eval mode and left as it is; the probe (N, 3, H, W) is of the size that will be
+    served. None where nothing could be fused or the scores differ by more than `TOLERANCE`.
     """
     try:
         variant, fused = fuse_convolutions(copy.deepcopy(module))
@@ -99,12 +94,9 @@ def fused_variant(module: nn.Module, probe: Tensor) -> Variant | None:
 def layer_outputs(
     module: nn.Module, probe: Tensor, *, layers: Collection[str] | None = None
 ) -> dict[str, Tensor]:
-    """Outputs by layer name, the scores under the empty name.
+    """Outputs by layer name (of all layers or some), the scores under the empty name.
 
-    Args:
-        module: in eval mode.
-        probe: (N, 3, H, W) normalised.
-        layers: the layers wanted; None = all. Those that are called more than once are left out.
+    Layers that are called more than once are left out.
     """
     outputs: dict[str, Tensor | None] = {}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING
 
 from models.catalog import ModelSpec
 from models.errors import ModelLoadFailed
@@ -21,7 +21,7 @@ SOURCES = {
     "python": "models.sources.python",
     "embedded": "models.sources.embedded",
 }
-"""Module of each source by the prefix of `ModelSpec.source`; each is a `Source`."""
+"""Module of each source by the prefix of `ModelSpec.source`, with `build(request) -> Built`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,31 +78,15 @@ class LoadedModel:
     spec: ModelSpec
 
 
-class Source(Protocol):
-    """A module of this package."""
-
-    def build(self, request: BuildRequest) -> Built:
-        """Make the architecture.
-
-        Raises:
-            ModelLoadFailed: no such architecture, or its weights cannot be had.
-        """
-        ...
-
-
 def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
     """Build the model that a catalog entry describes, load its weights, and check it on a probe.
 
-    Args:
-        spec: the entry.
-        base_dir: directory that the entry's relative paths start from.
+    Relative paths of the entry start from `base_dir`.
 
     Raises:
-        ModelLoadFailed: anything that keeps it from answering; the text names what the
-            configuration got wrong.
+        ModelLoadFailed: the model cannot answer; the text names what the configuration got wrong.
     """
-    # Torch takes a second to import; processes that only read SOURCES and LoadedModel never pay for
-    # it.
+    # Torch takes a second to import, which processes that only read SOURCES need not wait for.
     from models.compat import define_missing_operators
     from models.probe import check_answer
     from models.weights import fill_zero_heads, load_weights, seeded
@@ -110,16 +94,14 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
     define_missing_operators()
     labels = read_labels(spec, base_dir)
     kind, _, name = spec.source.partition(":")
-    source = cast("Source", importlib.import_module(SOURCES[kind]))
+    request = BuildRequest(
+        name=name,
+        pretrained=spec.weights == "default",
+        num_classes=_head_size(spec, labels),
+        base_dir=base_dir,
+    )
     with seeded():
-        built = source.build(
-            BuildRequest(
-                name=name,
-                pretrained=spec.weights == "default",
-                num_classes=_head_size(spec, labels),
-                base_dir=base_dir,
-            )
-        )
+        built: Built = importlib.import_module(SOURCES[kind]).build(request)
         if spec.weights == "none":
             fill_zero_heads(built.module)
     if spec.weights not in ("default", "none"):
@@ -170,7 +152,7 @@ def _preprocess(spec: ModelSpec, library: Preprocess) -> Preprocess:
         return merged
     short_side = merged.resize if isinstance(merged.resize, int) else min(merged.resize)
     if max(merged.crop) > short_side:
-        # It would be padded with black, which nobody means who sets these.
+        # Otherwise images would be padded with black, which is surely not wanted.
         raise ModelLoadFailed(
             f"preprocess.crop {max(merged.crop)} is larger than preprocess.resize {short_side}."
         )
