@@ -71,9 +71,7 @@ class Suspended:
         except Exception:
             # The generator is spent, so the step cannot be tried again: only this job ends.
             logger.exception("a step of job %s failed", self.job.id)
-            return Failure.of(
-                self.job.id, InternalError("The explanation failed; the logs say more.")
-            )
+            return Failure.of(self.job.id, InternalError("The explanation failed; see the logs."))
         return self
 
     def close(self) -> None:
@@ -272,8 +270,7 @@ def _merge(group: Sequence[Suspended]) -> tuple[Tensor, list[int], list[Any]]:
     """Inputs of several jobs' steps as one batch, the size of each part, and the interventions."""
     parts = [p.step.inputs for p in group if not isinstance(p.step, Unbatched)]
     sizes = [len(part) for part in parts]
-    rows = [
-        p.job.options.interventions for p, n in zip(group, sizes, strict=True) for _ in range(n)
-    ]
+    pairs = zip(group, sizes, strict=True)
+    rows = [p.job.options.interventions for p, n in pairs for _ in range(n)]
     inputs = torch.cat(parts).contiguous(memory_format=torch.channels_last)
     return inputs, sizes, changes_for(group[0].warm.layouts, rows)

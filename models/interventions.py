@@ -24,9 +24,7 @@ def changes_for(
     for row, changes in enumerate(interventions):
         for change in changes:
             by_layer.setdefault(change.layer, []).append((row, change))
-    return [
-        (name, _hook(changes, layouts.get(name) is not None)) for name, changes in by_layer.items()
-    ]
+    return [(name, _hook(found, layouts.get(name) is not None)) for name, found in by_layer.items()]
 
 
 def _hook(changes: list[tuple[int, Intervention]], channels_last: bool) -> ForwardHook:

@@ -24,10 +24,8 @@ class TokenLayout:
 
     Attributes:
         grid: (h, w) of the map.
-        prefix: tokens before the patch tokens (class, distillation and register tokens); they have
-            no place.
-        channels_last: True for (N, h, w, C) outputs, False for token sequences (N, prefix + h·w,
-            C).
+        prefix: class, distillation and register tokens before the patch tokens; without a place.
+        channels_last: True for (N, h, w, C) outputs, False for tokens (N, prefix + h·w, C).
     """
 
     grid: tuple[int, int]

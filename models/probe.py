@@ -24,9 +24,8 @@ class Call:
 
     Attributes:
         output: the tensor, with its graph; None if the module returned anything but one tensor.
-        values: identifies the values at the moment of return: modules that hand on the same values
-            (a block and its last module, a view, an identity) share it, an in-place successor does
-            not.
+        values: identifies the values at the moment of return: a block and its last module, a view
+            and an identity share it, an in-place successor does not.
         times: how often the module was called.
     """
 
@@ -49,8 +48,7 @@ class Trace:
     Attributes:
         input_size: (height, width) of the input.
         scores: (N, classes), with the graph back to every recorded output.
-        calls: every module that was called except the root, by name, in the order in which they
-            returned.
+        calls: modules that were called except the root, by name, in the order of their return.
         names: the same names in the order in which the model defines them.
     """
 

@@ -31,10 +31,9 @@ class SharedPass:
         probabilities: float32 (N, classes).
         order: classes of each image, best first, ties by lower index, (N, classes).
         captures: by explained layer, its capture and the batch row of each of its images.
-        reductions: by described place, its reductions (for gradients one per target, None where the
-            place has no part in the score) and the batch row of each of their images.
-        maps: by one-pass method, its maps (N, T, h, w) at the target layer, where the pass itself
-            made them.
+        reductions: by described place, its reductions (for gradients one per target, None without a
+            part in the score) and the batch row of each of their images.
+        maps: by one-pass method, maps (N, T, h, w) at the target layer that the pass itself made.
     """
 
     inputs: Tensor

@@ -26,17 +26,14 @@ _LONG_ROW = 256  # values from which numpy reduces rows at the speed of memory
 
 @dataclass(frozen=True)
 class Reductions:
-    """Reductions of a batch of one layer's tensors, still on the device.
+    """Reductions of a batch of one layer's tensors, float32 and still on the device.
 
     Attributes:
         shape: of one image's tensor.
-        means: float32 (N, C), mean of each channel.
-        maxima: float32 (N, C), maximum of each channel.
-        low: float32 (N,), minimum.
-        norm: float32 (N,), L2 norm.
-        zeros: float32 (N,), number of values that are exactly 0.
-        sample: float32 (N, at most `SUBSAMPLE`), values for the quantiles.
-        maps: float32 (N, C, h, w), kept only where an image grid was asked for.
+        means, maxima: (N, C), of each channel.
+        low, norm, zeros: (N,), minimum, L2 norm, and number of values that are exactly 0.
+        sample: (N, at most `SUBSAMPLE`), values for the quantiles.
+        maps: (N, C, h, w), kept only where a grid was asked for.
     """
 
     shape: tuple[int, ...]
@@ -55,8 +52,7 @@ class Summary:
 
     Attributes:
         shape: of the tensor.
-        means: float32 (C,), mean of each channel.
-        maxima: float32 (C,), maximum of each channel.
+        means, maxima: float32 (C,), of each channel.
         quantiles: those of `Quantiles`, in its order.
         maps: float32 (C, h, w), still on the device, where an image grid was asked for.
     """
@@ -151,16 +147,10 @@ def describe(
     target: int | None = None,
     grid: bool = False,
 ) -> LayerStatistics:
-    """Statistics of one image.
+    """Statistics of one image's tensor.
 
-    Args:
-        summary: of the image's tensor.
-        layer: dotted name of the layer.
-        kind: which of its tensors this is.
-        top: number of channels to list, largest mean first (by magnitude for gradients).
-        weights: (C,) weight of each channel in the explaining method.
-        target: class whose gradient this is.
-        grid: whether to add the listed channels' maps, where they were kept.
+    `top` channels are listed, largest mean first (by magnitude for gradients), with their `weights`
+    (C,) in the explaining method and, if `grid`, their maps where they were kept.
     """
     means = summary.means
     order = _largest(np.abs(means) if kind.startswith("grad_") else means, top)

@@ -70,16 +70,13 @@ def warm_up(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARM
         quick = {k: v for k, v in layouts.items() if fused is None or k in fused.readable}
         return feature_layers(traced, quick)
 
-    findings = Findings(
-        target_layer=target, layout=layout, head=head, choose_features=choose_features
-    )
+    findings = Findings(target, layout, head, choose_features)
     optimised = optimise(loaded.module, probe, spec=spec, device=device, findings=findings)
     dtype = DTYPES[optimised.precision]
     graphs = _graphs(device, dtype) if spec.cuda_graphs else None
     steps = optimised.steps if graphs is None else (*optimised.steps, "CUDA graphs")
-    card = structs.replace(
-        _card(loaded, device, facts), precision=optimised.precision, preparation=steps
-    )
+    card = _card(loaded, device, facts)
+    card = structs.replace(card, precision=optimised.precision, preparation=steps)
     scale, shift = _normalisation(loaded.preprocess)
     warm = WarmModel(
         name=spec.name,

@@ -59,12 +59,10 @@ def read_state_dict(weights: str, *, base_dir: Path) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint by name, on the CPU.
 
     `.pth` and `.pt` files are read with `weights_only=True`. They hold a state dict, or one under
-    `state_dict`, `model_state_dict` or `model`; the prefixes that DataParallel and torch.compile
-    add are taken off.
+    `state_dict`, `model_state_dict` or `model`; prefixes of DataParallel and torch.compile go.
 
     Raises:
-        ModelLoadFailed: no such file, another suffix, or not a readable checkpoint of tensors
-            alone.
+        ModelLoadFailed: the file does not exist, or is not a readable checkpoint of tensors alone.
     """
     path = base_dir / weights
     if path.suffix not in (".safetensors", ".pth", ".pt"):

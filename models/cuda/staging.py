@@ -28,11 +28,9 @@ class Uploads(Protocol):
 class CopyStream:
     """Uploads on a stream of their own.
 
-    Page-locked memory comes from torch, which reuses it when the copies from it have ended, so that
-    one batch can be stacked while another is still being copied. That is for the parts of a batch
-    that run on different modules. The next batch is not uploaded ahead: the batcher forms it when
-    the device is free, with all that has arrived or left by then, and forming it earlier would cost
-    more than the upload that it would hide (2.4 MB for 16 images of 224 x 224).
+    Torch reuses its page-locked memory when the copies from it have ended, so that one part of a
+    batch can be stacked while another is still being copied. The next batch is not uploaded ahead:
+    forming it earlier would cost more than the upload of 2.4 MB that it would hide.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -87,6 +87,5 @@ def _dot(left: Tensor, right: Tensor) -> Tensor:
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     """The quotient, 0 where a plane is solved exactly."""
-    return torch.where(
-        denominator > 0, numerator / torch.where(denominator > 0, denominator, 1.0), 0.0
-    )
+    some = denominator > 0
+    return torch.where(some, numerator / torch.where(some, denominator, 1.0), 0.0)

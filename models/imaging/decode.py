@@ -199,20 +199,16 @@ def _load(image: Image.Image, preprocess: Preprocess, *, keep_original: bool) ->
     upright = rgb if turn is None else rgb.transpose(turn.transpose)
     if scale == 1:
         box = (0.0, 0.0, float(upright.width), float(upright.height))
-        return DecodedImage(
-            upright, width=upright.width, height=upright.height, box=box, drafted=False
-        )
+        return DecodedImage(upright, *upright.size, box, drafted=False)
     # A draft rounds up to whole pixels: its last row and column may lie partly outside the
     # original.
     inner = (width / scale, height / scale)
     if turn is None:
-        return DecodedImage(
-            upright, width=width, height=height, box=(0.0, 0.0, *inner), drafted=True
-        )
+        return DecodedImage(upright, width, height, (0.0, 0.0, *inner), drafted=True)
     if turn.swap:
         width, height = height, width
     box = _turn_box(inner, turn, rgb.size)
-    return DecodedImage(upright, width=width, height=height, box=box, drafted=True)
+    return DecodedImage(upright, width, height, box, drafted=True)
 
 
 def _draft(image: Image.Image, preprocess: Preprocess, *, keep_original: bool) -> int:

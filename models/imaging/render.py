@@ -65,9 +65,8 @@ def original_canvas(image: DecodedImage, geometry: Geometry) -> Canvas:
     """
     scale = min(1.0, CANVAS_SIDE / max(image.width, image.height))
     width, height = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    scaled = image.image.resize(
-        (width, height), Image.Resampling.BICUBIC, box=image.box, reducing_gap=2.0
-    )
+    bicubic = Image.Resampling.BICUBIC
+    scaled = image.image.resize((width, height), bicubic, box=image.box, reducing_gap=2.0)
     region = geometry.region
     rows, span_y = _window(height, region.y / image.height, region.height / image.height)
     columns, span_x = _window(width, region.x / image.width, region.width / image.width)

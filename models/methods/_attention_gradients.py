@@ -95,8 +95,7 @@ class Seen:
         """Check what was seen, after the pass: one synchronisation with the device for all.
 
         Raises:
-            MethodNotApplicable: an output was not reproduced, or attentions did not each see all
-                tokens once.
+            MethodNotApplicable: an output was not reproduced, or some tokens were not seen once.
         """
         shapes = {tuple(weights.shape[-2:]) for weights in self.weights}
         tokens = transformer.tokens
@@ -192,12 +191,8 @@ def layer_gradients(
 
 def _by_batch(subject: Subject, rows: int) -> list[tuple[str, ForwardHook]]:
     """The interventions, for passes whose batch is one image first and `rows` of it later."""
-    return [
-        (layer, _either(single, several))
-        for (layer, single), (_, several) in zip(
-            subject.changes(1), subject.changes(rows), strict=True
-        )
-    ]
+    pairs = zip(subject.changes(1), subject.changes(rows), strict=True)
+    return [(layer, _either(single, several)) for (layer, single), (_, several) in pairs]
 
 
 def _either(single: ForwardHook, several: ForwardHook) -> ForwardHook:

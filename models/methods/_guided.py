@@ -71,11 +71,9 @@ def relus(scores: Tensor) -> list[Node]:
         others |= {shown for kind, shown in _OTHERS.items() if name.startswith(kind)}
     if others:
         names = ", ".join(sorted(others))
-        raise MethodNotApplicable(
-            f"Guided backpropagation is defined for ReLU; the model has {names}."
-        )
+        raise MethodNotApplicable(f"Guided backpropagation needs ReLU; the model has {names}.")
     if not found:
-        raise MethodNotApplicable("Guided backpropagation is defined for ReLU; the model has none.")
+        raise MethodNotApplicable("Guided backpropagation needs ReLU; the model has none.")
     return found
 
 

@@ -77,8 +77,7 @@ def relevance(explained: Explained, targets: Sequence[ResolvedTarget]) -> list[t
         A float32 map (H, W) for each target, and how much of the score it holds, in words.
 
     Raises:
-        MethodNotApplicable: the model computes something that relevance does not pass through
-            conserved.
+        MethodNotApplicable: relevance is not conserved in the model.
     """
     rules = Rules(explained.inputs, low=explained.low, high=explained.high)
     with Extractor(explained.module, [], changes=explained.changes) as extractor, rules:
@@ -183,15 +182,9 @@ class Rules(TorchFunctionMode):
         def apply(values: Tensor, kernel: Tensor) -> Tensor:
             return func(values, kernel, None, *args[3:], **rest)
 
-        return self._wait(
-            Affine(
-                x=x,
-                weight=weight.to(x.dtype),
-                bias=None if bias is None else bias.to(x.dtype),
-                apply=apply,
-                convolution=func.__name__ == "conv2d",
-            )
-        )
+        bias = None if bias is None else bias.to(x.dtype)
+        convolution = func.__name__ == "conv2d"
+        return self._wait(Affine(x, weight.to(x.dtype), bias, apply, convolution))
 
     def _batch_norm(
         self,

@@ -21,7 +21,7 @@ EPSILON = 0.25
 """Of the epsilon rule; in units of the root mean square of a layer's output."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Affine:
     """A convolution or linear layer that was called.
 

@@ -69,9 +69,8 @@ def _curved(utility: Tensor, start: Tensor) -> Tensor:
     """The value of g - H a / 2 at `start` = a; each utility depends on its own row of a."""
     if not utility.requires_grad:
         return torch.zeros_like(start)
-    (gradient,) = torch.autograd.grad(
-        utility.sum(), start, create_graph=True, materialize_grads=True
-    )
+    total = utility.sum()
+    (gradient,) = torch.autograd.grad(total, start, create_graph=True, materialize_grads=True)
     if not gradient.requires_grad:
         return gradient
     along = (gradient * start.detach()).sum()

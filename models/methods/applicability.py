@@ -13,7 +13,7 @@ from models.methods._attention_gradients import verify_transformer
 from models.methods._fullgrad import obstacle
 from models.methods._guided import relus
 from models.methods._lrp import Explained, relevance
-from models.methods.table import METHODS, Family, Method
+from models.methods.table import METHODS, Method
 from models.probe import Trace
 from models.targets import ResolvedTarget, class_scores
 from models.types import HeadKind, MethodSupport, Struct, Task
@@ -38,15 +38,9 @@ class ModelFacts(Struct):
     refusals: dict[str, str] = {}
 
 
-Rule = Callable[[ModelFacts], str | None]
-"""Why a method cannot explain the model; None if it can."""
-
-
 def method_support(method: Method, facts: ModelFacts) -> MethodSupport:
-    """Tell whether a method can explain a model: by its family's rule, its own, and its trial."""
-    rules = [_FAMILY_RULES.get(method.family), _METHOD_RULES.get(method.name)]
-    reasons = [*(rule(facts) for rule in rules if rule), facts.refusals.get(method.name)]
-    reason = next(filter(None, reasons), None)
+    """Tell whether a method can explain a model."""
+    reason = _obstacle(method, facts)
     return MethodSupport(name=method.name, applicable=reason is None, reason=reason)
 
 
@@ -77,6 +71,18 @@ def try_methods(
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
+def _obstacle(method: Method, facts: ModelFacts) -> str | None:
+    """Why a method cannot explain the model, by what it needs and by its trial."""
+    needs_map = method.family == "gradient" or not method.of_input
+    if needs_map and facts.target_layer is None:
+        return "no layer of the model is a map of the image that the scores depend on"
+    if method.name == "cam" and not facts.closed_form:
+        return (
+            "it needs global average pooling and then a single linear layer after the target layer"
+        )
+    return facts.refusals.get(method.name)
+
+
 def _explained(module: nn.Module, task: Task, image: Tensor) -> Explained:
     """The image made small, or itself where the model does not take a small one."""
     small = nn.functional.interpolate(image, (_SMALL_SIDE, _SMALL_SIDE), mode="nearest")
@@ -103,28 +109,3 @@ def _refusal(attempt: Callable[[], object]) -> str | None:
     except MethodNotApplicable as error:
         return error.message[0].lower() + error.message[1:].rstrip(".")
     return None
-
-
-def _needs_map(facts: ModelFacts) -> str | None:
-    if facts.target_layer is None:
-        return "no layer of the model is a map of the image that the scores depend on"
-    return None
-
-
-def _needs_closed_form(facts: ModelFacts) -> str | None:
-    if not facts.closed_form:
-        return (
-            "it needs global average pooling and then a single linear layer after the target layer"
-        )
-    return None
-
-
-_FAMILY_RULES: dict[Family, Rule] = {"gradient": _needs_map, "activation": _needs_map}
-_METHOD_RULES: dict[str, Rule] = {
-    "cam": _needs_closed_form,
-    "scorecam": _needs_map,
-    "ss_cam": _needs_map,
-    "is_cam": _needs_map,
-    "ablationcam": _needs_map,
-    "guided_gradcam": _needs_map,
-}

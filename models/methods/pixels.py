@@ -108,9 +108,8 @@ def integrated_gradients(subject: Subject) -> Generator[Step, Any, NotedMaps]:
     maps, notes = [], []
     for target, gain in zip(subject.targets, gains, strict=True):
         total = torch.zeros_like(difference)
-        for node, weight in zip(
-            nodes.split(subject.chunk), weights.split(subject.chunk), strict=True
-        ):
+        parts = zip(nodes.split(subject.chunk), weights.split(subject.chunk), strict=True)
+        for node, weight in parts:
             points = (black + node * difference).to(dtype)
             gradients, _ = yield InputGradient(points, (target,) * len(points))
             total += (weight * gradients).sum(0, keepdim=True)
@@ -129,8 +128,7 @@ def lrp(subject: Subject) -> Generator[Step, Any, NotedMaps]:
     stabilisers hold.
 
     Raises:
-        MethodNotApplicable: the model computes something that relevance does not pass through
-            conserved.
+        MethodNotApplicable: relevance is not conserved in the model.
     """
     explained = Explained(
         module=subject.warm.module,
@@ -188,9 +186,8 @@ def _noisy_gradients(subject: Subject) -> Generator[Step, Any, tuple[Tensor, Ten
 def _quadrature(points: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Nodes in (0, 1) and weights that sum to 1, (points, 1, 1, 1) each."""
     nodes, weights = np.polynomial.legendre.leggauss(points)
-    both = torch.tensor(
-        np.stack([(nodes + 1) / 2, weights / 2]), dtype=torch.float32, device=device
-    )
+    unit = np.stack([(nodes + 1) / 2, weights / 2])
+    both = torch.tensor(unit, dtype=torch.float32, device=device)
     return both[0].view(-1, 1, 1, 1), both[1].view(-1, 1, 1, 1)
 
 

@@ -32,9 +32,8 @@ def compiled_variant(module: nn.Module, reference: Reference, *, dtype: torch.dt
     except Exception as error:
         logger.warning("torch.compile does not take the model", exc_info=True)
         raise Refused("the compilation failed; the log says more") from error
-    return reference.variant(
-        backbone, [target], exact=dtype == torch.float32, step="trunk by torch.compile"
-    )
+    exact = dtype == torch.float32
+    return reference.variant(backbone, [target], exact=exact, step="trunk by torch.compile")
 
 
 class CompiledBackbone:

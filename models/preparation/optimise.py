@@ -27,16 +27,13 @@ from models.preparation.variant import Variant, fused_variant
 from models.types import Precision
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Findings:
     """What the probes found out that the preparation builds on.
 
     Attributes:
-        target_layer: the `auto` layer; None if there is none.
-        layout: how its output lies.
-        head: what follows it.
-        choose_features: from the fused variant, if there is one, the layers that are described by
-            default.
+        target_layer, layout, head: the `auto` layer if there is one, its layout, what follows it.
+        choose_features: the layers to describe by default, given the fused variant if there is one.
     """
 
     target_layer: str | None
@@ -67,14 +64,10 @@ class Optimised:
 def optimise(
     module: nn.Module, probe: Tensor, *, spec: ModelSpec, device: torch.device, findings: Findings
 ) -> Optimised:
-    """Optimise a model for its device, as its entry asks.
+    """Optimise a model for its device, with the precision and runtime that its entry asks for.
 
-    Args:
-        module: on the CPU, float32, eval mode, parameters frozen; it is moved.
-        probe: (N, 3, H, W) normalised float32 on the CPU, of the size that will be served.
-        spec: gives the precision, the runtime, and whether to compile.
-        device: where it will be served.
-        findings: what the probes found out.
+    The module is frozen, float32 and on the CPU, and is moved; the probe (N, 3, H, W) is of the
+    size that will be served.
     """
     # The stub lacks this overload.
     module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -101,9 +94,8 @@ def optimise(
         with _skipping(runtime, steps):
             replays, served = openvino_variants(module, reference, precision=precision)
             if served != precision:
-                steps.append(
-                    f"{served} instead of {precision}: OpenVINO has no {precision} on this CPU"
-                )
+                reason = f"OpenVINO has no {precision} on this CPU"
+                steps.append(f"{served} instead of {precision}: {reason}")
             precision = served
     dtype, outputs = DTYPES[precision], expected.shape[1]
     placed = cast(module.to(device), dtype, outputs=outputs)
@@ -132,11 +124,7 @@ def _skipping(step: str, steps: list[str]) -> Iterator[None]:
 
 
 def _head(findings: Findings, device: torch.device, *, outputs: int) -> PooledHead:
-    """What makes the scores of a replayed backbone.
-
-    Raises:
-        Refused: no backbone can be replayed here.
-    """
+    """What makes the scores of a replayed backbone; refused where none can be replayed."""
     if device.type != "cpu":
         raise Refused("it is for the CPU")
     if findings.target_layer is None:

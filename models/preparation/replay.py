@@ -133,9 +133,8 @@ class Reference:
         """Run the original, float32 and on the CPU; `features` are layers of interest, too."""
         self.head = head
         # An odd number, and more than runtimes are shown: no batch size may be special.
-        self.images = torch.cat([probe, probe, probe[:1]]).contiguous(
-            memory_format=torch.channels_last
-        )
+        images = torch.cat([probe, probe, probe[:1]])
+        self.images = images.contiguous(memory_format=torch.channels_last)
         wanted = dict.fromkeys([*features, head.layer])
         self._expected = layer_outputs(module, self.images, layers=tuple(wanted))
         self.features = tuple(f for f in wanted if f in self._expected and f != head.layer)

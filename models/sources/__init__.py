@@ -26,13 +26,12 @@ SOURCES = {
 
 @dataclass(frozen=True, kw_only=True)
 class BuildRequest:
-    """What a source is asked for.
+    """Arguments of a source.
 
     Attributes:
         name: what follows the source's prefix.
-        pretrained: whether the library's own weights are wanted.
-        num_classes: scores per image of an architecture that gets other weights; None keeps its
-            own number. The library's own weights come with their head, whatever is said here.
+        pretrained: whether the library's own weights are wanted, which come with their own head.
+        num_classes: scores per image of an architecture with other weights; None keeps its own.
         base_dir: directory that relative paths and modules of the configuration start from.
     """
 
@@ -44,11 +43,10 @@ class BuildRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """What a source made.
+    """Result of a source.
 
     Attributes:
-        module: the architecture, with its own weights if they were asked for, otherwise with random
-            ones.
+        module: the architecture, with its own weights or, if they were not asked for, random ones.
         preprocess: the preprocessing that belongs to the weights.
         labels: names of the classes that the weights were trained on, if known.
         ignored_keys: prefixes of checkpoint keys that belong to parts which only training uses.
