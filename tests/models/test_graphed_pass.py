@@ -1,4 +1,4 @@
-"""A recorded pass answers as the plain one does, whatever mix of jobs it serves; what does not qualify runs plainly."""
+"""A recorded pass answers as the plain one does; jobs that do not qualify run plainly."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_the_model_keeps_no_hook():
 
 
 class Watching(TorchDispatchMode):
-    """Notes decompositions, and operations that mix tensors of the host with those of another device."""
+    """Notes decompositions, and operations that mix tensors of two devices."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -211,7 +211,7 @@ class Watching(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.cost in ("pass", "head")])
 def test_one_pass_methods_only_queue_work_unless_they_decompose(name):
-    """On the meta device nothing can be read: a method that needs a value, or a shape that depends on one, fails."""
+    """On the meta device nothing can be read: methods that need a value, or its shape, fail."""
     capture = Capture(
         "out",
         torch.rand(2, 6, 4, 4, device="meta"),

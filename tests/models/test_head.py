@@ -1,4 +1,4 @@
-"""The head probe against full float64 autograd, and the cases in which the closed form must be refused."""
+"""The head probe against float64 autograd, and cases in which the closed form must be refused."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class LeakyEnd(nn.Module):
 
 
 class Bypass(nn.Module):
-    """Pools something else beside the layer: the gradient is W[c]/Z all the same, the scores are not."""
+    """Pools something else, too: the gradient is W[c]/Z all the same, the scores are not."""
 
     def __init__(self) -> None:
         super().__init__()

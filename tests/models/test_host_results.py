@@ -1,4 +1,4 @@
-"""What a batch's answers read crosses to the host once, whatever is asked; on the CPU nothing is copied."""
+"""A batch's results cross to the host in one transfer; on the CPU nothing is copied."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_the_host_is_told_the_same(flat_net, monkeypatch, request):
 
 @pytest.mark.parametrize("which", ["pool_engine", "flat_engine"])
 def test_nothing_else_is_read_from_the_device_while_the_pass_runs(which, monkeypatch, request):
-    """Reading one number is enough to wait for a device: with every such door closed the batch is answered."""
+    """Reading one number is enough to wait for a device: no door for that is needed."""
     engine = request.getfixturevalue(which)
     batch = [job("predict", "predict"), *company()]
     expected = finish(engine, batch)

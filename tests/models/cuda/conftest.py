@@ -1,4 +1,4 @@
-"""Warm models with recorded passes, on a CUDA device or, their recording replaced by another call, on the CPU."""
+"""Warm models with recorded passes, on a CUDA device or with a stand-in on the CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures are read only after their copy was waited for, and all parts of a batch set out before the first runs."""
+"""Images are read only after their copy, and all parts of a batch set out before the first runs."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ with warnings.catch_warnings():
 
 
 def dense(image: np.ndarray, removed: np.ndarray) -> np.ndarray:
-    """Every removed pixel is the weighted mean of its neighbours inside the picture; solved in float64."""
+    """Every removed pixel is the weighted mean of its neighbours; solved in float64."""
     height, width = removed.shape
     places = [tuple(p) for p in np.argwhere(removed)]
     matrix, right = np.zeros((len(places), len(places))), np.zeros((len(places), 3))
@@ -55,7 +55,7 @@ def test_impute_solves_the_system(share, size, monkeypatch):
 
 
 def test_impute_is_the_authors(monkeypatch):
-    """One hole that reaches the border, another inside; at the residual that ROAD uses, within its noise."""
+    """A hole at the border and one inside: the error at ROAD's residual is within its noise."""
     image = (
         torch.randn(3, 24, 24, generator=torch.Generator().manual_seed(0)).cumsum(1).cumsum(2) / 10
     )

@@ -1,4 +1,4 @@
-"""Measures of faithfulness: hand-computed cases, definitions written as loops, and what the engine makes of them."""
+"""Measures of faithfulness: hand-computed cases, definitions written as loops, and the engine."""
 
 from __future__ import annotations
 

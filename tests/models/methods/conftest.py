@@ -1,4 +1,4 @@
-"""What tests of explanation methods start from: captures, subjects of long methods, and a driver for their steps."""
+"""Captures, subjects of long methods, and a driver for their steps."""
 
 from __future__ import annotations
 
@@ -97,19 +97,19 @@ def drive() -> Drive:
 
 @pytest.fixture
 def capture_of() -> CaptureOf:
-    """`capture_of(net, x, layer, targets)`: (A, g) of a layer for the same targets of every image."""
+    """`capture_of(net, x, layer, targets)`: (A, g) for the same targets of every image."""
     return _capture
 
 
 @pytest.fixture
 def subject_of() -> SubjectOf:
-    """`subject_of(net, x, targets, layer)`: what a long method takes, of one image and any of its options."""
+    """`subject_of(net, x, targets, layer)`: a subject of one image with any options."""
     return _subject
 
 
 @pytest.fixture
 def untouched() -> Callable[[nn.Module], AbstractContextManager[None]]:
-    """`with untouched(net):` fails if the block leaves a hook, a gradient, or another change in the network."""
+    """`with untouched(net):` fails if the block leaves a hook, a gradient, or another change."""
     return _untouched
 
 
@@ -177,7 +177,7 @@ def _subject(
     layouts=None,
     task: str = "single_label",
 ) -> Subject:
-    """Args: a frozen network, (3, H, W) or (1, 3, H, W) as the network takes it, classes, a layer or none."""
+    """Args: a frozen network, its input (3, H, W) or (1, 3, H, W), classes, a layer or none."""
     x = x if x.ndim == 4 else x[None]
     layouts = layouts or ({layer: None} if layer else {})
     warm = _warm(net, x, layer, layouts, task)

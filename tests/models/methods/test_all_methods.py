@@ -29,7 +29,7 @@ from timm.models.vision_transformer import VisionTransformer  # noqa: E402  (its
 
 SIDE, CLASSES = 16, 5
 SHIFTING = {"eigencam", "eigengradcam", "kpca_cam", "fem"}
-"""Methods without a final ReLU whose sign means nothing but more or less; below 0 on some layers."""
+"""Methods without a final ReLU whose sign has no meaning; below 0 on some layers."""
 
 
 class Pooled(nn.Module):

@@ -1,4 +1,4 @@
-"""Gradient methods beyond one pair: Smooth Grad-CAM++, Finer-CAM, ShapleyCAM, and Grad-CAM element-wise.
+"""Gradient methods in steps: Smooth Grad-CAM++, Finer-CAM, ShapleyCAM; and element-wise.
 
 The oracles are the definitions in float64, written out with autograd on whole networks, and what
 the methods become where a head is linear, noise is nil, or a utility has no curvature.
@@ -41,7 +41,7 @@ PASSES = [smooth_gradcam_plus_plus, finercam, shapleycam]
 
 
 def test_elementwise_by_hand(hand_net, hand_input, capture_of):
-    """A = [0 4; 31 40], [0 0; 6 15], g = [1 1; 1 1], [1 -1; -1 -1]: the second channel is all against."""
+    """A = [0 4; 31 40], [0 0; 6 15], g = [1 1; 1 1], [1 -1; -1 -1]: channel 2 is all against."""
     maps = gradcam_elementwise(capture_of(hand_net, hand_input, "relu1", [0]))
     torch.testing.assert_close(maps, torch.tensor([[[[0.0, 4], [31, 40]]]]))
 
@@ -158,7 +158,7 @@ def test_finercam_is_gradcam_of_the_contrast(
 
 
 def test_finercam_breaks_ties_by_the_lower_index(subject_of, drive, pool_net, images):
-    """Class 2 is its own twin in classes 0 and 4; the rest is far, of which 1 and 3 are equally far."""
+    """Class 2 equals classes 0 and 4; of the others 1 and 3 are equally far."""
     with torch.no_grad():
         pool_net.fc.weight.copy_(torch.randn(6).expand(5, 6))
         pool_net.fc.bias.copy_(torch.tensor([0.0, 3, 0, -3, 0]))
@@ -186,7 +186,7 @@ def test_finercam_with_no_other_class_is_gradcam(subject_of, drive, images):
 
 
 def shapley_weights(head, a, utility) -> torch.Tensor:
-    """Weights (K,) of one image by the whole Hessian in float64; `head` maps an activation to logits."""
+    """Weights (K,) by the whole Hessian in float64; `head` maps an activation to logits."""
 
     def u(values):
         return utility(head(values.view(1, *a.shape))[0])
@@ -235,7 +235,7 @@ def test_shapleycam_by_the_whole_hessian(scale, subject_of, drive, flat_net, ima
     ("task", "classes"), [("single_label", 5), ("multi_label", 5), ("binary", 1)]
 )
 def test_shapleycam_of_linear_heads(task, classes, interventions, subject_of, drive, images):
-    """In closed form and through the network, for every way in which scores become probabilities."""
+    """In closed form and through the network, for every task."""
     torch.manual_seed(4)
     net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     net.append(nn.Linear(6, classes)).eval().requires_grad_(False)

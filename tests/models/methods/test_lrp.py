@@ -1,4 +1,4 @@
-"""LRP against its rules written out with Jacobian matrices in float64, against captum, and by conservation."""
+"""LRP against its rules written out with Jacobians in float64, captum, and conservation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LOW, HIGH = -2.0, 2.0
 
 
 class ConvNet(nn.Module):
-    """What CNNs are made of: convolutions with normalisation, a residual, ReLU6, pooling, two linear layers."""
+    """What CNNs are made of: normalisation, a residual, ReLU6, pooling, two linear layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -321,7 +321,7 @@ class Gated(nn.Module):
 
 
 def test_a_model_that_normalises_its_input_is_explained_alike(conv_net, picture):
-    """Bounds go through what comes before the first convolution; constants in there hold no relevance."""
+    """Bounds go through what precedes the first convolution; constants hold no relevance."""
 
     class Normalising(nn.Module):
         def forward(self, x):

@@ -58,7 +58,7 @@ class TokenNet(nn.Module):
 
 
 class JoinNet(nn.Module):
-    """Joins what it has before the layer to what comes after it, so that the batch cannot grow there."""
+    """Joins what precedes the layer to what follows, so that the batch cannot grow there."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -193,7 +193,7 @@ def test_masks_reach_both_ends():
 
 
 def ablated(net, layer, x, *, layout=None) -> tuple[np.ndarray, np.ndarray]:
-    """Activation and drops (K, classes) in float64, one pass of the whole network for each channel."""
+    """Activation and drops (K, classes) in float64, one whole pass for each channel."""
     caught = {}
 
     def tap(module, args, output):
@@ -277,7 +277,7 @@ def test_ablationcam_of_tokens_leaves_the_class_token(drive, subject_of, token_n
 
 
 def test_ablationcam_does_not_flip_with_the_score(drive, subject_of, pool_net, images):
-    """A channel that supports the class weighs positively also where the class's score is negative."""
+    """A channel that supports the class weighs positively even if its score is negative."""
     pool_net.fc.weight.abs_()
     pool_net.fc.bias -= 50
     subject = subject_of(pool_net, images[0], [1], "out")
@@ -400,7 +400,7 @@ def test_probabilities_of_scores(task, outputs):
 
 @pytest.mark.parametrize("name", OWN)
 def test_common_properties(name, drive, subject_of, flat_net, images, untouched):
-    """Finite, of the right shape, the same at any chunk size and among others, and the network is left alone."""
+    """Finite, of the right shape, the same at any chunk size; the network is left alone."""
     layer = "" if name not in LAYERED else "out"
     options = OPTIONS.get(name, {})
 

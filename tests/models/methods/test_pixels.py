@@ -197,7 +197,7 @@ def test_guided_refuses_networks_without_relu(run, smooth_net, images):
 
 
 def test_guided_gradcam_equals_captum(run, pool_net, images):
-    """Captum multiplies before taking the absolute value; Grad-CAM is not negative, so that is the same."""
+    """Captum multiplies before the absolute value: the same, as Grad-CAM is not negative."""
     pool_net.out.inplace = False
     peer = GuidedGradCam(pool_net, pool_net.out)
     with warnings.catch_warnings():
@@ -299,7 +299,7 @@ def test_black_pixels_get_nothing_from_integrated_gradients(run, flat_net, image
     scale=st.sampled_from([1e-3, 1.0, 30.0]),
 )
 def test_properties(name, drive, subject_of, pool_net, count, chunk, seed, scale):
-    """Finite, of the input's size, one map a target; chunk size, other targets and a second run change nothing."""
+    """Finite, of the input's size; chunk size, other targets and a second run change nothing."""
     x = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(seed)) * scale
     targets = [i % 5 for i in range(count)]
     options = {"samples": 5, "steps": 3, "seed": seed, "layer": "out"}

@@ -19,7 +19,7 @@ SIDE = 8
 
 
 class Blocks(PoolNet):
-    """`PoolNet` with a residual block, so that there are inner layers that are no part of a fused convolution."""
+    """`PoolNet` with a residual block, whose inner layers are not all fused."""
 
     def __init__(self, outputs: int = 5) -> None:
         super().__init__(classes=outputs)

@@ -1,4 +1,4 @@
-"""A compiled backbone answers as the model does, and a machine that cannot compile serves it as before."""
+"""A compiled backbone answers as the model does; without a compiler the model is served anyway."""
 
 from __future__ import annotations
 

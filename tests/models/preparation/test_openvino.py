@@ -1,4 +1,4 @@
-"""A model on OpenVINO answers as on torch, whatever is asked of it, or is served by torch and says why."""
+"""A model on OpenVINO answers as on torch, or is served by torch and its card says why."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def assert_equal_answers(jobs, *models: WarmModel, atol: float = 1e-4) -> None:
 
 
 def sampled_apart(outcome: Outcome) -> Outcome:
-    """The outcome without quantiles of large tensors: they come from a sample, which goes by the memory layout."""
+    """The outcome without quantiles of large tensors, whose sample follows the memory layout."""
     statistics = tuple(
         s if math.prod(s.shape) <= SUBSAMPLE else structs.replace(s, quantiles=None)
         for s in outcome.statistics
@@ -204,7 +204,7 @@ class Unknown(PoolNet):
 
 
 class Counting(PoolNet):
-    """A network that treats a batch of two pictures, which the probes use, differently from all others."""
+    """A network that treats a batch of two, as the probes use, differently from all others."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x if len(x) == 2 else 2 * x)

@@ -20,7 +20,7 @@ from tests.models.test_engine import assert_same, job
 
 
 class Residual(nn.Module):
-    """A block with every pattern: conv-bn-relu, one ReLU used twice, a residual sum before the last."""
+    """A block with every pattern: conv-bn-relu, one ReLU used twice, a residual sum."""
 
     def __init__(self, width: int = 6) -> None:
         super().__init__()
