@@ -21,7 +21,8 @@ from models.types import ChannelStatistics, Kind, LayerStatistics, Quantiles
 
 SUBSAMPLE = 2048
 _QUANTILES = np.array([0.01, 0.25, 0.5, 0.75, 0.99])
-_LONG_ROW = 256  # values from which numpy reduces rows at the speed of memory
+# Values from which numpy reduces rows at the speed of memory.
+_LONG_ROW = 256
 
 
 @dataclass(frozen=True)

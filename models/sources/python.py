@@ -60,7 +60,7 @@ def _factory(request: BuildRequest) -> Callable[..., Any]:
     factory = getattr(module, attribute, None)
     if not callable(factory):
         raise ModelLoadFailed(f"The module {path} has no function {attribute}.")
-    return factory  # type: ignore[no-any-return]  # whatever is callable
+    return factory  # type: ignore[no-any-return]
 
 
 def _make_importable(directory: Path) -> None:
