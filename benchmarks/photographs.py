@@ -13,8 +13,9 @@ import numpy as np
 from models.engine import Engine, Suspended
 from models.imaging.decode import DecodeLimits, decode
 from models.imaging.preprocess import preprocess
-from models.registry import ModelRegistry, WarmModel
+from models.registry import ModelRegistry
 from models.types import Job, JobOptions, Operation, Outcome
+from models.warm_model import WarmModel
 
 
 @dataclass(frozen=True)

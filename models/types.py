@@ -13,6 +13,8 @@ from typing import Literal, dataclass_transform
 import msgspec
 import numpy as np
 
+from models.errors import HeatlensError
+
 Operation = Literal["predict", "explain", "features"]
 Task = Literal["single_label", "multi_label", "binary"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -29,11 +31,11 @@ class Struct(msgspec.Struct, frozen=True, kw_only=True):
     """Base: immutable, keyword-only."""
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- images
 
 
 class Region(Struct):
-    """A rectangle in pixels of the original (EXIF-rotated) picture; may be fractional."""
+    """A rectangle in pixels of the original (EXIF-rotated) image; may be fractional."""
 
     x: float
     y: float
@@ -42,10 +44,10 @@ class Region(Struct):
 
 
 class Geometry(Struct):
-    """Where the model input lies in the original picture.
+    """Where the model input lies in the original image.
 
     Attributes:
-        width: width of the original picture in pixels, after EXIF rotation.
+        width: width of the original image in pixels, after EXIF rotation.
         height: its height.
         region: the part of the original that the model saw.
         input_width: width of the model input in pixels.
@@ -63,7 +65,7 @@ class Geometry(Struct):
 
 
 class ClassRef(Struct):
-    """A class named by index (`kind="index"`, `value` from 0) or by rank (`kind="rank"`, `value` from 1)."""
+    """A class by `kind` index (`value` from 0) or rank (`value` from 1)."""
 
     kind: Literal["index", "rank"]
     value: int
@@ -92,7 +94,7 @@ class Intervention(Struct):
 
 
 class JobOptions(Struct):
-    """What one picture's job asks for, resolved against a model: no label, glob or `auto` is left.
+    """What one image's job asks for, resolved against a model: no label, glob or `auto` is left.
 
     Attributes:
         top_k: number of predictions to return.
@@ -194,7 +196,7 @@ class Quantiles(Struct):
 
 
 class ChannelStatistics(Struct):
-    """One feature map: its index, mean, maximum, and its weight in the explaining method where one exists."""
+    """One feature map: its statistics, and its weight in the explaining method if it has one."""
 
     index: int
     mean: float
@@ -247,12 +249,23 @@ class Failure(Struct):
     field: str | None = None
     retry_after_s: float | None = None
 
+    @classmethod
+    def of(cls, job_id: str, error: HeatlensError) -> Failure:
+        """The failure that ends `job_id` (or a request of that id) with `error`."""
+        return cls(
+            id=job_id,
+            code=error.code,
+            message=error.message,
+            field=error.field,
+            retry_after_s=error.retry_after_s,
+        )
+
 
 # ---------------------------------------------------------------- models
 
 
 class Preprocess(Struct):
-    """How a picture becomes a model input: resize the short side, centre-crop, scale to [0, 1], normalise.
+    """How an image becomes a model input: resize, centre-crop, scale to [0, 1], normalise.
 
     Attributes:
         resize: short side in pixels after resizing; a pair (height, width) resizes to exactly that.

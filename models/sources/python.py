@@ -60,11 +60,11 @@ def _factory(request: BuildRequest) -> Callable[..., Any]:
     factory = getattr(module, attribute, None)
     if not callable(factory):
         raise ModelLoadFailed(f"The module {path} has no function {attribute}.")
-    return factory  # type: ignore[no-any-return]  # whatever is callable
+    return factory  # type: ignore[no-any-return]
 
 
 def _make_importable(directory: Path) -> None:
-    """Let modules beside the configuration be imported, now and when the network itself imports later.
+    """Let modules beside the configuration be imported, now and later.
 
     They come last, so that they never take the place of an installed package.
     """

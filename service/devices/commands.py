@@ -11,7 +11,7 @@ from models.catalog import ModelSpec
 from models.errors import ModelLoadFailed, NotReady, UnknownModel
 from models.types import Failure
 from service.devices.connection import WorkerConnection
-from service.devices.messages import Ack, Load, Unload, from_wire, to_wire
+from service.devices.messages import Ack, Load, Unload, from_wire
 from service.devices.runtime_dir import RuntimeDir, holds
 
 
@@ -98,7 +98,7 @@ class ModelCommands:
         lost = ModelLoadFailed("The device worker exited before the model was loaded.")
         for request_id, command in self._pending.items():
             if command.connection is connection and not command.result.done():
-                command.result.set_result(to_wire(request_id, lost))
+                command.result.set_result(Failure.of(request_id, lost))
 
     async def _run(self, commands: Sequence[tuple[WorkerConnection, Load | Unload]]) -> None:
         """Send commands and wait for all of them.

@@ -204,17 +204,6 @@ def _view(ref: _ArrayRef, frames: Sequence[Frame]) -> np.ndarray:
 # ---------------------------------------------------------------- errors as data
 
 
-def to_wire(job_id: str, error: HeatlensError) -> Failure:
-    """Describe an error as data: no exception object crosses a process."""
-    return Failure(
-        id=job_id,
-        code=error.code,
-        message=error.message,
-        field=error.field,
-        retry_after_s=error.retry_after_s,
-    )
-
-
 def from_wire(failure: Failure) -> HeatlensError:
     """Rebuild the exception from a failure; an unknown code is an internal error."""
     kind = ERRORS.get(failure.code, InternalError)

@@ -35,7 +35,6 @@ from service.devices.messages import (
     Results,
     Submission,
     from_wire,
-    to_wire,
 )
 from service.devices.model_state import job_ms, keep_known_models, loading_model, merge, model_key
 from service.devices.pool import DeviceHealth, DeviceStatus
@@ -195,7 +194,7 @@ class SocketPool:
 
     def _fail(self, request: _InFlight, error: HeatlensError) -> None:
         if not request.result.done():
-            request.result.set_result(to_wire(request.submission.job.id, error))
+            request.result.set_result(Failure.of(request.submission.job.id, error))
 
     def _dispatch_waiting(self) -> None:
         for request in list(self._in_flight.values()):

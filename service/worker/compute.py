@@ -16,7 +16,7 @@ import msgspec
 from models.catalog import ModelSpec
 from models.errors import HeatlensError, ModelLoadFailed, ModelReplaced, UnknownModel
 from models.types import Failure, ModelInfo, Outcome
-from service.devices.messages import Completion, Submission, to_wire
+from service.devices.messages import Completion, Submission
 from service.devices.model_state import loading_model, model_key, with_fingerprint
 from service.devices.status import WorkerStatus
 from service.tracing import DeviceTracing
@@ -312,7 +312,7 @@ class ComputeThread:
         """Fail jobs that waited for a replaced model: clients know the new one by now and retry."""
         error = ModelReplaced("The model was replaced while the request waited.")
         if stale:
-            self._listener.on_results([to_wire(entry.job.id, error) for entry in stale])
+            self._listener.on_results([Failure.of(entry.job.id, error) for entry in stale])
 
     def _refresh(self) -> None:
         infos = [with_fingerprint(info) for info in self._backend.registry.infos()]

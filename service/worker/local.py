@@ -22,7 +22,7 @@ from models.errors import (
     WorkerLost,
 )
 from models.types import Failure, ModelInfo
-from service.devices.messages import Completion, Submission, from_wire, to_wire
+from service.devices.messages import Completion, Submission, from_wire
 from service.devices.model_state import loading_model, merge, model_key
 from service.devices.pool import DeviceHealth, DeviceStatus
 from service.devices.status import WorkerStatus
@@ -243,4 +243,4 @@ class LocalPool:
         self._fail_all(WorkerLost("The device failed; the log says why."))
 
     def _fail_all(self, error: HeatlensError) -> None:
-        self._resolve([to_wire(job_id, error) for job_id in self._in_flight])
+        self._resolve([Failure.of(job_id, error) for job_id in self._in_flight])

@@ -44,7 +44,6 @@ from service.devices.messages import (
     Unload,
     decode_to_worker,
     encode,
-    to_wire,
 )
 from service.devices.runtime_dir import RuntimeDir, die_with_parent, holds
 from service.devices.status import EXIT_DEVICE_LOST, DeviceStatesFile, WorkerStatusFile
@@ -193,7 +192,7 @@ class Worker:
         try:
             self._compute.submit(submission)
         except HeatlensError as error:
-            self._send_results([to_wire(submission.job.id, error)])
+            self._send_results([Failure.of(submission.job.id, error)])
 
     def _load(self, spec: str, done: Done) -> None:
         try:
@@ -203,7 +202,7 @@ class Worker:
 
     def _acknowledge(self, identity: Identity, request_id: str) -> Done:
         def done(error: HeatlensError | None) -> None:
-            failure = None if error is None else to_wire(request_id, error)
+            failure = None if error is None else Failure.of(request_id, error)
             self._from_thread(self._send, [identity], Ack(request_id=request_id, failure=failure))
 
         return done

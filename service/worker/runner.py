@@ -14,7 +14,6 @@ import numpy as np
 
 from models.errors import HeatlensError, InternalError, Overloaded
 from models.types import Failure, Job, JobOptions, ModelInfo
-from service.devices.messages import to_wire
 from service.devices.status import Activity, BatchCount, RunningJob, WorkerStatus
 from service.worker.backend import Backend, DeviceLost, Result, classify_exception
 from service.worker.queue import Batch, Entry
@@ -118,7 +117,7 @@ class Runner:
             self._backend.free_memory()
             fit = max(1, len(entries) // 2)
         if len(entries) == 1:
-            return BatchRun(results=[to_wire(entries[0].job.id, results)], largest_fit=fit)
+            return BatchRun(results=[Failure.of(entries[0].job.id, results)], largest_fit=fit)
         half = len(entries) // 2
         parts = [self._attempt(part, batch) for part in (entries[:half], entries[half:])]
         fits = [part.largest_fit for part in parts if part.largest_fit is not None]

@@ -33,7 +33,7 @@ def all_pids(service) -> list[int]:
 
 def test_sigterm_finishes_what_was_accepted(start_service):
     service = start_service(workers={"hang_floor_s": 10})
-    until(service.api.handler)
+    until(service.answers)
     pixels = picture(1, Fault.SLOW, 200)
     answers = []
     request = threading.Thread(target=lambda: answers.append(post(service.url(), pixels)))
@@ -63,7 +63,7 @@ def refused(port: int) -> bool:
 
 def test_what_outlasts_the_grace_ends_with_a_typed_error(start_service):
     service = start_service(grace_s=2.0, workers={"hang_floor_s": 10})
-    until(service.api.handler)
+    until(service.answers)
     answers = []
     request = threading.Thread(
         target=lambda: answers.append(post(service.url(), picture(1, Fault.LONG, 255)))
@@ -90,7 +90,7 @@ def test_what_outlasts_the_grace_ends_with_a_typed_error(start_service):
 
 def test_a_second_signal_stops_at_once(start_service):
     service = start_service(workers={"hang_floor_s": 10})
-    until(service.api.handler)
+    until(service.answers)
     request = threading.Thread(
         target=ignore_errors, args=(service.url(), picture(1, Fault.SLOW, 250))
     )
@@ -116,7 +116,7 @@ def ignore_errors(url: str, pixels) -> None:
 
 @pytest.mark.parametrize("busy", [False, True])
 def test_no_child_outlives_a_killed_supervisor(service, busy):
-    until(service.api.handler)
+    until(service.answers)
     if busy:
         request = threading.Thread(
             target=ignore_errors, args=(service.url(), picture(1, Fault.HANG))
@@ -132,7 +132,7 @@ def test_no_child_outlives_a_killed_supervisor(service, busy):
 
 def test_a_killed_http_process_is_replaced_and_nothing_else(start_service):
     service = start_service(http_workers=2)
-    until(service.api.handler)
+    until(service.answers)
     worker = service.worker_pid()
     before = set(service.pids("small_http"))
     assert len(before) == 2
@@ -150,12 +150,12 @@ def test_a_killed_http_process_is_replaced_and_nothing_else(start_service):
 
 
 def test_http_processes_do_not_import_torch(service):
-    until(service.api.handler)
+    until(service.answers)
     assert httpx.get(service.url("/torch"), trust_env=False).text == "False"
 
 
 def test_readiness_falls_when_the_service_drains(service):
-    until(service.api.handler)
+    until(service.answers)
     request = threading.Thread(
         target=ignore_errors, args=(service.url(), picture(1, Fault.SLOW, 60))
     )
@@ -181,7 +181,7 @@ def test_a_model_that_crashes_while_loading_is_left_out(start_service):
         models=[spec(), spec("bad", kind="crash"), spec("broken", kind="broken")]
     )
     until(lambda: service.states.refused_models)
-    until(service.api.handler)
+    until(service.answers)
     assert service.states.refused_models == ("bad@1",)
     assert service.status().models == ("fake@1",)
     assert post(service.url(), picture(3)).text == str(expected_class(picture(3)))

@@ -39,7 +39,6 @@ from service.devices.messages import (
     decode_to_worker,
     encode,
     from_wire,
-    to_wire,
 )
 
 PICTURES = hnp.arrays(np.uint8, hnp.array_shapes(min_dims=3, max_dims=3, min_side=0, max_side=5))
@@ -243,11 +242,11 @@ def test_a_flipped_byte_is_a_message_or_refused(position, value):
 @pytest.mark.parametrize("code", ERRORS)
 def test_errors_survive_as_failures(code):
     error = ERRORS[code]("what", field="methods.0", retry_after_s=2.5)
-    back = from_wire(to_wire("id", error))
+    back = from_wire(Failure.of("id", error))
     assert type(back) is type(error)
     assert (back.message, back.field, back.retry_after_s) == ("what", "methods.0", 2.5)
 
 
 def test_an_unknown_code_is_an_internal_error():
     assert type(from_wire(Failure(id="x", code="no_such", message="m"))) is InternalError
-    assert to_wire("x", Overloaded("m")).code == "overloaded"
+    assert Failure.of("x", Overloaded("m")).code == "overloaded"

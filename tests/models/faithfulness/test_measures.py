@@ -1,4 +1,4 @@
-"""Measures of faithfulness: hand-computed cases, definitions written as loops, and what the engine makes of them."""
+"""Measures of faithfulness: hand-computed cases, definitions written as loops, and the engine."""
 
 from __future__ import annotations
 
@@ -9,10 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-import models.perturbations
-from models.faithfulness import MEASURES, FaithfulnessTest
-from models.imputation import impute
-from models.perturbations import Original, curve_counts, deleted, imputed, kept, pixel_ranks
+import models.faithfulness.pixel_removal
+from models.faithfulness.imputation import impute
+from models.faithfulness.measures import MEASURES, FaithfulnessTest
+from models.faithfulness.pixel_removal import (
+    Original,
+    curve_counts,
+    deleted,
+    imputed,
+    kept,
+    pixel_ranks,
+)
 from models.targets import class_scores, probabilities
 from models.types import ClassScore, Explanation, Outcome, Target
 from tests.models.test_engine import assert_same, finish, index, job
@@ -72,7 +79,7 @@ def on_grey(monkeypatch):
 )
 def test_curves_by_hand(pixels, steps, expected, on_grey, monkeypatch):
     """torch-cam's published cases: a classifier that sums its pixels, ranked by their worth."""
-    monkeypatch.setattr(models.perturbations, "CURVE_STEPS", steps)
+    monkeypatch.setattr(models.faithfulness.pixel_removal, "CURVE_STEPS", steps)
     x = torch.tensor(pixels).view(1, 1, 1, -1)
     test = measuring(SumNet(), x, ["deletion", "insertion"])
     found = play(SumNet(), test.steps(explanation(x[0, 0])))
@@ -96,7 +103,7 @@ def test_drop_and_increase_by_hand():
 
 def test_random_maps_by_hand(on_grey, monkeypatch):
     """The random map is one fixed order of the pixels: its measures are those of that order."""
-    monkeypatch.setattr(models.perturbations, "CURVE_STEPS", 4)
+    monkeypatch.setattr(models.faithfulness.pixel_removal, "CURVE_STEPS", 4)
     x = torch.tensor([0.4, 0.3, 0.2, 0.1]).view(1, 1, 1, 4)
     seen = set()
     for seed in range(8):
@@ -180,7 +187,7 @@ def by_definition(name, net, x, ranks, mask, cls) -> float:
 
 @pytest.mark.parametrize("name", MEASURES)
 def test_measures_by_definition(name, flat_net, images, monkeypatch):
-    monkeypatch.setattr(models.perturbations, "NOISE", 0.0)
+    monkeypatch.setattr(models.faithfulness.pixel_removal, "NOISE", 0.0)
     x = images[1:2]
     values = torch.randn(4, 4, generator=torch.Generator().manual_seed(4)).relu()
     test = measuring(flat_net, x, [name], seed=6)

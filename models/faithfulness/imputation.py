@@ -1,4 +1,4 @@
-"""Noisy linear imputation: removed pixels are filled in from what surrounds them (Rong et al. 2022, ROAD)."""
+"""Noisy linear imputation: removed pixels are filled in from their neighbours (ROAD)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _MOST_ITERATIONS = 500
 def impute(image: Tensor, removed: Tensor) -> Tensor:
     """Fill in removed pixels so that each is the weighted mean of its eight neighbours.
 
-    Direct neighbours weigh 1/6, diagonal ones 1/12; at the border, where some are missing, the
-    weights are scaled to sum to 1 (section 5 of the paper and its authors' code). The sparse,
-    symmetric and positive definite system is solved by conjugate gradients, started from a
-    coarse-to-fine guess, to a relative residual of `RESIDUAL`. Every image needs at least one pixel
-    that is left.
+    From Rong et al. 2022, section 5. Direct neighbours weigh 1/6, diagonal ones 1/12; at the
+    border, where some are missing, the weights are scaled to sum to 1 (as in the authors' code).
+    The sparse, symmetric and positive definite system is solved by conjugate gradients, started
+    from a coarse-to-fine guess, to a relative residual of `RESIDUAL`. Every image needs at least
+    one pixel that is left.
 
     Args:
         image: float32 (3, H, W).
@@ -68,7 +68,7 @@ def _neighbours(planes: Tensor) -> Tensor:
 
 
 def _coarse_to_fine(known: Tensor, mask: Tensor) -> Tensor:
-    """A smooth guess everywhere: known pixels stay, others are read from the known means of ever larger blocks."""
+    """A smooth guess: unknown pixels are read from the known means of ever larger blocks."""
     height, width = mask.shape[2:]
     if max(height, width) == 1:
         return known / mask.clamp_min(1e-6)
@@ -87,6 +87,5 @@ def _dot(left: Tensor, right: Tensor) -> Tensor:
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     """The quotient, 0 where a plane is solved exactly."""
-    return torch.where(
-        denominator > 0, numerator / torch.where(denominator > 0, denominator, 1.0), 0.0
-    )
+    some = denominator > 0
+    return torch.where(some, numerator / torch.where(some, denominator, 1.0), 0.0)

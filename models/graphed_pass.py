@@ -1,4 +1,4 @@
-"""Batches whose whole pass, from pictures to maps, is one recorded piece of work on a CUDA device."""
+"""Shared passes that are recorded once, from images to maps, and replayed on a CUDA device."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from models.capture import Capture
 from models.cuda.graphs import Function
+from models.cuda.staging import indices
 from models.extractor import Extractor, Tap
 from models.layers import to_map
 from models.methods import METHODS, implementation
+from models.shared_pass import SharedPass
 from models.targets import class_scores, coded, look_up
-from models.transfer import indices
-from models.trunk import Trunk
 from models.types import Job
-from models.warm import WarmModel
+from models.warm_model import WarmModel
 
 _DECOMPOSING = ("eigencam", "eigengradcam", "kpca_cam")
 """Methods that wait for the device: to decompose a matrix is to ask whether it succeeded."""
@@ -62,25 +62,17 @@ def plan_of(warm: WarmModel, jobs: Sequence[Job]) -> Plan | None:
 
 
 def run_graphed(
-    warm: WarmModel, jobs: Sequence[Job], *, module: nn.Module, pictures: Tensor
-) -> Trunk | None:
-    """Run the pass of a batch as a recorded one.
+    warm: WarmModel, jobs: Sequence[Job], *, module: nn.Module, images: Tensor
+) -> SharedPass | None:
+    """Run the shared pass as a recorded one, with the arguments of `run_shared_pass`.
 
-    Args:
-        warm: the model.
-        jobs: N jobs for it.
-        module: the model's module that serves the layers of all jobs.
-        pictures: the jobs' inputs, (N, H, W, 3) uint8 on the device.
-
-    Returns:
-        What the pass gave, good until the next recorded one; None where it must be run as any
-        other.
+    What it returns is good until the next recorded pass; None where the pass must be run plainly.
     """
     plan = None if warm.graphs is None else plan_of(warm, jobs)
     if warm.graphs is None or plan is None:
         return None
-    codes = indices([_codes(job, plan.targets) for job in jobs], pictures.device)
-    outputs = warm.graphs.run(plan, _pass(warm, module, plan), (pictures, codes), rows=plan.rows)
+    codes = indices([_codes(job, plan.targets) for job in jobs], images.device)
+    outputs = warm.graphs.run(plan, _pass(warm, module, plan), (images, codes), rows=plan.rows)
     if outputs is None:
         return None
     inputs, logits, probabilities, order, *explained = outputs
@@ -90,7 +82,7 @@ def run_graphed(
         activation, score, *_ = explained
         capture = Capture(warm.target_layer, activation, None, score)
         captures[warm.target_layer] = (capture, list(range(len(jobs))))
-    return Trunk(
+    return SharedPass(
         inputs=inputs,
         logits=logits,
         probabilities=probabilities,
@@ -117,24 +109,24 @@ def _qualifies(warm: WarmModel, job: Job) -> bool:
 
 
 def _codes(job: Job, width: int) -> list[int]:
-    """The job's targets as `look_up` takes them; what is missing to `width` repeats the first, or is class 0."""
+    """The job's targets as `look_up` takes them, filled up with the first one, or class 0."""
     codes = [target.cls for target in coded(job.options.targets)] if job.options.methods else []
     return [*codes, *(codes[:1] or [0]) * (width - len(codes))]
 
 
 def _pass(warm: WarmModel, module: nn.Module, plan: Plan) -> Function:
-    """The pass as a function of pictures (rows, H, W, 3) and codes (rows, T), which never waits for the device.
+    """The pass as a function of images (rows, H, W, 3) and codes (rows, T).
 
-    It returns inputs, logits, probabilities and order, and, where anything is explained,
-    activation, scores and the maps of each method.
+    It never waits for the device. It returns inputs, logits, probabilities and order, and, where
+    anything is explained, activation, scores and the maps of each method.
     """
     layer, weight = warm.target_layer or "", warm.head.weight
     layout = warm.layouts.get(layer)
     tap = Tap(layer, "output", lambda tensor: to_map(tensor, layout).float())
 
     @torch.inference_mode()
-    def run(pictures: Tensor, codes: Tensor) -> tuple[Tensor, ...]:
-        inputs = warm.normalise(pictures)
+    def run(images: Tensor, codes: Tensor) -> tuple[Tensor, ...]:
+        inputs = warm.normalise(images)
         with Extractor(module, [tap] if plan.methods else []) as extractor:
             logits, probabilities = class_scores(extractor.forward(inputs), warm.task)
             activation = extractor.caught(layer, "output")

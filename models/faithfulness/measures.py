@@ -1,4 +1,4 @@
-"""Faithfulness of a map: what the model answers when the pixels that the map points at are kept, taken or brought back.
+"""Measures of faithfulness: the model's answers as a map's pixels are kept, removed or restored.
 
 All measures look at the probability p of the map's class and stand beside the same measure of a
 random map of the same size. Maps are enlarged to the input bilinearly, as they are drawn. Pixels
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.perturbations import (
+from models.faithfulness.pixel_removal import (
     IMPUTED_SHARES,
     Original,
     Perturbed,
@@ -37,7 +37,7 @@ class Measure:
     Attributes:
         perturb: the changed inputs it needs, by a map; measures that share them share their passes.
         reduce: `reduce(p, whole, pixels)` from the class's probability on each of them and on the
-            picture itself.
+            image itself.
     """
 
     perturb: Callable[[Original, Tensor], Perturbed]
@@ -45,7 +45,7 @@ class Measure:
 
 
 class FaithfulnessTest:
-    """Measures the maps of one picture.
+    """Measures the maps of one image.
 
     Passes with random maps answer for all classes, so they are made once for each size of map.
     """
@@ -60,15 +60,10 @@ class FaithfulnessTest:
         chunk: int,
         seed: int,
     ) -> None:
-        """Prepare.
+        """Prepare the measures of these names.
 
-        Args:
-            names: of `MEASURES`.
-            inputs: normalised, (1, 3, H, W), in the model's precision.
-            whole: float32 (classes,), probabilities of the picture itself.
-            task: how scores become probabilities.
-            chunk: most images in a step.
-            seed: of the random maps and the noise.
+        `inputs` are normalised, (1, 3, H, W), in the model's precision; `whole` (classes,) are the
+        probabilities of the image itself; a step holds at most `chunk` images.
         """
         self._measures = {name: MEASURES[name] for name in names}
         self._dtype = inputs.dtype
@@ -99,7 +94,7 @@ class FaithfulnessTest:
         return self._measures[name].reduce(answers[:, index].double(), whole, self._original.pixels)
 
     def _answers(self, values: Tensor) -> Generator[Step, Any, dict[str, Tensor]]:
-        """Probabilities (n, classes) of the changed inputs of each measure; steps are filled across them."""
+        """Probabilities (n, classes) of each measure's changed inputs; measures share steps."""
         kinds = dict.fromkeys(measure.perturb for measure in self._measures.values())
         sequences = [perturb(self._original, values) for perturb in kinds]
         found: list[Tensor] = []
@@ -126,33 +121,33 @@ class FaithfulnessTest:
 
 
 def average_drop(p: Tensor, whole: Tensor, _: int) -> float:
-    """max(0, whole - p) / whole with the picture seen through the map (Chattopadhay et al. 2018); low is good."""
+    """max(0, whole - p) / whole through the map (Chattopadhay et al. 2018); low is good."""
     return float((whole - p[0]).clamp_min(0) / whole) if bool(whole > 0) else 0.0
 
 
 def increase(p: Tensor, whole: Tensor, _: int) -> float:
-    """1 if the picture seen through the map has more probability than the whole, else 0 (Chattopadhay et al. 2018).
+    """Whether the image has more probability through the map than whole, as 1 or 0.
 
-    Only its mean over many pictures says much.
+    From Chattopadhay et al. 2018; only its mean over many images says much.
     """
     return float(p[0] > whole)
 
 
 def deletion(p: Tensor, whole: Tensor, pixels: int) -> float:
-    """Area under p as pixels turn grey, first-ranked first (Petsiuk et al. 2018); low is good."""
+    """Area under p as pixels turn grey (Petsiuk et al. 2018); low is good."""
     return _area(torch.cat([whole[None], p]), pixels)
 
 
 def insertion(p: Tensor, whole: Tensor, pixels: int) -> float:
-    """Area under p as pixels return to the blurred picture, first-ranked first (Petsiuk et al. 2018); high is good."""
+    """Area under p as pixels return to the blurred image (Petsiuk et al. 2018); high is good."""
     return _area(torch.cat([p, whole[None]]), pixels)
 
 
 def road(p: Tensor, _: Tensor, __: int) -> float:
-    """Half of what p is worth more without the last-ranked pixels than without the first-ranked ones (ROAD).
+    """Half of p's gain when the last-ranked pixels are removed instead of the first-ranked ones.
 
-    Mean over the removed shares of (p without the last-ranked - p without the first-ranked) / 2,
-    imputed as in Rong et al. 2022; in [-0.5, 0.5], high is good, and a random map is about 0.
+    ROAD: mean over the removed shares of (p without the last-ranked - p without the first-ranked) /
+    2, imputed as in Rong et al. 2022; in [-0.5, 0.5], high is good, and a random map is about 0.
     """
     first_gone, last_gone = p.split(len(IMPUTED_SHARES))
     return float((last_gone - first_gone).mean() / 2)

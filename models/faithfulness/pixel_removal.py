@@ -1,4 +1,4 @@
-"""Inputs changed by a map, in the ways that measures of faithfulness ask for; made a few at a time."""
+"""Inputs whose pixels are removed or restored in a map's order, made a few at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from models.imputation import NOISE, impute
+from models.faithfulness.imputation import NOISE, impute
 
 CURVE_STEPS = 56
 """Steps of deletion and insertion curves.
@@ -43,7 +43,7 @@ class Perturbed:
 
 @dataclass(frozen=True)
 class Original:
-    """The picture that maps are tried on.
+    """The image that maps are tried on.
 
     Attributes:
         inputs: normalised, float32 (3, H, W).
@@ -60,7 +60,7 @@ class Original:
 
     @cached_property
     def blurred(self) -> Tensor:
-        """The picture under a Gaussian blur (kernel 11 x 11, sigma 5; beyond the border lies the mean colour)."""
+        """The image under a Gaussian blur (11 x 11, sigma 5), padded with the mean colour."""
         at = torch.arange(_BLUR_SIDE, device=self.inputs.device) - _BLUR_SIDE // 2
         weights = torch.exp(-at.square() / (2 * _BLUR_SIGMA**2))
         weights = weights / weights.sum()
@@ -71,7 +71,7 @@ class Original:
         return nn.functional.conv2d(planes, rows, padding=(0, _BLUR_SIDE // 2))[:, 0]
 
     def random_map(self, shape: tuple[int, int]) -> Tensor:
-        """A map (h, w) of uniform noise; of a map's own shape, it is as smooth on the picture as the map."""
+        """A map (h, w) of uniform noise, as smooth on the image as any map of its shape."""
         noise = torch.rand(shape, generator=torch.Generator().manual_seed(self.seed))
         return noise.to(self.inputs.device)
 
@@ -84,7 +84,7 @@ class Original:
 
 
 def kept(original: Original, values: Tensor) -> Perturbed:
-    """One input: the picture times the map, without its negative values, scaled to [0, 1]."""
+    """One input: the image times the map, without its negative values, scaled to [0, 1]."""
     positive = original.enlarged(values.clamp_min(0))
     low, high = positive.min(), positive.max()
     mask = (positive - low) / (high - low) if bool(high > low) else torch.zeros_like(positive)
@@ -92,7 +92,7 @@ def kept(original: Original, values: Tensor) -> Perturbed:
 
 
 def deleted(original: Original, values: Tensor) -> Perturbed:
-    """The picture without its 1/n, 2/n … first-ranked pixels; in their place is 0, the mean colour."""
+    """The image without its 1/n, 2/n … first-ranked pixels; 0, the mean colour, replaces them."""
     ranks, counts = pixel_ranks(original, values), curve_counts(original.pixels)[1:]
 
     def make(first: int, last: int) -> Tensor:
@@ -103,7 +103,7 @@ def deleted(original: Original, values: Tensor) -> Perturbed:
 
 
 def inserted(original: Original, values: Tensor) -> Perturbed:
-    """The blurred picture with none, 1/n, 2/n … of its pixels, first-ranked first, brought back."""
+    """The blurred image with none, 1/n, 2/n … of its pixels, first-ranked first, brought back."""
     ranks, counts = pixel_ranks(original, values), curve_counts(original.pixels)[:-1]
 
     def make(first: int, last: int) -> Tensor:
@@ -114,7 +114,7 @@ def inserted(original: Original, values: Tensor) -> Perturbed:
 
 
 def imputed(original: Original, values: Tensor) -> Perturbed:
-    """The picture without shares of its first-ranked pixels, then of its last-ranked ones, noisily filled in."""
+    """The image with shares of its first-ranked, then of its last-ranked pixels imputed."""
     ranks, pixels = pixel_ranks(original, values), original.pixels
     counts = [round(share * pixels) for share in IMPUTED_SHARES]
     removed = [ranks < n for n in counts] + [ranks >= pixels - n for n in counts]
@@ -123,7 +123,7 @@ def imputed(original: Original, values: Tensor) -> Perturbed:
     def make(first: int, last: int) -> Tensor:
         gone = torch.stack(removed[first:last])
         filled = impute(original.inputs, gone)
-        # One picture after the other, so that the noise does not depend on how many are made at
+        # One image after the other, so that the noise does not depend on how many are made at
         # once.
         shape = original.inputs.shape
         noise = torch.stack([torch.randn(shape, generator=generator) for _ in gone])

@@ -1,4 +1,4 @@
-"""The fused twin gives the same tensors under the same names, and is refused where it cannot."""
+"""The fused variant gives the same tensors under the same names, and is refused where it cannot."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from models.engine import Engine
 from models.extractor import Extractor, Tap
 from models.preparation.convolution import FusedConv2d
 from models.preparation.fusion import fuse_convolutions
-from models.preparation.twin import Needs, fused_twin
+from models.preparation.variant import Needs, fused_variant
 from tests.models.conftest import FlatNet, OneModel, frozen, warm_of
 from tests.models.preparation.conftest import warm
 from tests.models.test_engine import assert_same, job
 
 
 class Residual(nn.Module):
-    """A block with every pattern: conv-bn-relu, one ReLU used twice, a residual sum before the last."""
+    """A block with every pattern: conv-bn-relu, one ReLU used twice, a residual sum."""
 
     def __init__(self, width: int = 6) -> None:
         super().__init__()
@@ -70,19 +70,19 @@ def probe() -> torch.Tensor:
 
 def test_every_convolution_is_fused_and_the_answer_stays(net, probe):
     before = copy.deepcopy(net.state_dict())
-    twin = fused_twin(net, probe)
-    assert twin is not None
-    assert twin.step == "6 fused convolutions"
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in twin.module.modules())
+    variant = fused_variant(net, probe)
+    assert variant is not None
+    assert variant.step == "6 fused convolutions"
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in variant.module.modules())
     with torch.inference_mode():
-        torch.testing.assert_close(twin.module(probe), net(probe), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(variant.module(probe), net(probe), rtol=1e-4, atol=1e-5)
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
 
 
 def test_layers_keep_their_names_where_their_tensors_are_the_same(net, probe):
-    twin = fused_twin(net, probe)
+    variant = fused_variant(net, probe)
     kept = frozenset({"stem", "stem.2", "stage", "stage.0", "stage.2", "act", "fc"})
-    assert twin.serves(Needs(reads=kept, rewrites=kept, input_gradient=True))
+    assert variant.serves(Needs(reads=kept, rewrites=kept, input_gradient=True))
     for inside in (
         "stem.0",
         "stem.1",
@@ -92,14 +92,14 @@ def test_layers_keep_their_names_where_their_tensors_are_the_same(net, probe):
         "last",
         "norm",
     ):
-        assert not twin.serves(Needs(reads=frozenset({inside})))
-        assert not twin.serves(Needs(rewrites=frozenset({inside})))
+        assert not variant.serves(Needs(reads=frozenset({inside})))
+        assert not variant.serves(Needs(rewrites=frozenset({inside})))
 
 
 def test_inputs_of_layers_are_the_models_own():
     net = frozen(FlatNet())
     model = warm(net)
-    assert model.twins
+    assert model.variants
     # The input of a ReLU that was fused away is not that of the fused convolution in its place.
     jobs = [job("inputs", "features", layers=("out",), kinds=("input",))]
     found, expected = (
@@ -109,10 +109,10 @@ def test_inputs_of_layers_are_the_models_own():
 
 
 def test_explaining_on_the_twin_equals_explaining_the_original(net, probe):
-    twin = fused_twin(net, probe)
+    variant = fused_variant(net, probe)
     for layer in ("stem", "stage.0", "act"):
         caught = []
-        for module in (net, twin.module):
+        for module in (net, variant.module):
             taps = [Tap(layer, "output"), Tap(layer, "grad_output")]
             with Extractor(module, taps) as extractor:
                 extractor.backward(extractor.forward(probe)[:, 1].sum())
@@ -122,25 +122,25 @@ def test_explaining_on_the_twin_equals_explaining_the_original(net, probe):
 
 
 def test_input_gradients_flow_through_the_twin(net, probe):
-    twin = fused_twin(net, probe)
+    variant = fused_variant(net, probe)
     gradients = []
-    for module in (net, twin.module):
+    for module in (net, variant.module):
         leaf = probe.clone().requires_grad_()
         gradients.append(torch.autograd.grad(module(leaf)[:, 0].sum(), leaf)[0])
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
 def test_other_batch_sizes_than_the_packed_one(net, probe):
-    twin = fused_twin(net, probe)
+    variant = fused_variant(net, probe)
     for n in (1, 2, 7):
         x = torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(n))
         with torch.inference_mode():
-            torch.testing.assert_close(twin.module(x), net(x), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(variant.module(x), net(x), rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_after_packing_in_float32(net, probe):
-    twin = fused_twin(net, probe)
-    module = twin.module.to(torch.bfloat16)
+    variant = fused_variant(net, probe)
+    module = variant.module.to(torch.bfloat16)
     with torch.inference_mode():
         found = module(probe.bfloat16()).float()
         cosine = nn.functional.cosine_similarity(found, net(probe))
@@ -180,13 +180,13 @@ class Untraceable(SharedConv):
 def test_what_does_not_fit_the_pattern_stays(kind, probe):
     net = frozen(kind())
     assert fuse_convolutions(copy.deepcopy(net))[1] == 0
-    assert fused_twin(net, probe) is None
+    assert fused_variant(net, probe) is None
 
 
 def test_a_convolution_without_norm_takes_its_activation(images):
-    twin = fused_twin(frozen(FlatNet()), images)
-    assert twin.step == "2 fused convolutions"
-    assert isinstance(twin.module.get_submodule("out"), FusedConv2d)
+    variant = fused_variant(frozen(FlatNet()), images)
+    assert variant.step == "2 fused convolutions"
+    assert isinstance(variant.module.get_submodule("out"), FusedConv2d)
 
 
 def test_a_twin_that_answers_differently_is_refused(net, probe, monkeypatch):
@@ -198,7 +198,7 @@ def test_a_twin_that_answers_differently_is_refused(net, probe, monkeypatch):
         )
 
     monkeypatch.setattr(FusedConv2d, "forward", broken)
-    assert fused_twin(net, probe) is None
+    assert fused_variant(net, probe) is None
 
 
 class Same(nn.Module):
@@ -223,9 +223,9 @@ class Same(nn.Module):
 def test_same_padding_of_every_parity(stride, kernel, groups):
     torch.manual_seed(0)
     net = frozen(Same(stride, kernel, groups))
-    twin, fused = fuse_convolutions(copy.deepcopy(net))
+    variant, fused = fuse_convolutions(copy.deepcopy(net))
     assert fused == 1
     for height, width in ((12, 12), (13, 13), (12, 13), (7, 10), (12, 12)):
         x = torch.randn(2, 6, height, width)
         with torch.inference_mode():
-            torch.testing.assert_close(twin(x), net(x), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(variant(x), net(x), rtol=1e-4, atol=1e-5)

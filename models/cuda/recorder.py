@@ -12,7 +12,7 @@ from torch import Tensor
 from models.cuda.graphs import Work
 
 
-class CudaCapture:
+class GraphRecorder:
     """Records CUDA graphs.
 
     All share one memory pool: a graph may write over what another has returned, so that only the
@@ -58,8 +58,7 @@ class CudaCapture:
             ):
                 return work()
         except Exception:
-            # Torch would go on as if it were recording: it would free nothing that two streams have
-            # used.
+            # Torch would go on as if recording, and free nothing that two streams have used.
             with suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(stream.device_index, self._pool)  # noqa: SLF001
             raise
@@ -70,7 +69,8 @@ def waiting_forbidden() -> Iterator[None]:
     """Let operations that wait for the device fail, before they can spoil a recording."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that this mode does not know all such operations
+        # Torch warns that this mode does not know all such operations.
+        warnings.simplefilter("ignore")
         torch.cuda.set_sync_debug_mode("error")
         try:
             yield

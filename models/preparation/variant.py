@@ -1,4 +1,4 @@
-"""Faster twins of a model, and the proof that they give the same tensors."""
+"""Faster variants of a model, and the proof that they give the same tensors."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from models.hooks import HookStack
 from models.preparation.fusion import fuse_convolutions
 
 TOLERANCE = 1e-4
-"""Largest difference of a layer's float32 tensor from the original's, relative to its largest value."""
+"""Largest difference of a layer's float32 tensor from the original's, relative to its peak."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What a pass takes from a module, and what it does to it.
+    """What a pass reads from a module and does to it.
 
     Attributes:
         reads: layers whose output is tapped.
         rewrites: layers whose output is changed, or where the scores are differentiated.
         layer_inputs: whether inputs of layers are tapped.
-        input_gradient: whether the scores are differentiated at the pictures.
+        input_gradient: whether the scores are differentiated at the images.
     """
 
     reads: frozenset[str] = frozenset()
@@ -35,18 +35,18 @@ class Needs:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Twin:
+class Variant:
     """A module that answers like the original, faster.
 
-    Passes that need more than it has run on a slower twin, or on the original. Inputs of its layers
-    are never those of the original's: a twin keeps what its layers return, not how they come to it.
+    Passes that need more run on a slower variant, or on the original. Inputs of its layers are
+    never those of the original: a variant keeps what layers return, not how they compute it.
 
     Attributes:
-        module: the twin; eval mode, parameters frozen.
+        module: the variant; eval mode, parameters frozen.
         step: what was done to make it, for the model card.
         readable: layers whose outputs were found equal to the original's.
         rewritable: layers whose output can be changed, and differentiated at.
-        differentiable: whether gradients reach the pictures.
+        differentiable: whether gradients reach the images.
     """
 
     module: nn.Module
@@ -65,29 +65,25 @@ class Twin:
         )
 
 
-def fused_twin(module: nn.Module, probe: Tensor) -> Twin | None:
-    """Make a twin with fused convolutions and check it against the original, in float32.
+def fused_variant(module: nn.Module, probe: Tensor) -> Variant | None:
+    """Make a variant with fused convolutions and check it against the original, in float32.
 
-    Args:
-        module: the original, in eval mode, float32; left as it is.
-        probe: (N, 3, H, W) normalised, on the module's device, of the size that will be served.
-
-    Returns:
-        The twin, or None where nothing could be fused or the scores differ by more than
-        `TOLERANCE`.
+    The module is in eval mode and left as it is; the probe (N, 3, H, W) is of the size that will be
+    served. None where nothing could be fused or the scores differ by more than `TOLERANCE`.
     """
     try:
-        twin, fused = fuse_convolutions(copy.deepcopy(module))
+        variant, fused = fuse_convolutions(copy.deepcopy(module))
         if not fused:
             return None
-        expected, found = layer_outputs(module, probe), layer_outputs(twin, probe)
-    except Exception:  # noqa: BLE001  (a model that cannot be rewritten is served as it is)
+        expected, found = layer_outputs(module, probe), layer_outputs(variant, probe)
+    # A model that cannot be rewritten is served as it is.
+    except Exception:  # noqa: BLE001
         return None
     if not close(found[""], expected[""]):
         return None
     same = equal_layers(found, expected, close)
-    return Twin(
-        module=twin,
+    return Variant(
+        module=variant,
         step=f"{fused} fused convolutions",
         readable=same,
         rewritable=same,
@@ -98,12 +94,9 @@ def fused_twin(module: nn.Module, probe: Tensor) -> Twin | None:
 def layer_outputs(
     module: nn.Module, probe: Tensor, *, layers: Collection[str] | None = None
 ) -> dict[str, Tensor]:
-    """Outputs by layer name, the scores under the empty name.
+    """Outputs by layer name (of all layers or some), the scores under the empty name.
 
-    Args:
-        module: in eval mode.
-        probe: (N, 3, H, W) normalised.
-        layers: the layers wanted; None = all. Those that are called more than once are left out.
+    Layers that are called more than once are left out.
     """
     outputs: dict[str, Tensor | None] = {}
 

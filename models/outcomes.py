@@ -1,4 +1,4 @@
-"""From a trunk pass to each job's outcome: maps of all its methods, targets and layers, and its statistics."""
+"""From the shared pass of a batch to each job's outcome: its maps and its statistics."""
 
 from __future__ import annotations
 
@@ -8,45 +8,44 @@ from typing import Any
 import numpy as np
 import torch
 from msgspec import structs
+from torch import Tensor, nn
 
+from models.cuda.staging import indices
 from models.errors import InternalError
-from models.faithfulness import FaithfulnessTest
-from models.fuse import fuse
-from models.host import HostResults
+from models.faithfulness.measures import FaithfulnessTest
+from models.host_results import HostResults
 from models.methods import METHODS, implementation
-from models.noted import Noted
-from models.registry import WarmModel
+from models.shared_pass import SharedPass
 from models.statistics import Summary, describe, summarise
-from models.steps import Step, Subject
+from models.steps import NotedMaps, Step, Subject
 from models.targets import ResolvedTarget, predictions
-from models.transfer import indices
-from models.trunk import Trunk
-from models.types import ClassScore, Explanation, Job, Kind, LayerStatistics, Outcome
+from models.types import ClassScore, Explanation, Fuse, Job, Kind, LayerStatistics, Outcome
+from models.warm_model import WarmModel
 
 _SIGNED_LAYER = "The layer has negative values, for which this method is not derived."
 
 
-class Answers:
-    """The answers of one batch.
+class BatchOutcomes:
+    """The outcomes of one batch.
 
-    Maps of the methods that need nothing but the trunk pass are there from the beginning
+    Maps of the methods that need nothing but the shared pass are there from the beginning
     (`HostResults`); `steps` then finishes each job, yielding steps where its methods need further
     passes.
     """
 
-    def __init__(self, warm: WarmModel, jobs: Sequence[Job], trunk: Trunk) -> None:
+    def __init__(self, warm: WarmModel, jobs: Sequence[Job], shared: SharedPass) -> None:
         """Args: the model, the batch and what its pass gave."""
         self._warm = warm
         self._jobs = jobs
-        self._trunk = trunk
-        self._host = HostResults(jobs, trunk)
+        self._shared = shared
+        self._host = HostResults(jobs, shared)
         self._predictions = predictions(
             self._host.logits,
             self._host.probabilities,
             self._host.order[:, : max(job.options.top_k for job in jobs)],
         )
         self._finite = np.isfinite(self._host.logits).all(1)
-        self._summaries = _summaries(trunk)
+        self._summaries = _summaries(shared)
 
     def steps(self, row: int) -> Generator[Step, Any, Outcome]:
         """Finish one job: yields the steps it still needs and returns its outcome.
@@ -56,7 +55,7 @@ class Answers:
         """
         job = self._jobs[row]
         if not self._finite[row]:
-            raise InternalError("The model's scores for this picture are not finite.")
+            raise InternalError("The model's scores for this image are not finite.")
         explanations: list[Explanation] = []
         for name in job.options.methods:
             explanations += yield from self._explain(name, row)
@@ -78,7 +77,7 @@ class Answers:
             ready = self._host.map(layer, name, row)
             if ready is None:
                 made = yield from implementation(name)(self._subject(name, layer, row))
-                if isinstance(made, Noted):
+                if isinstance(made, NotedMaps):
                     notes[layer] = made.notes
                     made = made.maps
                 ready = made.cpu().numpy()
@@ -101,8 +100,8 @@ class Answers:
         options = self._jobs[row].options
         test = FaithfulnessTest(
             names=options.faithfulness,
-            inputs=self._trunk.inputs[row : row + 1],
-            whole=self._trunk.probabilities[row],
+            inputs=self._shared.inputs[row : row + 1],
+            whole=self._shared.probabilities[row],
             task=self._warm.task,
             chunk=self._warm.chunk,
             seed=options.seed or 0,
@@ -122,7 +121,7 @@ class Answers:
         options, defaults = self._jobs[row].options, METHODS[name].defaults
         capture = None
         if layer:
-            whole, rows = self._trunk.captures[layer]
+            whole, rows = self._shared.captures[layer]
             place = indices([rows.index(row)], whole.activation.device)
             capture = whole.rows(place).first(len(self._host.targets[row]))
         asked = {"samples": options.samples, "steps": options.steps, "seed": options.seed}
@@ -130,8 +129,8 @@ class Answers:
         return Subject(
             warm=self._warm,
             interventions=options.interventions,
-            inputs=self._trunk.inputs[row : row + 1],
-            logits=self._trunk.logits[row],
+            inputs=self._shared.inputs[row : row + 1],
+            logits=self._shared.logits[row],
             targets=self._host.targets[row],
             capture=capture,
             layer=layer,
@@ -205,12 +204,42 @@ class Answers:
         return None
 
 
-def _summaries(trunk: Trunk) -> dict[tuple[str, Kind, int], list[Summary | None]]:
-    """By layer, kind and row of the batch: a summary for each target (None where it has no part in the score)."""
-    found = [r for by_target, _ in trunk.reductions.values() for r in by_target if r is not None]
+def fuse(maps: Sequence[Tensor], how: Fuse) -> Tensor:
+    """Fuse maps of several layers into one.
+
+    The maps (T, h, w) are upsampled to the finest one's size (bilinear, half-pixel centres) and
+    scaled to [0, 1] by their own range, so that layers count alike whatever the size of their
+    values; a constant map counts as 0.
+    """
+    height, width = max((m.shape[-2:] for m in maps), key=lambda size: size[0] * size[1])
+    scaled = torch.stack([_unit(_resize(m, (height, width))) for m in maps])
+    if how == "max":
+        return scaled.amax(0)
+    return scaled.prod(0) if how == "product" else scaled.mean(0)
+
+
+def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    if maps.shape[-2:] == size:
+        return maps
+    resized = nn.functional.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)
+    return resized[:, 0]
+
+
+def _unit(maps: Tensor) -> Tensor:
+    low = maps.amin((-2, -1), keepdim=True)
+    span = maps.amax((-2, -1), keepdim=True) - low
+    return torch.where(span > 0, (maps - low) / torch.where(span > 0, span, 1.0), 0.0)
+
+
+def _summaries(shared: SharedPass) -> dict[tuple[str, Kind, int], list[Summary | None]]:
+    """By layer, kind and row of the batch: a summary for each target.
+
+    It is None where the layer has no part in the target's score.
+    """
+    found = [r for by_target, _ in shared.reductions.values() for r in by_target if r is not None]
     finished = iter(summarise(found))
     summaries: dict[tuple[str, Kind, int], list[Summary | None]] = {}
-    for (layer, kind), (by_target, rows) in trunk.reductions.items():
+    for (layer, kind), (by_target, rows) in shared.reductions.items():
         for reductions in by_target:
             images = [None] * len(rows) if reductions is None else next(finished)
             for row, summary in zip(rows, images, strict=True):

@@ -1,4 +1,4 @@
-"""What methods that are tried at load say to models of each kind."""
+"""Which methods a model's facts allow, and why those that are tried at load refuse a model."""
 
 from __future__ import annotations
 
@@ -9,14 +9,57 @@ from torch import nn
 from models.compat import define_missing_operators
 from models.layers import find_layouts
 from models.methods import METHODS
-from models.methods.refusals import refusals
+from models.methods.applicability import (
+    ModelFacts,
+    method_support,
+    supported_methods,
+    try_methods,
+)
 from models.probe import trace
 
 define_missing_operators()
 import torchvision  # noqa: E402  (its operators come first)
 
+GAP_LINEAR = ModelFacts(target_layer="layer4", head="gap_linear", closed_form=True)
+FLATTEN = ModelFacts(target_layer="features", head="flatten", closed_form=False)
+NO_MAP = ModelFacts(target_layer=None, head=None, closed_form=False)
 GUIDED = {"guided_backprop", "guided_gradcam"}
 ATTENTION = {name for name, row in METHODS.items() if row.family == "transformer"}
+
+
+def test_every_method_has_a_row_in_the_tables_order():
+    for facts in (GAP_LINEAR, FLATTEN, NO_MAP):
+        assert [row.name for row in supported_methods(facts)] == list(METHODS)
+
+
+@pytest.mark.parametrize("facts", [GAP_LINEAR, FLATTEN, NO_MAP])
+def test_a_reason_is_given_exactly_where_a_method_does_not_apply(facts):
+    for row in supported_methods(facts):
+        assert row.applicable == (row.reason is None)
+        if row.reason:
+            # It is put after "gradcam cannot explain vgg11: " and before a full stop.
+            assert row.reason[0].islower()
+            assert not row.reason.endswith(".")
+
+
+def test_cam_needs_the_proved_closed_form():
+    assert method_support(METHODS["cam"], GAP_LINEAR).applicable
+    assert "global average pooling" in method_support(METHODS["cam"], FLATTEN).reason
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_methods_that_explain_a_layer_need_a_map(name):
+    layered = METHODS[name].family in ("gradient", "activation") or "cam" in name
+    reason = method_support(METHODS[name], NO_MAP).reason
+    assert layered == (reason is not None and "map of the image" in reason)
+
+
+def test_gradient_methods_need_no_particular_head():
+    for name in ("gradcam", "gradcam_plus_plus", "xgradcam", "hirescam", "layercam"):
+        assert method_support(METHODS[name], FLATTEN).applicable
+
+
+# ---------------------------------------------------------------- trials
 
 
 class Silu(nn.Module):
@@ -32,7 +75,7 @@ def reasons_of(net: nn.Module, side: int, task: str = "single_label") -> dict[st
     net = net.eval().requires_grad_(False)
     probe = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     traced = trace(net, task, probe)
-    return refusals(net, traced, find_layouts(traced), task=task, probe=probe)
+    return try_methods(net, traced, find_layouts(traced), task=task, probe=probe)
 
 
 def test_relu_networks_refuse_attention_only(pool_net, flat_net):

@@ -1,4 +1,4 @@
-"""A recorded pass answers as the plain one does, whatever mix of jobs it serves; what does not qualify runs plainly."""
+"""A recorded pass answers as the plain one does; jobs that do not qualify run plainly."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from models import graphed_pass
 from models.capture import Capture
-from models.cuda import plans
 from models.cuda.graphs import Graphs, Work
-from models.cuda.plans import GRAPHABLE, plan_of
 from models.engine import Engine
+from models.graphed_pass import GRAPHABLE, plan_of
 from models.methods import METHODS, implementation
-from models.registry import ModelRegistry, WarmModel
+from models.registry import ModelRegistry
 from models.types import Intervention, Outcome, Target
+from models.warm_model import WarmModel
 from tests.models.conftest import FlatNet, OneModel, PoolNet, frozen, warm_of
 from tests.models.cuda.conftest import graphed, on_gpu, rerun
 from tests.models.test_engine import assert_same, finish, index, job, rank
@@ -82,7 +83,7 @@ predicted = st.fixed_dictionaries(
 def test_any_batch_is_answered_as_by_the_plain_pass(wanted):
     counting = Counting()
     batch = [job(f"{i}", seed=i, **options) for i, options in enumerate(wanted)]
-    assert_as_plain(graphed(pooled(), capture=counting), batch)
+    assert_as_plain(graphed(pooled(), record=counting), batch)
     assert counting.recorded == counting.replayed == 1
 
 
@@ -139,13 +140,13 @@ CONTRAST = Target(cls=rank(1), against=(rank(2),))
 def test_other_batches_run_plainly(options):
     counting = Counting()
     batch = [job("a", "predict"), job("b", **options)]
-    assert_as_plain(graphed(pooled(), capture=counting), batch)
+    assert_as_plain(graphed(pooled(), record=counting), batch)
     assert counting.recorded == 0
 
 
 def test_batches_beyond_the_best_run_plainly():
     counting = Counting()
-    warm = graphed(pooled(), capture=counting, best_batch=3)
+    warm = graphed(pooled(), record=counting, best_batch=3)
     assert_as_plain(warm, [job(f"{i}", seed=i) for i in range(4)])
     assert counting.recorded == 0
     assert_as_plain(warm, [job(f"{i}", seed=i) for i in range(3)])
@@ -154,7 +155,7 @@ def test_batches_beyond_the_best_run_plainly():
 
 def test_a_head_without_a_closed_form_is_recorded_for_predictions_only():
     counting = Counting()
-    warm = graphed(warm_of(frozen(FlatNet())), capture=counting)
+    warm = graphed(warm_of(frozen(FlatNet())), record=counting)
     assert_as_plain(warm, [job("a")])
     assert counting.recorded == 0
     assert_as_plain(warm, [job("a", "predict"), job("b", "predict", seed=1)])
@@ -169,14 +170,14 @@ def test_a_plan_is_the_union_of_what_its_jobs_ask_for():
         job("c", methods=("gradcam", "cam"), targets=two),
     ]
     plan = plan_of(graphed(pooled()), batch)
-    assert plan == plans.Plan(methods=("cam", "gradcam", "layercam"), targets=2, rows=4)
+    assert plan == graphed_pass.Plan(methods=("cam", "gradcam", "layercam"), targets=2, rows=4)
 
 
 def test_a_device_that_cannot_record_answers_all_the_same():
     def failing(work: Work) -> Work:
         raise RuntimeError("no")
 
-    warm = graphed(pooled(), capture=failing)
+    warm = graphed(pooled(), record=failing)
     for _ in range(3):
         assert_as_plain(warm, [job("a"), job("b", "predict", seed=1)])
     assert len(warm.graphs) == 0
@@ -190,7 +191,7 @@ def test_the_model_keeps_no_hook():
 
 
 class Watching(TorchDispatchMode):
-    """Notes decompositions, and operations that mix tensors of the host with those of another device."""
+    """Notes decompositions, and operations that mix tensors of two devices."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -210,7 +211,7 @@ class Watching(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.cost in ("pass", "head")])
 def test_one_pass_methods_only_queue_work_unless_they_decompose(name):
-    """On the meta device nothing can be read: a method that needs a value, or a shape that depends on one, fails."""
+    """On the meta device nothing can be read: methods that need a value, or its shape, fail."""
     capture = Capture(
         "out",
         torch.rand(2, 6, 4, 4, device="meta"),
@@ -236,7 +237,9 @@ def test_a_recorded_pass_never_waits_for_the_device(methods):
         shift=plain.shift.to(meta),
         head=plain.head.to(meta),
     )
-    run = plans._pass(warm, warm.module, plans.Plan(methods=methods, targets=3, rows=4))
+    run = graphed_pass._pass(
+        warm, warm.module, graphed_pass.Plan(methods=methods, targets=3, rows=4)
+    )
     pictures = torch.zeros(4, 8, 8, 3, dtype=torch.uint8, device=meta)
     codes = torch.zeros(4, 3, dtype=torch.int64, device=meta)
     with Watching() as watching:
@@ -255,7 +258,7 @@ def registry(tmp_path, monkeypatch) -> ModelRegistry:
 
 @pytest.mark.parametrize("on", [True, False])
 def test_the_card_says_whether_passes_are_recorded(on, registry, monkeypatch):
-    monkeypatch.setattr("models.warm._graphs", lambda device, dtype: Graphs(rerun, dtype=dtype))
+    monkeypatch.setattr("models.warmup._graphs", lambda device, dtype: Graphs(rerun, dtype=dtype))
     card = registry.load(entry("pooled", cuda_graphs=on)).card
     assert ("CUDA graphs" in card.preparation) == on
     assert (registry.get("pooled", "1").graphs is not None) == on

@@ -1,4 +1,4 @@
-"""What a batch's answers read crosses to the host once, whatever is asked; on the CPU nothing is copied."""
+"""A batch's results cross to the host in one transfer; on the CPU nothing is copied."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from models import transfer
-from models.cuda.capture import waiting_forbidden
+from models import host_results
+from models.cuda.recorder import waiting_forbidden
+from models.cuda.staging import indices
 from models.engine import Engine
-from models.transfer import fetch, indices
+from models.host_results import fetch
 from models.types import Target
 from tests.models.conftest import FlatNet, OneModel, PoolNet, frozen, warm_of
 from tests.models.cuda.conftest import on_gpu
@@ -37,8 +38,8 @@ def transfers(monkeypatch) -> list[int]:
         made.append(packed.numel())
         return packed.clone().numpy()
 
-    monkeypatch.setattr(transfer, "_on_host", lambda tensor: False)
-    monkeypatch.setattr(transfer, "_to_host", to_host)
+    monkeypatch.setattr(host_results, "_on_host", lambda tensor: False)
+    monkeypatch.setattr(host_results, "_to_host", to_host)
     return made
 
 
@@ -112,7 +113,7 @@ def test_the_host_is_told_the_same(flat_net, monkeypatch, request):
 
 @pytest.mark.parametrize("which", ["pool_engine", "flat_engine"])
 def test_nothing_else_is_read_from_the_device_while_the_pass_runs(which, monkeypatch, request):
-    """Reading one number is enough to wait for a device: with every such door closed the batch is answered."""
+    """Reading one number is enough to wait for a device: no door for that is needed."""
     engine = request.getfixturevalue(which)
     batch = [job("predict", "predict"), *company()]
     expected = finish(engine, batch)
@@ -130,7 +131,7 @@ def test_nothing_else_is_read_from_the_device_while_the_pass_runs(which, monkeyp
 
     names = ("tolist", "item", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__")
     doors = {name: getattr(torch.Tensor, name) for name in names}
-    monkeypatch.setattr("models.host.fetch", fetched)
+    monkeypatch.setattr("models.host_results.fetch", fetched)
     for name in names:
         monkeypatch.setattr(torch.Tensor, name, closed)
     found = finish(engine, batch)

@@ -1,4 +1,4 @@
-"""The one trunk pass of a batch of jobs: predictions, (activation, gradient) pairs and statistics together."""
+"""The one pass that all jobs of a batch share: predictions, captures and statistics."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from models.capture import Capture
+from models.cuda.staging import indices
 from models.extractor import Extractor, InplaceConflict, Tap
 from models.interventions import changes_for
 from models.methods import METHODS
-from models.registry import WarmModel
 from models.statistics import Reductions, reduce
 from models.targets import ScoreWeights, class_scores, coded
-from models.transfer import indices
 from models.types import Job, Kind
+from models.warm_model import WarmModel
 
 Place = tuple[str, Kind]
 
 
 @dataclass(frozen=True)
-class Trunk:
+class SharedPass:
     """What the pass gave.
 
     Attributes:
@@ -31,10 +31,9 @@ class Trunk:
         probabilities: float32 (N, classes).
         order: classes of each image, best first, ties by lower index, (N, classes).
         captures: by explained layer, its capture and the batch row of each of its images.
-        reductions: by described place, its reductions (for gradients one per target, None where the
-            place has no part in the score) and the batch row of each of their images.
-        maps: by one-pass method, its maps (N, T, h, w) at the target layer, where the pass itself
-            made them.
+        reductions: by described place, its reductions (for gradients one per target, None without a
+            part in the score) and the batch row of each of their images.
+        maps: by one-pass method, maps (N, T, h, w) at the target layer that the pass itself made.
     """
 
     inputs: Tensor
@@ -48,7 +47,7 @@ class Trunk:
 
 @dataclass
 class _Wish:
-    """Rows of the batch that want a place's tensor itself, or its statistics, or grids beside them."""
+    """Rows of the batch that want a place's tensor itself, its statistics, or its grids."""
 
     maps: list[int] = field(default_factory=list)
     statistics: list[int] = field(default_factory=list)
@@ -66,19 +65,16 @@ class _Kept:
 _Catches = dict[Place, _Kept | None]
 
 
-def run_trunk(
-    warm: WarmModel, jobs: Sequence[Job], *, module: nn.Module, pictures: Tensor
-) -> Trunk:
-    """Run the one pass that answers a batch of jobs.
+def run_shared_pass(
+    warm: WarmModel, jobs: Sequence[Job], *, module: nn.Module, images: Tensor
+) -> SharedPass:
+    """Run the one pass that answers N jobs of a model.
 
-    Args:
-        warm: the model.
-        jobs: N jobs for it, their inputs of its input size.
-        module: the model's module that serves the layers of all jobs.
-        pictures: the jobs' inputs, (N, H, W, 3) uint8 on any device.
+    `module` is the one of the model's modules that serves the layers of all jobs; `images` are the
+    jobs' inputs, (N, H, W, 3) uint8 on any device.
     """
     wishes = _wishes(warm, jobs)
-    inputs = warm.normalise(pictures)
+    inputs = warm.normalise(images)
     try:
         return _run(warm, jobs, module, (inputs, wishes))
     except InplaceConflict:
@@ -92,7 +88,7 @@ def _run(
     wanted: tuple[Tensor, dict[Place, _Wish]],
     *,
     tensor_hooks_only: bool = False,
-) -> Trunk:
+) -> SharedPass:
     inputs, wishes = wanted
     taps = [_tap(warm, place, wish) for place, wish in wishes.items()]
     changes = changes_for(warm.layouts, [job.options.interventions for job in jobs])
@@ -111,7 +107,7 @@ def _run(
                 extractor.backward(totals[t], again=t + 1 < weights.width)
                 by_target.append({place: extractor.caught(*place) for place in gradients})
     logits = logits.detach()
-    return Trunk(
+    return SharedPass(
         inputs=inputs,
         logits=logits,
         probabilities=probabilities,
@@ -122,7 +118,7 @@ def _run(
 
 
 def differentiates_layers(methods: Sequence[str]) -> bool:
-    """Whether any of the methods needs gradients at the explained layers from the trunk pass."""
+    """Whether any of the methods needs gradients at the explained layers from the shared pass."""
     # Methods of the input itself differentiate passes of their own.
     return any(METHODS[name].needs_gradients and not METHODS[name].of_input for name in methods)
 

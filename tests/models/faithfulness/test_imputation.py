@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-import models.imputation
+import models.faithfulness.imputation
 from models.compat import define_missing_operators
-from models.imputation import impute
+from models.faithfulness.imputation import impute
 
 define_missing_operators()
 with warnings.catch_warnings():
@@ -19,7 +19,7 @@ with warnings.catch_warnings():
 
 
 def dense(image: np.ndarray, removed: np.ndarray) -> np.ndarray:
-    """Every removed pixel is the weighted mean of its neighbours inside the picture; solved in float64."""
+    """Every removed pixel is the weighted mean of its neighbours; solved in float64."""
     height, width = removed.shape
     places = [tuple(p) for p in np.argwhere(removed)]
     matrix, right = np.zeros((len(places), len(places))), np.zeros((len(places), 3))
@@ -43,7 +43,7 @@ def dense(image: np.ndarray, removed: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
 @pytest.mark.parametrize("size", [(9, 11), (1, 8), (16, 5)])
 def test_impute_solves_the_system(share, size, monkeypatch):
-    monkeypatch.setattr(models.imputation, "RESIDUAL", 1e-6)
+    monkeypatch.setattr(models.faithfulness.imputation, "RESIDUAL", 1e-6)
     rng = np.random.default_rng(7)
     image = rng.normal(size=(3, *size))
     removed = rng.random((2, *size)) < share
@@ -55,7 +55,7 @@ def test_impute_solves_the_system(share, size, monkeypatch):
 
 
 def test_impute_is_the_authors(monkeypatch):
-    """One hole that reaches the border, another inside; at the residual that ROAD uses, within its noise."""
+    """A hole at the border and one inside: the error at ROAD's residual is within its noise."""
     image = (
         torch.randn(3, 24, 24, generator=torch.Generator().manual_seed(0)).cumsum(1).cumsum(2) / 10
     )
@@ -67,7 +67,7 @@ def test_impute_is_the_authors(monkeypatch):
     found = impute(image, removed[None])[0]
     spread = float(image.std())
     assert (found - expected)[:, removed].square().mean().sqrt() < 0.01 * spread
-    monkeypatch.setattr(models.imputation, "RESIDUAL", 1e-6)
+    monkeypatch.setattr(models.faithfulness.imputation, "RESIDUAL", 1e-6)
     torch.testing.assert_close(
         impute(image, removed[None])[0], expected, rtol=0, atol=1e-3 * spread
     )
