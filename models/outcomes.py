@@ -19,7 +19,7 @@ from models.shared_pass import SharedPass
 from models.statistics import Summary, describe, summarise
 from models.steps import NotedMaps, Step, Subject
 from models.targets import ResolvedTarget, predictions
-from models.types import ClassScore, Explanation, Fuse, Job, Kind, LayerStatistics, Outcome
+from models.types import ClassScore, Explanation, Fuse, Job, Kind, LayerFeatures, Outcome
 from models.warm_model import WarmModel
 
 _SIGNED_LAYER = "The layer has negative values, for which this method is not derived."
@@ -175,7 +175,7 @@ class BatchOutcomes:
             probability=float(self._host.probabilities[row, index]),
         )
 
-    def _describe(self, row: int) -> Generator[LayerStatistics, None, None]:
+    def _describe(self, row: int) -> Generator[LayerFeatures, None, None]:
         """Statistics of one image, in the order layer → kind → target."""
         options = self._jobs[row].options
         for layer in options.layers:

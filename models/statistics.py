@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.types import ChannelStatistics, Kind, LayerStatistics, Quantiles
+from models.types import ChannelStatistics, Kind, LayerFeatures, Quantiles
 
 SUBSAMPLE = 2048
 _QUANTILES = np.array([0.01, 0.25, 0.5, 0.75, 0.99])
@@ -147,7 +147,7 @@ def describe(
     weights: np.ndarray | None = None,
     target: int | None = None,
     grid: bool = False,
-) -> LayerStatistics:
+) -> LayerFeatures:
     """Statistics of one image's tensor.
 
     `top` channels are listed, largest mean first (by magnitude for gradients), with their `weights`
@@ -158,7 +158,7 @@ def describe(
     chosen = (order.tolist(), means[order].tolist(), summary.maxima[order].tolist())
     shares = [None] * len(order) if weights is None else weights[order].tolist()
     p01, p25, p50, p75, p99 = summary.quantiles
-    return LayerStatistics(
+    return LayerFeatures(
         layer=layer,
         kind=kind,
         shape=summary.shape,

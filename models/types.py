@@ -8,10 +8,11 @@ name.
 
 from __future__ import annotations
 
-from typing import Literal, dataclass_transform
+from typing import Annotated, Literal, dataclass_transform
 
 import msgspec
 import numpy as np
+from msgspec import UNSET, Meta, UnsetType
 
 from models.errors import HeatlensError
 
@@ -152,9 +153,9 @@ class Job(Struct):
 class ClassScore(Struct):
     """A class with its score (logit) and probability (softmax or sigmoid, by the model's task)."""
 
-    class_id: int
-    score: float
-    probability: float
+    class_id: Annotated[int, Meta(examples=[281])]
+    score: Annotated[float, Meta(examples=[9.21])]
+    probability: Annotated[float, Meta(examples=[0.61])]
 
 
 class Faithfulness(Struct):
@@ -209,10 +210,7 @@ class LayerStatistics(Struct):
 
     Attributes:
         shape: of the tensor, without the batch dimension.
-        sparsity: share of values that are exactly 0.
-        dead_channels: channels whose values are all 0.
         target: class whose gradient this is, for `grad_*` kinds.
-        grid: float32 (channels, h, w) maps of `top_channels`, when a grid was asked for.
     """
 
     layer: str
@@ -223,11 +221,20 @@ class LayerStatistics(Struct):
     min: float
     max: float
     l2: float
-    sparsity: float
-    dead_channels: int
+    sparsity: Annotated[float, Meta(description="Share of values that are exactly 0.")]
+    dead_channels: Annotated[int, Meta(description="Channels whose values are all 0.")]
     quantiles: Quantiles
     top_channels: tuple[ChannelStatistics, ...] = ()
-    target: int | None = None
+    target: Annotated[int, Meta(description="Class whose gradient this is.")] | UnsetType = UNSET
+
+
+class LayerFeatures(LayerStatistics):
+    """Statistics of one layer with the maps of its top channels.
+
+    Attributes:
+        grid: float32 (channels, h, w) maps of `top_channels`; None if no grid was asked for.
+    """
+
     grid: np.ndarray | None = None
 
 
@@ -237,7 +244,7 @@ class Outcome(Struct):
     id: str
     predictions: tuple[ClassScore, ...]
     explanations: tuple[Explanation, ...] = ()
-    statistics: tuple[LayerStatistics, ...] = ()
+    statistics: tuple[LayerFeatures, ...] = ()
 
 
 class Failure(Struct):

@@ -18,7 +18,7 @@ from models.types import (
     Faithfulness,
     Job,
     LayerInfo,
-    LayerStatistics,
+    LayerFeatures,
     MethodSupport,
     ModelCard,
     ModelInfo,
@@ -235,7 +235,7 @@ def _explanation(job: Job, *, method: str, layer: str, target: ClassScore) -> Ex
     )
 
 
-def _statistics(job: Job, explained: Sequence[ClassScore]) -> list[LayerStatistics]:
+def _statistics(job: Job, explained: Sequence[ClassScore]) -> list[LayerFeatures]:
     found = []
     for layer in job.options.layers:
         for kind in job.options.kinds:
@@ -244,11 +244,11 @@ def _statistics(job: Job, explained: Sequence[ClassScore]) -> list[LayerStatisti
     return found
 
 
-def _layer(job: Job, layer: str, *, kind: str, target: int | None) -> LayerStatistics:
+def _layer(job: Job, layer: str, *, kind: str, target: int | None) -> LayerFeatures:
     values = fake_map(job.input)
     p01, p25, p50, p75, p99 = np.quantile(values, (0.01, 0.25, 0.5, 0.75, 0.99)).tolist()
     top = min(job.options.channels, 8)
-    return LayerStatistics(
+    return LayerFeatures(
         layer=layer,
         kind=kind,  # type: ignore[arg-type] # comes from a job's own kinds
         shape=(8, 7, 7),

@@ -49,7 +49,7 @@ class ImageInput:
 
 
 @dataclass(frozen=True, slots=True)
-class Submission(Generic[OptionsT]):
+class RequestBody(Generic[OptionsT]):
     """A request's images, in order, and its options."""
 
     images: tuple[ImageInput, ...]
@@ -80,7 +80,7 @@ class InputReader:
         self._threads = threads
         self._fetcher = fetcher
 
-    async def read(self, request: Request, options: type[OptionsT]) -> Submission[OptionsT]:
+    async def read(self, request: Request, options: type[OptionsT]) -> RequestBody[OptionsT]:
         """Read the body in whichever form it comes, and check the options.
 
         Raises:
@@ -99,7 +99,7 @@ class InputReader:
         else:
             allowed = ", ".join([FORM, JSON, *FORMATS, BYTES])
             raise UnsupportedMediaType(f"The content type is not accepted. Allowed: {allowed}.")
-        return Submission(images=images, options=validate(options, {**given, **more}))
+        return RequestBody(images=images, options=validate(options, {**given, **more}))
 
     async def _body(self, request: Request) -> AsyncIterator[bytes]:
         """The body's chunks; stops as soon as they are, or announce to be, too many."""

@@ -1,4 +1,4 @@
-"""Typed errors on the wire: one shape, one status table, no text but our own."""
+"""Typed errors on the wire: one shape, one status table, only our own texts."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from models.errors import (
     MethodNotAllowed,
     UnknownRoute,
 )
+from service.api.record import record_of
 from service.api.schemas import ErrorResponse
 
 CLIENT_GONE = 499
@@ -72,8 +73,8 @@ _RETRY_AFTER_S = 1.0
 
 
 def error_response(error: HeatlensError, *, request_id: str) -> Response:
-    """The answer that tells a client of an error."""
-    answer = ErrorResponse(
+    """The response that reports an error."""
+    body = ErrorResponse(
         error=error.message,
         code=error.code,
         request_id=request_id,
@@ -81,7 +82,7 @@ def error_response(error: HeatlensError, *, request_id: str) -> Response:
         field=error.field or msgspec.UNSET,
     )
     response = Response(
-        msgspec.json.encode(answer),
+        msgspec.json.encode(body),
         status_code=STATUS[error.code],
         media_type="application/json",
     )
@@ -94,27 +95,28 @@ def error_response(error: HeatlensError, *, request_id: str) -> Response:
 
 
 def internal_error() -> InternalError:
-    """What a client hears of a fault of ours; the cause goes to the log."""
+    """The public error for a fault of ours; the cause goes to the log."""
     return InternalError("Something went wrong in the service.")
 
 
 def install(app: FastAPI) -> None:
-    """Make every error of the application leave in the one shape.
+    """Make every error of the application leave in one shape.
 
     Unexpected exceptions are not handled here but in the middleware, which logs them.
     """
-    app.add_exception_handler(HeatlensError, _answer(_as_is))
-    app.add_exception_handler(HTTPException, _answer(_from_http))
-    app.add_exception_handler(RequestValidationError, _answer(_from_validation))
+    app.add_exception_handler(HeatlensError, _handler(_as_is))
+    app.add_exception_handler(HTTPException, _handler(_from_http))
+    app.add_exception_handler(RequestValidationError, _handler(_from_validation))
 
 
-def _answer(
+def _handler(
     translate: Callable[[Exception], HeatlensError],
 ) -> Callable[[Request, Exception], Awaitable[Response]]:
     async def handle(request: Request, exception: Exception) -> Response:
         error = translate(exception)
-        request.state.error_code = error.code
-        response = error_response(error, request_id=request.state.request_id)
+        record = record_of(request)
+        record.error_code = error.code
+        response = error_response(error, request_id=record.request_id)
         allow = (getattr(exception, "headers", None) or {}).get("Allow")
         if allow:
             response.headers["Allow"] = allow

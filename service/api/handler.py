@@ -1,4 +1,4 @@
-"""From an HTTP request to a reply: read, resolve, run, unless the client leaves."""
+"""From an HTTP request to its response: read, plan, run, respond, unless the client disconnects."""
 
 from __future__ import annotations
 
@@ -11,123 +11,102 @@ import msgspec
 from fastapi import Request, Response
 
 from models.errors import Cancelled, DeadlineExceeded, ModelReplaced
-from models.types import ModelInfo
-from service.api.body import Submission
+from service.api.body import RequestBody
 from service.api.dependencies import Service
-from service.api.metrics import Served
 from service.api.options import AnyOptions
 from service.api.pipeline import Reply
 from service.api.plan import Plan, choose_model, make_plan, timeout_s
-from service.api.schemas import ModelUsed
+from service.api.record import Served, record_of
+from service.api.schemas import ExplainResponse, FeaturesResponse, ModelUsed, PredictResponse
 
-_ATTEMPTS = 4
-_NEWS_S = 0.02
+_RETRIES = 3
+_RETRY_PAUSE_S = 0.02
 
 T = TypeVar("T")
 OptionsT = TypeVar("OptionsT", bound=AnyOptions)
+ResponseKind = type[PredictResponse] | type[ExplainResponse] | type[FeaturesResponse]
 
 
-async def read(request: Request, service: Service, options: type[OptionsT]) -> Submission[OptionsT]:
-    """Read a request's body and options; a body that trickles in is cut off.
-
-    Raises:
-        DeadlineExceeded: the body took longer than a request may.
-        HeatlensError: what is wrong with it.
-    """
-    try:
-        async with asyncio.timeout(service.settings.limits.timeout_s):
-            return await service.reader.read(request, options)
-    except TimeoutError:
-        raise DeadlineExceeded("The body did not arrive in time.") from None
-
-
-def plan(
-    request: Request, service: Service, submission: Submission[OptionsT], *, started: float
-) -> Plan:
-    """Resolve a submission against the model it names.
+async def respond(
+    request: Request, service: Service, options: type[OptionsT], kind: ResponseKind
+) -> Response:
+    """Answer a request with JSON.
 
     Args:
-        request: for its timeout header, and for the access log.
-        service: for its models and limits.
-        submission: what was sent.
-        started: monotonic time at which the request arrived.
+        request: the request.
+        service: the parts of the application.
+        options: the options that it may have.
+        kind: the response.
 
     Raises:
-        HeatlensError: what does not fit.
+        HeatlensError: the reason why it failed.
     """
-    options, limits = submission.options, service.settings.limits
-    seconds = timeout_s(options, request.headers.get("x-request-timeout-ms"), limits)
-    info = choose_model(options.model, service.pool.models(), service.settings)
-    request.state.log = {"model": info.card.name, "images": len(submission.images)}
-    request.state.served = Served(
-        model=info.card.name, version=info.card.version, operation=options.operation
-    )
-    return make_plan(
-        submission.images,
-        options,
-        info,
-        limits=limits,
-        started=started,
-        deadline=started + seconds,
-    )
+    plan, reply = await run(request, service, options)
+    return images_response(request, plan, reply, kind)
 
 
-async def run(request: Request, service: Service, planned: Plan) -> Reply:
-    """Run a plan, and count and log what it took.
-
-    Raises:
-        Cancelled: the client left.
-        HeatlensError: why it failed.
-    """
-    reply = await unless_gone(request, service.pipeline.run(planned))
-    service.metrics.observe(reply, request.state.served)
-    request.state.timings = reply.timings
-    request.state.log |= {"batch_size": reply.batch_size, "timings_ms": reply.timings}
-    return reply
-
-
-def _unchanged(planned: Plan) -> Plan:
-    return planned
-
-
-async def answer(
+async def run(
     request: Request,
     service: Service,
     options: type[OptionsT],
     *,
-    adapt: Callable[[Plan], Plan] = _unchanged,
+    adapt: Callable[[Plan], Plan] = lambda plan: plan,
 ) -> tuple[Plan, Reply]:
-    """Read, resolve and run; resolve and run again where the model was replaced meanwhile.
+    """Read, plan and run a request; plan and run again if the model was replaced meanwhile.
 
     Args:
         request: the request.
-        service: what answers it.
-        options: what it may ask for.
+        service: the parts of the application.
+        options: the options that it may have.
         adapt: changes the plan before it is run.
 
     Raises:
-        HeatlensError: why it failed.
+        HeatlensError: the reason why it failed.
     """
     started = time.monotonic()
-    submission = await read(request, service, options)
-    for _ in range(_ATTEMPTS - 1):
-        planned = adapt(plan(request, service, submission, started=started))
+    body = await _read(request, service, options)
+    retries = _RETRIES
+    while True:
+        plan = adapt(_plan(request, service, body, started=started))
         try:
-            return planned, await run(request, service, planned)
+            return plan, await _run(request, service, plan)
         except ModelReplaced:
-            await asyncio.sleep(_NEWS_S)  # the new model's card is on its way to this process
-    planned = adapt(plan(request, service, submission, started=started))
-    return planned, await run(request, service, planned)
+            if not retries:
+                raise
+        retries -= 1
+        # The new model's card is on its way to this process.
+        await asyncio.sleep(_RETRY_PAUSE_S)
+
+
+def images_response(request: Request, plan: Plan, reply: Reply, kind: ResponseKind) -> Response:
+    """The JSON response to a request for images."""
+    card = plan.info.card
+    return json_response(
+        kind(
+            request_id=record_of(request).request_id,
+            model=ModelUsed(
+                name=card.name, version=card.version, device=reply.device, precision=card.precision
+            ),
+            results=reply.results,  # type: ignore[arg-type] # of the plan's operation, as `kind` is
+            timings_ms=reply.timings,
+            batch_size=reply.batch_size,
+        )
+    )
+
+
+def json_response(body: Any, *, status: int = 200) -> Response:
+    """Encode a struct of `service.api.schemas`, or a list of them, in one step."""
+    return Response(msgspec.json.encode(body), status_code=status, media_type="application/json")
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Wait for work, but cancel it when the client disconnects. The body must have been read.
+    """Await work, but cancel it when the client disconnects. The body must have been read.
 
     Raises:
         Cancelled: the client disconnected first.
     """
     working = asyncio.create_task(work)
-    leaving = asyncio.create_task(_gone(request))
+    leaving = asyncio.create_task(_disconnected(request))
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
@@ -139,25 +118,46 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
-async def _gone(request: Request) -> None:
+async def _read(
+    request: Request, service: Service, options: type[OptionsT]
+) -> RequestBody[OptionsT]:
+    try:
+        async with asyncio.timeout(service.settings.limits.timeout_s):
+            return await service.reader.read(request, options)
+    except TimeoutError:
+        raise DeadlineExceeded("The body did not arrive in time.") from None
+
+
+def _plan(
+    request: Request, service: Service, body: RequestBody[OptionsT], *, started: float
+) -> Plan:
+    options, limits = body.options, service.settings.limits
+    seconds = timeout_s(options, request.headers.get("x-request-timeout-ms"), limits)
+    info = choose_model(options.model, service.pool.models(), service.settings)
+    record = record_of(request)
+    record.images = len(body.images)
+    record.served = Served(
+        model=info.card.name, version=info.card.version, operation=options.operation
+    )
+    return make_plan(
+        body.images,
+        options,
+        info,
+        limits=limits,
+        started=started,
+        deadline=started + seconds,
+    )
+
+
+async def _run(request: Request, service: Service, plan: Plan) -> Reply:
+    record = record_of(request)
+    reply = await unless_gone(request, service.pipeline.run(plan))
+    if record.served is not None:
+        service.metrics.observe(reply, record.served)
+    record.timings, record.batch_size = reply.timings, reply.batch_size
+    return reply
+
+
+async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-# ---------------------------------------------------------------- answers
-
-
-def json_response(answer: Any, *, status: int = 200) -> Response:
-    """Encode an answer of `service.api.schemas`, or a list of them, in one step."""
-    return Response(msgspec.json.encode(answer), status_code=status, media_type="application/json")
-
-
-def model_used(info: ModelInfo, reply: Reply) -> ModelUsed:
-    """The model that made a reply, as every answer names it."""
-    card = info.card
-    return ModelUsed(
-        name=card.name,
-        version=card.version,
-        device=reply.device,
-        precision=card.precision,
-    )

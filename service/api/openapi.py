@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from models.imaging.decode import FORMATS
+from models.methods.table import Method
 from models.types import ChannelStatistics, Faithfulness, LayerInfo, Quantiles
 from service.api import schemas
 from service.api.body import BYTES, FORM, JSON
@@ -36,7 +37,7 @@ from service.api.schemas import (
     ImageData,
     ImageInfo,
     ModelUsed,
-    PixelRegion,
+    Region,
     Point,
     Prediction,
     PredictResponse,
@@ -50,10 +51,16 @@ _REF = "#/components/schemas/{model}"
 _JSON_ONLY = frozenset({"interventions"})
 _QUERY_TARGETS = {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": 16}
 
-_ALWAYS = (404, 405, 500)
-_KEYED = (401, *_ALWAYS)
-_MODEL = (*_KEYED, 503)
-_INPUT = (400, *_KEYED, 403, 413, 415, 422, 429, 503, 504)
+OPEN = (404, 405, 500)
+"""Error statuses of routes that need no key."""
+KEYED = (401, *OPEN)
+"""Error statuses of routes that need a key."""
+MODEL = (*KEYED, 503)
+"""Error statuses of routes about one model."""
+INPUT = (400, *KEYED, 403, 413, 415, 422, 429, 503, 504)
+"""Error statuses of routes that take images."""
+ADMIN = (400, *KEYED, 403, 413, 422, 503)
+"""Error statuses of routes that need an admin key."""
 
 _HEADERS: dict[str, Any] = {
     "X-Request-ID": {
@@ -73,65 +80,43 @@ _RETRY_AFTER: dict[str, Any] = {
 }
 
 
-def ref(name: str) -> dict[str, Any]:
-    """Reference to a component."""
-    return {"$ref": _REF.format(model=name)}
+def array_of(kind: type[Any]) -> dict[str, Any]:
+    """The schema of a list of a response."""
+    return {"type": "array", "items": _ref(kind.__name__)}
 
 
-def answers(
-    schema: Mapping[str, Any],
+def responses(
+    schema: type[Any] | Mapping[str, Any],
     description: str,
     *,
-    errors: tuple[int, ...] = _KEYED,
+    errors: tuple[int, ...] = KEYED,
     example: Any = None,
 ) -> dict[int | str, dict[str, Any]]:
-    """A route's `responses`: what it answers, and the errors it may meet.
+    """A route's `responses`: its JSON response and the errors it may return.
 
     Args:
-        schema: of the JSON answer.
-        description: of the answer.
+        schema: the response, or its JSON schema.
+        description: of the response.
         errors: statuses.
-        example: an answer.
+        example: a response.
     """
-    content: dict[str, Any] = {"schema": dict(schema)}
+    shape = dict(schema) if isinstance(schema, Mapping) else _ref(schema.__name__)
+    content: dict[str, Any] = {"schema": shape}
     if example is not None:
         content["example"] = example
     found: dict[int | str, dict[str, Any]] = {
         200: {"description": description, "content": {JSON: content}}
     }
     for status in sorted(errors):
-        found[status] = error(status)
+        found[status] = {
+            "description": f"Codes: {', '.join(f'`{code}`' for code in CODES[status])}.",
+            "content": {JSON: {"schema": _ref("ErrorResponse"), "example": ERROR}},
+        }
     return found
 
 
-def error(status: int) -> dict[str, Any]:
-    """The `responses` entry of an error status."""
-    return {
-        "description": f"Codes: {', '.join(f'`{code}`' for code in CODES[status])}.",
-        "content": {JSON: {"schema": ref("ErrorResponse"), "example": ERROR}},
-    }
-
-
-def input_responses(
-    name: str, description: str, *, example: Any
-) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route that takes images."""
-    return answers(ref(name), description, errors=_INPUT, example=example)
-
-
-def model_responses(schema: Mapping[str, Any], description: str) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route about one model."""
-    return answers(schema, description, errors=_MODEL)
-
-
-def open_responses(schema: Mapping[str, Any], description: str) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route that needs no key."""
-    return answers(schema, description, errors=_ALWAYS)
-
-
-def admin_responses(schema: Mapping[str, Any], description: str) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route that needs an admin key."""
-    return answers(schema, description, errors=(400, *_KEYED, 403, 413, 422, 503))
+def _ref(name: str) -> dict[str, Any]:
+    return {"$ref": _REF.format(model=name)}
 
 
 def repository_body(**fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,16 +133,16 @@ def repository_body(**fields: Mapping[str, Any]) -> dict[str, Any]:
 def image_input(options: type[AnyOptions]) -> dict[str, Any]:
     """The `openapi_extra` of a route that takes images: query parameters and the three input forms."""
     name = options.__name__
-    picture = {"type": "string", "format": "binary"}
+    image = {"type": "string", "format": "binary"}
     form = {
         "type": "object",
         "required": [IMAGE_PART],
         "properties": {
-            IMAGE_PART: {"type": "array", "items": picture, "minItems": 1},
-            OPTIONS_PART: ref(name),
+            IMAGE_PART: {"type": "array", "items": image, "minItems": 1},
+            OPTIONS_PART: _ref(name),
         },
     }
-    json_body: dict[str, Any] = {"schema": ref(_request_name(options))}
+    json_body: dict[str, Any] = {"schema": _ref(_request_name(options))}
     if options is ExplainOptions:
         json_body["example"] = EXPLAIN_REQUEST
     return {
@@ -170,7 +155,7 @@ def image_input(options: type[AnyOptions]) -> dict[str, Any]:
                     "encoding": {OPTIONS_PART: {"contentType": JSON}},
                 },
                 JSON: json_body,
-                **{media_type: {"schema": picture} for media_type in (*FORMATS, BYTES)},
+                **{media_type: {"schema": image} for media_type in (*FORMATS, BYTES)},
             },
         },
     }
@@ -216,7 +201,7 @@ RESPONSES: tuple[type[Any], ...] = (
     schemas.ModelsResponse,
     schemas.CardResponse,
     LayerInfo,
-    schemas.MethodResponse,
+    Method,
     schemas.AliveResponse,
     schemas.ReadyResponse,
     schemas.RepositoryModel,
@@ -247,7 +232,7 @@ def _components() -> dict[str, Any]:
             "title": _request_name(model),
             "description": "Images and options as JSON.",
             "properties": {
-                "images": {"type": "array", "items": ref("ImageOption"), "minItems": 1},
+                "images": {"type": "array", "items": _ref("ImageOption"), "minItems": 1},
                 **options["properties"],
             },
             "required": ["images"],
@@ -297,7 +282,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
 _REQUEST_ID = "01JZ8Q4M7V9WK3T5R2XN6B1C0D"
 _MODEL_USED = ModelUsed(name="efficientnet_lite0", version="1", device="cpu", precision="fp32")
 _IMAGE = ImageInfo(
-    width=500, height=375, region=PixelRegion(x=85.9, y=23.4, width=328.1, height=328.1)
+    width=500, height=375, region=Region(x=85.9, y=23.4, width=328.1, height=328.1)
 )
 _TABBY = Prediction(class_id=281, label="tabby", score=9.21, probability=0.61)
 _TIMINGS = Timings(decode=2.1, queue=0.4, device=21.7, render=1.2, total=26.0)

@@ -76,7 +76,7 @@ class InterventionOption(_Model):
 
     layer: Annotated[Name, Field(description="Dotted module name.", examples=["layer4.1"])]
     channels: Annotated[
-        list[Annotated[int, Field(ge=0, le=1_000_000)]],
+        tuple[Annotated[int, Field(ge=0, le=1_000_000)], ...],
         Field(min_length=1, max_length=4096, examples=[[3, 17]]),
     ]
     op: Annotated[InterventionOp, Field(description="What happens to them.")]
@@ -161,7 +161,7 @@ class FeaturesOptions(CommonOptions):
 
     operation: ClassVar[Operation] = "features"
 
-    targets: Annotated[Targets, Field(description="Classes whose gradients are meant.")] = ["top1"]
+    targets: Annotated[Targets, Field(description="Classes whose scores are differentiated.")] = ["top1"]
     layers: Annotated[
         list[Name],
         Field(

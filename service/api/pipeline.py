@@ -1,7 +1,7 @@
-"""Decode, run on a device, render: the whole of a request, without a word of HTTP.
+"""Decode, run on a device, render: the work of a request, independent of HTTP.
 
-Routes and the command line use it alike. Decoding and rendering run in a thread pool (Pillow, zlib
-and numpy let go of the interpreter), all images of a request at once.
+Used by the routes and by the command line. Decoding and rendering run in a thread pool (Pillow, zlib
+and numpy release the interpreter), all images of a request at once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from models.imaging.preprocess import preprocess
 from models.types import Job, ModelInfo, Struct
 from service import logs, tracing
 from service.api.plan import Plan, PlannedImage
-from service.api.responses import View, render
+from service.api.responses import DecodedInput, render
 from service.api.schemas import (
     ExplainResult,
     FeaturesResult,
@@ -54,33 +54,30 @@ _RESULTS: dict[str, type[PredictResult | ExplainResult | FeaturesResult]] = {
 }
 
 
-class ImageTimings(Struct):
-    """What one image took, milliseconds per stage, and the size of the batch it ran in, on which device."""
+class ImageRun(Struct):
+    """The way of one image: its timings, its batch size and its device."""
 
-    decode: float
-    queue: float
-    device: float
-    render: float
+    timings: Timings
     batch_size: int
-    where: str
+    device: str
 
 
 class Reply(Struct):
-    """What became of a plan.
+    """The results of a plan.
 
     Attributes:
         results: one per image, in order.
-        timings: of the request; each stage is its slowest image's.
-        batch_size: the largest batch that one of its images ran in.
-        device: where they ran, comma-separated.
-        images: timings of each image that succeeded.
+        timings: of the request; each stage is that of its slowest image.
+        batch_size: the largest batch of its images.
+        device: the devices of its images, comma-separated.
+        runs: one for each image that succeeded.
     """
 
     results: tuple[Result, ...]
     timings: Timings
     batch_size: int
     device: str
-    images: tuple[ImageTimings, ...]
+    runs: tuple[ImageRun, ...]
 
 
 class Pipeline:
@@ -88,10 +85,9 @@ class Pipeline:
 
     Args:
         pool: the devices.
-        limits: caps on pictures.
-        threads: where pictures are decoded and drawn.
-        max_wait_s: estimated wait for a device beyond which nothing is decoded any more; devices
-            refuse by themselves.
+        limits: caps on images.
+        threads: the pool that decodes and draws.
+        max_wait_s: estimated wait for a device beyond which a plan is refused before decoding.
     """
 
     def __init__(
@@ -119,15 +115,14 @@ class Pipeline:
         self._refuse_excess(plan)
         try:
             async with asyncio.timeout(plan.deadline - time.monotonic()):
-                ends = await asyncio.gather(*(self._end_of(image, plan) for image in plan.images))
+                outcomes = await asyncio.gather(*(self._try_image(image, plan) for image in plan.images))
         except TimeoutError:
             raise DeadlineExceeded("The deadline passed before the answer was ready.") from None
-        for end in ends:
-            if isinstance(
-                end, ModelReplaced
-            ):  # not this image's fault: none of them has its answer
-                raise end
-        return _reply(ends, plan)
+        for outcome in outcomes:
+            # Not the fault of this image: the plan has to be made again for all of them.
+            if isinstance(outcome, ModelReplaced):
+                raise outcome
+        return _reply(outcomes, plan)
 
     def _refuse_excess(self, plan: Plan) -> None:
         """Refuse what the devices would refuse, before it costs the time of decoding it.
@@ -146,37 +141,40 @@ class Pipeline:
         if excess_s > 0:
             raise Overloaded("The service is at its limit.", retry_after_s=excess_s)
 
-    async def _end_of(
+    async def _try_image(
         self, image: PlannedImage, plan: Plan
-    ) -> tuple[Result, ImageTimings] | HeatlensError:
+    ) -> tuple[Result, ImageRun] | HeatlensError:
         try:
             return await self._run_image(image, plan)
         except HeatlensError as error:
             return error
-        except Exception:  # noqa: BLE001 - one image must not take its neighbours along
+        except Exception:  # noqa: BLE001 # one image must not fail the others
             _log.exception("An image failed unexpectedly.")
             return InternalError("Something went wrong in the service.")
 
-    async def _run_image(self, image: PlannedImage, plan: Plan) -> tuple[Result, ImageTimings]:
+    async def _run_image(self, image: PlannedImage, plan: Plan) -> tuple[Result, ImageRun]:
         if image.input.error is not None:
             raise image.input.error
         decoding = time.monotonic()
-        view, digest = await self._in_thread(lambda: self._prepare(image, plan))
+        decoded, digest = await self._in_thread(lambda: self._prepare(image, plan))
         submitted = time.monotonic()
         tracing.stage("decode", began=decoding, ended=submitted)
-        completion = await self._submit(image, view.input, digest, plan)
+        completion = await self._submit(image, decoded.input, digest, plan)
         answered = time.monotonic()
-        result = await self._in_thread(lambda: render(completion.outcome, view, plan))
+        result = await self._in_thread(lambda: render(completion.outcome, decoded, plan))
         rendered = time.monotonic()
         tracing.stage("render", began=answered, ended=rendered)
-        return result, ImageTimings(
+        timings = Timings(
             decode=_ms(submitted - decoding),
             queue=round(completion.queue_ms, 3),
             device=round(completion.device_ms, 3),
             render=_ms(rendered - answered),
-            batch_size=completion.batch_size,
-            where=completion.device,
+            total=_ms(rendered - decoding),
         )
+        run = ImageRun(
+            timings=timings, batch_size=completion.batch_size, device=completion.device
+        )
+        return result, run
 
     async def _submit(
         self, image: PlannedImage, model_input: np.ndarray, digest: str, plan: Plan
@@ -203,7 +201,7 @@ class Pipeline:
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def _prepare(self, image: PlannedImage, plan: Plan) -> tuple[View, str]:
+    def _prepare(self, image: PlannedImage, plan: Plan) -> tuple[DecodedInput, str]:
         spec = plan.info.card.input
         if spec is None:
             raise NotReady("The model is not ready yet.", field="model")
@@ -212,43 +210,40 @@ class Pipeline:
             image.input.data, limits=self._limits, preprocess=spec, keep_original=whole
         )
         model_input, geometry = preprocess(picture, spec)
-        view = View(input=model_input, geometry=geometry, picture=picture if whole else None)
-        return view, digest_of(model_input, plan.info)
+        view = DecodedInput(input=model_input, geometry=geometry, original=image if whole else None)
+        return decoded, digest_of(model_input, plan.info)
 
 
 def digest_of(model_input: np.ndarray, info: ModelInfo) -> str:
-    """Name an input by model and content, so that it is recognised after a worker's death."""
+    """Digest of model and input, by which an input is recognised after a worker's exit."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(f"{info.card.name}@{info.card.version}".encode())
     digest.update(np.ascontiguousarray(model_input).data)
     return digest.hexdigest()
 
 
-def _reply(ends: Sequence[tuple[Result, ImageTimings] | HeatlensError], plan: Plan) -> Reply:
-    done = [end[1] for end in ends if not isinstance(end, HeatlensError)]
-    if not done:
-        raise next(end for end in ends if isinstance(end, HeatlensError))
+def _reply(outcomes: Sequence[tuple[Result, ImageRun] | HeatlensError], plan: Plan) -> Reply:
+    errors = [outcome for outcome in outcomes if isinstance(outcome, HeatlensError)]
+    runs = [outcome[1] for outcome in outcomes if not isinstance(outcome, HeatlensError)]
+    if not runs:
+        raise errors[0]
     failed = _RESULTS[plan.operation]
     results = tuple(
-        failed(error=ImageError(code=end.code, error=end.message))
-        if isinstance(end, HeatlensError)
-        else end[0]
-        for end in ends
+        failed(error=ImageError(code=outcome.code, error=outcome.message))
+        if isinstance(outcome, HeatlensError)
+        else outcome[0]
+        for outcome in outcomes
     )
-    timings = Timings(
-        decode=max(image.decode for image in done),
-        queue=max(image.queue for image in done),
-        device=max(image.device for image in done),
-        render=max(image.render for image in done),
-        total=_ms(time.monotonic() - plan.started),
-    )
-    batch_size = max(image.batch_size for image in done)
+    slowest = {
+        stage: max(getattr(run.timings, stage) for run in runs)
+        for stage in ("decode", "queue", "device", "render")
+    }
     return Reply(
         results=results,
-        timings=timings,
-        batch_size=batch_size,
-        device=",".join(sorted({image.where for image in done})),
-        images=tuple(done),
+        timings=Timings(**slowest, total=_ms(time.monotonic() - plan.started)),
+        batch_size=max(run.batch_size for run in runs),
+        device=",".join(sorted({run.device for run in runs})),
+        runs=tuple(runs),
     )
 
 

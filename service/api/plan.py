@@ -230,10 +230,7 @@ def _interventions(
                 f"No layer has this name; GET /v1/models/{info.card.name}/layers lists them.",
                 field=f"interventions.{i}.layer",
             )
-    return tuple(
-        Intervention(layer=item.layer, channels=tuple(item.channels), op=item.op, value=item.value)
-        for item in wanted
-    )
+    return tuple(Intervention(**dict(item)) for item in wanted)
 
 
 def _count(operation: Operation, options: JobOptions) -> int:

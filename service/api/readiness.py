@@ -1,10 +1,10 @@
-"""Whether requests can be answered now, and what is missing if not."""
+"""Readiness: whether requests can be answered now, and what is missing."""
 
 from __future__ import annotations
 
 from models.types import ModelInfo
 from service.api.schemas import DeviceReadiness, ModelReadiness, ReadyResponse
-from service.devices.pool import DevicePool, DeviceStatus
+from service.devices.pool import DevicePool, DeviceReport, DeviceStatus
 from service.settings import Settings
 
 
@@ -15,7 +15,7 @@ def is_up(status: DeviceStatus, *, within_s: float) -> bool:
 
 
 def readiness(pool: DevicePool, settings: Settings) -> ReadyResponse:
-    """Ready means: a device completed a pass recently, a model is warm, and the default one is not still loading.
+    """Compute readiness: a recent pass on a device, a warm model, and the default one not loading.
 
     A model that failed to load, or that was unloaded, does not take the others off the air; it is
     named as missing.
@@ -41,15 +41,8 @@ def readiness(pool: DevicePool, settings: Settings) -> ReadyResponse:
 
 
 def _device(status: DeviceStatus, within_s: float) -> DeviceReadiness:
-    return DeviceReadiness(
-        device=status.device,
-        state=status.state,
-        ready=is_up(status, within_s=within_s),
-        last_pass_s=status.last_pass_s,
-        queue_depth=status.queue_depth,
-        models=status.models,
-        restarts=status.restarts,
-    )
+    report = {name: getattr(status, name) for name in DeviceReport.__struct_fields__}
+    return DeviceReadiness(**report, ready=is_up(status, within_s=within_s))
 
 
 def _model(info: ModelInfo) -> ModelReadiness:

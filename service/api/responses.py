@@ -1,4 +1,4 @@
-"""From an outcome to an answer: maps become pictures, numbers get their labels. Runs in threads."""
+"""Outcomes as responses: maps are drawn, classes get their labels. Runs in threads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass
 
 import numpy as np
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from models.imaging.decode import DecodedImage
 from models.imaging.grid import grid_png
@@ -21,16 +21,14 @@ from models.imaging.render import (
     overlay,
     shade,
 )
-from models.types import ClassScore, Explanation, Geometry, LayerStatistics, Outcome
+from models.types import ClassScore, Explanation, Geometry, LayerFeatures, Outcome
 from service.api.plan import Plan, RenderOptions
 from service.api.schemas import (
-    Box,
     ExplainResult,
     ExplanationResponse,
     FeaturesResult,
     ImageData,
     ImageInfo,
-    PixelRegion,
     Point,
     Prediction,
     PredictResult,
@@ -38,40 +36,41 @@ from service.api.schemas import (
     StatisticsResponse,
     ValueRange,
     Values,
+    extend,
 )
 
 
 @dataclass(frozen=True, slots=True)
-class View:
-    """What is left of a decoded picture once its job is on the way.
+class DecodedInput:
+    """A decoded image, as it is kept while its job runs.
 
     Attributes:
-        input: what the model saw, uint8 (H, W, 3).
-        geometry: where that lies in the original.
-        picture: the whole picture, kept only when it is drawn upon.
+        input: the model's input, uint8 (H, W, 3).
+        geometry: the place of that input in the original image.
+        original: the whole image, kept only if it is drawn on.
     """
 
     input: np.ndarray
     geometry: Geometry
-    picture: DecodedImage | None = None
+    original: DecodedImage | None = None
 
 
-def render(outcome: Outcome, view: View, plan: Plan) -> Result:
-    """Make one image's part of the answer."""
+def render(outcome: Outcome, source: DecodedInput, plan: Plan) -> Result:
+    """Make the result of one image."""
     labels = plan.info.labels
-    image = image_info(view.geometry)
+    image = image_info(source.geometry)
     predictions = tuple(_prediction(item, labels) for item in outcome.predictions)
     statistics = tuple(_statistics(item, plan.render) for item in outcome.statistics)
     if plan.operation == "predict":
         return PredictResult(image=image, predictions=predictions, statistics=statistics)
     if plan.operation == "features":
         return FeaturesResult(image=image, predictions=predictions, features=statistics)
-    canvas = _canvas(view)
+    canvas = _canvas(source)
     return ExplainResult(
         image=image,
         predictions=predictions,
         explanations=tuple(
-            _explanation(item, canvas=canvas, view=view, labels=labels, options=plan.render)
+            _explanation(item, canvas=canvas, source=source, labels=labels, options=plan.render)
             for item in outcome.explanations
         ),
         statistics=statistics,
@@ -79,38 +78,33 @@ def render(outcome: Outcome, view: View, plan: Plan) -> Result:
 
 
 def image_info(geometry: Geometry) -> ImageInfo:
-    """Size of the picture and the part of it that the model saw."""
-    region = geometry.region
-    return ImageInfo(
-        width=geometry.width,
-        height=geometry.height,
-        region=PixelRegion(x=region.x, y=region.y, width=region.width, height=region.height),
-    )
+    """Size of the image and the part of it that the model saw."""
+    return ImageInfo(width=geometry.width, height=geometry.height, region=geometry.region)
 
 
-def _canvas(view: View) -> Canvas:
-    if view.picture is None:
-        return input_canvas(view.input)
-    return original_canvas(view.picture, view.geometry)
+def _canvas(source: DecodedInput) -> Canvas:
+    if source.original is None:
+        return input_canvas(source.input)
+    return original_canvas(source.original, source.geometry)
 
 
 def _explanation(
     item: Explanation,
     *,
     canvas: Canvas,
-    view: View,
+    source: DecodedInput,
     labels: tuple[str, ...],
     options: RenderOptions,
 ) -> ExplanationResponse:
     location = None
     if not item.degenerate:
-        location = locate(item.map, view.geometry, signed=item.signed)
+        location = locate(item.map, source.geometry, signed=item.signed)
     unit = None if item.degenerate else shade(item.map, canvas, signed=item.signed)
     heatmap: ImageData | None = None
-    laid_over: ImageData | None = None
+    overlaid: ImageData | None = None
     if "heatmap" in options.outputs:
         data = heatmap_png(unit, canvas, colormap=options.colormap, signed=item.signed)
-        heatmap = _picture(data, "image/png", canvas)
+        heatmap = _image_data(data, "image/png", canvas)
     if "overlay" in options.outputs:
         data = overlay(
             unit,
@@ -119,19 +113,19 @@ def _explanation(
             alpha=options.alpha,
             image_format=options.overlay_format,
         )
-        laid_over = _picture(data, f"image/{options.overlay_format}", canvas)
+        overlaid = _image_data(data, f"image/{options.overlay_format}", canvas)
     return ExplanationResponse(
         method=item.method,
         layer=item.layer,
         target=_prediction(item.target, labels),
         heatmap=heatmap or UNSET,
-        overlay=laid_over or UNSET,
+        overlay=overlaid or UNSET,
         values=_values(item.map) if "values" in options.outputs else UNSET,
         range=ValueRange(min=float(item.map.min()), max=float(item.map.max())),
         signed=item.signed,
         degenerate=unit is None,
         peak=Point(x=location.x, y=location.y) if location else None,
-        box=_box(location),
+        box=location.box if location else None,
         faithfulness=item.faithfulness,
         warnings=item.warnings,
     )
@@ -139,36 +133,17 @@ def _explanation(
 
 def _prediction(item: ClassScore, labels: tuple[str, ...]) -> Prediction:
     known = 0 <= item.class_id < len(labels)
-    return Prediction(
-        class_id=item.class_id,
-        label=labels[item.class_id] if known else f"class {item.class_id}",
-        score=item.score,
-        probability=item.probability,
-    )
+    label = labels[item.class_id] if known else f"class {item.class_id}"
+    return extend(Prediction, item, label=label)
 
 
-def _statistics(item: LayerStatistics, options: RenderOptions) -> StatisticsResponse:
-    grid: ImageData | None = None
+def _statistics(item: LayerFeatures, options: RenderOptions) -> StatisticsResponse:
+    grid: ImageData | UnsetType = UNSET
     if item.grid is not None and item.grid.size:
         data = grid_png(item.grid, colormap=options.colormap)
         width, height = struct.unpack_from(">II", data, 16)  # the PNG's own header
         grid = ImageData(media_type="image/png", width=width, height=height, data=_base64(data))
-    return StatisticsResponse(
-        layer=item.layer,
-        kind=item.kind,
-        shape=item.shape,
-        mean=item.mean,
-        std=item.std,
-        min=item.min,
-        max=item.max,
-        l2=item.l2,
-        sparsity=item.sparsity,
-        dead_channels=item.dead_channels,
-        quantiles=item.quantiles,
-        top_channels=item.top_channels,
-        target=UNSET if item.target is None else item.target,
-        grid=grid or UNSET,
-    )
+    return extend(StatisticsResponse, item, grid=grid)
 
 
 def _values(values: np.ndarray) -> Values:
@@ -176,14 +151,7 @@ def _values(values: np.ndarray) -> Values:
     return Values(shape=(shape[0], shape[1]), dtype="float32", data=_base64(data))
 
 
-def _box(location: Location | None) -> Box | None:
-    if location is None:
-        return None
-    box = location.box
-    return Box(x=box.x, y=box.y, width=box.width, height=box.height)
-
-
-def _picture(data: bytes, media_type: str, canvas: Canvas) -> ImageData:
+def _image_data(data: bytes, media_type: str, canvas: Canvas) -> ImageData:
     height, width = canvas.base.shape[:2]
     return ImageData(media_type=media_type, width=width, height=height, data=_base64(data))
 

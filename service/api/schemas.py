@@ -1,52 +1,66 @@
-"""The answers, field by field: what is encoded is what OpenAPI documents.
+"""Every response of the API, field by field.
 
 Structs are encoded straight to JSON by msgspec, and the OpenAPI components are generated from the
-same definitions, so that the two cannot drift apart. Fields that may be absent are `UNSET`.
+same definitions, so the two cannot drift apart. Where the wire shows what the engine returns, the
+engine's own struct is the response, or its base. Fields that may be absent are `UNSET`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from msgspec import UNSET, Meta, UnsetType
 
-from models.methods.table import Cost, Family
+from models.imaging.locate import Box
 from models.types import (
-    ChannelStatistics,
+    ClassScore,
     Faithfulness,
-    HeadKind,
-    Kind,
-    MethodSupport,
+    LayerStatistics,
+    ModelCard,
     ModelState,
     Precision,
-    Quantiles,
+    Preprocess,
+    Region,
     Struct,
-    Task,
 )
+from service.devices.pool import DeviceReport
 
 Milliseconds = Annotated[float, Meta(description="Milliseconds.", examples=[2.1])]
 Base64 = Annotated[str, Meta(description="Base64 of the bytes.")]
 
+S = TypeVar("S", bound=Struct)
 
-class ErrorResponse(Struct):
-    """Why a request failed."""
 
-    error: Annotated[str, Meta(description="Fixed human text.")]
-    code: Annotated[
-        str, Meta(description="Stable code to program against.", examples=["invalid_option"])
-    ]
-    request_id: str
-    retryable: Annotated[bool, Meta(description="Whether the same request may succeed later.")]
-    field: (
-        Annotated[str, Meta(description="The option to blame.", examples=["methods.0"])] | UnsetType
-    ) = UNSET
+def extend(kind: type[S], base: Struct, **fields: Any) -> S:
+    """Make a response from the struct that it extends: its fields, and those given here."""
+    inherited = {name: getattr(base, name) for name in base.__struct_fields__}
+    return kind(**{**inherited, **fields})
+
+
+# ---------------------------------------------------------------- errors
 
 
 class ImageError(Struct):
-    """Why one image of several failed."""
+    """The reason why one image of several failed."""
 
-    code: Annotated[str, Meta(examples=["image_undecodable"])]
-    error: str
+    error: Annotated[str, Meta(description="Fixed human-readable text.")]
+    code: Annotated[
+        str, Meta(description="Stable code to program against.", examples=["invalid_option"])
+    ]
+
+
+class ErrorResponse(ImageError):
+    """The reason why a request failed."""
+
+    request_id: str
+    retryable: Annotated[bool, Meta(description="Whether the same request may succeed later.")]
+    field: (
+        Annotated[str, Meta(description="The offending option.", examples=["methods.0"])]
+        | UnsetType
+    ) = UNSET
+
+
+# ---------------------------------------------------------------- images
 
 
 class ModelUsed(Struct):
@@ -55,39 +69,28 @@ class ModelUsed(Struct):
     name: Annotated[str, Meta(examples=["efficientnet_lite0"])]
     version: Annotated[str, Meta(examples=["1"])]
     device: Annotated[
-        str, Meta(description="Where it ran; several, comma-separated.", examples=["cpu"])
+        str, Meta(description="Where it ran; several are comma-separated.", examples=["cpu"])
     ]
     precision: Precision
 
 
-class PixelRegion(Struct):
-    """A rectangle in pixels of the original, upright picture."""
-
-    x: float
-    y: float
-    width: float
-    height: float
-
-
 class ImageInfo(Struct):
-    """The picture as it was sent, upright, and the part of it that the model saw."""
+    """The upright image, and the part of it that the model saw."""
 
     width: int
     height: int
-    region: PixelRegion
+    region: Region
 
 
-class Prediction(Struct):
-    """One class: logit and probability (softmax; sigmoid for multi-label and single-logit models)."""
+class Prediction(ClassScore):
+    """One class: logit and probability (sigmoid for multi-label and single-logit models)."""
 
-    class_id: Annotated[int, Meta(examples=[281])]
-    label: Annotated[str, Meta(examples=["tabby"])]
-    score: Annotated[float, Meta(examples=[9.21])]
     probability: Annotated[float, Meta(ge=0, le=1, examples=[0.61])]
+    label: Annotated[str, Meta(examples=["tabby"])]
 
 
 class ImageData(Struct):
-    """An encoded picture."""
+    """An encoded image."""
 
     media_type: Annotated[str, Meta(examples=["image/png"])]
     width: int
@@ -104,26 +107,17 @@ class Values(Struct):
 
 
 class ValueRange(Struct):
-    """Least and greatest value of the raw map."""
+    """Minimum and maximum of the raw map."""
 
     min: float
     max: float
 
 
 class Point(Struct):
-    """Where the map is greatest, in pixels of the original picture."""
+    """The peak of the map, in pixels of the original image."""
 
     x: float
     y: float
-
-
-class Box(Struct):
-    """The rectangle around the strongest part of the map, in pixels of the original picture."""
-
-    x: int
-    y: int
-    width: int
-    height: int
 
 
 class ExplanationResponse(Struct, kw_only=True):
@@ -139,67 +133,49 @@ class ExplanationResponse(Struct, kw_only=True):
     signed: Annotated[
         bool, Meta(description="Whether negative values are evidence against the class.")
     ]
-    degenerate: Annotated[
-        bool, Meta(description="Whether the map is constant, and so shows nothing.")
-    ]
+    degenerate: Annotated[bool, Meta(description="Whether the map is constant and shows nothing.")]
     peak: Point | None
     box: Box | None
     faithfulness: dict[str, Faithfulness] = {}
     warnings: tuple[str, ...] = ()
 
 
-class StatisticsResponse(Struct):
+class StatisticsResponse(LayerStatistics):
     """Statistics of one image's tensor at one layer."""
 
-    layer: str
-    kind: Kind
-    shape: tuple[int, ...]
-    mean: float
-    std: float
-    min: float
-    max: float
-    l2: float
-    sparsity: Annotated[float, Meta(description="Share of values that are exactly 0.")]
-    dead_channels: Annotated[int, Meta(description="Channels whose values are all 0.")]
-    quantiles: Quantiles
-    top_channels: tuple[ChannelStatistics, ...]
-    target: Annotated[int, Meta(description="Class whose gradient this is.")] | UnsetType = UNSET
     grid: ImageData | UnsetType = UNSET
 
 
-class PredictResult(Struct):
-    """One image; `error` replaces the rest where one of several is bad."""
-
+class _Result(Struct):
     image: ImageInfo | UnsetType = UNSET
     predictions: tuple[Prediction, ...] | UnsetType = UNSET
-    statistics: tuple[StatisticsResponse, ...] | UnsetType = UNSET
     error: ImageError | UnsetType = UNSET
 
 
-class ExplainResult(Struct):
-    """One image; `error` replaces the rest where one of several is bad."""
+class PredictResult(_Result):
+    """One image; `error` replaces the rest where one of several images is bad."""
 
-    image: ImageInfo | UnsetType = UNSET
-    predictions: tuple[Prediction, ...] | UnsetType = UNSET
+    statistics: tuple[StatisticsResponse, ...] | UnsetType = UNSET
+
+
+class ExplainResult(_Result):
+    """One image; `error` replaces the rest where one of several images is bad."""
+
     explanations: tuple[ExplanationResponse, ...] | UnsetType = UNSET
     statistics: tuple[StatisticsResponse, ...] | UnsetType = UNSET
-    error: ImageError | UnsetType = UNSET
 
 
-class FeaturesResult(Struct):
-    """One image; `error` replaces the rest where one of several is bad."""
+class FeaturesResult(_Result):
+    """One image; `error` replaces the rest where one of several images is bad."""
 
-    image: ImageInfo | UnsetType = UNSET
-    predictions: tuple[Prediction, ...] | UnsetType = UNSET
     features: tuple[StatisticsResponse, ...] | UnsetType = UNSET
-    error: ImageError | UnsetType = UNSET
 
 
 Result = PredictResult | ExplainResult | FeaturesResult
 
 
 class Timings(Struct):
-    """Milliseconds per stage; of several images, the slowest one's."""
+    """Milliseconds of each stage; of several images, those of the slowest."""
 
     decode: Milliseconds
     queue: Milliseconds
@@ -211,70 +187,45 @@ class Timings(Struct):
 class _Response(Struct):
     request_id: str
     model: ModelUsed
+    timings_ms: Timings
+    batch_size: Annotated[int, Meta(description="Images in the device's batch.")]
 
 
 class PredictResponse(_Response):
     """Predictions, one result per image in order."""
 
     results: tuple[PredictResult, ...]
-    timings_ms: Timings
-    batch_size: Annotated[int, Meta(description="Images in the device's batch that answered.")]
 
 
 class ExplainResponse(_Response):
     """Predictions and explanations, one result per image in order."""
 
     results: tuple[ExplainResult, ...]
-    timings_ms: Timings
-    batch_size: Annotated[int, Meta(description="Images in the device's batch that answered.")]
 
 
 class FeaturesResponse(_Response):
     """Statistics of layers, one result per image in order."""
 
     results: tuple[FeaturesResult, ...]
-    timings_ms: Timings
-    batch_size: Annotated[int, Meta(description="Images in the device's batch that answered.")]
 
 
-# ---------------------------------------------------------------- listings
+# ---------------------------------------------------------------- models
 
 
-class InputResponse(Struct):
-    """What pictures become before they enter the model."""
+class InputResponse(Preprocess):
+    """The preprocessing of images, and the size of the model's input."""
 
     height: int
     width: int
-    resize: int | tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str
 
 
-class CardResponse(Struct):
+class CardResponse(ModelCard):
     """A model card; a model that is not ready says why in `reason`."""
 
-    name: str
-    version: str
-    ready: bool
-    state: ModelState
-    reason: str | None
-    versions: tuple[str, ...]
-    devices: tuple[str, ...]
-    source: str
-    num_classes: int
-    task: Task
-    input: InputResponse | None
-    target_layer: str | None
-    head: HeadKind | None
-    closed_form: bool
-    methods: tuple[MethodSupport, ...]
-    precision: Precision
-    preparation: tuple[str, ...]
-    best_batch: int
-    latency_ms: Annotated[
+    input: InputResponse | None = None  # type: ignore[assignment] # narrower: the size is added
+    latency_ms: Annotated[  # type: ignore[assignment] # JSON has only text as keys
         dict[str, float], Meta(description="Measured milliseconds by batch size.")
-    ]
+    ] = {}
 
 
 class ModelsResponse(Struct):
@@ -283,20 +234,6 @@ class ModelsResponse(Struct):
     models: tuple[str, ...]
     default: str
     cards: tuple[CardResponse, ...]
-
-
-class MethodResponse(Struct):
-    """One explanation method."""
-
-    name: str
-    title: str
-    paper: str
-    formula: str
-    family: Family
-    needs_gradients: bool
-    signed: bool
-    cost: Cost
-    defaults: dict[str, Any]
 
 
 # ---------------------------------------------------------------- health
@@ -311,20 +248,14 @@ class AliveResponse(Struct, kw_only=True):
     docs: str = "/docs"
 
 
-class DeviceReadiness(Struct):
-    """One device."""
+class DeviceReadiness(DeviceReport):
+    """The readiness of one device."""
 
-    device: str
-    state: str
     ready: bool
-    last_pass_s: Annotated[float | None, Meta(description="Seconds since its last completed pass.")]
-    queue_depth: int
-    models: tuple[str, ...]
-    restarts: int
 
 
 class ModelReadiness(Struct):
-    """One model version."""
+    """The readiness of one model version."""
 
     name: str
     version: str
@@ -346,7 +277,7 @@ class ReadyResponse(Struct):
 
 
 class RepositoryModel(Struct):
-    """One model version, as Triton's model repository lists it."""
+    """One model version in the format of Triton's model repository."""
 
     name: str
     version: str

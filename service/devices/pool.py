@@ -7,7 +7,9 @@ notebooks, the command line and replicas of other serving frameworks).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
+
+from msgspec import Meta
 
 from models.catalog import ModelSpec
 from models.methods import METHODS
@@ -18,27 +20,37 @@ from service.devices.status import BatchCount
 DeviceHealth = Literal["starting", "ready", "lost", "draining"]
 
 
-class DeviceStatus(Struct):
-    """The state of one device, as readiness and metrics report it.
+class DeviceReport(Struct):
+    """The state of one device, as readiness reports it.
 
     Attributes:
         last_pass_s: seconds since the device last completed a real pass; None if it never did.
         queue_depth: jobs waiting or running.
-        wait_ms: estimated wait of a new job in device-milliseconds.
         models: warm models, as `name@version`.
         restarts: number of times the worker was restarted.
+    """
+
+    device: str
+    state: DeviceHealth
+    last_pass_s: Annotated[
+        float | None, Meta(description="Seconds since its last completed pass.")
+    ] = None
+    queue_depth: int = 0
+    models: tuple[str, ...] = ()
+    restarts: int = 0
+
+
+class DeviceStatus(DeviceReport):
+    """The same, with the numbers for metrics and admission.
+
+    Attributes:
+        wait_ms: estimated wait of a new job in device-milliseconds.
         restart_reasons: restarts by exit reason; see `DeviceState`.
         memory_bytes: memory that the worker holds on the device.
         batches: batches the worker has run since it started.
     """
 
-    device: str
-    state: DeviceHealth
-    last_pass_s: float | None = None
-    queue_depth: int = 0
     wait_ms: float = 0.0
-    models: tuple[str, ...] = ()
-    restarts: int = 0
     restart_reasons: dict[str, int] = {}
     memory_bytes: int = 0
     batches: tuple[BatchCount, ...] = ()

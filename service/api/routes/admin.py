@@ -15,7 +15,7 @@ from models.errors import BodyTooLarge, InternalError, InvalidOption, MalformedB
 from models.types import ModelCard, ModelState
 from service.api.dependencies import Service, ServiceDep
 from service.api.handler import json_response
-from service.api.openapi import admin_responses, ref, repository_body
+from service.api.openapi import ADMIN, array_of, repository_body, responses
 from service.api.schemas import RepositoryModel
 from service.settings import ConfigurationError
 
@@ -30,7 +30,9 @@ _STATES: Mapping[ModelState, str] = {
     "unavailable": "UNAVAILABLE",
     "unloading": "UNLOADING",
 }
-_DONE = admin_responses({"type": "object"}, "Done; the body is an empty object.")
+_DONE = responses(
+    {"type": "object"}, "Done; the body is an empty object.", errors=ADMIN
+)
 
 
 @router.post(
@@ -107,7 +109,8 @@ async def unload(model: str, request: Request, service: ServiceDep) -> Response:
     try:
         await service.pool.unload(name, version or None)
     except UnknownModel as error:
-        raise UnknownModel(error.message) from None  # the path is no option: no field to blame
+        # Without a field: the path is not an option.
+        raise UnknownModel(error.message) from None
     log.info("model %s was unloaded by request", model)
     return json_response({})
 
@@ -139,35 +142,34 @@ async def _body(request: Request) -> dict[str, Any]:
 
     Raises:
         BodyTooLarge: it is far longer than it could need to be.
-        MalformedBody: it is no JSON object.
+        MalformedBody: it is not a JSON object.
     """
     content = b""
     async for chunk in request.stream():
         content += chunk
         if len(content) > _MOST_BYTES:
-            raise BodyTooLarge("The body of an administrative request is small.")
+            raise BodyTooLarge("The body of an administrative request has at most 64,000 bytes.")
     if not content.strip():
         return {}
     try:
         return msgspec.json.decode(content, type=dict[str, Any])
     except (msgspec.MsgspecError, UnicodeDecodeError):
-        raise MalformedBody("The body is no JSON object.") from None
+        raise MalformedBody("The body is not a JSON object.") from None
 
 
 def _refuse_files(body: Mapping[str, Any]) -> None:
-    """Take nothing from the request that decides what is loaded.
+    """Refuse parameters that would decide what is loaded.
 
     Raises:
-        InvalidOption: it names a configuration or brings files.
+        InvalidOption: there is a configuration or a file among them.
     """
     parameters = body.get("parameters", {})
     if not isinstance(parameters, Mapping):
         raise InvalidOption("Must be an object.", field="parameters")
     for name in parameters:
-        if (
-            name != "unload_dependents"
-        ):  # Triton's clients send it; no model here depends on another
+        # Triton's clients send it; no model here depends on another.
+        if name != "unload_dependents":
             raise InvalidOption(
-                "Models are loaded as the configuration file names them, and in no other way.",
+                "Models are loaded only as the configuration file describes them.",
                 field="parameters",
             )

@@ -1,4 +1,4 @@
-"""`POST /v1/explain`: predictions, and pictures of why."""
+"""`POST /v1/explain`: predictions with heatmaps that show why."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from models.errors import InvalidOption
 from models.imaging.render import OverlayFormat
 from service.api import handler, openapi
 from service.api.dependencies import ServiceDep
-from service.api.handler import json_response, model_used
-from service.api.openapi import image_input, input_responses
 from service.api.options import ExplainOptions
 from service.api.pipeline import Reply
 from service.api.plan import Plan
@@ -25,9 +23,9 @@ from service.api.schemas import ExplainResponse, ExplainResult, ExplanationRespo
 router = APIRouter(prefix="/v1", tags=["explain"])
 
 _FORMATS: Mapping[str, OverlayFormat] = {f"image/{name}": name for name in get_args(OverlayFormat)}
-_DOCUMENT = input_responses(
-    "ExplainResponse", "Predictions and explanations.", example=openapi.EXPLAIN
-)
+_DOCUMENT = openapi.responses(
+        ExplainResponse, "Predictions and explanations.", errors=openapi.INPUT, example=openapi.EXPLAIN
+    )
 _DOCUMENT[200]["content"] |= {
     media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in _FORMATS
 }
@@ -38,7 +36,7 @@ _DOCUMENT[200]["content"] |= {
     summary="Classify images and show why",
     response_class=Response,
     responses=_DOCUMENT,
-    openapi_extra=image_input(ExplainOptions),
+    openapi_extra=openapi.image_input(ExplainOptions),
 )
 async def explain(request: Request, service: ServiceDep) -> Response:
     """Predictions with heatmaps, and statistics of the explained layers.
@@ -50,25 +48,17 @@ async def explain(request: Request, service: ServiceDep) -> Response:
     accept = request.headers.get("accept", "")
 
     def adapt(plan: Plan) -> Plan:
-        wanted = picture_wanted(accept, plan.render.overlay_format)
-        return plan if wanted is None else _for_picture(plan, wanted)
+        wanted = overlay_format(accept, plan.render.overlay_format)
+        return plan if wanted is None else _for_overlay(plan, wanted)
 
-    plan, reply = await handler.answer(request, service, ExplainOptions, adapt=adapt)
-    if picture_wanted(accept, plan.render.overlay_format) is not None:
-        return _picture(reply)
-    return json_response(
-        ExplainResponse(
-            request_id=request.state.request_id,
-            model=model_used(plan.info, reply),
-            results=cast("tuple[ExplainResult, ...]", reply.results),
-            timings_ms=reply.timings,
-            batch_size=reply.batch_size,
-        )
-    )
+    plan, reply = await handler.run(request, service, ExplainOptions, adapt=adapt)
+    if overlay_format(accept, plan.render.overlay_format) is not None:
+        return _overlay_response(reply)
+    return handler.images_response(request, plan, reply, ExplainResponse)
 
 
-def picture_wanted(accept: str, default: OverlayFormat) -> OverlayFormat | None:
-    """The picture format that an `Accept` header prefers to JSON; None if it does not ask for a picture.
+def overlay_format(accept: str, default: OverlayFormat) -> OverlayFormat | None:
+    """The image format that an `Accept` header prefers to JSON; None if it asks for no image.
 
     Args:
         accept: the header.
@@ -94,7 +84,7 @@ def _quality(parameters: list[str]) -> float:
     return 1.0
 
 
-def _for_picture(plan: Plan, wanted: OverlayFormat) -> Plan:
+def _for_overlay(plan: Plan, wanted: OverlayFormat) -> Plan:
     """Narrow a plan to one overlay.
 
     Raises:
@@ -110,13 +100,13 @@ def _for_picture(plan: Plan, wanted: OverlayFormat) -> Plan:
     }
     for field, count in counts.items():
         if count != 1:
-            raise InvalidOption("An answer that is a picture shows exactly one.", field=field)
+            raise InvalidOption("A response that is an image shows exactly one.", field=field)
     render = structs.replace(plan.render, outputs=("overlay",), overlay_format=wanted)
     return structs.replace(plan, render=render)
 
 
-def _picture(reply: Reply) -> Response:
-    """The one overlay as an answer of its own."""
+def _overlay_response(reply: Reply) -> Response:
+    """The one overlay as a response of its own."""
     result = cast("ExplainResult", reply.results[0])
     explanation = cast("tuple[ExplanationResponse, ...]", result.explanations)[0]
     overlay = cast("ImageData", explanation.overlay)

@@ -7,14 +7,14 @@ from fastapi import APIRouter, Request, Response
 from service.api import metrics
 from service.api.dependencies import ServiceDep
 from service.api.handler import json_response
-from service.api.openapi import open_responses, ref
+from service.api.openapi import OPEN, responses
 from service.api.readiness import readiness
 from service.api.schemas import AliveResponse
 
 router = APIRouter(tags=["health"])
 
-_ALIVE = open_responses(ref("AliveResponse"), "The process answers.")
-_READY = open_responses(ref("ReadyResponse"), "Requests can be answered.")
+_ALIVE = responses(AliveResponse, "The process answers.", errors=OPEN)
+_READY = responses(ReadyResponse, "Requests can be answered.", errors=OPEN)
 _READY[503] = {**_READY[200], "description": "Requests cannot be answered yet; see `missing`."}
 
 

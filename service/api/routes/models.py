@@ -1,19 +1,18 @@
-"""`/v1/models…` and `/v1/methods`: what can be asked."""
+"""`/v1/models…` and `/v1/methods`: the models and methods that requests may name."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 from fastapi import APIRouter, Response
 
 from models.errors import UnknownModel
 from models.methods import METHODS
-from models.types import ModelCard, ModelInfo, Preprocess
+from models.methods.table import Method
+from models.types import LayerInfo, ModelCard, ModelInfo, Preprocess
 from service.api.dependencies import Service, ServiceDep
 from service.api.handler import json_response
-from service.api.openapi import answers, model_responses, ref
+from service.api.openapi import MODEL, array_of, responses
 from service.api.plan import find_model
-from service.api.schemas import CardResponse, InputResponse, MethodResponse, ModelsResponse
+from service.api.schemas import CardResponse, InputResponse, ModelsResponse, extend
 
 router = APIRouter(prefix="/v1", tags=["models"])
 
@@ -22,7 +21,7 @@ router = APIRouter(prefix="/v1", tags=["models"])
     "/models",
     summary="List the models",
     response_class=Response,
-    responses=answers(ref("ModelsResponse"), "Names and cards."),
+    responses=responses(ModelsResponse, "Names and cards."),
 )
 async def list_models(service: ServiceDep) -> Response:
     """Every configured model with its card; `models` is KServe's list of names."""
@@ -31,7 +30,7 @@ async def list_models(service: ServiceDep) -> Response:
         ModelsResponse(
             models=tuple(dict.fromkeys(info.card.name for info in infos)),
             default=service.settings.default_model,
-            cards=tuple(card_answer(info.card, infos) for info in infos),
+            cards=tuple(card_response(info.card) for info in infos),
         )
     )
 
@@ -40,19 +39,19 @@ async def list_models(service: ServiceDep) -> Response:
     "/models/{name}",
     summary="Show a model's card",
     response_class=Response,
-    responses=model_responses(ref("CardResponse"), "The card; `ready` says whether it answers."),
+    responses=responses(CardResponse, "The card; `ready` says whether it answers.", errors=MODEL),
 )
 async def show_model(name: str, service: ServiceDep) -> Response:
     """The card of `name` (its newest ready version) or `name@version`."""
-    return json_response(card_answer(_info(name, service).card, service.pool.models()))
+    return json_response(card_response(_info(name, service).card))
 
 
 @router.get(
     "/models/{name}/labels",
     summary="List a model's labels",
     response_class=Response,
-    responses=model_responses(
-        {"type": "array", "items": {"type": "string"}}, "Labels by class index."
+    responses=responses(
+        {"type": "array", "items": {"type": "string"}}, "Labels by class index.", errors=MODEL
     ),
 )
 async def list_labels(name: str, service: ServiceDep) -> Response:
@@ -64,9 +63,7 @@ async def list_labels(name: str, service: ServiceDep) -> Response:
     "/models/{name}/layers",
     summary="List a model's layers",
     response_class=Response,
-    responses=model_responses(
-        {"type": "array", "items": ref("LayerInfo")}, "Layers in the model's order."
-    ),
+    responses=responses(array_of(LayerInfo), "Layers in the model's order.", errors=MODEL),
 )
 async def list_layers(name: str, service: ServiceDep) -> Response:
     """Every module that can be explained or described."""
@@ -77,69 +74,29 @@ async def list_layers(name: str, service: ServiceDep) -> Response:
     "/methods",
     summary="List the explanation methods",
     response_class=Response,
-    responses=answers({"type": "array", "items": ref("MethodResponse")}, "Methods."),
+    responses=responses(array_of(Method), "Methods."),
 )
 async def list_methods() -> Response:
     """Every method, with its paper and formula; a model's card says which apply to it."""
-    return json_response(
-        [
-            MethodResponse(
-                name=row.name,
-                title=row.title,
-                paper=row.paper,
-                formula=row.formula,
-                family=row.family,
-                needs_gradients=row.needs_gradients,
-                signed=row.signed,
-                cost=row.cost,
-                defaults=row.defaults,
-            )
-            for row in METHODS.values()
-        ]
-    )
+    return json_response(list(METHODS.values()))
 
 
-def card_answer(card: ModelCard, infos: Sequence[ModelInfo]) -> CardResponse:
+def card_response(card: ModelCard) -> CardResponse:
     """A card as the API shows it."""
-    return CardResponse(
-        name=card.name,
-        version=card.version,
-        ready=card.ready,
-        state=card.state,
-        reason=card.reason,
-        versions=tuple(info.card.version for info in infos if info.card.name == card.name),
-        devices=card.devices,
-        source=card.source,
-        num_classes=card.num_classes,
-        task=card.task,
-        input=_input(card.input),
-        target_layer=card.target_layer,
-        head=card.head,
-        closed_form=card.closed_form,
-        methods=card.methods,
-        precision=card.precision,
-        preparation=card.preparation,
-        best_batch=card.best_batch,
-        latency_ms={str(batch): ms for batch, ms in card.latency_ms.items()},
-    )
+    latency_ms = {str(batch): ms for batch, ms in card.latency_ms.items()}
+    return extend(CardResponse, card, input=_input(card.input), latency_ms=latency_ms)
 
 
 def _input(spec: Preprocess | None) -> InputResponse | None:
     if spec is None:
         return None
     height, width = spec.crop
-    return InputResponse(
-        height=height,
-        width=width,
-        resize=spec.resize,
-        mean=spec.mean,
-        std=spec.std,
-        interpolation=spec.interpolation,
-    )
+    return extend(InputResponse, spec, height=height, width=width)
 
 
 def _info(name: str, service: Service) -> ModelInfo:
     try:
         return find_model(name, service.pool.models(), service.settings)
     except UnknownModel as error:
-        raise UnknownModel(error.message) from None  # the path is no option: no field to blame
+        # Without a field: the path is not an option.
+        raise UnknownModel(error.message) from None

@@ -18,7 +18,7 @@ from models.types import (
     Intervention,
     Job,
     JobOptions,
-    LayerStatistics,
+    LayerFeatures,
     ModelCard,
     ModelInfo,
     Outcome,
@@ -88,7 +88,7 @@ def test_answers(array, grid):
         degenerate=True,
         faithfulness={"deletion": Faithfulness(value=0.1, random=0.2)},
     )
-    statistics = LayerStatistics(
+    statistics = LayerFeatures(
         layer="last",
         kind="output",
         shape=(2, 3, 4),
