@@ -25,7 +25,7 @@ _CMAP_NAMES: Mapping[Colormap, str] = {
 
 def _table(cmap_name: str) -> np.ndarray:
     levels = cmap.Colormap(cmap_name).lut(256)[:, :3]
-    table = np.rint(levels * 255).astype(np.uint8)
+    table: np.ndarray = np.rint(levels * 255).astype(np.uint8)
     table.setflags(write=False)
     return table
 

@@ -59,11 +59,7 @@ def create_app(
         limiter_dir: where HTTP processes share the requests that each key has in flight; None
             = this process is the only one.
     """
-    metrics = Metrics(
-        pool,
-        ready_within_s=settings.server.ready_within_s,
-        nv_aliases=settings.metrics.nv_aliases,
-    )
+    metrics = Metrics(pool, ready_within_s=settings.server.ready_within_s)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

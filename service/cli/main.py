@@ -25,7 +25,8 @@ from service.cli.bench.command import bench
 from service.cli.explain import Explained, Failed, explain_files, load_models
 from service.cli.files import ImageFile, find_images
 from service.cli.tables import failures_table, models_list, predictions_table
-from service.settings import ConfigurationError, Settings, load_settings
+from service.configuration import ConfigurationError, load_settings
+from service.settings import Settings
 
 EXIT_SOME_FAILED = 1
 
@@ -106,8 +107,8 @@ def serve(
     }
     server = {key: value for key, value in given.items() if value is not None}
     settings = _settings(config, server)
+    from service.configuration import ConfigurationSource
     from service.logs import configure_logging
-    from service.settings import ConfigurationSource
     from service.supervisor.supervisor import Supervisor
 
     configure_logging(settings.server.log_level)

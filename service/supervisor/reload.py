@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Literal
 
-from service.settings import ConfigurationError, ConfigurationSource, Settings, reloaded
+from service.configuration import ConfigurationError, ConfigurationSource, reloaded
+from service.settings import Settings
 from service.supervisor.child import Child, RestartBudget
 from service.supervisor.http_process import HttpLaunch, HttpProcess
 
