@@ -22,7 +22,8 @@ TARGET_LABELS = {"job": "heatlens", "instance": "heatlens:8000"}
 Labels = frozenset[tuple[str, str]]
 
 _EXPRESSION = re.compile(
-    r"(?:(?P<factor>\S+) \* )?sum by \((?P<by>[a-z, ]+)\)\s+\((?P<metric>\w+)(?:\{(?P<only>.+)\})?\)"
+    r"(?:(?P<factor>\S+) \* )?sum by \((?P<by>[a-z, ]+)\)\s+"
+    r"\((?P<metric>\w+)(?:\{(?P<only>.+)\})?\)"
 )
 _MATCHER = re.compile(r'(?P<label>\w+)(?P<operator>=~|!~|=)"(?P<value>[^"]*)"')
 

@@ -17,11 +17,11 @@ from models.types import Failure, Job, ModelInfo, Outcome
 from service.devices.messages import to_wire
 from service.devices.model_state import loading_model, with_fingerprint
 from service.devices.status import WorkerStatus
-from service.tracing import DeviceTracing
 from service.worker.backend import Backend, DeviceLost, Listener, Result, load_model
 from service.worker.batcher import Batcher
 from service.worker.queue import Batch, Decision, Entry, ModelKey
 from service.worker.runner import Runner
+from service.worker.tracing import DeviceTracing
 
 log = logging.getLogger("heatlens.compute")
 

@@ -1,4 +1,4 @@
-"""What a real service tells of itself: traces across processes, logs with request ids, every metric that is used."""
+"""Observability of a real service: traces across processes, request ids in logs, metrics."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_every_metric_that_is_used_is_there_and_adds_up(configured):
 
 
 def test_sigterm_with_real_requests(configured):
-    """Not ready at once, the last answer on a connection says so, what was accepted is answered, exit 0."""
+    """Readiness ends at once, connections are closed by a response, accepted requests finish."""
 
     server = {**BASE["server"], "http_workers": 1}
     running = configured(server=server)
