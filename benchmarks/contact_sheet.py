@@ -21,8 +21,9 @@ from benchmarks.photographs import answer, job_for, model_input
 from models.catalog import default_spec
 from models.engine import Engine
 from models.imaging.render import input_canvas, overlay, shade
-from models.registry import ModelRegistry, WarmModel
+from models.registry import ModelRegistry
 from models.types import Explanation, JobOptions, Outcome
+from models.warm_model import WarmModel
 
 PHOTOGRAPHS = ("chelsea", "coffee")
 METHODS_SHOWN = (

@@ -31,12 +31,13 @@ from benchmarks.engine import (
     results_table,
 )
 from benchmarks.timing import Case, Comparison, compare, machine_line, rounds_of
-from models.cuda.capture import CudaCapture
 from models.cuda.graphs import Graphs
+from models.cuda.recorder import GraphRecorder
 from models.cuda.staging import CopyStream
 from models.engine import Engine
-from models.registry import ModelRegistry, WarmModel
+from models.registry import ModelRegistry
 from models.types import Job, JobOptions, Outcome
+from models.warm_model import WarmModel
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def variants(warm: WarmModel, *, batch: int) -> Iterator[tuple[str, WarmModel]]:
     for staged, recorded in product((False, True), repeat=2):
         uploads = CopyStream(warm.device) if staged else None
         graphs = (
-            Graphs(CudaCapture(warm.device), dtype=warm.dtype, patience=0) if recorded else None
+            Graphs(GraphRecorder(warm.device), dtype=warm.dtype, patience=0) if recorded else None
         )
         on = [name for name, is_on in (("staging", staged), ("graphs", recorded)) if is_on]
         yield " + ".join(on) or "neither", replace(warm, uploads=uploads, graphs=graphs)

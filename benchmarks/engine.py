@@ -27,9 +27,10 @@ from benchmarks.photographs import job_for
 from benchmarks.timing import Case, Comparison, compare, machine_line, rounds_of
 from models.catalog import ModelSpec, default_spec
 from models.engine import Engine
-from models.preparation.twin import Needs
-from models.registry import ModelRegistry, WarmModel
+from models.preparation.variant import Needs
+from models.registry import ModelRegistry
 from models.types import ClassRef, Job, JobOptions, Operation, Outcome, Target
+from models.warm_model import WarmModel
 
 PLAIN = "plain forward"
 GRADIENT_CAMS = ("gradcam", "gradcam_plus_plus", "xgradcam", "hirescam", "layercam")

@@ -27,8 +27,9 @@ from rich.table import Table
 from benchmarks.photographs import Photograph, answer, engine_of, job_for, photographs
 from benchmarks.timing import machine_line
 from models.catalog import default_spec
-from models.registry import ModelRegistry, WarmModel
+from models.registry import ModelRegistry
 from models.types import ClassRef, JobOptions, Outcome, Precision, Target
+from models.warm_model import WarmModel
 
 HALF: tuple[Precision, ...] = ("bf16", "fp16")
 
@@ -40,7 +41,7 @@ def main(
     """Compare every form with plain float32 and print one table."""
     console = Console(width=120)
     served = load(device, {})
-    plain = replace(served, twins=())
+    plain = replace(served, variants=())
     known = photographs(pictures, plain)
     expected = explained(plain, known, "plain fp32")
     table = Table(box=box.MARKDOWN)
@@ -51,7 +52,7 @@ def main(
     if device == "cpu":
         forms["OpenVINO fp32"] = load(device, {"runtime": "openvino"})
     for precision in HALF:
-        with mock.patch("models.preparation.prepare.has_instructions", return_value=True):
+        with mock.patch("models.preparation.optimise.has_instructions", return_value=True):
             forms[f"fused {precision}"] = load(device, {"precision": precision})
     for name, warm in forms.items():
         table.add_row(name, *compared(explained(warm, known, name), expected))

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from models.methods import METHODS
-from models.methods.row import Method
+from models.methods.table import Method
 
 BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
 COSTS = {

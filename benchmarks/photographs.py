@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +13,9 @@ import numpy as np
 from models.engine import Engine, Suspended
 from models.imaging.decode import DecodeLimits, decode
 from models.imaging.preprocess import preprocess
-from models.registry import ModelRegistry, WarmModel
+from models.registry import ModelRegistry
 from models.types import Job, JobOptions, Operation, Outcome
+from models.warm_model import WarmModel
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,6 @@ def job_for(
         version=warm.version,
         input=pixels,
         options=options,
-        deadline=time.monotonic() + 86_400,
     )
 
 

@@ -38,8 +38,9 @@ from models.catalog import PreprocessSpec, default_spec
 from models.engine import Engine
 from models.imaging.render import normalise, upsample
 from models.methods import METHODS
-from models.registry import ModelRegistry, WarmModel
+from models.registry import ModelRegistry
 from models.types import ClassRef, JobOptions, Target
+from models.warm_model import WarmModel
 
 SIDE = 224
 SAMPLES = {"rise": 1000, "scorecam": 256, "ss_cam": 2, "is_cam": 2}

@@ -24,8 +24,9 @@ from benchmarks.engine import job_maker, model_spec
 from benchmarks.photographs import answer, engine_of
 from benchmarks.timing import machine_line
 from models.imaging.render import upsample
-from models.registry import ModelRegistry, WarmModel
+from models.registry import ModelRegistry
 from models.types import ClassRef, JobOptions, Target
+from models.warm_model import WarmModel
 
 SIDE = 224
 

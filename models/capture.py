@@ -1,4 +1,4 @@
-"""What a pass caught at one layer, in the form every method takes."""
+"""What a pass caught at one layer, in the form that every method takes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Capture:
         )
 
     def first(self, targets: int) -> Capture:
-        """The same for the first few targets only: a batch repeats targets where images have fewer than others."""
+        """The same for the first targets only: a batch repeats those of images that have fewer."""
         return Capture(
             layer=self.layer,
             activation=self.activation,

@@ -46,18 +46,15 @@ class ModelSpec(BaseModel):
     Attributes:
         name: name in URLs and options.
         version: any short string without `@` or `/`.
-        source: `torchvision:NAME`, `timm:NAME`, `python:package.module:factory`, or
-            `embedded:NAME`.
-        weights: `default` (the library's), `none` (random), or a path to `.safetensors`, `.pth` or
-            `.pt`.
+        source: `torchvision:NAME`, `timm:NAME`, `python:package.module:factory`, `embedded:NAME`.
+        weights: `default` (the library's), `none` (random), or a .safetensors, .pth or .pt file.
         labels: class names, or a file with one per line (or a JSON list); None takes the library's.
         num_classes: size of the head; None keeps the architecture's own.
         task: how scores become probabilities.
         target_layer: dotted module name, or `auto`.
         precision: what the model computes in, if that passes a check of its scores.
         runtime: what runs the part up to the target layer on a CPU, if the model's head allows it.
-        compile: whether to compile that part with `torch.compile`, which takes minutes at each
-            start.
+        compile: whether to compile that part with `torch.compile`; starts then take minutes.
         cuda_graphs: whether CUDA devices replay recorded passes; other devices do not ask.
         devices: devices that hold the model; None = all of the service's.
     """

@@ -1,7 +1,8 @@
-"""Makes `import torchvision` work where its compiled operators do not load (a CUDA build beside a CPU torch).
+"""Makes `import torchvision` work where its compiled operators do not load.
 
-Architectures, weight metadata and transforms need none of those operators, but importing
-torchvision registers shape functions for two of them and fails when their schemas are unknown.
+That happens to a CUDA build with a CPU torch. Architectures, weight metadata and transforms need
+none of those operators, but importing torchvision registers shape functions for two of them and
+fails when their schemas are unknown.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def define_missing_operators() -> None:
 
 
 def _load_own_operators() -> bool:
-    """Load torchvision's operators, as its import would; defining them first would make that fail."""
+    """Load torchvision's operators as its import would, which must come before any definition."""
     spec = find_spec("torchvision")
     if spec is None or spec.origin is None:
         return True

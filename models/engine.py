@@ -1,52 +1,52 @@
-"""The engine of one device: turns a batch of jobs into outcomes. The only conductor of the parts around it."""
+"""The engine of one device, which turns batches of jobs into outcomes."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models.answers import Answers
 from models.capture import Capture
-from models.cuda.plans import run_graphed
 from models.errors import HeatlensError, InternalError, InvalidOption
 from models.extractor import Extractor, Tap
+from models.graphed_pass import run_graphed
 from models.interventions import changes_for
 from models.layers import TokenLayout, to_map
-from models.preparation.twin import Needs
-from models.registry import ModelRegistry, WarmModel
-from models.steps import Exclusive, Forward, InputGradient, LayerGradient, Step
+from models.outcomes import BatchOutcomes
+from models.preparation.variant import Needs
+from models.registry import ModelRegistry
+from models.shared_pass import differentiates_layers, run_shared_pass
+from models.steps import Forward, InputGradient, LayerGradient, Step, Unbatched
 from models.targets import ScoreWeights, class_scores
-from models.trunk import differentiates_layers, run_trunk
 from models.types import Failure, Job, Outcome
+from models.warm_model import WarmModel
 
 logger = logging.getLogger("heatlens.engine")
 
 
+@dataclass(eq=False)
 class Suspended:
-    """A job whose trunk pass is done and that still needs steps.
+    """A job between steps: its shared pass is done, and its methods need further passes.
 
     Attributes:
         job: the job.
         warm: its model.
-        step: the step that comes next.
+        steps: a started generator.
+        step: the step that it yielded last.
     """
 
-    def __init__(
-        self, job: Job, warm: WarmModel, steps: Generator[Step, Any, Outcome], first: Step
-    ) -> None:
-        """Made by the engine, from a started generator and the step it yielded first."""
-        self.job = job
-        self.warm = warm
-        self.step = first
-        self._steps = steps
+    job: Job
+    warm: WarmModel
+    steps: Generator[Step, Any, Outcome]
+    step: Step
 
     @property
     def cost(self) -> int:
-        """Images that the next step is worth."""
+        """The number of images that the next step is worth."""
         return self.step.cost
 
     @property
@@ -60,24 +60,23 @@ class Suspended:
         return self.warm.module_for(Needs(rewrites=changed, input_gradient=differentiated))
 
     def resume(self, result: Any) -> Outcome | Failure | Suspended:
-        """Hand the step's result on; returns the outcome, or itself with its next step."""
+        """Go on with the step's result; returns the outcome, or itself with its next step."""
         try:
-            self.step = self._steps.send(result)
+            self.step = self.steps.send(result)
         except StopIteration as stop:
             outcome: Outcome = stop.value
             return outcome
         except HeatlensError as error:
-            return failure(self.job, error)
+            return Failure.of(self.job.id, error)
         except Exception:
-            # The generator is spent, so the step cannot be tried again: the fault ends this job
-            # only.
+            # The generator is spent, so the step cannot be tried again: only this job ends.
             logger.exception("a step of job %s failed", self.job.id)
-            return failure(self.job, InternalError("The explanation failed; the logs say more."))
+            return Failure.of(self.job.id, InternalError("The explanation failed; see the logs."))
         return self
 
     def close(self) -> None:
         """Give up; the generator's tensors are released."""
-        self._steps.close()
+        self.steps.close()
 
 
 class Engine:
@@ -88,10 +87,7 @@ class Engine:
         self._registry = registry
 
     def run(self, jobs: Sequence[Job]) -> list[Outcome | Failure | Suspended]:
-        """Run one trunk pass for jobs of one model and version.
-
-        Args:
-            jobs: predict, explain and features jobs alike.
+        """Run one shared pass for jobs of one model and version, whatever their operations.
 
         Returns:
             One entry for each job, in order: its outcome, its typed failure, or, where methods need
@@ -107,32 +103,29 @@ class Engine:
         answered = dict(zip([job.id for job in sound], self._answer(warm, sound), strict=True))
         return [faults.get(job.id) or answered[job.id] for job in jobs]
 
-    def advance(self, pending: Sequence[Suspended]) -> list[Outcome | Failure | Suspended]:
+    def advance(self, suspended: Sequence[Suspended]) -> list[Outcome | Failure | Suspended]:
         """Run the next step of several jobs of one model.
 
         Steps of the same kind share one batch; their costs should add up to about the model's best
-        batch.
-
-        Returns:
-            One entry for each, as in `run`.
+        batch. Returns one entry for each, as `run` does.
         """
         execute: dict[type[Step], Callable[[Sequence[Suspended]], list[Any]]] = {
             Forward: self._forward,
             InputGradient: self._input_gradient,
             LayerGradient: self._layer_gradient,
-            Exclusive: self._exclusive,
+            Unbatched: self._unbatched,
         }
         groups: dict[tuple[type[Step], nn.Module], list[Suspended]] = {}
-        for p in pending:
-            groups.setdefault((type(p.step), p.module), []).append(p)
+        for job in suspended:
+            groups.setdefault((type(job.step), job.module), []).append(job)
         results: dict[int, Any] = {}
         for (kind, _), group in groups.items():
             results |= dict(zip(map(id, group), execute[kind](group), strict=True))
-        return [p.resume(results[id(p)]) for p in pending]
+        return [job.resume(results[id(job)]) for job in suspended]
 
     @staticmethod
     def _answer(warm: WarmModel, jobs: Sequence[Job]) -> list[Outcome | Failure | Suspended]:
-        """One pass for all jobs, or one for each module they need where a model has faster twins."""
+        """One pass for all jobs, or one for each of the model's variants that they need."""
         parts: dict[nn.Module, list[int]] = {}
         for i, job in enumerate(jobs):
             parts.setdefault(warm.module_for(_needs(job)), []).append(i)
@@ -140,12 +133,12 @@ class Engine:
         answered: dict[int, Outcome | Failure | Suspended] = {}
         for module, rows in parts.items():
             part = [jobs[i] for i in rows]
-            pictures = staged[module]()
-            trunk = run_graphed(warm, part, module=module, pictures=pictures)
-            if trunk is None:
-                trunk = run_trunk(warm, part, module=module, pictures=pictures)
-            answers = Answers(warm, part, trunk)
-            answered |= {i: _start(jobs[i], warm, answers.steps(r)) for r, i in enumerate(rows)}
+            images = staged[module]()
+            shared = run_graphed(warm, part, module=module, images=images)
+            if shared is None:
+                shared = run_shared_pass(warm, part, module=module, images=images)
+            outcomes = BatchOutcomes(warm, part, shared)
+            answered |= {i: _start(jobs[i], warm, outcomes.steps(r)) for r, i in enumerate(rows)}
         return [answered[i] for i in range(len(jobs))]
 
     @staticmethod
@@ -185,7 +178,8 @@ class Engine:
                 extractor.backward(scores[:, t].sum(), again=t + 1 < weights.width)
                 for layer, caught in gradients.items():
                     gradient = extractor.caught(layer, "grad_output")
-                    if gradient is None:  # the layer has no part in the score
+                    # The layer may have no part in the score.
+                    if gradient is None:
                         gradient = torch.zeros_like(activations[layer])
                     caught.append(gradient)
         captures, start = [], 0
@@ -203,19 +197,8 @@ class Engine:
         return captures
 
     @staticmethod
-    def _exclusive(group: Sequence[Suspended]) -> list[Any]:
-        return [p.step.run() for p in group if isinstance(p.step, Exclusive)]
-
-
-def failure(job: Job, error: HeatlensError) -> Failure:
-    """The typed failure that ends a job with an error."""
-    return Failure(
-        id=job.id,
-        code=error.code,
-        message=error.message,
-        field=error.field,
-        retry_after_s=error.retry_after_s,
-    )
+    def _unbatched(group: Sequence[Suspended]) -> list[Any]:
+        return [p.step.run() for p in group if isinstance(p.step, Unbatched)]
 
 
 def _start(
@@ -227,12 +210,12 @@ def _start(
         outcome: Outcome = stop.value
         return outcome
     except HeatlensError as error:
-        return failure(job, error)
+        return Failure.of(job.id, error)
     return Suspended(job, warm, steps, first)
 
 
 def _needs(job: Job) -> Needs:
-    """What the job's trunk pass needs."""
+    """What the job's shared pass needs."""
     options = job.options
     layers = frozenset(options.layers)
     if job.operation == "features":
@@ -254,19 +237,19 @@ def _changed(job: Job) -> frozenset[str]:
 
 
 def _fault(job: Job, warm: WarmModel) -> Failure | None:
-    """What makes a job unfit for the batch, found before the pass so that its neighbours are not disturbed."""
+    """What makes a job unfit, found before the pass so that the rest of its batch is served."""
     height, width = warm.input_size
     if job.input.shape != (height, width, 3):
-        return failure(
-            job,
-            InvalidOption(f"The model takes pictures of {width} x {height} pixels, 3 channels."),
+        return Failure.of(
+            job.id,
+            InvalidOption(f"The model takes images of {width} x {height} pixels, 3 channels."),
         )
     for i, change in enumerate(job.options.interventions):
         channels = warm.channels(change.layer)
         if channels is None or any(not 0 <= c < channels for c in change.channels):
-            limit = "no layer that can be changed" if channels is None else f"{channels} channels"
+            limit = "no output to change" if channels is None else f"{channels} channels"
             error = InvalidOption(f"{change.layer} has {limit}.", field=f"interventions.{i}")
-            return failure(job, error)
+            return Failure.of(job.id, error)
     return None
 
 
@@ -284,11 +267,10 @@ def _pair_taps(warm: WarmModel, layers: Sequence[str]) -> list[Tap]:
 
 
 def _merge(group: Sequence[Suspended]) -> tuple[Tensor, list[int], list[Any]]:
-    """Inputs of several jobs' steps as one batch, the size of each part, and every row's interventions."""
-    parts = [p.step.inputs for p in group if not isinstance(p.step, Exclusive)]
+    """Inputs of several jobs' steps as one batch, the size of each part, and the interventions."""
+    parts = [p.step.inputs for p in group if not isinstance(p.step, Unbatched)]
     sizes = [len(part) for part in parts]
-    rows = [
-        p.job.options.interventions for p, n in zip(group, sizes, strict=True) for _ in range(n)
-    ]
+    pairs = zip(group, sizes, strict=True)
+    rows = [p.job.options.interventions for p, n in pairs for _ in range(n)]
     inputs = torch.cat(parts).contiguous(memory_format=torch.channels_last)
     return inputs, sizes, changes_for(group[0].warm.layouts, rows)

@@ -1,7 +1,7 @@
-"""Every error a caller can meet, one class per code.
+"""Every error that a caller can meet, one class for each code.
 
     HeatlensError
-    ├── MalformedBody            malformed_body            the HTTP layer, before anything is decoded
+    ├── MalformedBody            malformed_body            the HTTP layer, before decoding
     ├── Unauthorized             unauthorized              security
     ├── Forbidden                forbidden                 security
     │   ├── UrlInputDisabled     url_input_disabled
@@ -22,13 +22,13 @@
     ├── MethodNotApplicable      method_not_applicable     resolving methods
     ├── Overloaded               overloaded                admission in the device worker
     ├── DeadlineExceeded         deadline_exceeded         anywhere after acceptance
-    ├── Cancelled                cancelled                 the client left (logged as 499, never sent)
-    ├── NotReady                 not_ready                 no warm model yet, or the model failed to load
-    ├── ModelReplaced            model_replaced            the model was replaced or unloaded under way
+    ├── Cancelled                cancelled                 the client left (logged as 499)
+    ├── NotReady                 not_ready                 no warm model yet, or a failed load
+    ├── ModelReplaced            model_replaced            replaced or unloaded under way
     ├── Draining                 draining                  the service is stopping
-    ├── WorkerLost               worker_lost               a device worker died and no retry was left
+    ├── WorkerLost               worker_lost               a device worker died, no retry left
     ├── ModelLoadFailed          model_load_failed         loading or verifying a model
-    ├── InputQuarantined         input_quarantined         the input was present in two worker deaths
+    ├── InputQuarantined         input_quarantined         the input was in two worker deaths
     └── InternalError            internal                  a fault of ours
 
 The text of an error is written by us: it names the field and the allowed values and never repeats
@@ -64,13 +64,13 @@ class HeatlensError(Exception):
 
 
 class MalformedBody(HeatlensError):
-    """The body is empty, truncated or not what its content type says."""
+    """The body is empty, truncated or not of its content type."""
 
     code = "malformed_body"
 
 
 class Unauthorized(HeatlensError):
-    """No key, or a key that is not known."""
+    """The request has no key, or an unknown one."""
 
     code = "unauthorized"
 
@@ -100,7 +100,7 @@ class UnknownModel(HeatlensError):
 
 
 class UnknownRoute(HeatlensError):
-    """No such path."""
+    """There is no such path."""
 
     code = "unknown_route"
 
@@ -142,7 +142,7 @@ class TooManyImages(HeatlensError):
 
 
 class UnsupportedMediaType(HeatlensError):
-    """Neither a picture format nor a body type that is accepted."""
+    """Neither an image format nor a body type that is accepted."""
 
     code = "unsupported_media_type"
 
@@ -154,13 +154,13 @@ class InvalidOption(HeatlensError):
 
 
 class ImageUndecodable(HeatlensError):
-    """The bytes claim to be a picture but cannot be decoded."""
+    """The bytes claim to be an image but cannot be decoded."""
 
     code = "image_undecodable"
 
 
 class ImageTooSmall(HeatlensError):
-    """The picture has too few pixels to be classified."""
+    """The image has too few pixels to be classified."""
 
     code = "image_too_small"
 
@@ -204,7 +204,7 @@ class NotReady(HeatlensError):
 
 
 class ModelReplaced(HeatlensError):
-    """The model version was replaced or unloaded after the request was resolved against it; resolve it again."""
+    """The model was replaced or unloaded after the request was resolved; resolve it again."""
 
     code = "model_replaced"
     retryable = True

@@ -18,7 +18,7 @@ _VIEW_CONFLICT = "BackwardHookFunction"
 
 
 class InplaceConflict(Exception):
-    """A full backward hook met a module that works in place; tap with `tensor_hooks_only` instead."""
+    """A full backward hook met a module that works in place; use `tensor_hooks_only`."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class Extractor:
         return hook
 
     def _tap(self, tensor: Tensor, value: Tap | None, gradient: Tap | None) -> Tensor | None:
-        """Tap a tensor and its gradient; returns what the model goes on with, if that is another one."""
+        """Tap a tensor and its gradient; returns what the model goes on with instead, if any."""
         if gradient is None:
             if value is None:
                 return None

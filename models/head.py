@@ -1,4 +1,4 @@
-"""What follows the target layer: whether its gradient is the same at every position, and whether it is W[c]/Z."""
+"""What follows the target layer, and whether that makes the gradient there W[c]/Z."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class HeadProbe:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Cut:
-    """A pass whose graph begins at the layer: its activation, the scores, and the last linear layer's output."""
+    """A pass whose graph begins at the layer, and the linear layer that made its scores."""
 
     activation: Tensor
     scores: Tensor
@@ -61,16 +61,9 @@ def probe_head(
 ) -> HeadProbe:
     """Find out what follows a layer, by autograd on a probe batch.
 
-    The closed form is granted when three things hold: for several classes and all pictures the
-    gradient at every position is W[c]/Z within 1e-5 of the largest one, and for *all* classes
-    W·mean(A) + b gives the scores.
-
-    Args:
-        module: in eval mode, parameters frozen, float32.
-        layer_name: the layer.
-        layout: how its output lies.
-        task: how the module's output is read as scores.
-        probe: (N, 3, H, W) normalised float32 on the module's device, at least two pictures.
+    The closed form is granted when for several classes and all images the gradient at every
+    position is W[c]/Z within 1e-5 of the largest one, and for *all* classes W·mean(A) + b gives the
+    scores. The module is frozen and float32; the probe holds at least two images.
     """
     cut = _run(module, layer_name, task, probe)
     maps = to_map(cut.activation.detach(), layout)
@@ -137,7 +130,7 @@ def _gradients(cut: _Cut, layout: TokenLayout | None) -> Tensor:
 
 
 def _rows(linear: nn.Module, task: Task) -> tuple[Tensor, Tensor | None]:
-    """Weight (classes, channels) and bias (classes,) of the scores, which a single logit gives two of."""
+    """Weight (classes, channels) and bias (classes,) of the scores; one logit has two rows."""
     assert isinstance(linear, (nn.Linear, nn.Conv2d))
     weight, _ = class_scores(linear.weight.detach().flatten(1).T, task)
     if linear.bias is None:

@@ -70,7 +70,7 @@ class HookStack:
         self._handles.append(tensor.register_hook(hook))
 
     def node(self, node: Node, hook: NodeHook) -> None:
-        """Call `hook(gradients)` before a node of a recorded graph passes gradients on; it may return others."""
+        """Call `hook(gradients)` before a node passes gradients on; it may return others."""
         self._handles.append(node.register_prehook(hook))
 
     def remove(self) -> None:

@@ -1,41 +1,30 @@
-"""Interventions: forward hooks that return a value, so that a model answers as if feature maps were changed."""
+"""Interventions: forward hooks that change feature maps during a pass."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from models.errors import InvalidOption
 from models.hooks import ForwardHook
-from models.layers import TokenLayout
+from models.layers import Layouts
 from models.types import Intervention
-
-Layouts = Mapping[str, TokenLayout | None]
 
 
 def changes_for(
     layouts: Layouts, interventions: Sequence[Sequence[Intervention]]
 ) -> list[tuple[str, ForwardHook]]:
-    """Hooks that change each image of a batch by its own interventions.
+    """(layer, hook) pairs that change each row of a batch by its own interventions.
 
-    Args:
-        layouts: token layouts by layer name; a layer that has one keeps its channels in the last
-            dimension.
-        interventions: those of each row of the batch.
-
-    Returns:
-        (layer, hook) pairs, one for each layer that any row changes.
+    A layer that has a layout keeps its channels in the last dimension.
     """
     by_layer: dict[str, list[tuple[int, Intervention]]] = {}
     for row, changes in enumerate(interventions):
         for change in changes:
             by_layer.setdefault(change.layer, []).append((row, change))
-    return [
-        (layer, _hook(changes, layouts.get(layer) is not None))
-        for layer, changes in by_layer.items()
-    ]
+    return [(name, _hook(found, layouts.get(name) is not None)) for name, found in by_layer.items()]
 
 
 def _hook(changes: list[tuple[int, Intervention]], channels_last: bool) -> ForwardHook:

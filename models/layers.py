@@ -1,4 +1,4 @@
-"""The layers of a model: how each output lies in the picture, which one to explain, which ones to describe."""
+"""The layers of a model: how outputs lie in the image, and which to explain and describe."""
 
 from __future__ import annotations
 
@@ -20,14 +20,12 @@ _PASSIVE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLayout:
-    """How a layer's output lies in the picture, when it is not a plain (N, C, h, w) map.
+    """How a layer's output lies in the image, when it is not a plain (N, C, h, w) map.
 
     Attributes:
         grid: (h, w) of the map.
-        prefix: tokens before the patch tokens (class, distillation and register tokens); they have
-            no place.
-        channels_last: True for (N, h, w, C) outputs, False for token sequences (N, prefix + h·w,
-            C).
+        prefix: class, distillation and register tokens before the patch tokens; without a place.
+        channels_last: True for (N, h, w, C) outputs, False for tokens (N, prefix + h·w, C).
     """
 
     grid: tuple[int, int]
@@ -35,13 +33,9 @@ class TokenLayout:
     channels_last: bool = False
 
     def to_map(self, tensor: Tensor) -> Tensor:
-        """Lay a layer's output, or a gradient of its shape, out as a map.
+        """Lay a layer's output, or a gradient of its shape, out as a map (N, C, h, w).
 
-        Args:
-            tensor: (N, h, w, C) or (N, prefix + h·w, C), any dtype.
-
-        Returns:
-            (N, C, h, w): a view where torch can make one, prefix tokens left out.
+        It is a view where torch can make one; prefix tokens are left out.
         """
         if self.channels_last:
             return tensor.permute(0, 3, 1, 2)
@@ -69,8 +63,7 @@ def find_layouts(trace: Trace) -> dict[str, TokenLayout | None]:
     Returns:
         The layout of each map by layer name, in the order of the trace; None = plain (N, C, h, w).
     """
-    # What a dropout or identity returns first-hand came from no module: attention weights, single
-    # heads.
+    # What a dropout or identity returns first was made by no module: attention weights, heads.
     unseen = {group[0].name for group in trace.groups() if isinstance(group[0].module, _PASSIVE)}
     layouts: dict[str, TokenLayout | None] = {}
     grids: dict[tuple[int, int], None] = {}
@@ -163,14 +156,14 @@ def choose_target_layer(trace: Trace, layouts: Layouts) -> str | None:
 
 
 def has_gradient(trace: Trace, layouts: Layouts, name: str) -> bool:
-    """Whether any score of the probe depends on a map at its positions (its prefix tokens do not count)."""
+    """Whether any score of the probe depends on the positions of a map, prefix tokens aside."""
     every = range(trace.scores.shape[1])
     gradient = _gradient(trace, trace.calls[name], layouts, every)
     return gradient is not None and bool(gradient.any())
 
 
 def _gradient(trace: Trace, call: Call, layouts: Layouts, classes: Sequence[int]) -> Tensor | None:
-    """Gradient (N, C, h, w) of a mixture of the classes' scores at a map; None where it has no part in them."""
+    """Gradient (N, C, h, w) of a mixture of the classes' scores at a map; None without one."""
     if call.output is None or not (call.output.requires_grad and trace.scores.requires_grad):
         return None
     # Weighted, since plain sums may cancel: two classes of one logit, scores that add up to one.
@@ -200,11 +193,11 @@ def _chain(group: Sequence[Call], layouts: Layouts) -> list[Call]:
 
 
 def feature_layers(trace: Trace, layouts: Layouts) -> tuple[str, ...]:
-    """Choose at most 12 maps that are spread over the depth: stages or blocks rather than single operations.
+    """Choose at most 12 maps that are spread over the depth of the model.
 
-    The tree of maps is cut at one level: the deepest cut of 4 to 12 maps, or else the first that
-    has more, thinned evenly. Values that are overwritten at once (a convolution before an in-place
-    activation) are left out.
+    Stages or blocks are preferred to single operations: the tree of maps is cut at one level: the
+    deepest cut of 4 to 12 maps, or else the first that has more, thinned evenly. Values that are
+    overwritten at once (a convolution before an in-place activation) are left out.
     """
     blocks: dict[str, Sequence[str]] = {}
     for group in trace.groups():
@@ -243,7 +236,7 @@ def _cut(levels: Mapping[str, int], level: int) -> list[str]:
 
 
 def _outermost(name: str, chosen: Sequence[str], blocks: Mapping[str, Sequence[str]]) -> str:
-    """The outermost block that returns the same values as `name` and has no other chosen layer within."""
+    """The outermost block with the values of `name` and no other chosen layer within."""
     return min(
         (
             block

@@ -1,4 +1,4 @@
-"""Probe batches, and what a model does with one: its scores, and what every module on the way returned."""
+"""Probe batches, and what a model and each of its modules return for one."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ PROBE_IMAGES = 2
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Call:
-    """What one module returned in a probed forward; its last call counts if it was called more than once.
+    """What one module returned in a probed forward, in its last call.
 
     Attributes:
         output: the tensor, with its graph; None if the module returned anything but one tensor.
-        values: identifies the values at the moment of return: modules that hand on the same values
-            (a block and its last module, a view, an identity) share it, an in-place successor does
-            not.
+        values: identifies the values at the moment of return: a block and its last module, a view
+            and an identity share it, an in-place successor does not.
         times: how often the module was called.
     """
 
@@ -39,7 +38,7 @@ class Call:
     @property
     def overwritten(self) -> bool:
         """Whether an in-place operation changed the output after it was returned."""
-        return self.output is not None and self.output._version != self.values[-1]  # noqa: SLF001 (torch has no public name for it)
+        return self.output is not None and _version(self.output) != self.values[-1]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,8 +48,7 @@ class Trace:
     Attributes:
         input_size: (height, width) of the input.
         scores: (N, classes), with the graph back to every recorded output.
-        calls: every module that was called except the root, by name, in the order in which they
-            returned.
+        calls: modules that were called except the root, by name, in the order of their return.
         names: the same names in the order in which the model defines them.
     """
 
@@ -77,14 +75,7 @@ def probe_batch(
 
 
 def check_answer(module: nn.Module, preprocess: Preprocess) -> int:
-    """Check that a model answers a probe with one finite row of scores per picture.
-
-    Args:
-        module: in eval mode, on the CPU.
-        preprocess: gives the input's size.
-
-    Returns:
-        The number of scores per picture.
+    """Check that a model on the CPU gives one finite row of scores per image; return its length.
 
     Raises:
         ModelLoadFailed: it does not; the text says how.
@@ -101,8 +92,8 @@ def check_answer(module: nn.Module, preprocess: Preprocess) -> int:
     if scores.ndim != 2 or scores.shape[0] != len(probe):
         shape = " x ".join(map(str, scores.shape))
         raise ModelLoadFailed(
-            f"The model answers {len(probe)} pictures with a tensor of {shape}, "
-            "not with one row of scores per picture."
+            f"The model answers {len(probe)} images with a tensor of {shape}, "
+            "not with one row of scores per image."
         )
     if not bool(torch.isfinite(scores).all()):
         raise ModelLoadFailed("The model's scores are not finite; its weights may be damaged.")
@@ -110,16 +101,10 @@ def check_answer(module: nn.Module, preprocess: Preprocess) -> int:
 
 
 def trace(module: nn.Module, task: Task, probe: Tensor) -> Trace:
-    """Run a model once with a hook on every module.
+    """Run a frozen model once with a hook on every module.
 
     All outputs and their graph are kept until the trace is dropped: about the memory of a training
-    step on the probe batch.
-
-    Args:
-        module: in eval mode, parameters frozen.
-        task: how its output is read as scores.
-        probe: (N, 3, H, W), N at least 2 so that a batch dimension can be told from windows of one
-            picture.
+    step on the probe, which has at least two images to tell batches from windows of one image.
     """
     calls: dict[str, Call] = {}
     times: Counter[str] = Counter()
@@ -156,5 +141,10 @@ def _values(tensor: Tensor) -> tuple[int, ...]:
         tensor.untyped_storage().data_ptr(),
         int(tensor.storage_offset()),
         tensor.numel(),
-        tensor._version,  # noqa: SLF001 (torch has no public name for it)
+        _version(tensor),
     )
+
+
+def _version(tensor: Tensor) -> int:
+    """How often the tensor was changed in place; torch has no public name for it."""
+    return int(tensor._version)  # noqa: SLF001

@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from msgspec import structs
 
 from models.catalog import ModelSpec
 from models.errors import ModelLoadFailed, UnknownModel
 from models.sources import load
 from models.types import ModelCard, ModelInfo
-from models.warm import WARMUP_S, WarmModel, prepare
-
-__all__ = ["ModelRegistry", "WarmModel"]
+from models.warm_model import WarmModel
+from models.warmup import WARMUP_S, warm_up
 
 
 class ModelRegistry:
@@ -24,7 +22,7 @@ class ModelRegistry:
     """
 
     def __init__(self, device: str, base_dir: Path, *, warmup_s: float = WARMUP_S) -> None:
-        """Args: the torch device, what relative paths of entries start from, and how long a warm-up may measure."""
+        """Make an empty registry; relative paths of entries start from `base_dir`."""
         self.device = torch.device(device)
         self._base_dir = base_dir
         self._warmup_s = warmup_s
@@ -32,7 +30,7 @@ class ModelRegistry:
         self._unavailable: dict[tuple[str, str], ModelInfo] = {}
 
     def load(self, spec: ModelSpec) -> ModelInfo:
-        """Load, verify, probe and warm up a model, then put it in the place of its name and version.
+        """Load, verify, probe and warm up a model, then replace its name and version by it.
 
         Raises:
             ModelLoadFailed: the entry is broken, or the device cannot run the model; what was
@@ -40,7 +38,7 @@ class ModelRegistry:
         """
         loaded = load(spec, self._base_dir)
         try:
-            warm = prepare(loaded, self.device, warmup_s=self._warmup_s)
+            warm = warm_up(loaded, self.device, warmup_s=self._warmup_s)
         except ModelLoadFailed:
             raise
         except torch.OutOfMemoryError as error:
@@ -69,7 +67,7 @@ class ModelRegistry:
             self._unavailable.pop(key, None)
 
     def mark_unavailable(self, spec: ModelSpec, reason: str) -> ModelInfo:
-        """List a model that failed to load, with the reason; a version that is warm stays as it is."""
+        """List a model that failed to load, with the reason; a warm version stays as it is."""
         key = (spec.name, spec.version)
         if key in self._warm:
             return self._warm[key].info
@@ -99,17 +97,8 @@ class ModelRegistry:
 
     def infos(self) -> list[ModelInfo]:
         """Return every listed model version, the unavailable ones with their reason."""
-        listed = [warm.info for warm in self._warm.copy().values()]
-        listed += self._unavailable.copy().values()
-        versions: dict[str, tuple[str, ...]] = {}
-        for info in listed:
-            versions[info.card.name] = (*versions.get(info.card.name, ()), info.card.version)
-        return [
-            structs.replace(
-                info, card=structs.replace(info.card, versions=versions[info.card.name])
-            )
-            for info in listed
-        ]
+        warm = [warm.info for warm in self._warm.copy().values()]
+        return [*warm, *self._unavailable.copy().values()]
 
 
 def _unknown(name: str, version: str | None) -> UnknownModel:

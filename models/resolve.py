@@ -1,4 +1,4 @@
-"""From what a request says to what a job holds: labels, globs, ranks and `auto` against one model. No torch."""
+"""Resolves labels, globs, ranks and `auto` of a request against one model. No torch here."""
 
 from __future__ import annotations
 
@@ -97,12 +97,9 @@ def _matches(glob: str, info: ModelInfo, *, spatial: bool, field: str) -> list[s
         return [info.card.target_layer]
     found = [layer for layer in info.layers if fnmatch.fnmatchcase(layer.name, glob)]
     if not found:
-        raise UnknownLayer(
-            f"No layer matches; GET /v1/models/{info.card.name}/layers lists them.", field=field
-        )
-    usable = [
-        layer.name for layer in found if layer.output_shape and (layer.spatial or not spatial)
-    ]
+        path = f"/v1/models/{info.card.name}/layers"
+        raise UnknownLayer(f"No layer matches; GET {path} lists them.", field=field)
+    usable = [x.name for x in found if x.output_shape and (x.spatial or not spatial)]
     if not usable:
         need = "a spatial output" if spatial else "a tensor as output"
         raise UnknownLayer(f"No layer that matches has {need}.", field=field)
@@ -112,16 +109,14 @@ def _matches(glob: str, info: ModelInfo, *, spatial: bool, field: str) -> list[s
 def _target(raw: RawTarget, info: ModelInfo, field: str) -> Target:
     if isinstance(raw, Mapping):
         if set(raw) - {"class", "against"} or "class" not in raw:
-            raise InvalidOption(
-                'A contrastive target is {"class": …, "against": […]}.', field=field
-            )
+            raise InvalidOption('A contrast is {"class": …, "against": […]}.', field=field)
         against = raw.get("against") or ()
         if isinstance(against, (str, int)) or not isinstance(against, Sequence):
             raise InvalidOption("`against` is a list of classes.", field=f"{field}.against")
         return Target(
             cls=_class_ref(raw["class"], info, f"{field}.class"),
             against=tuple(
-                _class_ref(item, info, f"{field}.against.{i}") for i, item in enumerate(against)
+                _class_ref(a, info, f"{field}.against.{i}") for i, a in enumerate(against)
             ),
         )
     return Target(cls=_class_ref(raw, info, field))
@@ -149,10 +144,8 @@ def _class_ref(raw: object, info: ModelInfo, field: str) -> ClassRef:
 def _index_of(label: str, info: ModelInfo, field: str) -> int:
     found = _label_index(info.labels).get(_normal(label), ())
     if not found:
-        raise UnknownLabel(
-            f"The model has no such label; GET /v1/models/{info.card.name}/labels lists them.",
-            field=field,
-        )
+        path = f"/v1/models/{info.card.name}/labels"
+        raise UnknownLabel(f"The model has no such label; GET {path} lists them.", field=field)
     if len(found) > 1:
         indices = ", ".join(map(str, found))
         raise InvalidOption(
@@ -167,7 +160,7 @@ def _normal(label: str) -> str:
 
 @lru_cache(maxsize=16)
 def _label_index(labels: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    """Class indices by whole label and, where that is not taken, by each comma-separated synonym."""
+    """Class indices by whole label and, unless that is taken, by comma-separated synonym."""
     whole: dict[str, tuple[int, ...]] = {}
     synonyms: dict[str, tuple[int, ...]] = {}
     for index, label in enumerate(labels):

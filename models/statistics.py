@@ -1,4 +1,4 @@
-"""Statistics of feature maps, reduced on the device inside the hook, so that only a few numbers leave it.
+"""Statistics of feature maps, reduced on the device so that only a few numbers leave it.
 
 The reductions are the cheap ones: means, norms, extremes. The standard deviation comes from the L2
 norm and the mean; quantiles come from a fixed subsample of `SUBSAMPLE` values, one at random from
@@ -21,22 +21,20 @@ from models.types import ChannelStatistics, Kind, LayerStatistics, Quantiles
 
 SUBSAMPLE = 2048
 _QUANTILES = np.array([0.01, 0.25, 0.5, 0.75, 0.99])
-_LONG_ROW = 256  # values from which numpy reduces rows at the speed of memory
+# Values from which numpy reduces rows at the speed of memory.
+_LONG_ROW = 256
 
 
 @dataclass(frozen=True)
 class Reductions:
-    """Reductions of a batch of one layer's tensors, still on the device.
+    """Reductions of a batch of one layer's tensors, float32 and still on the device.
 
     Attributes:
         shape: of one image's tensor.
-        means: float32 (N, C), mean of each channel.
-        maxima: float32 (N, C), maximum of each channel.
-        low: float32 (N,), minimum.
-        norm: float32 (N,), L2 norm.
-        zeros: float32 (N,), number of values that are exactly 0.
-        sample: float32 (N, at most `SUBSAMPLE`), values for the quantiles.
-        maps: float32 (N, C, h, w), kept only where a picture grid was asked for.
+        means, maxima: (N, C), of each channel.
+        low, norm, zeros: (N,), minimum, L2 norm, and number of values that are exactly 0.
+        sample: (N, at most `SUBSAMPLE`), values for the quantiles.
+        maps: (N, C, h, w), kept only where a grid was asked for.
     """
 
     shape: tuple[int, ...]
@@ -55,10 +53,9 @@ class Summary:
 
     Attributes:
         shape: of the tensor.
-        means: float32 (C,), mean of each channel.
-        maxima: float32 (C,), maximum of each channel.
+        means, maxima: float32 (C,), of each channel.
         quantiles: those of `Quantiles`, in its order.
-        maps: float32 (C, h, w), still on the device, where a picture grid was asked for.
+        maps: float32 (C, h, w), still on the device, where an image grid was asked for.
     """
 
     shape: tuple[int, ...]
@@ -76,15 +73,12 @@ class Summary:
 
 
 def reduce(tensor: Tensor, *, channels_last: bool = False, keep_maps: bool = False) -> Reductions:
-    """Reduce a batch.
+    """Reduce a batch in float32, on the tensor's device.
 
     Args:
-        tensor: (N, C, h, w), (N, h, w, C) or (N, tokens, C) if `channels_last`, or (N, C).
+        tensor: (N, C, h, w) or (N, C); (N, h, w, C) or (N, tokens, C) if `channels_last`.
         channels_last: whether the last dimension is the channels' one.
         keep_maps: whether to keep the maps themselves (tensors with two spatial dimensions only).
-
-    Returns:
-        The reductions, on the tensor's device. Values are reduced in float32.
     """
     values = tensor.float()
     shape = tuple(values.shape[1:])
@@ -109,11 +103,7 @@ def reduce(tensor: Tensor, *, channels_last: bool = False, keep_maps: bool = Fal
 
 
 def summarise(reductions: Sequence[Reductions]) -> list[list[Summary]]:
-    """Finish the reductions of all layers of a batch at once, with one transfer from the device.
-
-    Returns:
-        For each of the reductions one summary an image.
-    """
+    """Finish all reductions of a batch with one transfer: for each, one summary an image."""
     if not reductions:
         return []
     names = ("means", "maxima", "low", "norm", "zeros", "sample")
@@ -158,16 +148,10 @@ def describe(
     target: int | None = None,
     grid: bool = False,
 ) -> LayerStatistics:
-    """Statistics of one image.
+    """Statistics of one image's tensor.
 
-    Args:
-        summary: of the image's tensor.
-        layer: dotted name of the layer.
-        kind: which of its tensors this is.
-        top: number of channels to list, largest mean first (by magnitude for gradients).
-        weights: (C,) weight of each channel in the explaining method.
-        target: class whose gradient this is.
-        grid: whether to add the listed channels' maps, where they were kept.
+    `top` channels are listed, largest mean first (by magnitude for gradients), with their `weights`
+    (C,) in the explaining method and, if `grid`, their maps where they were kept.
     """
     means = summary.means
     order = _largest(np.abs(means) if kind.startswith("grad_") else means, top)
@@ -246,13 +230,13 @@ def _subsample(flat: Tensor) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _places(size: int) -> Tensor:
-    """One place in each of `SUBSAMPLE` equal stretches: a plain stride could meet the same channels only."""
+    """One place in each of `SUBSAMPLE` equal stretches; a plain stride could miss channels."""
     jitter = torch.rand(SUBSAMPLE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return ((torch.arange(SUBSAMPLE) + jitter) * (size / SUBSAMPLE)).long().clamp_max(size - 1)
 
 
 def _quantiles(samples: np.ndarray, shapes: Sequence[Sequence[int]]) -> np.ndarray:
-    """Quantiles (images, 5) of samples that lie one behind the other, one shape (images, values) for each layer.
+    """Quantiles (images, 5) of concatenated samples, one shape (images, values) for each layer.
 
     By linear interpolation between the two nearest values, as numpy's default.
     """
@@ -270,7 +254,7 @@ def _quantiles(samples: np.ndarray, shapes: Sequence[Sequence[int]]) -> np.ndarr
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:
-    """Places of the `count` largest values, largest first, ties by lower place: a sort of the few, not of all."""
+    """Places of the `count` largest values, largest first, ties by lower place."""
     places = np.arange(len(values))
     if count < len(values):
         places = np.flatnonzero(values >= np.partition(values, -count)[-count])

@@ -2,29 +2,33 @@
 
 A long method is a generator: it yields a step, is sent the step's result, and returns its maps. The
 engine runs each step, together with steps of other jobs on the same model where they can share a
-batch; between steps other work is served, deadlines and cancellation are checked.
+batch; between steps other work is served, and deadlines and cancellation are checked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from models.capture import Capture
+from models.errors import HeatlensError
 from models.hooks import ForwardHook
 from models.interventions import changes_for
-from models.registry import WarmModel
 from models.targets import ResolvedTarget
 from models.types import Intervention
+from models.warm_model import WarmModel
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Forward:
-    """Wanted: the scores of every class for `inputs`, float32 (n, classes).
+    """Asks for the scores of every class for `inputs`, float32 (n, classes).
 
     Attributes:
         inputs: normalised, (n, 3, H, W), on the device; n at most the subject's `chunk`.
@@ -40,7 +44,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class InputGradient:
-    """Wanted: (gradients (n, 3, H, W), scores (n,)) of one target's score for each of `inputs`.
+    """Asks for gradients (n, 3, H, W) and scores (n,) of one target for each of `inputs`.
 
     Attributes:
         inputs: normalised, (n, 3, H, W), on the device.
@@ -58,9 +62,10 @@ class InputGradient:
 
 @dataclass(frozen=True)
 class LayerGradient:
-    """Wanted: the `Capture` of a layer for `inputs`: activation (n, K, h, w), gradient (n, T, K, h, w), scores (n, T).
+    """Asks for the `Capture` of a layer for `inputs`.
 
-    Only what follows the layer is differentiated, once for each of the T targets.
+    Its activation is (n, K, h, w), its gradient (n, T, K, h, w), its scores are (n, T). Only what
+    follows the layer is differentiated, once for each of the T targets.
 
     Attributes:
         inputs: normalised, (n, 3, H, W), on the device.
@@ -74,25 +79,38 @@ class LayerGradient:
 
     @property
     def cost(self) -> int:
-        """Images in the step, a backward pass counted as two forwards: too much for the layers near the end."""
+        """Images in the step, a backward pass counted as two forwards even near the end."""
         return len(self.inputs) * (1 + 2 * len(self.targets))
 
 
 @dataclass(frozen=True)
-class Exclusive:
-    """Wanted: what `run` returns; it makes passes with hooks of its own and so shares no batch.
+class Unbatched:
+    """Asks for what `run` returns; it makes passes with its own hooks, so it shares no batch.
 
     Attributes:
         run: does at most one batch of work.
-        cost: images it is worth.
+        cost: the number of images that the work is worth.
     """
 
     run: Callable[[], Any]
     cost: int
 
 
-Step = Forward | InputGradient | LayerGradient | Exclusive
+Step = Forward | InputGradient | LayerGradient | Unbatched
 Steps = Generator[Step, Any, Tensor]
+
+
+@dataclass(frozen=True)
+class NotedMaps:
+    """Maps with a note on each, which a long method may return instead of bare maps.
+
+    Attributes:
+        maps: float32 (T, h, w).
+        notes: one sentence for each of the T maps; it goes into the explanation's warnings.
+    """
+
+    maps: Tensor
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -124,6 +142,23 @@ class Subject:
     steps: int
     seed: int
 
+    @property
+    def captured(self) -> Capture:
+        """The capture, for methods that explain a layer."""
+        if self.capture is None:
+            raise ValueError("the method explains a layer")
+        return self.capture
+
+    @property
+    def linear_head(self) -> Tensor | None:
+        """Weight (classes, K) of a head that is exactly pooling and one linear layer.
+
+        None for other heads and layers, and where interventions may change what follows the layer.
+        """
+        if self.interventions or self.layer != self.warm.target_layer:
+            return None
+        return self.warm.head.weight
+
     def changes(self, images: int) -> list[tuple[str, ForwardHook]]:
         """The interventions as the `changes` of an `Extractor` pass over a batch of `images`."""
         return changes_for(self.warm.layouts, [self.interventions] * images)
@@ -138,6 +173,43 @@ class Subject:
             columns.append(column)
         return torch.stack(columns, 1)
 
+    def target_chunks(self) -> Iterator[tuple[ResolvedTarget, ...]]:
+        """The targets, as many at a time as one step may hold."""
+        for start in range(0, len(self.targets), self.chunk):
+            yield self.targets[start : start + self.chunk]
+
     def generator(self) -> torch.Generator:
         """Random numbers of the subject's seed, on the CPU so that every device draws the same."""
         return torch.Generator().manual_seed(self.seed)
+
+
+def run_unbatched(run: Callable[[], T], *, cost: int) -> Generator[Step, T | HeatlensError, T]:
+    """Yield one `Unbatched` step and return what `run` returned.
+
+    A typed error that `run` raises is raised here, and so ends one method and not its batch.
+    """
+    result = yield Unbatched(run=partial(_result_or_error, run), cost=cost)
+    if isinstance(result, HeatlensError):
+        raise result
+    return result
+
+
+def run_by_targets(
+    subject: Subject, run: Callable[[tuple[ResolvedTarget, ...]], Tensor], *, cost: int
+) -> Steps:
+    """Run unbatched steps of as many targets as fit, and return their rows as one tensor.
+
+    `run` returns a row for each of the targets that it is given; each is worth `cost` images.
+    """
+    results = []
+    for targets in subject.target_chunks():
+        step = run_unbatched(partial(run, targets), cost=cost * len(targets))
+        results.append((yield from step))
+    return torch.cat(results)
+
+
+def _result_or_error(run: Callable[[], T]) -> T | HeatlensError:
+    try:
+        return run()
+    except HeatlensError as error:
+        return error

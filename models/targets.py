@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.transfer import indices
+from models.cuda.staging import indices
 from models.types import ClassRef, ClassScore, Target, Task
 
 
@@ -39,7 +39,7 @@ def class_scores(output: Tensor, task: Task) -> tuple[Tensor, Tensor]:
 
 
 def probabilities(scores: Tensor, task: Task) -> Tensor:
-    """Probabilities (N, classes) of the scores that `class_scores` returned, once the model's output is gone.
+    """Probabilities (N, classes) of scores that `class_scores` returned.
 
     The two scores of a single logit, (-z, z), are told from those of two logits by their being
     opposite.
@@ -62,32 +62,23 @@ def _independent(scores: Tensor, task: Task) -> bool:
 
 def resolve_ranks(targets: Sequence[Target], order: Sequence[int]) -> tuple[ResolvedTarget, ...]:
     """Look up ranks in an image's classes, best first."""
-
-    def index(ref: ClassRef) -> int:
-        return ref.value if ref.kind == "index" else int(order[ref.value - 1])
-
-    return tuple(
-        ResolvedTarget(cls=index(t.cls), against=tuple(index(a) for a in t.against))
-        for t in targets
-    )
+    return _resolved(targets, lambda rank: int(order[rank - 1]))
 
 
 def coded(targets: Sequence[Target]) -> tuple[ResolvedTarget, ...]:
-    """Targets whose ranks are still to be looked up (`look_up`): rank r, from 1, stands as class -r."""
+    """Targets whose ranks are still to be looked up (`look_up`): rank r is coded as class -r."""
+    return _resolved(targets, lambda rank: -rank)
 
-    def code(ref: ClassRef) -> int:
-        return ref.value if ref.kind == "index" else -ref.value
 
-    return tuple(ResolvedTarget(code(t.cls), tuple(code(a) for a in t.against)) for t in targets)
+def _resolved(targets: Sequence[Target], of: Callable[[int], int]) -> tuple[ResolvedTarget, ...]:
+    def index(ref: ClassRef) -> int:
+        return ref.value if ref.kind == "index" else of(ref.value)
+
+    return tuple(ResolvedTarget(index(t.cls), tuple(map(index, t.against))) for t in targets)
 
 
 def look_up(codes: Tensor, order: Tensor) -> Tensor:
-    """Replace ranks by classes, on the device.
-
-    Args:
-        codes: int64 (N, T), class indices, or -r for rank r.
-        order: int64 (N, classes), classes of each image, best first.
-    """
+    """Replace ranks in `codes` (N, T) by classes, which `order` (N, classes) has best first."""
     by_rank = order.gather(1, (-codes - 1).clamp_min(0))
     return torch.where(codes < 0, by_rank, codes)
 
@@ -161,7 +152,7 @@ class ScoreWeights:
 def predictions(
     logits: np.ndarray, probabilities: np.ndarray, order: np.ndarray
 ) -> list[tuple[ClassScore, ...]]:
-    """The best classes of each image, as `order` (N, k) ranks them; scores and shares are (N, classes)."""
+    """The best classes of each image, as `order` (N, k) ranks them."""
     rows = np.arange(len(order))[:, None]
     scores, shares = logits[rows, order].tolist(), probabilities[rows, order].tolist()
     return [

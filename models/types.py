@@ -13,6 +13,8 @@ from typing import Literal, dataclass_transform
 import msgspec
 import numpy as np
 
+from models.errors import HeatlensError
+
 Operation = Literal["predict", "explain", "features"]
 Task = Literal["single_label", "multi_label", "binary"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -29,11 +31,11 @@ class Struct(msgspec.Struct, frozen=True, kw_only=True):
     """Base: immutable, keyword-only."""
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- images
 
 
 class Region(Struct):
-    """A rectangle in pixels of the original (EXIF-rotated) picture; may be fractional."""
+    """A rectangle in pixels of the original (EXIF-rotated) image; may be fractional."""
 
     x: float
     y: float
@@ -42,10 +44,10 @@ class Region(Struct):
 
 
 class Geometry(Struct):
-    """Where the model input lies in the original picture.
+    """Where the model input lies in the original image.
 
     Attributes:
-        width: width of the original picture in pixels, after EXIF rotation.
+        width: width of the original image in pixels, after EXIF rotation.
         height: its height.
         region: the part of the original that the model saw.
         input_width: width of the model input in pixels.
@@ -63,7 +65,7 @@ class Geometry(Struct):
 
 
 class ClassRef(Struct):
-    """A class named by index (`kind="index"`, `value` from 0) or by rank (`kind="rank"`, `value` from 1)."""
+    """A class by `kind` index (`value` from 0) or rank (`value` from 1)."""
 
     kind: Literal["index", "rank"]
     value: int
@@ -92,7 +94,7 @@ class Intervention(Struct):
 
 
 class JobOptions(Struct):
-    """What one picture's job asks for, resolved against a model: no label, glob or `auto` is left.
+    """What one image's job asks for, resolved against a model: no label, glob or `auto` is left.
 
     Attributes:
         top_k: number of predictions to return.
@@ -126,7 +128,7 @@ class JobOptions(Struct):
 
 
 class Job(Struct):
-    """One picture to run through one model.
+    """One image to run through one model.
 
     Attributes:
         id: unique per job.
@@ -134,12 +136,6 @@ class Job(Struct):
         model: catalog name.
         version: version of that model.
         input: uint8 array (height, width, 3), the model input before normalising.
-        deadline: monotonic time after which nobody waits for the answer.
-        digest: digest of model and input, by which an input is recognised after a worker death.
-        deaths: worker deaths this job was already part of; such a job runs alone.
-        traceparent: W3C trace context, empty when tracing is off.
-        request_id: of the request that the job is part of, for logs.
-        fingerprint: `ModelCard.fingerprint` that the options were resolved against; empty = any.
     """
 
     id: str
@@ -148,12 +144,6 @@ class Job(Struct):
     version: str
     input: np.ndarray
     options: JobOptions
-    deadline: float
-    digest: str = ""
-    deaths: int = 0
-    traceparent: str = ""
-    request_id: str = ""
-    fingerprint: str = ""
 
 
 # ---------------------------------------------------------------- outcomes
@@ -206,7 +196,7 @@ class Quantiles(Struct):
 
 
 class ChannelStatistics(Struct):
-    """One feature map: its index, mean, maximum, and its weight in the explaining method where one exists."""
+    """One feature map: its statistics, and its weight in the explaining method if it has one."""
 
     index: int
     mean: float
@@ -242,23 +232,12 @@ class LayerStatistics(Struct):
 
 
 class Outcome(Struct):
-    """The answer to a job.
-
-    Attributes:
-        queue_ms: time from arrival in the worker to the start of its (first) batch.
-        device_ms: time its batches occupied the device.
-        batch_size: jobs in the trunk pass that answered it.
-        device: where it ran; the pool says it.
-    """
+    """The result of a job."""
 
     id: str
     predictions: tuple[ClassScore, ...]
     explanations: tuple[Explanation, ...] = ()
     statistics: tuple[LayerStatistics, ...] = ()
-    queue_ms: float = 0.0
-    device_ms: float = 0.0
-    batch_size: int = 1
-    device: str = ""
 
 
 class Failure(Struct):
@@ -270,12 +249,23 @@ class Failure(Struct):
     field: str | None = None
     retry_after_s: float | None = None
 
+    @classmethod
+    def of(cls, job_id: str, error: HeatlensError) -> Failure:
+        """The failure that ends `job_id` (or a request of that id) with `error`."""
+        return cls(
+            id=job_id,
+            code=error.code,
+            message=error.message,
+            field=error.field,
+            retry_after_s=error.retry_after_s,
+        )
+
 
 # ---------------------------------------------------------------- models
 
 
 class Preprocess(Struct):
-    """How a picture becomes a model input: resize the short side, centre-crop, scale to [0, 1], normalise.
+    """How an image becomes a model input: resize, centre-crop, scale to [0, 1], normalise.
 
     Attributes:
         resize: short side in pixels after resizing; a pair (height, width) resizes to exactly that.

@@ -1,15 +1,106 @@
-"""Warm-up: the latency of a model by batch size on its device, and the batch size that answers most pictures."""
+"""From a loaded model to a warm one: probed, prepared for its device, and timed there."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from difflib import get_close_matches
 
 import torch
+from msgspec import structs
+from torch import Tensor
 
+from models.cuda.graphs import Graphs
+from models.cuda.recorder import GraphRecorder
+from models.cuda.staging import CopyStream
+from models.errors import ModelLoadFailed
+from models.head import HeadProbe, probe_head
+from models.layers import (
+    Layouts,
+    choose_target_layer,
+    feature_layers,
+    find_layouts,
+    has_gradient,
+    layer_infos,
+)
+from models.methods.applicability import ModelFacts, supported_methods, try_methods
+from models.preparation.optimise import Findings, optimise
+from models.preparation.precision import DTYPES
+from models.preparation.variant import Needs, Variant
+from models.probe import Trace, probe_batch, trace
+from models.sources import LoadedModel
+from models.types import ModelCard, ModelInfo, Preprocess
+from models.warm_model import WarmModel
+
+WARMUP_S = 1.5
 BATCH_SIZES = (1, 2, 4, 8, 16)
 REPEATS = 3
 WORTHWHILE = 0.97
+
+
+def warm_up(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARMUP_S) -> WarmModel:
+    """Probe a loaded model on the CPU, move it to its device, and time it there.
+
+    The probes run in float32 on the CPU whatever the device and precision, so that the same model
+    gets the same target layer, head and methods everywhere. The loaded module itself is moved.
+
+    Raises:
+        ModelLoadFailed: the configured target layer cannot be explained, or scores on the device
+            are not finite.
+    """
+    spec = loaded.spec
+    probe = probe_batch(loaded.preprocess)
+    traced = trace(loaded.module, spec.task, probe)
+    layouts = find_layouts(traced)
+    target = _target_layer(spec.target_layer, traced, layouts)
+    layout = None if target is None else layouts[target]
+    head = HeadProbe(kind="flatten")
+    if target is not None:
+        head = probe_head(loaded.module, target, layout=layout, task=spec.task, probe=probe)
+    facts = ModelFacts(
+        target_layer=target,
+        head=None if target is None else head.kind,
+        closed_form=head.closed_form,
+        refusals=try_methods(loaded.module, traced, layouts, task=spec.task, probe=probe),
+    )
+
+    def choose_features(fused: Variant | None) -> tuple[str, ...]:
+        # Layers of the faster module, so that describing them costs no other pass.
+        quick = {k: v for k, v in layouts.items() if fused is None or k in fused.readable}
+        return feature_layers(traced, quick)
+
+    findings = Findings(target, layout, head, choose_features)
+    optimised = optimise(loaded.module, probe, spec=spec, device=device, findings=findings)
+    dtype = DTYPES[optimised.precision]
+    graphs = _graphs(device, dtype) if spec.cuda_graphs else None
+    steps = optimised.steps if graphs is None else (*optimised.steps, "CUDA graphs")
+    card = _card(loaded, device, facts)
+    card = structs.replace(card, precision=optimised.precision, preparation=steps)
+    scale, shift = _normalisation(loaded.preprocess)
+    warm = WarmModel(
+        name=spec.name,
+        version=spec.version,
+        module=optimised.module,
+        variants=optimised.variants,
+        device=device,
+        dtype=dtype,
+        scale=scale.to(device),
+        shift=shift.to(device),
+        task=spec.task,
+        target_layer=target,
+        head=head.to(device),
+        layouts=layouts,
+        info=ModelInfo(
+            card=card,
+            labels=loaded.labels,
+            layers=layer_infos(traced, layouts, target_layer=target),
+            feature_layers=optimised.features,
+        ),
+        uploads=CopyStream(device) if device.type == "cuda" else None,
+        graphs=graphs,
+    )
+    return _timed(warm, warmup_s)
 
 
 def measure_latencies(
@@ -18,12 +109,7 @@ def measure_latencies(
     """Time passes of growing batch size; each size runs once unmeasured before.
 
     A size is left out, and with it all larger ones, when its passes would exceed what is left of
-    the time.
-
-    Args:
-        run: runs one pass of that many pictures.
-        device: where it runs; work queued there is waited for.
-        budget_s: about how long all passes may take; batch size 1 is measured in any case.
+    the budget; batch size 1 is measured in any case. Work queued on the device is waited for.
 
     Returns:
         Milliseconds of the fastest of up to 3 passes, by batch size.
@@ -31,27 +117,90 @@ def measure_latencies(
     deadline = time.monotonic() + budget_s
     latencies: dict[int, float] = {}
     for size in BATCH_SIZES:
-        # A batch twice as large takes at most about twice as long; one pass to warm up and one to
-        # measure.
+        # A batch twice as large takes at most about twice as long; one pass warms up, one measures.
         least_s = 2 * 2 * latencies[size // 2] / 1000 if latencies else 0.0
         if time.monotonic() + least_s > deadline and latencies:
             break
-        _timed(run, size, device)
-        times = [_timed(run, size, device)]
+        _pass_s(run, size, device)
+        times = [_pass_s(run, size, device)]
         while len(times) < REPEATS and time.monotonic() + times[0] < deadline:
-            times.append(_timed(run, size, device))
+            times.append(_pass_s(run, size, device))
         latencies[size] = 1000 * min(times)
     return latencies
 
 
 def best_batch(latency_ms: Mapping[int, float]) -> int:
-    """Return the smallest batch size whose pictures per second come within 3 % of the best."""
+    """Return the smallest batch size whose images per second come within 3 % of the best."""
     rates = {size: size / latency for size, latency in latency_ms.items()}
     enough = WORTHWHILE * max(rates.values())
     return min(size for size, rate in rates.items() if rate >= enough)
 
 
-def _timed(run: Callable[[int], object], size: int, device: torch.device) -> float:
+def _graphs(device: torch.device, dtype: torch.dtype) -> Graphs | None:
+    return Graphs(GraphRecorder(device), dtype=dtype) if device.type == "cuda" else None
+
+
+def _target_layer(configured: str, traced: Trace, layouts: Layouts) -> str | None:
+    if configured == "auto":
+        return choose_target_layer(traced, layouts)
+    if configured not in traced.calls:
+        close = get_close_matches(configured, traced.calls, n=3)
+        hint = f" Close names: {', '.join(close)}." if close else ""
+        raise ModelLoadFailed(f"The model runs no layer named {configured}.{hint}")
+    if configured not in layouts:
+        raise ModelLoadFailed(f"The output of target_layer {configured} is not a map of the image.")
+    if not has_gradient(traced, layouts, configured):
+        raise ModelLoadFailed(f"The scores do not depend on the map at target_layer {configured}.")
+    return configured
+
+
+def _card(loaded: LoadedModel, device: torch.device, facts: ModelFacts) -> ModelCard:
+    spec = loaded.spec
+    return ModelCard(
+        name=spec.name,
+        version=spec.version,
+        state="ready",
+        ready=True,
+        source=spec.source,
+        devices=(str(device),),
+        num_classes=loaded.num_classes,
+        task=spec.task,
+        input=loaded.preprocess,
+        target_layer=facts.target_layer,
+        head=facts.head,
+        closed_form=facts.closed_form,
+        methods=supported_methods(facts),
+    )
+
+
+def _normalisation(preprocess: Preprocess) -> tuple[Tensor, Tensor]:
+    """Scale and shift, (1, 3, 1, 1): (pixel / 255 - mean) / std = pixel · scale + shift."""
+    statistics = torch.tensor([preprocess.mean, preprocess.std], dtype=torch.float64)
+    mean, std = statistics.view(2, 1, -1, 1, 1)
+    return (1 / (255 * std)).float(), (-mean / std).float()
+
+
+def _timed(warm: WarmModel, warmup_s: float) -> WarmModel:
+    """Run the model by batch size, and return it with its latencies on the card."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (max(BATCH_SIZES), *warm.input_size, 3)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+    @torch.inference_mode()
+    def run(size: int) -> Tensor:
+        output: Tensor = warm.module_for(Needs())(warm.normalise(images[:size]))
+        return output
+
+    if not bool(run(1).isfinite().all()):
+        raise ModelLoadFailed(
+            f"The model's scores are not finite on {warm.device} in {warm.info.card.precision}."
+        )
+    latency_ms = measure_latencies(run, warm.device, budget_s=warmup_s)
+    card = structs.replace(warm.info.card, latency_ms=latency_ms, best_batch=best_batch(latency_ms))
+    return replace(warm, info=structs.replace(warm.info, card=card))
+
+
+def _pass_s(run: Callable[[int], object], size: int, device: torch.device) -> float:
     """Seconds of one pass."""
     _synchronise(device)
     started = time.perf_counter()

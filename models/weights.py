@@ -19,7 +19,7 @@ _NAMED_KEYS = 3
 
 @contextmanager
 def seeded(seed: int = 0) -> Iterator[None]:
-    """Make random weights the same in every process, and leave torch's own random state as it was."""
+    """Make random weights the same in every process; torch's own random state is kept."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
@@ -28,7 +28,7 @@ def seeded(seed: int = 0) -> Iterator[None]:
 def fill_zero_heads(module: nn.Module) -> None:
     """Give linear layers of zeros small random weights: some libraries start their classifiers so.
 
-    Such a model would score every class 0 for every picture, and no layer of it could be explained.
+    Such a model would score every class 0 for every image, and no layer of it could be explained.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Linear) and not bool(layer.weight.any()):
@@ -38,17 +38,13 @@ def fill_zero_heads(module: nn.Module) -> None:
 def load_weights(
     module: nn.Module, weights: str, *, base_dir: Path, ignored: tuple[str, ...] = ()
 ) -> None:
-    """Load a checkpoint into a model; every parameter and buffer of the model must be in it, and nothing else.
+    """Load a checkpoint that holds every parameter and buffer of a model, and nothing else.
 
-    Args:
-        module: changed in place.
-        weights: path of a `.safetensors`, `.pth` or `.pt` file, as configured.
-        base_dir: directory that a relative path starts from.
-        ignored: prefixes of keys that are passed over.
+    `weights` is the path of a `.safetensors`, `.pth` or `.pt` file, which may start from
+    `base_dir`; keys with `ignored` prefixes are passed over.
 
     Raises:
-        ModelLoadFailed: the file is missing or unreadable, or does not fit; the text names the
-            first keys.
+        ModelLoadFailed: the file is missing or unreadable, or its keys do not fit.
     """
     state = {
         key: value
@@ -63,17 +59,16 @@ def read_state_dict(weights: str, *, base_dir: Path) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint by name, on the CPU.
 
     `.pth` and `.pt` files are read with `weights_only=True`. They hold a state dict, or one under
-    `state_dict`, `model_state_dict` or `model`; the prefixes that DataParallel and torch.compile
-    add are taken off.
+    `state_dict`, `model_state_dict` or `model`; prefixes of DataParallel and torch.compile go.
 
     Raises:
-        ModelLoadFailed: no such file, another suffix, or not a readable checkpoint of tensors
-            alone.
+        ModelLoadFailed: the file does not exist, or is not a readable checkpoint of tensors alone.
     """
     path = base_dir / weights
     if path.suffix not in (".safetensors", ".pth", ".pt"):
         raise ModelLoadFailed(
-            f"The weights {weights} are neither `default`, `none`, nor a .safetensors, .pth or .pt file."
+            f"The weights {weights} are neither `default` nor `none`, "
+            "nor a .safetensors, .pth or .pt file."
         )
     if not path.is_file():
         raise ModelLoadFailed(f"The weights file {weights} does not exist.")
@@ -81,7 +76,7 @@ def read_state_dict(weights: str, *, base_dir: Path) -> dict[str, Tensor]:
         content = _read(path)
     except Exception as error:
         raise ModelLoadFailed(
-            f"The weights file {weights} cannot be read: it is damaged, or holds more than tensors. "
+            f"The weights file {weights} cannot be read: it is damaged or holds more than tensors. "
             "Save the model's state_dict()."
         ) from error
     for wrapper in _WRAPPERS:

@@ -34,7 +34,7 @@ def new_id() -> str:
 class JsonFormatter(logging.Formatter):
     """One JSON object per record.
 
-    It has the time, level, logger, message, request id, exception, and the entries of
+    It has the time, level, logger, process, message, request id, exception, and the entries of
     `extra={"fields": …}`.
     """
 
@@ -45,6 +45,7 @@ class JsonFormatter(logging.Formatter):
             "time": moment.isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
+            "process": record.process,
             "message": record.getMessage(),
         }
         if request_id.get():

@@ -26,6 +26,7 @@ from models.types import (
     Preprocess,
     Quantiles,
 )
+from service.devices.messages import Completion, Submission
 from service.devices.pool import DeviceStatus
 
 LABELS = ("tabby", "tiger cat", "golden retriever", "goldfish", "Egyptian cat")
@@ -84,7 +85,8 @@ class FakePool:
         fault: asked for each job; an error it returns ends the job.
 
     Attributes:
-        submitted: every job, in order of arrival.
+        submissions: every submission, in order of arrival.
+        submitted: their jobs.
         arrived: set when the first job arrives.
         cancelled: ids of jobs that were cancelled while they ran.
         statuses: what `devices` says; may be replaced.
@@ -103,7 +105,7 @@ class FakePool:
         self.statuses = [DeviceStatus(device="cpu", state="ready", last_pass_s=0.1, models=names)]
         self.delay_s = delay_s
         self.fault = fault
-        self.submitted: list[Job] = []
+        self.submissions: list[Submission] = []
         self.arrived = asyncio.Event()
         self.cancelled: list[str] = []
         self._open = False
@@ -116,12 +118,17 @@ class FakePool:
         """Refuse what comes after."""
         self._open = False
 
-    async def submit(self, job: Job) -> Outcome:
+    @property
+    def submitted(self) -> list[Job]:
+        return [submission.job for submission in self.submissions]
+
+    async def submit(self, submission: Submission) -> Completion:
         """Answer a job after the delay, or end it by the fault."""
         if not self._open:
             raise Draining("The service is stopping.")
+        job = submission.job
         info = self._info(job.model, job.version)
-        self.submitted.append(job)
+        self.submissions.append(submission)
         self.arrived.set()
         try:
             await asyncio.sleep(self.delay_s)
@@ -166,14 +173,14 @@ class FakePool:
         raise UnknownModel("There is no such model.")
 
 
-def answer(job: Job, info: ModelInfo) -> Outcome:
+def answer(job: Job, info: ModelInfo) -> Completion:
     """The outcome that follows from a job alone."""
     scores = fake_scores(job.input, info.card.num_classes)
     ranked = sorted(scores, key=lambda score: -score.score)
     explained = [_class(target.cls, ranked) for target in job.options.targets]
     options = job.options
     layers = options.layers if options.fuse == "none" else ("+".join(options.layers),)
-    return Outcome(
+    outcome = Outcome(
         id=job.id,
         predictions=tuple(ranked[: options.top_k]),
         explanations=tuple(
@@ -183,11 +190,8 @@ def answer(job: Job, info: ModelInfo) -> Outcome:
             for layer in layers
         ),
         statistics=tuple(_statistics(job, explained)) if options.statistics else (),
-        queue_ms=0.5,
-        device_ms=2.0,
-        batch_size=4,
-        device="cpu",
     )
+    return Completion(outcome=outcome, queue_ms=0.5, device_ms=2.0, batch_size=4, device="cpu")
 
 
 def fake_scores(model_input: np.ndarray, classes: int) -> list[ClassScore]:

@@ -1,1 +1,1 @@
-"""What only CUDA devices have use for: uploads on a stream of their own, and passes replayed as graphs."""
+"""CUDA only: uploads on a stream of their own, and passes that are replayed as graphs."""

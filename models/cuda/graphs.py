@@ -1,4 +1,4 @@
-"""Functions whose work on a device is recorded once and replayed, without a launch of each of its operations."""
+"""Functions whose work on a device is recorded once and then replayed with a single launch."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor
 logger = logging.getLogger("heatlens.engine")
 
 Function = Callable[..., tuple[Tensor, ...]]
-"""Takes and returns tensors of one row for each image; a row of what it returns depends on the same row only."""
+"""Takes and returns tensors of one row for each image; rows do not depend on each other."""
 Work = Callable[[], tuple[Tensor, ...]]
-Capture = Callable[[Work], Work]
-"""Records what work does to the device; the result does it again, and returns the same tensors each time."""
+Record = Callable[[Work], Work]
+"""Records what work does to the device; the result does it again into the same tensors."""
 
 MOST = 32
 PATIENCE = 2
@@ -27,13 +27,13 @@ TOLERANCES = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 @dataclass
 class _Recording:
-    """Memory that the recorded work reads from, and the work."""
+    """Recorded work, and the memory that it reads from."""
 
     buffers: tuple[Tensor, ...]
     replay: Work
 
     def run(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Outputs for n rows; what lies in the buffers' other rows makes no difference and is not returned."""
+        """Outputs for n rows; the other rows of the buffers make no difference."""
         count = len(inputs[0])
         for buffer, tensor in zip(self.buffers, inputs, strict=True):
             buffer[:count].copy_(tensor, non_blocking=True)
@@ -42,7 +42,7 @@ class _Recording:
 
 @dataclass
 class _Slot:
-    """How often a key was met before it was recorded, and its recording."""
+    """A key's recording, and how often the key was met before it was recorded."""
 
     met: int = 0
     recording: _Recording | None = None
@@ -51,23 +51,16 @@ class _Slot:
 class Graphs:
     """Recordings by key, the least recently used dropped first.
 
-    A key is recorded when it is met for the third time while it is still remembered: to record
-    takes as long as many passes, and of very mixed traffic most keys do not come again soon. What
+    A key is recorded when it is met for the third time while it is still remembered: recording
+    takes as long as many passes, and in very mixed traffic most keys do not come again soon. What
     fails to be recorded, or gives something else than the plain call, is not tried again.
     """
 
     def __init__(
-        self, capture: Capture, *, dtype: torch.dtype, most: int = MOST, patience: int = PATIENCE
+        self, record: Record, *, dtype: torch.dtype, most: int = MOST, patience: int = PATIENCE
     ) -> None:
-        """Make an empty store.
-
-        Args:
-            capture: records work.
-            dtype: the precision that replays are compared in.
-            most: keys that are remembered.
-            patience: times a key is met before it is recorded.
-        """
-        self._capture = capture
+        """Remember at most `most` keys; compare replays in `dtype`'s precision."""
+        self._record_work = record
         self._tolerance = TOLERANCES[dtype]
         self._most = most
         self._patience = patience
@@ -90,8 +83,7 @@ class Graphs:
             rows: the number it is recorded for, at least n.
 
         Returns:
-            Its outputs, good until the next call; None where it is not replayed, and must be called
-            plainly.
+            Its outputs, good until the next call; None where it must be called plainly.
         """
         if key in self._refused:
             return None
@@ -109,11 +101,11 @@ class Graphs:
     def _record(
         self, key: Hashable, function: Function, inputs: tuple[Tensor, ...], *, rows: int
     ) -> tuple[Tensor, ...] | None:
-        """Record with empty inputs, so that a replay that does not read them is found out."""
+        """Record with empty inputs, so that a replay that does not read its inputs is noticed."""
         buffers = tuple(tensor.new_zeros(rows, *tensor.shape[1:]) for tensor in inputs)
         work = partial(function, *buffers)
         try:
-            recording = _Recording(buffers, self._capture(work))
+            recording = _Recording(buffers, self._record_work(work))
             found = recording.run(inputs)
             same = all(map(self._agree, found, work()))
         except Exception:
@@ -128,7 +120,7 @@ class Graphs:
         return None
 
     def _agree(self, found: Tensor, expected: Tensor) -> bool:
-        """Whether scores and maps are the same; an order of classes may differ where scores are close."""
+        """Whether scores and maps are the same; close scores may change the order of classes."""
         if not expected.is_floating_point():
             return True
         expected = expected[: len(found)].float()

@@ -1,1 +1,1 @@
-"""Bytes to arrays to pictures: decode, preprocess, render. numpy and Pillow only."""
+"""Images with numpy and Pillow only: decode, preprocess, and draw maps."""

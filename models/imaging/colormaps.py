@@ -1,4 +1,4 @@
-"""The colour tables that heatmaps are drawn with: 256 RGB levels, from the lowest value up."""
+"""The colour tables that maps are drawn with: 256 RGB levels each, lowest value first."""
 
 from __future__ import annotations
 

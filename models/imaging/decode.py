@@ -1,4 +1,4 @@
-"""Untrusted bytes to an RGB picture, under caps.
+"""From untrusted bytes to an RGB image, within limits.
 
 Only the format that the first bytes announce is tried, the size is read from the header and checked
 before memory for pixels is taken, and whatever goes wrong inside the decoder leaves as one of our
@@ -11,7 +11,6 @@ import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -26,20 +25,18 @@ from models.errors import (
 )
 from models.types import Preprocess, Struct
 
-FORMATS: Mapping[str, str] = MappingProxyType(
-    {
-        "image/jpeg": "JPEG",
-        "image/png": "PNG",
-        "image/webp": "WEBP",
-        "image/bmp": "BMP",
-        "image/gif": "GIF",
-        "image/tiff": "TIFF",
-    }
-)
+FORMATS: Mapping[str, str] = {
+    "image/jpeg": "JPEG",
+    "image/png": "PNG",
+    "image/webp": "WEBP",
+    "image/bmp": "BMP",
+    "image/gif": "GIF",
+    "image/tiff": "TIFF",
+}
 """Media types that are decoded, and the name of each one's decoder."""
 
 CANVAS_SIDE = 1024
-"""Longest side, in pixels, at which a whole picture is drawn."""
+"""Longest side, in pixels, at which a whole image is drawn."""
 
 _MAGIC = (
     (b"\xff\xd8\xff", "image/jpeg"),
@@ -57,7 +54,7 @@ _ORIENTATION_TAG = 0x0112
 
 
 class _Turn(NamedTuple):
-    """What brings a picture upright: first swap the axes, then mirror."""
+    """What brings an image upright: first swap the axes, then mirror."""
 
     transpose: Image.Transpose
     swap: bool
@@ -65,19 +62,17 @@ class _Turn(NamedTuple):
     mirror_y: bool
 
 
-_TURNS: Mapping[int, _Turn] = MappingProxyType(
-    {
-        2: _Turn(Image.Transpose.FLIP_LEFT_RIGHT, swap=False, mirror_x=True, mirror_y=False),
-        3: _Turn(Image.Transpose.ROTATE_180, swap=False, mirror_x=True, mirror_y=True),
-        4: _Turn(Image.Transpose.FLIP_TOP_BOTTOM, swap=False, mirror_x=False, mirror_y=True),
-        5: _Turn(Image.Transpose.TRANSPOSE, swap=True, mirror_x=False, mirror_y=False),
-        6: _Turn(Image.Transpose.ROTATE_270, swap=True, mirror_x=True, mirror_y=False),
-        7: _Turn(Image.Transpose.TRANSVERSE, swap=True, mirror_x=True, mirror_y=True),
-        8: _Turn(Image.Transpose.ROTATE_90, swap=True, mirror_x=False, mirror_y=True),
-    }
-)
+_TURNS: Mapping[int, _Turn] = {
+    2: _Turn(Image.Transpose.FLIP_LEFT_RIGHT, swap=False, mirror_x=True, mirror_y=False),
+    3: _Turn(Image.Transpose.ROTATE_180, swap=False, mirror_x=True, mirror_y=True),
+    4: _Turn(Image.Transpose.FLIP_TOP_BOTTOM, swap=False, mirror_x=False, mirror_y=True),
+    5: _Turn(Image.Transpose.TRANSPOSE, swap=True, mirror_x=False, mirror_y=False),
+    6: _Turn(Image.Transpose.ROTATE_270, swap=True, mirror_x=True, mirror_y=False),
+    7: _Turn(Image.Transpose.TRANSVERSE, swap=True, mirror_x=True, mirror_y=True),
+    8: _Turn(Image.Transpose.ROTATE_90, swap=True, mirror_x=False, mirror_y=True),
+}
 
-# A picture drafted to at least twice the size it will be resized to keeps what the resize needs:
+# An image drafted to at least twice the size it will be resized to keeps what the resize needs:
 # the model input differs by less than half a level of 256 on average and by 8 at most (measured on
 # photographs). Filters that jump need every pixel.
 _DRAFT_MARGIN = 2
@@ -92,10 +87,10 @@ _JPEG_SCAN = re.compile(rb"\xff\xda\x00[\x08\x0a\x0c\x0e][\x01-\x04]")
 
 
 class DecodeLimits(Struct):
-    """What a picture may be at most, and at least.
+    """What an image may be at most, and at least.
 
     Attributes:
-        max_bytes: size of the encoded picture.
+        max_bytes: size of the encoded image.
         max_pixels: width times height. Above 178 megapixels Pillow's own limit holds.
         min_side: pixels that width and height must have.
     """
@@ -106,12 +101,11 @@ class DecodeLimits(Struct):
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """A decoded picture.
+class DecodedImage:
+    """A decoded image.
 
     Attributes:
-        image: RGB, upright; of a large photograph perhaps only a half, quarter or eighth of the
-            size.
+        image: RGB, upright; a large photograph may have a half, quarter or eighth of its size.
         width: width of the original in pixels, after EXIF rotation.
         height: its height.
         box: (left, top, right, bottom) of the original within `image`, whose last pixels may lie
@@ -138,8 +132,8 @@ def sniff(data: bytes) -> str | None:
 
 def decode(
     data: bytes, *, limits: DecodeLimits, preprocess: Preprocess, keep_original: bool = False
-) -> Picture:
-    """Decode the first frame of a picture to upright RGB.
+) -> DecodedImage:
+    """Decode the first frame of an image to upright RGB.
 
     EXIF orientation is applied, transparency composited on white, and every other mode (CMYK,
     palette, grey, 1-bit, 16-bit, 32-bit, float) becomes RGB; colour profiles are ignored, as the
@@ -147,10 +141,10 @@ def decode(
     what `preprocess` resizes to.
 
     Args:
-        data: the encoded picture.
+        data: the encoded image.
         limits: caps.
-        preprocess: what the picture is for; it says how small a JPEG may be decoded.
-        keep_original: keep enough pixels to draw the whole picture, too.
+        preprocess: what the image is for; it says how small a JPEG may be decoded.
+        keep_original: keep enough pixels to draw the whole image, too.
 
     Raises:
         UnsupportedMediaType: not a format that is decoded.
@@ -173,7 +167,8 @@ def decode(
         raise
     except (MemoryError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageTooLarge("The image needs too much memory to decode.") from error
-    except Exception as error:  # damaged bytes raise anything at all inside a decoder
+    # Damaged bytes raise anything at all inside a decoder.
+    except Exception as error:
         raise ImageUndecodable("The image is damaged or truncated.") from error
 
 
@@ -195,7 +190,7 @@ def _check_size(size: tuple[int, int], limits: DecodeLimits) -> None:
         raise ImageTooSmall(f"The image is less than {limits.min_side} pixels wide or high.")
 
 
-def _load(image: Image.Image, preprocess: Preprocess, *, keep_original: bool) -> Picture:
+def _load(image: Image.Image, preprocess: Preprocess, *, keep_original: bool) -> DecodedImage:
     width, height = image.size
     scale = _draft(image, preprocess, keep_original=keep_original)
     image.load()
@@ -204,19 +199,16 @@ def _load(image: Image.Image, preprocess: Preprocess, *, keep_original: bool) ->
     upright = rgb if turn is None else rgb.transpose(turn.transpose)
     if scale == 1:
         box = (0.0, 0.0, float(upright.width), float(upright.height))
-        return Picture(upright, width=upright.width, height=upright.height, box=box, drafted=False)
+        return DecodedImage(upright, *upright.size, box, drafted=False)
     # A draft rounds up to whole pixels: its last row and column may lie partly outside the
     # original.
     inner = (width / scale, height / scale)
     if turn is None:
-        return Picture(upright, width=width, height=height, box=(0.0, 0.0, *inner), drafted=True)
+        return DecodedImage(upright, width, height, (0.0, 0.0, *inner), drafted=True)
     if turn.swap:
         width, height = height, width
     box = _turn_box(inner, turn, rgb.size)
-    return Picture(upright, width=width, height=height, box=box, drafted=True)
-
-
-# ---------------------------------------------------------------- size
+    return DecodedImage(upright, width, height, box, drafted=True)
 
 
 def _draft(image: Image.Image, preprocess: Preprocess, *, keep_original: bool) -> int:
@@ -237,14 +229,12 @@ def _draft(image: Image.Image, preprocess: Preprocess, *, keep_original: bool) -
     return scale
 
 
-# ---------------------------------------------------------------- orientation
-
-
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation 1 to 8; 1 when there is none or it cannot be read."""
     try:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # noqa: BLE001 - garbage in the metadata must not cost the picture
+    # Garbage in the metadata must not cost the image.
+    except Exception:  # noqa: BLE001
         return 1
     return value if isinstance(value, int) else 1
 
@@ -252,7 +242,7 @@ def _orientation(image: Image.Image) -> int:
 def _turn_box(
     inner: tuple[float, float], turn: _Turn, size: tuple[int, int]
 ) -> tuple[float, float, float, float]:
-    """Where the part `inner` (width, height), at the origin of a picture of that size, lies after the turn."""
+    """Where the part `inner` (width, height) at the origin of an image lies after the turn."""
     width, height = inner
     gap_x, gap_y = size[0] - width, size[1] - height
     if turn.swap:
@@ -260,9 +250,6 @@ def _turn_box(
     left = gap_x if turn.mirror_x else 0.0
     top = gap_y if turn.mirror_y else 0.0
     return left, top, left + width, top + height
-
-
-# ---------------------------------------------------------------- colour
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -279,7 +266,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _deep_to_grey(image: Image.Image) -> Image.Image:
     """16-bit, 32-bit and float grey to 8 bits.
 
-    16-bit pictures keep their high byte, as 16-bit colour does. Wider integers and floats do not
+    16-bit images keep their high byte, as 16-bit colour does. Wider integers and floats do not
     say their range: [0, 1] (floats only), [0, 255] and [0, 65535] are recognised, anything else is
     stretched from its least to its greatest value. What is not a number is black.
     """

@@ -1,4 +1,4 @@
-"""Feature maps side by side in one picture."""
+"""Feature maps side by side in one image."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _GAP_INDEX = 0
 
 
 def grid_png(maps: np.ndarray, *, colormap: Colormap) -> bytes:
-    """Draw feature maps as tiles, row by row from the top left: 8-bit palette PNG, transparent between the tiles.
+    """Draw feature maps as tiles of an 8-bit palette PNG, row by row from the top left.
 
-    Each map is scaled by itself from its least to its greatest value (a constant one is drawn as
-    its least), and small maps are enlarged by a whole factor without smoothing: a tile shows the
-    layer's own pixels.
+    It is transparent between the tiles. Each map is scaled by itself from its least to its greatest
+    value (a constant one is drawn as its least), and small maps are enlarged by a whole factor
+    without smoothing: a tile shows the layer's own pixels.
 
     Args:
         maps: float32 (channels, h, w).
@@ -34,20 +34,18 @@ def grid_png(maps: np.ndarray, *, colormap: Colormap) -> bytes:
     rows = math.ceil(channels / columns)
     factor = _factor(max(height, width), max(rows, columns))
     tile_height, tile_width = height * factor + _GAP, width * factor + _GAP
-    picture = np.full(
-        (rows * tile_height - _GAP, columns * tile_width - _GAP), _GAP_INDEX, np.uint8
-    )
+    image = np.full((rows * tile_height - _GAP, columns * tile_width - _GAP), _GAP_INDEX, np.uint8)
     for i, values in enumerate(maps):
         top, left = i // columns * tile_height, i % columns * tile_width
         tile = _tile(values).repeat(factor, axis=0).repeat(factor, axis=1)
-        picture[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
+        image[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
     opacity = np.full(256, 255, np.uint8)
     opacity[_GAP_INDEX] = 0
-    return png.encode_palette(picture, palette=COLORMAPS[colormap], opacity=opacity)
+    return png.encode_palette(image, palette=COLORMAPS[colormap], opacity=opacity)
 
 
 def _factor(side: int, tiles: int) -> int:
-    """How much a tile is enlarged: to `_MIN_TILE` pixels, as far as the picture stays below `_MAX_SIDE`."""
+    """How much tiles are enlarged: to `_MIN_TILE` pixels, as far as `_MAX_SIDE` allows."""
     return max(1, min(math.ceil(_MIN_TILE / side), _MAX_SIDE // (side * tiles)))
 
 

@@ -1,4 +1,4 @@
-"""Where a map is strongest, in pixels of the original picture."""
+"""Where a map is strongest, in pixels of the original image."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BLOCK = 4
 
 
 class Box(Struct):
-    """A rectangle in whole pixels of the original picture."""
+    """A rectangle in whole pixels of the original image."""
 
     x: int
     y: int
@@ -41,7 +41,7 @@ class Location(Struct):
 
 
 def locate(values: np.ndarray, geometry: Geometry, *, signed: bool) -> Location | None:
-    """Find the peak of a raw map (h, w) and the box around it, within the picture.
+    """Find the peak of a raw map (h, w) and the box around it, within the image.
 
     The map is enlarged to the model's input size and normalised. Of a signed map only what speaks
     for the class counts, and what lies on the padding of the crop counts nowhere.
@@ -66,7 +66,7 @@ def locate(values: np.ndarray, geometry: Geometry, *, signed: bool) -> Location 
 
 
 def _inside(geometry: Geometry) -> tuple[slice, slice]:
-    """Rows and columns of the input whose pixels' centres lie in the picture."""
+    """Rows and columns of the input whose pixels' centres lie in the image."""
     left, top = to_input(geometry, 0, 0)
     right, bottom = to_input(geometry, geometry.width, geometry.height)
     return (
@@ -76,10 +76,10 @@ def _inside(geometry: Geometry) -> tuple[slice, slice]:
 
 
 def _island(mask: np.ndarray, row: int, column: int) -> np.ndarray:
-    """The pixels of a mask that are connected with the one at (row, column), by way of blocks that share a side.
+    """The pixels of a mask that are connected with the one at (row, column).
 
-    Blocks make this cheap for smooth maps and noisy ones alike; a gap narrower than a block may be
-    stepped over.
+    They are connected by blocks that share a side. Blocks make this cheap for smooth maps and noisy
+    ones alike; a gap narrower than a block may be stepped over.
     """
     height, width = mask.shape
     padded = np.pad(mask, ((0, -height % _BLOCK), (0, -width % _BLOCK)))
@@ -110,7 +110,7 @@ def _grow(mask: np.ndarray, row: int, column: int) -> np.ndarray:
 
 
 def _runs(mask: np.ndarray) -> np.ndarray:
-    """Number each run of neighbouring True values within a row; False values carry the number of some run, too."""
+    """Number each run of True values within a row; False values carry any run's number."""
     starts = mask.copy()
     starts[:, 1:] &= ~mask[:, :-1]
     return np.cumsum(starts, dtype=np.int32).reshape(mask.shape)

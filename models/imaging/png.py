@@ -1,6 +1,6 @@
-"""A PNG writer for pictures that are made by the request: one filter for all rows and the fastest compression.
+"""A PNG writer made for speed: one filter for all rows and the fastest compression.
 
-Pillow tries every filter on every row of an RGB picture, which costs several times the compression
+Pillow tries every filter on every row of an RGB image, which costs several times the compression
 itself. Here all rows take the same filter, so filtering is one subtraction. Format: PNG
 specification, third edition (W3C, 2025).
 """
@@ -21,26 +21,19 @@ _LEVEL = 1
 
 
 def encode_palette(indices: np.ndarray, *, palette: np.ndarray, opacity: np.ndarray) -> bytes:
-    """Write an 8-bit palette picture.
-
-    Args:
-        indices: uint8 (height, width).
-        palette: uint8 (256, 3), the colour of each index.
-        opacity: uint8 (256,), 0 = transparent.
-    """
+    """Write an 8-bit palette image: uint8 indices (h, w), colours (256, 3), opacity (256,)."""
     extra = _chunk(b"PLTE", palette.tobytes()) + _chunk(b"tRNS", opacity.tobytes())
     return _encode(indices, colour=_COLOUR_PALETTE, extra=extra, strategy=zlib.Z_DEFAULT_STRATEGY)
 
 
 def encode_rgb(pixels: np.ndarray) -> bytes:
-    """Write an RGB picture, uint8 (height, width, 3)."""
-    # Photographs hold runs at most: looking for longer matches costs half as much again and saves
-    # nothing.
+    """Write an RGB image, uint8 (height, width, 3)."""
+    # Photographs hold runs at most: looking for longer matches costs time and saves nothing.
     return _encode(pixels, colour=_COLOUR_RGB, extra=b"", strategy=zlib.Z_RLE)
 
 
 def size(data: bytes) -> tuple[int, int]:
-    """Width and height of a picture that this module wrote."""
+    """Width and height of an image that this module wrote."""
     width, height = struct.unpack_from(">II", data, len(_SIGNATURE) + 8)
     return width, height
 
@@ -61,7 +54,7 @@ def _encode(pixels: np.ndarray, *, colour: int, extra: bytes, strategy: int) -> 
 
 
 def _filter_sub(pixels: np.ndarray) -> bytes:
-    """Each pixel as its difference from the left one (modulo 256); each row behind the byte that names the filter."""
+    """Each pixel as its difference from the left one; each row begins with its filter's byte."""
     height, width = pixels.shape[:2]
     samples = pixels.size // (height * width)
     rows = pixels.reshape(height, -1)

@@ -1,40 +1,37 @@
-"""From a picture to the model input, as the library that trained the model does it, and where the input lies in it.
+"""From an image to the model input, exactly as the library that trained the model does it.
 
-Equal bit for bit to torchvision's `Resize` + `CenterCrop` on PIL pictures and to timm's
+Equal bit for bit to torchvision's `Resize` + `CenterCrop` on PIL images and to timm's
 `create_transform` (crop modes `center`, `squash`, `border`), rounding included. Two kinds of
-picture are only close: large photographs that were decoded at a reduced size, and pictures of such
+image are only close: large photographs that were decoded at a reduced size, and images of such
 a shape that the whole of them, resized, would fill the memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from models.imaging.decode import Picture
+from models.imaging.decode import DecodedImage
 from models.types import Geometry, Preprocess, Region
 
-_FILTERS: Mapping[str, Image.Resampling] = MappingProxyType(
-    {
-        "nearest": Image.Resampling.NEAREST,
-        "box": Image.Resampling.BOX,
-        "bilinear": Image.Resampling.BILINEAR,
-        "hamming": Image.Resampling.HAMMING,
-        "bicubic": Image.Resampling.BICUBIC,
-        "lanczos": Image.Resampling.LANCZOS,
-    }
-)
+_FILTERS: Mapping[str, Image.Resampling] = {
+    "nearest": Image.Resampling.NEAREST,
+    "box": Image.Resampling.BOX,
+    "bilinear": Image.Resampling.BILINEAR,
+    "hamming": Image.Resampling.HAMMING,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 
-# A picture of extreme shape would be resized to a huge one, of which only the crop is used.
+# An image of extreme shape would be resized to a huge one, of which only the crop is used.
 _MAX_RESIZED_PIXELS = 16_000_000
 
 
 class _Plan(NamedTuple):
-    """Size after resizing, and the crop's corner in it (negative where the crop is padded), in pixels."""
+    """Size after resizing, and the crop's corner in it, negative where the crop is padded."""
 
     width: int
     height: int
@@ -42,20 +39,20 @@ class _Plan(NamedTuple):
     top: int
 
 
-def preprocess(picture: Picture, spec: Preprocess) -> tuple[np.ndarray, Geometry]:
-    """Resize and crop a picture.
+def preprocess(image: DecodedImage, spec: Preprocess) -> tuple[np.ndarray, Geometry]:
+    """Resize and crop an image.
 
     Returns:
         The model input before scaling and normalising, uint8 (crop height, crop width, 3), and
-        where it lies in the original. The region extends beyond the picture where the crop had to
+        where it lies in the original. The region extends beyond the image where the crop had to
         be padded.
     """
     crop_height, crop_width = spec.crop
-    plan = _plan(picture.width, picture.height, spec)
-    scale_x, scale_y = picture.width / plan.width, picture.height / plan.height
+    plan = _plan(image.width, image.height, spec)
+    scale_x, scale_y = image.width / plan.width, image.height / plan.height
     geometry = Geometry(
-        width=picture.width,
-        height=picture.height,
+        width=image.width,
+        height=image.height,
         region=Region(
             x=plan.left * scale_x,
             y=plan.top * scale_y,
@@ -65,7 +62,7 @@ def preprocess(picture: Picture, spec: Preprocess) -> tuple[np.ndarray, Geometry
         input_width=crop_width,
         input_height=crop_height,
     )
-    resized = _resize_inside(picture, plan, spec)
+    resized = _resize_inside(image, plan, spec)
     if resized.size != (crop_width, crop_height):
         canvas = Image.new("RGB", (crop_width, crop_height), _padding(spec))
         canvas.paste(resized, (max(0, -plan.left), max(0, -plan.top)))
@@ -74,7 +71,7 @@ def preprocess(picture: Picture, spec: Preprocess) -> tuple[np.ndarray, Geometry
 
 
 def to_original(geometry: Geometry, x: float, y: float) -> tuple[float, float]:
-    """Map a point of the model input to the original picture.
+    """Map a point of the model input to the original image.
 
     Coordinates are continuous: pixel i covers [i, i + 1), its centre is i + 0.5.
     """
@@ -86,7 +83,7 @@ def to_original(geometry: Geometry, x: float, y: float) -> tuple[float, float]:
 
 
 def to_input(geometry: Geometry, x: float, y: float) -> tuple[float, float]:
-    """Map a point of the original picture to the model input; the inverse of `to_original`."""
+    """Map a point of the original image to the model input; the inverse of `to_original`."""
     region = geometry.region
     return (
         (x - region.x) * geometry.input_width / region.width,
@@ -120,7 +117,7 @@ def _resized_size(width: int, height: int, spec: Preprocess) -> tuple[int, int]:
 
 
 def _offset(resized: int, crop: int) -> int:
-    """Corner of a centred crop; torchvision rounds halves to even, and pads less on the near side."""
+    """Corner of a centred crop; torchvision rounds halves to even and pads less at the start."""
     return round((resized - crop) / 2.0) if resized >= crop else -((crop - resized) // 2)
 
 
@@ -128,8 +125,8 @@ def _padding(spec: Preprocess) -> tuple[int, ...]:
     return tuple(round(255 * v) for v in spec.mean) if spec.fit == "contain" else (0, 0, 0)
 
 
-def _resize_inside(picture: Picture, plan: _Plan, spec: Preprocess) -> Image.Image:
-    """The part of the crop that lies inside the resized picture."""
+def _resize_inside(image: DecodedImage, plan: _Plan, spec: Preprocess) -> Image.Image:
+    """The part of the crop that lies inside the resized image."""
     resample = _FILTERS[spec.interpolation]
     crop_height, crop_width = spec.crop
     left, top = max(0, plan.left), max(0, plan.top)
@@ -137,13 +134,13 @@ def _resize_inside(picture: Picture, plan: _Plan, spec: Preprocess) -> Image.Ima
         min(plan.width, plan.left + crop_width),
         min(plan.height, plan.top + crop_height),
     )
-    if not picture.drafted and plan.width * plan.height <= _MAX_RESIZED_PIXELS:
-        whole = picture.image.resize((plan.width, plan.height), resample)
+    if not image.drafted and plan.width * plan.height <= _MAX_RESIZED_PIXELS:
+        whole = image.image.resize((plan.width, plan.height), resample)
         return whole.crop((left, top, right, bottom))
     # Straight from the crop's box to the input takes half the time, but Pillow rounds boxes to
     # float32: up to two levels off, at up to 6 % of the values (measured; where sizes have simple
     # ratios, many values are close to ties).
-    x0, y0, x1, y1 = picture.box
+    x0, y0, x1, y1 = image.box
     scale_x, scale_y = (x1 - x0) / plan.width, (y1 - y0) / plan.height
     box = (
         x0 + left * scale_x,
@@ -151,4 +148,4 @@ def _resize_inside(picture: Picture, plan: _Plan, spec: Preprocess) -> Image.Ima
         min(x1, x0 + right * scale_x),
         min(y1, y0 + bottom * scale_y),
     )
-    return picture.image.resize((right - left, bottom - top), resample, box=box)
+    return image.image.resize((right - left, bottom - top), resample, box=box)

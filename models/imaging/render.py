@@ -1,6 +1,6 @@
-"""From maps to pictures: upsample, normalise, colour, lay over, encode.
+"""From maps to heatmaps and overlays: upsample, normalise, colour, blend, encode.
 
-A map is brought to the size of its canvas first and normalised after that, so that the picture
+A map is brought to the size of its canvas first and normalised after that, so that the image
 reaches both ends of the colour scale. No function changes what it is given; all may run in several
 threads at once.
 """
@@ -17,18 +17,17 @@ from PIL import Image
 
 from models.imaging import png
 from models.imaging.colormaps import COLORMAPS, Colormap
-from models.imaging.decode import CANVAS_SIDE, Picture
+from models.imaging.decode import CANVAS_SIDE, DecodedImage
 from models.types import Geometry
 
 OverlayFormat = Literal["jpeg", "png", "webp"]
 
-# Opacity of a heatmap's strongest value: the picture below stays visible.
+# Opacity of a heatmap's strongest value: the image below stays visible.
 _PEAK_OPACITY = 0.85
 _JPEG_QUALITY = 85
 _WEBP_QUALITY = 80
 
-# Share of its magnitude by which a constant map may vary after interpolation: four roundings of
-# float32.
+# Share of its magnitude by which a constant map may vary: four roundings of float32.
 _ROUNDING = 4 * 2.0**-23
 
 # Magnitudes whose differences and quotients stay normal numbers of float32.
@@ -40,7 +39,7 @@ class Canvas:
     """What a map is drawn on, and where on it.
 
     Attributes:
-        base: the picture, uint8 (height, width, 3).
+        base: the image, uint8 (height, width, 3).
         rows, columns: the pixels of `base` that the model saw.
         span_y, span_x: where these pixels begin and end in the model's view, as fractions of it;
             (0, 1) is all of it.
@@ -59,19 +58,18 @@ def input_canvas(model_input: np.ndarray) -> Canvas:
     return Canvas(base=model_input, rows=slice(0, height), columns=slice(0, width))
 
 
-def original_canvas(picture: Picture, geometry: Geometry) -> Canvas:
-    """Draw on the whole picture, scaled to at most `CANVAS_SIDE` pixels a side, never up.
+def original_canvas(image: DecodedImage, geometry: Geometry) -> Canvas:
+    """Draw on the whole image, scaled to at most `CANVAS_SIDE` pixels a side, never up.
 
     The map lies on the pixels whose centre the model saw.
     """
-    scale = min(1.0, CANVAS_SIDE / max(picture.width, picture.height))
-    width, height = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    scaled = picture.image.resize(
-        (width, height), Image.Resampling.BICUBIC, box=picture.box, reducing_gap=2.0
-    )
+    scale = min(1.0, CANVAS_SIDE / max(image.width, image.height))
+    width, height = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    bicubic = Image.Resampling.BICUBIC
+    scaled = image.image.resize((width, height), bicubic, box=image.box, reducing_gap=2.0)
     region = geometry.region
-    rows, span_y = _window(height, region.y / picture.height, region.height / picture.height)
-    columns, span_x = _window(width, region.x / picture.width, region.width / picture.width)
+    rows, span_y = _window(height, region.y / image.height, region.height / image.height)
+    columns, span_x = _window(width, region.x / image.width, region.width / image.width)
     return Canvas(base=np.asarray(scaled), rows=rows, columns=columns, span_y=span_y, span_x=span_x)
 
 
@@ -85,7 +83,7 @@ def upsample(values: np.ndarray, *, height: int, width: int) -> np.ndarray:
 
 
 def is_degenerate(values: np.ndarray) -> bool:
-    """Whether a map shows nothing: empty, constant up to float32 rounding, or not finite everywhere."""
+    """Whether a map shows nothing: it is empty, not finite, or constant up to rounding."""
     low, high = _extremes(values)
     greatest = max(abs(low), abs(high))
     return not np.isfinite(greatest) or high - low <= _ROUNDING * greatest
@@ -115,7 +113,7 @@ def normalise(values: np.ndarray, *, signed: bool) -> np.ndarray | None:
 
 
 def shade(values: np.ndarray, canvas: Canvas, *, signed: bool) -> np.ndarray | None:
-    """Enlarge a raw map (h, w) to the canvas's window and normalise it there; None if it is degenerate."""
+    """Enlarge a raw map (h, w) to the canvas's window and normalise it; None if degenerate."""
     height = canvas.rows.stop - canvas.rows.start
     width = canvas.columns.stop - canvas.columns.start
     if height <= 0 or width <= 0 or is_degenerate(values):
@@ -131,13 +129,10 @@ def shade(values: np.ndarray, canvas: Canvas, *, signed: bool) -> np.ndarray | N
 def heatmap_png(
     unit: np.ndarray | None, canvas: Canvas, *, colormap: Colormap, signed: bool
 ) -> bytes:
-    """Draw a heatmap to be laid over the canvas: 8-bit palette PNG of its size, opacity growing with the value.
+    """Draw a heatmap over the canvas: 8-bit palette PNG whose opacity grows with the value.
 
-    Args:
-        unit: what `shade` returned; None gives a transparent picture.
-        canvas: what it was shaded for.
-        colormap: name of the colour table.
-        signed: whether 0.5 is zero; opacity then grows with the distance from it.
+    `unit` is what `shade` returned for the canvas; None gives a transparent image. If `signed`, 0.5
+    is zero, and opacity grows with the distance from it.
     """
     # Half of 255 rounds to 128, the index of zero in a signed map.
     indices = np.full(canvas.base.shape[:2], 128 if signed else 0, np.uint8)
@@ -156,25 +151,18 @@ def overlay(
 ) -> bytes:
     """Blend a map with its canvas and encode the result.
 
-    Each pixel of the window becomes (1 - alpha) * picture + alpha * colour: how bright the picture
-    looks does not depend on the map. Outside the window, and without a map, the picture is left as
-    it is.
-
-    Args:
-        unit: what `shade` returned; None leaves the picture unchanged.
-        canvas: what it was shaded for.
-        colormap: name of the colour table.
-        alpha: 0 = the picture, 1 = the colours.
-        image_format: `jpeg` (quality 85), `png` (lossless) or `webp` (quality 80).
+    Each pixel of the window becomes (1 - alpha) * image + alpha * colour: how bright the image
+    looks does not depend on the map. Outside the window, and without a map (`unit` is what `shade`
+    returned for the canvas), the image is left as it is. JPEG has quality 85, WebP quality 80.
     """
-    picture = Image.fromarray(canvas.base)
+    image = Image.fromarray(canvas.base)
     if unit is not None:
         coloured = Image.fromarray(_levels(unit))
         coloured.putpalette(COLORMAPS[colormap].tobytes())
         corner = (canvas.columns.start, canvas.rows.start)
-        window = picture.crop((*corner, canvas.columns.stop, canvas.rows.stop))
-        picture.paste(Image.blend(window, coloured.convert("RGB"), alpha), corner)
-    return _encode(picture, image_format)
+        window = image.crop((*corner, canvas.columns.stop, canvas.rows.stop))
+        image.paste(Image.blend(window, coloured.convert("RGB"), alpha), corner)
+    return _encode(image, image_format)
 
 
 def encode_values(values: np.ndarray) -> tuple[tuple[int, ...], bytes]:
@@ -182,20 +170,15 @@ def encode_values(values: np.ndarray) -> tuple[tuple[int, ...], bytes]:
     return values.shape, np.ascontiguousarray(values, dtype="<f4").tobytes()
 
 
-# ---------------------------------------------------------------- geometry of maps
-
-
 def _extremes(values: np.ndarray) -> tuple[float, float]:
     return float(values.min(initial=np.inf)), float(values.max(initial=-np.inf))
 
 
 def _window(size: int, start: float, length: float) -> tuple[slice, tuple[float, float]]:
-    """Pixels of an axis whose centre lies in [start, start + length), and where they begin and end in that stretch.
+    """Pixels of an axis whose centre lies in a stretch, and where in it they begin and end.
 
-    Args:
-        size: pixels of the axis.
-        start: of the stretch, as a fraction of the axis; it may reach beyond its ends.
-        length: of the stretch, as a fraction of the axis.
+    The axis has `size` pixels; start and length of the stretch are fractions of it, and may reach
+    beyond its ends.
     """
     first = min(size, max(0, int(np.ceil(start * size - 0.5))))
     last = min(size, max(first, int(np.ceil((start + length) * size - 0.5))))
@@ -208,8 +191,7 @@ def _enlarge(values: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.nd
 
 
 def _span_weights(source: int, target: int, span: tuple[float, float]) -> np.ndarray:
-    # Windows of original pictures differ from request to request: only whole views are worth
-    # keeping.
+    # Windows of original images differ from request to request: only whole views are kept.
     return _whole_weights(source, target) if span == (0.0, 1.0) else _weights(source, target, span)
 
 
@@ -221,7 +203,7 @@ def _whole_weights(source: int, target: int) -> np.ndarray:
 
 
 def _weights(source: int, target: int, span: tuple[float, float]) -> np.ndarray:
-    """Matrix (target, source) that interpolates `source` values at the centres of `target` pixels of a span."""
+    """Matrix (target, source) that interpolates at the centres of `target` pixels of a span."""
     start, stop = span
     centres = start + (np.arange(target) + 0.5) * ((stop - start) / target)
     position = np.clip(centres * source - 0.5, 0, source - 1)
@@ -232,9 +214,6 @@ def _weights(source: int, target: int, span: tuple[float, float]) -> np.ndarray:
     weights[row, low] = 1 - share
     weights[row, np.minimum(low + 1, source - 1)] += share
     return weights
-
-
-# ---------------------------------------------------------------- colour and encoding
 
 
 def _levels(unit: np.ndarray) -> np.ndarray:
@@ -251,12 +230,12 @@ def _opacity(signed: bool) -> np.ndarray:
     return opacity
 
 
-def _encode(picture: Image.Image, image_format: OverlayFormat) -> bytes:
+def _encode(image: Image.Image, image_format: OverlayFormat) -> bytes:
     if image_format == "png":
-        return png.encode_rgb(np.asarray(picture))
+        return png.encode_rgb(np.asarray(image))
     buffer = io.BytesIO()
     if image_format == "jpeg":
-        picture.save(buffer, "JPEG", quality=_JPEG_QUALITY)
+        image.save(buffer, "JPEG", quality=_JPEG_QUALITY)
     else:
-        picture.save(buffer, "WEBP", quality=_WEBP_QUALITY, method=0)
+        image.save(buffer, "WEBP", quality=_WEBP_QUALITY, method=0)
     return buffer.getvalue()

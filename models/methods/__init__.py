@@ -1,7 +1,7 @@
-"""The METHODS table: every explanation method, described without torch.
+"""Every explanation method: described by METHODS without torch, computed by one function.
 
-A method is one function in the module its family names and one row in `rows/`; the API's enum,
-`/v1/methods`, the docs and the property tests are made from the rows.
+The function is in the module that the method's family names. The API's enum, `/v1/methods`, the
+docs and the property tests are made from the table.
 """
 
 from __future__ import annotations
@@ -10,15 +10,9 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from models.methods.row import Method
-from models.methods.rows import activation, gradient, perturbation, pixels, transformer
+from models.methods.table import METHODS
 
-METHODS: dict[str, Method] = {
-    row.name: row
-    for family in (gradient, activation, perturbation, pixels, transformer)
-    for row in family.ROWS
-}
-"""Every method by name, in the order in which `/v1/methods` lists them."""
+__all__ = ["METHODS", "implementation", "weights_implementation"]
 
 
 def implementation(name: str) -> Callable[..., Any]:
@@ -28,7 +22,7 @@ def implementation(name: str) -> Callable[..., Any]:
 
 
 def weights_implementation(name: str) -> Callable[..., Any] | None:
-    """The function that computes a method's channel weights, where the method defines such."""
+    """The function that computes a method's channel weights, where the method defines them."""
     return getattr(_module(name), f"{name}_weights", None)
 
 

@@ -1,4 +1,4 @@
-"""What a score loses when one channel of the explained layer is taken away."""
+"""What a score loses when one channel of the explained layer is set to zero."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from models.extractor import Extractor
 from models.hooks import ForwardHook
-from models.steps import Exclusive, Step, Subject
+from models.steps import Step, Subject, Unbatched
 from models.targets import class_scores
 
-# What follows the target layer is so much cheaper than the trunk that one pass of it may feed many
-# ablations: of a head that begins with pooling as many times the best batch, of another at least so
-# many.
+# The head is so much cheaper than the backbone that one backbone pass may feed many ablations: of a
+# head that begins with pooling as many times the best batch, of another at least so many.
 _ROWS = 8
 _NONE = -1
 
@@ -27,56 +26,54 @@ def closed_form_drops(subject: Subject) -> Tensor | None:
     None where this does not hold: the layer is not followed by exactly global average pooling and
     one linear layer, or something after it may be changed.
     """
-    linear = subject.warm.head.weight
-    proven = subject.layer == subject.warm.target_layer and not subject.interventions
-    if linear is None or not proven or subject.capture is None:
+    linear = subject.linear_head
+    if linear is None:
         return None
-    rows = subject.scores(linear.T)
-    return rows * subject.capture.activation[0].mean((1, 2))[:, None]
+    return subject.scores(linear.T) * subject.captured.activation[0].mean((1, 2))[:, None]
 
 
 def replayed_drops(subject: Subject) -> Generator[Step, Any, Tensor]:
-    """Drops (K, T) from replays of the head, each step one pass in which every row lacks another channel.
+    """Drops (K, T) from replays of the head; every row of a pass lacks another channel.
 
-    The trunk runs on one picture in each step and its output is spread over the rows at the layer,
+    The backbone runs on one image in each step and its output is spread over the rows at the layer,
     where the network allows it: the first step finds out. Elsewhere every row runs through the
-    trunk as well.
+    backbone as well.
     """
-    assert subject.capture is not None
-    activation = subject.capture.activation[0]
+    activation = subject.captured.activation[0]
     drops = torch.zeros(len(activation), len(subject.targets), device=activation.device)
     channels = activation.flatten(1).abs().amax(1).nonzero().flatten().tolist()
     if not channels:
         return drops
-    spread, whole = yield Exclusive(partial(_begin, subject, channels[0]), cost=2)
+    spread, whole = yield Unbatched(partial(_begin, subject, channels[0]), cost=2)
     rows = _rows(subject) if spread else subject.chunk
     for first in range(0, len(channels), rows):
         part = channels[first : first + rows]
         step = partial(_replay, subject, part, spread=spread)
-        logits = yield Exclusive(step, cost=min(len(part), subject.chunk))
+        logits = yield Unbatched(step, cost=min(len(part), subject.chunk))
         drops[part] = whole - subject.scores(logits)
     return drops
 
 
 def _rows(subject: Subject) -> int:
-    """Ablations that one trunk pass feeds, where its batch may grow at the layer."""
+    """Ablations that one shared pass feeds, where its batch may grow at the layer."""
     if subject.layer != subject.warm.target_layer:
         return subject.chunk
     return _ROWS * subject.chunk if subject.warm.head.kind == "gap" else max(_ROWS, subject.chunk)
 
 
 def _begin(subject: Subject, channel: int) -> tuple[bool, Tensor]:
-    """Whether the batch may grow at the layer, and the untouched scores (1, T) that drops are counted from.
+    """Whether the batch may grow at the layer, and the untouched scores (1, T).
 
-    The scores of the trunk pass would not do: it may have run on a module prepared for speed, whose
-    rounding differs by as much as a channel is worth.
+    The scores of the shared pass would not do: it may have run on a module prepared for speed,
+    whose rounding differs by as much as a channel is worth.
     """
     whole = _replay(subject, [_NONE], spread=False)
     if not subject.interventions:
         try:
             grown = _replay(subject, [_NONE, channel], spread=True)
+        # What follows may join the layer's output to tensors of one row.
         except (RuntimeError, ValueError, IndexError, AssertionError):
-            pass  # what follows joins the layer's output to tensors of one row
+            pass
         else:
             if len(grown) == 2 and _close(grown[0], whole[0], subject.warm.dtype):
                 return True, subject.scores(grown[:1])
@@ -84,7 +81,7 @@ def _begin(subject: Subject, channel: int) -> tuple[bool, Tensor]:
 
 
 def _close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Whether an untouched row answers beside a changed one as it does alone."""
+    """Whether an untouched row has the scores that it has without a changed one."""
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
 

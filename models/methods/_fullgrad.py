@@ -1,10 +1,9 @@
-"""The full-gradient decomposition of a score: the part of the input, and the part of every bias."""
+"""The full-gradient decomposition of a score into the parts of the input and of every bias."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from models.extractor import Extractor, Tap
+from models.steps import Subject
 from models.targets import ResolvedTarget, ScoreWeights, class_scores
 from models.types import Kind
-
-if TYPE_CHECKING:  # as in _attention: whoever warms a model up asks here what applies to it
-    from models.steps import Subject
 
 
 @dataclass(frozen=True)
@@ -61,6 +58,11 @@ def obstacle(module: nn.Module) -> str | None:
     return None
 
 
+def decomposed_maps(subject: Subject, targets: Sequence[ResolvedTarget]) -> Tensor:
+    """FullGrad's maps (n, H, W) for n targets."""
+    return decompose(subject, targets).maps
+
+
 def decompose(subject: Subject, targets: Sequence[ResolvedTarget]) -> Decomposition:
     """Decompose the scores of n targets by one pass of n copies of the image and one backward pass.
 
@@ -92,7 +94,7 @@ class _Parts:
         self.total = torch.zeros(count, device=inputs.device)
 
     def taker(self, place: _Place) -> Callable[[Tensor], None]:
-        """What a tap at a place calls with the gradient there; once for each call of a shared module."""
+        """What a tap calls with the gradient at a place, once for each call of a shared module."""
 
         def take(gradient: Tensor) -> None:
             if place.channels_last:
@@ -114,7 +116,7 @@ class _Parts:
 
 
 def _unit(magnitudes: Tensor) -> Tensor:
-    """Scaled to [0, 1] by the least and greatest value of each image; zero where they are the same."""
+    """Scaled to [0, 1] by the least and greatest value of each image; 0 if these are equal."""
     low = magnitudes.amin((1, 2, 3), keepdim=True)
     span = magnitudes.amax((1, 2, 3), keepdim=True) - low
     return (magnitudes - low) / torch.where(span > 0, span, torch.inf)
@@ -127,12 +129,11 @@ def _places(module: nn.Module) -> list[_Place]:
     for name, child in module.named_modules():
         if isinstance(child, _BatchNorm):
             bias = _implicit_bias(child)
-            # timm's batch-norms hold an activation: what goes into their first child is the
-            # normalised tensor.
-            inner = next((inner for inner, _ in child.named_children()), None)
-            layer, kind = (
-                (name, "grad_output") if inner is None else (f"{name}.{inner}", "grad_input")
-            )
+            layer, kind = name, "grad_output"
+            # timm's batch-norms hold an activation: its input is the normalised tensor.
+            for inner, _ in child.named_children():
+                layer, kind = f"{name}.{inner}", "grad_input"
+                break
         elif isinstance(child, (_ConvNd, nn.Linear)):
             bias, layer, kind = child.bias, name, "grad_output"
         else:
@@ -143,7 +144,10 @@ def _places(module: nn.Module) -> list[_Place]:
 
 
 def _implicit_bias(norm: _BatchNorm) -> Tensor | None:
-    """What a batch-norm adds to gamma / sqrt(var + eps) times its input; None if it normalises by its input."""
+    """What a batch-norm adds to gamma / sqrt(var + eps) times its input.
+
+    None if it normalises by the statistics of its input.
+    """
     if norm.running_mean is None or norm.running_var is None:
         return None
     mean, variance = norm.running_mean.float(), norm.running_var.float()

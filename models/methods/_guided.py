@@ -1,9 +1,8 @@
-"""Gradients whose negative part every ReLU stops, found in the recorded graph rather than among the modules."""
+"""Gradients whose negative part every ReLU of the recorded graph stops."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,12 +11,8 @@ from torch.autograd.graph import Node
 from models.errors import MethodNotApplicable
 from models.extractor import Extractor
 from models.hooks import HookStack
+from models.steps import Subject
 from models.targets import ResolvedTarget, ScoreWeights, class_scores
-
-if (
-    TYPE_CHECKING
-):  # steps know the warm models, and whoever warms one up asks here what applies to it
-    from models.steps import Subject
 
 _RELUS = ("ReluBackward", "HardtanhBackward")
 # Rectifiers that are not ReLUs, as autograd calls them; there is no agreed way to guide them.
@@ -37,7 +32,7 @@ _OTHERS = {
 
 
 def guided_gradients(subject: Subject, targets: Sequence[ResolvedTarget]) -> Tensor:
-    """Gradient of each target's score at the input, float32 (T, 3, H, W), by guided backpropagation.
+    """Guided gradient of each target's score at the input, float32 (T, 3, H, W).
 
     At a ReLU only what is positive of the gradient goes on, and only where its input was
     (Springenberg et al. 2015, eq. in section 3.4). The rule is set on the nodes of the recorded
@@ -73,13 +68,12 @@ def relus(scores: Tensor) -> list[Node]:
         name = node.name()
         if name.startswith(_RELUS):
             found.append(node)
-        others |= {said for kind, said in _OTHERS.items() if name.startswith(f"{kind}")}
+        others |= {shown for kind, shown in _OTHERS.items() if name.startswith(kind)}
     if others:
-        raise MethodNotApplicable(
-            f"Guided backpropagation is defined for ReLU; the model has {', '.join(sorted(others))}."
-        )
+        names = ", ".join(sorted(others))
+        raise MethodNotApplicable(f"Guided backpropagation needs ReLU; the model has {names}.")
     if not found:
-        raise MethodNotApplicable("Guided backpropagation is defined for ReLU; the model has none.")
+        raise MethodNotApplicable("Guided backpropagation needs ReLU; the model has none.")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Relevance by one backward pass: the rules of LRP as gradients of a forward pass that computes the same values.
+"""LRP by one backward pass: its rules as gradients of a pass that computes the same values.
 
 Relevance of a value a is R = a * c. If every operation is rewritten as an equal one, linear in its
 inputs with coefficients that are held constant, then c is what autograd propagates, and R is
@@ -34,8 +34,7 @@ from models.types import Task
 _SAME_SCORES = 0.02
 _CONSERVED = 1e-3
 
-# Functions by name that are linear, or positively homogeneous like max pooling: there R = a * c
-# already.
+# Functions that are linear, or positively homogeneous like max pooling: there R = a * c already.
 _HOMOGENEOUS = frozenset(
     """
     adaptive_avg_pool2d adaptive_max_pool2d avg_pool2d max_pool2d mean sum amax relu relu_
@@ -53,14 +52,11 @@ _HARDTANH = inspect.signature(nn.functional.hardtanh)
 
 @dataclass(frozen=True, kw_only=True)
 class Explained:
-    """What relevance is wanted of: one picture in one model.
+    """One image in one model, whose relevance is wanted.
 
     Attributes:
-        module: the model.
-        task: how its output is read as scores.
         inputs: (1, 3, H, W), normalised.
-        low: the least value of each pixel and colour, of the same shape.
-        high: the greatest.
+        low, high: the least and greatest value of each pixel and colour, of the same shape.
         logits: (classes,), the scores that the rewritten pass must arrive at.
         changes: hooks of interventions.
     """
@@ -81,12 +77,11 @@ def relevance(explained: Explained, targets: Sequence[ResolvedTarget]) -> list[t
         A float32 map (H, W) for each target, and how much of the score it holds, in words.
 
     Raises:
-        MethodNotApplicable: the model computes something that relevance does not pass through
-            conserved.
+        MethodNotApplicable: relevance is not conserved in the model.
     """
     rules = Rules(explained.inputs, low=explained.low, high=explained.high)
     with Extractor(explained.module, [], changes=explained.changes) as extractor, rules:
-        output = extractor.forward(rules.picture, graph=True)
+        output = extractor.forward(rules.image, graph=True)
     logits, _ = class_scores(rules.settled(output), explained.task)
     difference = (logits[0].detach() - explained.logits).abs().max()
     if bool(difference > _SAME_SCORES * explained.logits.abs().max()):
@@ -104,22 +99,22 @@ class Rules(TorchFunctionMode):
     """
 
     def __init__(self, inputs: Tensor, *, low: Tensor, high: Tensor) -> None:
-        """Args: the picture and the bounds of its values, (1, 3, H, W)."""
+        """Args: the image and the bounds of its values, (1, 3, H, W)."""
         super().__init__()
         self._leaves = [t.detach().float().clone().requires_grad_() for t in (inputs, low, high)]
         self._one = torch.ones((), device=inputs.device).requires_grad_()
         # By id of a tensor, each kept beside what is known of it so that no id is used twice.
-        self._bounds: dict[int, list[Tensor]] = {id(self.picture): self._leaves}
+        self._bounds: dict[int, list[Tensor]] = {id(self.image): self._leaves}
         self._waiting: dict[int, tuple[Tensor, Affine]] = {}
         self._settled: dict[int, Tensor] = {}
 
     @property
-    def picture(self) -> Tensor:
-        """The picture to run the model on."""
+    def image(self) -> Tensor:
+        """The image to run the model on."""
         return self._leaves[0]
 
     def explain(self, score: Tensor) -> tuple[Tensor, str]:
-        """Relevance of the pixels for a score of the pass, (H, W), and how much of the score that is.
+        """Relevance of the pixels for a score of the pass, (H, W), and a note on its share.
 
         Raises:
             MethodNotApplicable: relevance was not conserved.
@@ -136,11 +131,11 @@ class Rules(TorchFunctionMode):
         reached, held, total = float(pixels.sum()), float(shares[3]), float(score.detach())
         if abs(reached + held - total) > _CONSERVED * (float(pixels.abs().sum()) + abs(held)):
             raise MethodNotApplicable("Relevance is not conserved in this model.")
-        note = f"Relevance {reached:.3g} of score {total:.3g} reached the pixels, biases hold the rest."
-        return pixels.sum(1)[0], note
+        share = f"Relevance {reached:.3g} of score {total:.3g}"
+        return pixels.sum(1)[0], f"{share} reached the pixels, biases hold the rest."
 
     def settled(self, value: Any) -> Any:
-        """The same, with every layer's output that waits for its rule replaced by what the rule gives."""
+        """The same, with every output that waits for its rule replaced by what the rule gives."""
         if isinstance(value, (list, tuple)):
             return type(value)([self.settled(item) for item in value])
         if not isinstance(value, Tensor) or id(value) not in self._waiting:
@@ -187,15 +182,9 @@ class Rules(TorchFunctionMode):
         def apply(values: Tensor, kernel: Tensor) -> Tensor:
             return func(values, kernel, None, *args[3:], **rest)
 
-        return self._wait(
-            Affine(
-                x=x,
-                weight=weight.to(x.dtype),
-                bias=None if bias is None else bias.to(x.dtype),
-                apply=apply,
-                convolution=func.__name__ == "conv2d",
-            )
-        )
+        bias = None if bias is None else bias.to(x.dtype)
+        convolution = func.__name__ == "conv2d"
+        return self._wait(Affine(x, weight.to(x.dtype), bias, apply, convolution))
 
     def _batch_norm(
         self,
@@ -207,7 +196,7 @@ class Rules(TorchFunctionMode):
         eps: float,
         **given: Any,
     ) -> Tensor:
-        """Batch normalisation becomes part of the convolution before it, or else a scale and a bias."""
+        """Batch normalisation becomes part of the convolution before it, or a scale and a bias."""
         if given["training"]:
             raise MethodNotApplicable(
                 "Relevance needs batch normalisation by its running statistics."
@@ -224,7 +213,7 @@ class Rules(TorchFunctionMode):
         return output
 
     def _wait(self, layer: Affine) -> Tensor:
-        """Stand in for a layer's output until it is used: a batch normalisation may still become part of it."""
+        """Stand in for a layer's output, which a batch normalisation may still become part of."""
         # Not a leaf: what uses it and is then refused may work in place.
         values = layer.output().requires_grad_().clone()
         self._waiting[id(values)] = (values, layer)
@@ -241,7 +230,8 @@ class Rules(TorchFunctionMode):
     def _rewritten(self, func: Callable[..., Any], args: list[Any], named: dict[str, Any]) -> Any:
         name = func.__name__
         if name.startswith("relu"):
-            return args[0].clamp_min(0)  # never in place: rules need the values from before
+            # Never in place: rules need the values from before.
+            return args[0].clamp_min(0)
         carrying = sum(map(_carries, args))
         if name in _PRODUCTS and carrying > 1:
             raise MethodNotApplicable(

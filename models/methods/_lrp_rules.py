@@ -21,7 +21,7 @@ EPSILON = 0.25
 """Of the epsilon rule; in units of the root mean square of a layer's output."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Affine:
     """A convolution or linear layer that was called.
 
@@ -66,7 +66,7 @@ def epsilon_rule(layer: Affine, one: Tensor) -> Tensor:
 
 
 def gamma_rule(layer: Affine, one: Tensor) -> Tensor:
-    """R_i = sum_j s_ij / sum_i s_ij R_j, s_ij = x_i w_ij + gamma (x_i w_ij)^+ where z_j > 0, else with ^-.
+    """R_i = sum_j s_ij / sum_i s_ij R_j, s_ij = x_i w_ij + gamma (x_i w_ij)^±, ^+ where z_j > 0.
 
     Montavon et al. 2019, section 10.2, for inputs and outputs of both signs: the sum of the shares
     has the sign of z_j and is no smaller, so that nothing is divided by something near 0.
@@ -78,9 +78,10 @@ def gamma_rule(layer: Affine, one: Tensor) -> Tensor:
 
 
 def box_rule(layer: Affine, low: Tensor, high: Tensor, one: Tensor) -> Tensor:
-    """R_i = sum_j s_ij / sum_i s_ij R_j, s_ij = x_i w_ij - l_i w_ij^+ - h_i w_ij^-, for inputs between l and h.
+    """R_i = sum_j s_ij / sum_i s_ij R_j, s_ij = x_i w_ij - l_i w_ij^+ - h_i w_ij^-.
 
-    Montavon et al. 2017, eq. 17: no share is negative, and the bias has none.
+    Montavon et al. 2017, eq. 17, for inputs between l and h: no share is negative, and the bias has
+    none.
     """
     share = layer.apply(layer.x, layer.weight)
     values = share.detach() + layer.shift()
@@ -100,7 +101,7 @@ def quotient(values: Tensor, by: Tensor) -> Tensor:
 
 
 def _signed(layer: Affine, one: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of the positive and of the negative contributions to a layer's output, the bias among them."""
+    """Sums of the positive and the negative contributions to a layer's output, bias included."""
     positive, negative = layer.weight.clamp_min(0), layer.weight.clamp_max(0)
     x = layer.x.clamp_min(0)
     plus, minus = layer.apply(x, positive), layer.apply(x, negative)

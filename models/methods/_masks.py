@@ -13,7 +13,7 @@ KEPT = 0.5
 
 
 def varying_channels(activation: Tensor) -> Tensor:
-    """Indices (long) of the channels of (K, h, w) that are not constant; a constant one makes no mask."""
+    """Indices (long) of the channels of (K, h, w) that are not constant and so make a mask."""
     values = activation.flatten(1)
     return (values.amax(1) > values.amin(1)).nonzero().flatten()
 
@@ -22,14 +22,7 @@ def unit_masks(channels: Tensor, size: tuple[int, int]) -> Tensor:
     """Enlarge channels to the input and scale each to [0, 1]: s(Up(A_k)) in the words of Score-CAM.
 
     Bilinear between pixel centres (`align_corners=False`, as in the authors' code), then min-max,
-    so that every mask reaches both 0 and 1.
-
-    Args:
-        channels: float32 (n, h, w), none of them constant.
-        size: (H, W) of the input.
-
-    Returns:
-        float32 (n, 1, H, W).
+    so that every mask reaches both 0 and 1: (n, h, w), none constant, → float32 (n, 1, H, W).
     """
     masks = nn.functional.interpolate(channels[:, None], size, mode="bilinear", align_corners=False)
     low, high = masks.amin((2, 3), keepdim=True), masks.amax((2, 3), keepdim=True)

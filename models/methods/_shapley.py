@@ -1,4 +1,4 @@
-"""Second-order weights of ShapleyCAM: gradient less half of the Hessian-vector product with the activation."""
+"""Second-order weights of ShapleyCAM, from a Hessian-vector product with the activation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SPACE = (-2, -1)
 
 
 def curved_weights(subject: Subject, targets: Sequence[ResolvedTarget]) -> Tensor:
-    """Weights (n, K) for n targets: one pass of n copies of the image, differentiated twice after the layer.
+    """Weights (n, K) for n targets: one pass of n copies, differentiated twice after the layer.
 
     Memory: the graph of what follows the layer, twice, for n images.
     """
@@ -26,7 +26,8 @@ def curved_weights(subject: Subject, targets: Sequence[ResolvedTarget]) -> Tenso
 
     def cut(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
         starts.append(output.detach().float().requires_grad_())
-        return starts[-1].to(output.dtype, copy=True)  # what follows may work in place
+        # A copy: what follows may work in place.
+        return starts[-1].to(output.dtype, copy=True)
 
     inputs = subject.inputs.expand(len(targets), -1, -1, -1)
     inputs = inputs.contiguous(memory_format=torch.channels_last)
@@ -42,20 +43,18 @@ def curved_weights(subject: Subject, targets: Sequence[ResolvedTarget]) -> Tenso
 
 
 def linear_curved_weights(subject: Subject, weight: Tensor) -> Tensor:
-    """The same (T, K) for a head of global average pooling and one linear layer, from the pooled values p alone.
+    """The same (T, K) for a pooled linear head, from the pooled values p alone.
 
     With u(A) = v(mean A): g_kij = v_k(p) / Z and (H A)_kij = (H_v p)_k / Z at every position.
     """
-    assert subject.capture is not None
-    activation = subject.capture.activation
+    activation = subject.captured.activation
     with torch.enable_grad():
         pooled = activation.mean(_SPACE).repeat(len(subject.targets), 1).requires_grad_()
         scores = pooled @ weight.T
         if subject.warm.head.bias is not None:
             scores = scores + subject.warm.head.bias
-        return (
-            _curved(_utility(subject, scores, subject.targets), pooled) / activation[0, 0].numel()
-        )
+        curved = _curved(_utility(subject, scores, subject.targets), pooled)
+        return curved / activation[0, 0].numel()
 
 
 def _utility(subject: Subject, scores: Tensor, targets: Sequence[ResolvedTarget]) -> Tensor:
@@ -67,12 +66,11 @@ def _utility(subject: Subject, scores: Tensor, targets: Sequence[ResolvedTarget]
 
 
 def _curved(utility: Tensor, start: Tensor) -> Tensor:
-    """The value of g - H a / 2 at `start` = a, for the sum of utilities of which each depends on its own row of a."""
+    """The value of g - H a / 2 at `start` = a; each utility depends on its own row of a."""
     if not utility.requires_grad:
         return torch.zeros_like(start)
-    (gradient,) = torch.autograd.grad(
-        utility.sum(), start, create_graph=True, materialize_grads=True
-    )
+    total = utility.sum()
+    (gradient,) = torch.autograd.grad(total, start, create_graph=True, materialize_grads=True)
     if not gradient.requires_grad:
         return gradient
     along = (gradient * start.detach()).sum()

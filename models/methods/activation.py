@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from models.capture import Capture
 
 KPCA_SIDE = 28
-"""Most rows and columns of a layer that `kpca_cam` takes as they are: its kernel matrix is positions by positions."""
+"""Most rows and columns of a layer that `kpca_cam` takes as they are."""
 
 
 def eigencam(capture: Capture) -> Tensor:
-    """Eigen-CAM (Muhammad and Yeasin 2020, section III), A v_1 for the first right singular vector v_1 of A.
+    """Eigen-CAM (Muhammad and Yeasin 2020, section III), A v_1.
 
-    Not centred, as in the paper. The sign that a decomposition leaves open is the one that
-    correlates with sum_k A_k.
+    v_1 is the first right singular vector of A. Not centred, as in the paper. The sign that a
+    decomposition leaves open is the one that correlates with sum_k A_k.
     """
     maps = _first_component(capture.activation)
     return _for_each_target(_oriented(maps, capture.activation.sum(1)), capture)
@@ -43,7 +43,7 @@ def eigengradcam(capture: Capture) -> Tensor:
 
 
 def kpca_cam(capture: Capture) -> Tensor:
-    """KPCA-CAM (Karmani et al. 2024): projection on the first component of kernel PCA over the positions of A.
+    """KPCA-CAM (Karmani et al. 2024): the first component of kernel PCA over the positions of A.
 
     The kernel is the authors' default: tanh(x·y / K + 1) of channel vectors x, y from which the
     mean over positions is taken. The sign is the one that correlates with sum_k A_k. Layers of more
@@ -79,7 +79,7 @@ def fem(capture: Capture) -> Tensor:
 
 
 def _first_component(activation: Tensor) -> Tensor:
-    """A v_1 for each image of (N, K, h, w), from the smaller of A's two Gram matrices: (N, h, w)."""
+    """A v_1 for each image of (N, K, h, w), from A's smaller Gram matrix: (N, h, w)."""
     columns = _finite(activation).flatten(2).double()
     if columns.shape[2] <= columns.shape[1]:
         component = _top(columns.mT @ columns)
@@ -90,19 +90,19 @@ def _first_component(activation: Tensor) -> Tensor:
 
 
 def _top(matrices: Tensor) -> Tensor:
-    """Greatest eigenvector (N, n) of symmetric matrices (N, n, n), scaled by the root of its eigenvalue."""
+    """Greatest eigenvector (N, n) of symmetric (N, n, n), times the root of its eigenvalue."""
     values, vectors = torch.linalg.eigh(matrices)
     scaled: Tensor = vectors[..., -1] * values[:, -1:].clamp_min(0).sqrt()
     return scaled
 
 
 def _finite(tensor: Tensor) -> Tensor:
-    """Zeros in place of what is not finite: a decomposition fails on it, for all images of the batch at once."""
+    """Zeros for what is not finite, on which a decomposition fails for the whole batch."""
     return tensor.nan_to_num(0.0, 0.0, 0.0)
 
 
 def _oriented(maps: Tensor, guide: Tensor) -> Tensor:
-    """Maps (N, h, w) with the sign that correlates with `guide`; without correlation, their largest value positive."""
+    """Maps (N, h, w) with the sign that correlates with `guide`, or else that of their peak."""
     flat, guides = maps.flatten(1).double(), guide.flatten(1).double()
     flat = flat - flat.mean(1, keepdim=True)
     guides = guides - guides.mean(1, keepdim=True)

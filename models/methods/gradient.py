@@ -17,10 +17,9 @@ from torch import Tensor
 
 from models.capture import Capture
 from models.errors import MethodNotApplicable
-from models.methods._fullgrad import decompose, obstacle
-from models.methods._heads import linear_head
+from models.methods._fullgrad import decomposed_maps, obstacle
 from models.methods._shapley import curved_weights, linear_curved_weights
-from models.steps import Exclusive, LayerGradient, Steps, Subject
+from models.steps import LayerGradient, Steps, Subject, run_by_targets
 from models.targets import ResolvedTarget, ScoreWeights
 
 _SPACE = (-2, -1)
@@ -96,9 +95,10 @@ def layercam(capture: Capture) -> Tensor:
 
 
 def gradcam_elementwise(capture: Capture) -> Tensor:
-    """Grad-CAM element-wise of pytorch-grad-cam: sum_k ReLU(g_k * A_k), LayerCAM's on layers without negative values.
+    """Grad-CAM element-wise of pytorch-grad-cam: sum_k ReLU(g_k * A_k).
 
-    Where the gradient is constant, ReLU(g_k A_k) = ReLU(g_k) ReLU(A_k) + ReLU(-g_k) ReLU(-A_k).
+    This is LayerCAM on layers without negative values. Where the gradient is constant, ReLU(g_k
+    A_k) = ReLU(g_k) ReLU(A_k) + ReLU(-g_k) ReLU(-A_k).
     """
     gradient, activation = _gradient(capture), capture.activation
     if gradient.shape[-2:] == (1, 1):
@@ -108,7 +108,7 @@ def gradcam_elementwise(capture: Capture) -> Tensor:
 
 
 def smooth_gradcam_plus_plus(subject: Subject) -> Steps:
-    """Smooth Grad-CAM++ (Omeiza et al. 2019): Grad-CAM++ with derivatives averaged over noisy inputs.
+    """Smooth Grad-CAM++ (Omeiza et al. 2019): derivatives are averaged over noisy inputs.
 
     D_p is the mean over the samples of g^p, alpha = D_2 / (2 D_2 + S D_3), w_k = sum_ij alpha
     ReLU(D_1), and A and S_k are those of the clean image. The paper prints D_1 in alpha's
@@ -118,7 +118,7 @@ def smooth_gradcam_plus_plus(subject: Subject) -> Steps:
     needs no step.
     """
     capture = _captured(subject)
-    if linear_head(subject) is not None:
+    if subject.linear_head is not None:
         return gradcam_plus_plus(capture)[0]
     inputs, random = subject.inputs, subject.generator()
     deviation = _NOISE * (inputs.amax() - inputs.amin())
@@ -141,15 +141,16 @@ def smooth_gradcam_plus_plus(subject: Subject) -> Steps:
 
 
 def finercam(subject: Subject) -> Steps:
-    """Finer-CAM (Zhang et al. 2025): Grad-CAM of y_c - 0.6 mean_d y_d, d the 3 classes closest to c in score.
+    """Finer-CAM (Zhang et al. 2025): Grad-CAM of y_c - 0.6 mean_d y_d.
 
-    Of classes that are equally close the lower index comes first. A target that names what it is
-    held against keeps those classes as its d. A linear head needs no step.
+    d are the 3 classes closest to c in score; of classes that are equally close the lower index
+    comes first. A target that names what it is held against keeps those classes as its d. A linear
+    head needs no step.
     """
     capture = _captured(subject)
     plain = [ResolvedTarget(target.cls) for target in subject.targets]
     held = [_against_closest(target, subject.logits) for target in subject.targets]
-    linear = linear_head(subject)
+    linear = subject.linear_head
     if linear is not None:
         rows = [ScoreWeights([t], linear.device).of_rows(linear) for t in (plain, held)]
         alone, contrast = (row / _pixels(capture) for row in rows)
@@ -176,16 +177,11 @@ def shapleycam(subject: Subject) -> Steps:
     what follows the layer. A linear head needs no step.
     """
     capture = _captured(subject)
-    linear = linear_head(subject)
+    linear = subject.linear_head
     if linear is not None:
         weights = linear_curved_weights(subject, linear)
     else:
-        parts = []
-        for start in range(0, len(subject.targets), subject.chunk):
-            targets = subject.targets[start : start + subject.chunk]
-            run = partial(curved_weights, subject, targets)
-            parts.append((yield Exclusive(run, cost=6 * len(targets))))
-        weights = torch.cat(parts)
+        weights = yield from run_by_targets(subject, partial(curved_weights, subject), cost=6)
     return _weighted_sum(weights[None], capture.activation)[0].relu_()
 
 
@@ -204,15 +200,7 @@ def fullgrad(subject: Subject) -> Steps:
     reason = obstacle(subject.warm.module)
     if reason is not None:
         raise MethodNotApplicable(f"FullGrad cannot explain this model: {reason}.")
-    parts = []
-    for start in range(0, len(subject.targets), subject.chunk):
-        targets = subject.targets[start : start + subject.chunk]
-        parts.append((yield Exclusive(partial(_fullgrad, subject, targets), cost=3 * len(targets))))
-    return torch.cat(parts)
-
-
-def _fullgrad(subject: Subject, targets: tuple[ResolvedTarget, ...]) -> Tensor:
-    return decompose(subject, targets).maps
+    return run_by_targets(subject, partial(decomposed_maps, subject), cost=3)
 
 
 def _against_closest(target: ResolvedTarget, logits: Tensor) -> ResolvedTarget:
@@ -227,9 +215,7 @@ def _against_closest(target: ResolvedTarget, logits: Tensor) -> ResolvedTarget:
 
 def _captured(subject: Subject) -> Capture:
     """The explained layer's pair, for the subject's own targets: its batch may have had more."""
-    capture, count = subject.capture, len(subject.targets)
-    if capture is None:
-        raise ValueError("the method explains a layer")
+    capture, count = subject.captured, len(subject.targets)
     gradient = _gradient(capture)[:, :count]
     return Capture(capture.layer, capture.activation, gradient, capture.score[:, :count])
 

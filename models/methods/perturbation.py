@@ -17,15 +17,14 @@ from torch import Tensor
 
 from models.methods._ablation import closed_form_drops, replayed_drops
 from models.methods._masks import KEPT, RandomMasks, unit_masks, varying_channels
-from models.noted import Noted
-from models.steps import Forward, Step, Steps, Subject
+from models.steps import Forward, NotedMaps, Step, Steps, Subject
 from models.targets import probabilities
 
 SMOOTHING = 2.0
 """Standard deviation of SS-CAM's noise, in units of a mask's range."""
 
 
-def scorecam(subject: Subject) -> Generator[Step, Any, Noted]:
+def scorecam(subject: Subject) -> Generator[Step, Any, NotedMaps]:
     """Score-CAM (Wang et al. 2020, algorithm 1), for T targets at once.
 
     M = ReLU(sum_k w_k A_k), w = softmax over channels of y_c(X * H_k), H_k = minmax(upsample(A_k)).
@@ -44,7 +43,7 @@ def scorecam(subject: Subject) -> Generator[Step, Any, Noted]:
         energy = _activation(subject)[channels].square().sum((1, 2))
         channels = channels[energy.argsort(descending=True, stable=True)[: subject.samples]]
     maps = yield from _score_weighted(subject, channels, [lambda masks: masks])
-    return Noted(maps, notes)
+    return NotedMaps(maps, notes)
 
 
 def ss_cam(subject: Subject) -> Steps:
@@ -75,13 +74,12 @@ def ablationcam(subject: Subject) -> Steps:
     itself, which turns the map over where the score is negative. Global average pooling followed by
     one linear layer needs no pass: y_c - y_k = W_ck mean(A_k).
     """
-    assert subject.capture is not None
     drops = closed_form_drops(subject)
     if drops is None:
         drops = yield from replayed_drops(subject)
-    size = subject.capture.score[0].abs()
+    size = subject.captured.score[0].abs()
     weights = drops / torch.where(size > 0, size, 1.0)
-    return torch.einsum("kt,khw->thw", weights, subject.capture.activation[0]).relu_()
+    return torch.einsum("kt,khw->thw", weights, _activation(subject)).relu_()
 
 
 def occlusion(subject: Subject) -> Steps:
@@ -114,7 +112,7 @@ def occlusion(subject: Subject) -> Steps:
 
 
 def rise(subject: Subject) -> Steps:
-    """RISE (Petsiuk et al. 2018, eq. 6): the mean of random masks, weighted by the probability each leaves.
+    """RISE (Petsiuk et al. 2018, eq. 6): random masks, weighted by the probability each leaves.
 
     M = 1 / (N p) sum_i f_c(X * m_i) m_i with N = `samples` masks from 7 x 7 grids, p = 0.5; f is
     the probability, as in the paper. Masks depend on the seed and the input size only.
@@ -137,7 +135,7 @@ def rise(subject: Subject) -> Steps:
 def _score_weighted(
     subject: Subject, channels: Tensor, rounds: Iterable[Callable[[Tensor], Tensor]]
 ) -> Steps:
-    """sum_k softmax_k(y_k) A_k over `channels`, y_k the mean over rounds of the score under k's mask.
+    """sum_k softmax_k(y_k) A_k over `channels`, y_k the mean score under k's mask over rounds.
 
     A round says what is done to a mask before it is laid over the input.
     """
@@ -166,8 +164,7 @@ def _round(
 
 def _activation(subject: Subject) -> Tensor:
     """The explained layer's channels, (K, h, w)."""
-    assert subject.capture is not None
-    return subject.capture.activation[0]
+    return subject.captured.activation[0]
 
 
 def _masked(subject: Subject, masks: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Methods that explain pixels of the input: gradients, paths of gradients, guided gradients, relevance.
+"""Methods that explain pixels of the input, by gradients or by relevance.
 
 Each is a generator of steps that returns float32 maps (T, H, W) at the resolution of the input, not
 normalised. Notation: x = the normalised input, dx y = gradient of the score at x. Maps whose sign
@@ -16,12 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.methods._exclusive import exclusively
 from models.methods._guided import guided_gradients
 from models.methods._lrp import Explained, relevance
 from models.methods.gradient import gradcam
-from models.noted import Noted
-from models.steps import Forward, InputGradient, Step, Steps, Subject
+from models.steps import (
+    Forward,
+    InputGradient,
+    NotedMaps,
+    Step,
+    Steps,
+    Subject,
+    run_by_targets,
+    run_unbatched,
+)
 
 _NOISE = 0.15
 _COLOURS = 1
@@ -34,7 +41,7 @@ def saliency(subject: Subject) -> Steps:
 
 
 def input_x_gradient(subject: Subject) -> Steps:
-    """Sum over the colours of x * dx y (Shrikumar et al. 2016), signed; 0 wherever x is the mean colour."""
+    """Sum over the colours of x * dx y (Shrikumar et al. 2016), signed."""
     gradients = yield from _gradients(subject)
     return (subject.inputs.float() * gradients).sum(_COLOURS)
 
@@ -53,13 +60,12 @@ def guided_backprop(subject: Subject) -> Steps:
 
 
 def guided_gradcam(subject: Subject) -> Steps:
-    """Guided Grad-CAM (Selvaraju et al. 2017, section 3.2): `guided_backprop` times the upsampled Grad-CAM.
+    """Guided Grad-CAM (Selvaraju et al. 2017, section 3.2): `guided_backprop` times Grad-CAM.
 
     Raises:
         MethodNotApplicable: the model has no ReLU, or other rectifiers.
     """
-    assert subject.capture is not None, "guided_gradcam explains a layer"
-    maps = gradcam(subject.capture)
+    maps = gradcam(subject.captured)
     gradients = yield from _guided(subject)
     size = gradients.shape[-2:]
     maps = nn.functional.interpolate(maps, size, mode="bilinear", align_corners=False)[0]
@@ -67,17 +73,17 @@ def guided_gradcam(subject: Subject) -> Steps:
 
 
 def smoothgrad(subject: Subject) -> Steps:
-    """SmoothGrad (Smilkov et al. 2017): largest |mean gradient| among the colours over noisy copies of the input.
+    """SmoothGrad (Smilkov et al. 2017): largest |mean gradient| among the colours.
 
-    The noise is normal, with 0.15 of the input's range as standard deviation; every target sees the
-    same noise.
+    The mean is over noisy copies of the input. The noise is normal, with 0.15 of the input's range
+    as standard deviation; every target sees the same noise.
     """
     mean, _ = yield from _noisy_gradients(subject)
     return mean.abs().amax(_COLOURS)
 
 
 def vargrad(subject: Subject) -> Steps:
-    """VarGrad (Adebayo et al. 2018): variance of the gradient over noisy copies, summed over the colours.
+    """VarGrad (Adebayo et al. 2018): variance over noisy copies, summed over the colours.
 
     E[(a - E a)^2], kept up by Welford's recurrence whose every term is a square: it cannot be
     negative. Noise as in `smoothgrad`.
@@ -86,10 +92,10 @@ def vargrad(subject: Subject) -> Steps:
     return variance.sum(_COLOURS)
 
 
-def integrated_gradients(subject: Subject) -> Generator[Step, Any, Noted]:
+def integrated_gradients(subject: Subject) -> Generator[Step, Any, NotedMaps]:
     """Integrated gradients (Sundararajan et al. 2017, eq. 1), summed over the colours, signed.
 
-    (x - b) times the mean gradient on the straight line from b, a black picture, to x; the mean is
+    (x - b) times the mean gradient on the straight line from b, a black image, to x; the mean is
     taken by Gauss-Legendre quadrature with `steps` points. The note of each map says how far its
     sum is from y(x) - y(b), which it would be with infinitely many points.
     """
@@ -102,28 +108,27 @@ def integrated_gradients(subject: Subject) -> Generator[Step, Any, Noted]:
     maps, notes = [], []
     for target, gain in zip(subject.targets, gains, strict=True):
         total = torch.zeros_like(difference)
-        for node, weight in zip(
-            nodes.split(subject.chunk), weights.split(subject.chunk), strict=True
-        ):
+        parts = zip(nodes.split(subject.chunk), weights.split(subject.chunk), strict=True)
+        for node, weight in parts:
             points = (black + node * difference).to(dtype)
             gradients, _ = yield InputGradient(points, (target,) * len(points))
             total += (weight * gradients).sum(0, keepdim=True)
         maps.append((difference * total).sum(_COLOURS)[0])
         delta = float(maps[-1].sum()) - gain
         notes.append(f"Completeness delta {delta:.2g} of score difference {gain:.3g}.")
-    return Noted(torch.stack(maps), tuple(notes))
+    return NotedMaps(torch.stack(maps), tuple(notes))
 
 
-def lrp(subject: Subject) -> Generator[Step, Any, Noted]:
-    """Layer-wise relevance propagation (Bach et al. 2015) by the composite of Montavon et al. 2019, signed.
+def lrp(subject: Subject) -> Generator[Step, Any, NotedMaps]:
+    """Layer-wise relevance propagation (Bach et al. 2015), signed.
 
-    The epsilon rule in linear layers, the gamma rule in convolutions, the box rule at the pixels.
-    That relevance is conserved is checked for each map; its note says how much of the score reached
-    the pixels, the rest being what biases and stabilisers hold.
+    The composite is that of Montavon et al. 2019: the epsilon rule in linear layers, the gamma rule
+    in convolutions, the box rule at the pixels. That relevance is conserved is checked for each
+    map; its note says how much of the score reached the pixels, the rest being what biases and
+    stabilisers hold.
 
     Raises:
-        MethodNotApplicable: the model computes something that relevance does not pass through
-            conserved.
+        MethodNotApplicable: relevance is not conserved in the model.
     """
     explained = Explained(
         module=subject.warm.module,
@@ -135,33 +140,26 @@ def lrp(subject: Subject) -> Generator[Step, Any, Noted]:
         changes=subject.changes(1),
     )
     found: list[tuple[Tensor, str]] = []
-    for start in range(0, len(subject.targets), subject.chunk):
-        targets = subject.targets[start : start + subject.chunk]
+    for targets in subject.target_chunks():
         # Rules cost several forwards, but these are of one image whatever the number of targets.
         run = partial(relevance, explained, targets)
-        found += yield from exclusively(run, cost=3 * len(targets))
-    return Noted(torch.stack([pixels for pixels, _ in found]), tuple(note for _, note in found))
+        found += yield from run_unbatched(run, cost=3 * len(targets))
+    return NotedMaps(torch.stack([pixels for pixels, _ in found]), tuple(note for _, note in found))
 
 
 def _gradients(subject: Subject) -> Generator[Step, Any, Tensor]:
     """Gradients dx y of every target, (T, 3, H, W)."""
     found = []
-    for start in range(0, len(subject.targets), subject.chunk):
-        targets = subject.targets[start : start + subject.chunk]
+    for targets in subject.target_chunks():
         inputs = subject.inputs.expand(len(targets), -1, -1, -1)
         gradients, _ = yield InputGradient(inputs, targets)
         found.append(gradients)
     return torch.cat(found)
 
 
-def _guided(subject: Subject) -> Generator[Step, Any, Tensor]:
+def _guided(subject: Subject) -> Steps:
     """Guided gradients of every target, (T, 3, H, W)."""
-    found = []
-    for start in range(0, len(subject.targets), subject.chunk):
-        targets = subject.targets[start : start + subject.chunk]
-        run = partial(guided_gradients, subject, targets)
-        found.append((yield from exclusively(run, cost=3 * len(targets))))
-    return torch.cat(found)
+    return run_by_targets(subject, partial(guided_gradients, subject), cost=3)
 
 
 def _noisy_gradients(subject: Subject) -> Generator[Step, Any, tuple[Tensor, Tensor]]:
@@ -188,17 +186,16 @@ def _noisy_gradients(subject: Subject) -> Generator[Step, Any, tuple[Tensor, Ten
 def _quadrature(points: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Nodes in (0, 1) and weights that sum to 1, (points, 1, 1, 1) each."""
     nodes, weights = np.polynomial.legendre.leggauss(points)
-    both = torch.tensor(
-        np.stack([(nodes + 1) / 2, weights / 2]), dtype=torch.float32, device=device
-    )
+    unit = np.stack([(nodes + 1) / 2, weights / 2])
+    both = torch.tensor(unit, dtype=torch.float32, device=device)
     return both[0].view(-1, 1, 1, 1), both[1].view(-1, 1, 1, 1)
 
 
 def _black(subject: Subject) -> Tensor:
-    """A black picture as the model takes it, float32 of the input's shape."""
+    """A black image as the model takes it, float32 of the input's shape."""
     return subject.warm.shift.expand(subject.inputs.shape)
 
 
 def _white(subject: Subject) -> Tensor:
-    """A white picture as the model takes it, float32 of the input's shape."""
+    """A white image as the model takes it, float32 of the input's shape."""
     return (subject.warm.shift + 255 * subject.warm.scale).expand(subject.inputs.shape)

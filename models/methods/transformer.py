@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from models.layers import TokenLayout
-from models.methods._attention import Attended, attend, layer_gradients
-from models.methods._exclusive import exclusively
-from models.steps import Steps, Subject
+from models.methods._attention_gradients import Attended, attend, layer_gradients
+from models.steps import Steps, Subject, run_by_targets, run_unbatched
 from models.targets import ResolvedTarget
 
 
@@ -31,19 +30,19 @@ def attention_rollout(subject: Subject) -> Steps:
         MethodNotApplicable: the model is not a vision transformer that is understood here.
     """
     run = partial(attend, subject, subject.targets[:1], _rollout)
-    maps = yield from exclusively(run, cost=3)
+    maps = yield from run_unbatched(run, cost=3)
     return maps.repeat(len(subject.targets), 1, 1)
 
 
 def gradient_rollout(subject: Subject) -> Steps:
-    """Rollout of attention weighted by its gradient, as in the vit-explain project (Gildenblat 2020).
+    """Rollout of attention weighted by its gradient, as in vit-explain (Gildenblat 2020).
 
     B_l = (E_h[dA_l * A_l])^+ + I, its rows scaled to sum to 1.
 
     Raises:
         MethodNotApplicable: the model is not a vision transformer that is understood here.
     """
-    return _by_target(subject, lambda targets: attend(subject, targets, _gradient_rollout))
+    return _by_target(subject, _gradient_rollout)
 
 
 def transformer_attribution(subject: Subject) -> Steps:
@@ -54,7 +53,7 @@ def transformer_attribution(subject: Subject) -> Steps:
     Raises:
         MethodNotApplicable: the model is not a vision transformer that is understood here.
     """
-    return _by_target(subject, lambda targets: attend(subject, targets, _attribution))
+    return _by_target(subject, _attribution)
 
 
 def legrad(subject: Subject) -> Steps:
@@ -66,16 +65,11 @@ def legrad(subject: Subject) -> Steps:
     Raises:
         MethodNotApplicable: the model is not a vision transformer that is understood here.
     """
-    return _by_target(subject, partial(_legrad, subject))
+    return run_by_targets(subject, partial(_legrad, subject), cost=3)
 
 
-def _by_target(subject: Subject, run: Callable[[Sequence[ResolvedTarget]], Tensor]) -> Steps:
-    """Maps of all targets, as many in a step as fit in a chunk."""
-    found = []
-    for start in range(0, len(subject.targets), subject.chunk):
-        targets = subject.targets[start : start + subject.chunk]
-        found.append((yield from exclusively(partial(run, targets), cost=3 * len(targets))))
-    return torch.cat(found)
+def _by_target(subject: Subject, reduce: Callable[[Attended], Tensor]) -> Steps:
+    return run_by_targets(subject, lambda targets: attend(subject, targets, reduce), cost=3)
 
 
 def _rollout(seen: Attended) -> Tensor:

@@ -1,1 +1,1 @@
-"""Load-time preparation: a faster twin of a model that gives the same answers."""
+"""Load-time preparation: faster variants of a model that give the same scores and maps."""

@@ -20,7 +20,7 @@ class Activation:
 
 
 def activation_of(module: nn.Module) -> Activation | None:
-    """The fusable activation a module is, or None."""
+    """The activation that a module computes, if it can be fused."""
     functional = nn.functional
     kind = type(module).__name__
     if isinstance(module, nn.ReLU6):
@@ -41,8 +41,7 @@ class _Packing:
     Attributes:
         weight: in oneDNN's layout.
         place: padding, stride, dilation and groups.
-        pads: pixels (left, right, top, bottom) that the input gets first, where no padding of
-            oneDNN's will do.
+        pads: (left, right, top, bottom) that the input is padded by where oneDNN's padding fails.
     """
 
     weight: Tensor
@@ -55,7 +54,7 @@ RELU = Activation("relu", (), nn.functional.relu)
 
 
 class FusedConv2d(nn.Module):
-    """Convolution + folded batch-norm + activation, and, if given, + residual before the activation.
+    """Convolution + folded batch-norm (+ residual) + activation.
 
     On the CPU without autograd it runs as one oneDNN operation on prepacked weights (the operation
     that `torch.compile` emits when it freezes a model); elsewhere, and where a graph is recorded,
@@ -65,14 +64,7 @@ class FusedConv2d(nn.Module):
     def __init__(
         self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, activation: Activation | None
     ) -> None:
-        """Fold, in float64.
-
-        Args:
-            conv: the convolution, with zero padding; TensorFlow-like "same" padding is recognised
-                by its class.
-            norm: the batch-norm that follows it, in eval mode.
-            activation: what follows that.
-        """
+        """Fold, in float64; TensorFlow-like "same" padding is recognised by its class."""
         super().__init__()
         weight, bias = _folded(conv, norm)
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -88,13 +80,12 @@ class FusedConv2d(nn.Module):
         self._unpackable = not torch.backends.mkldnn.is_available()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(N, C, H, W) → (N, K, h, w); `residual` of the output's shape is added before the activation."""
+        """(N, C, H, W) → (N, K, h, w); `residual` is added before the activation."""
         if self._packable(x):
             try:
                 return self._run_packed(x, residual)
             except RuntimeError:
-                # oneDNN has no kernel for some shapes in some dtypes (small grouped bfloat16 sums,
-                # for one).
+                # oneDNN has no kernel for some shapes and dtypes (small grouped bfloat16 sums).
                 self._unpackable = True
         if self.same:
             x = nn.functional.pad(x, self._same_padding(x))
@@ -109,7 +100,8 @@ class FusedConv2d(nn.Module):
         """Move or cast; weights are packed anew for what comes."""
         self._packings = {}
         self._unpackable = not torch.backends.mkldnn.is_available()
-        return cast("Self", super()._apply(fn, recurse))  # type: ignore[no-untyped-call]  # torch's own
+        # Torch's own method is not annotated.
+        return cast("Self", super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
     def _packable(self, x: Tensor) -> bool:
         return (
@@ -129,29 +121,26 @@ class FusedConv2d(nn.Module):
         attribute, scalars = "none", []
         if self.activation is not None:
             attribute, scalars = self.activation.attribute, list(self.activation.scalars)
-        convolve = torch.ops.mkldnn._convolution_pointwise  # noqa: SLF001  (the only door to it)
+        # This operation has no public name.
+        convolve = torch.ops.mkldnn._convolution_pointwise  # noqa: SLF001
+        place = (packing.weight, self.bias, *packing.place)
         if residual is None:
-            out: Tensor = convolve.default(
-                x, packing.weight, self.bias, *packing.place, attribute, scalars, ""
-            )
+            out: Tensor = convolve.default(x, *place, attribute, scalars, "")
         else:
             unary = None if self.activation is None else attribute
-            out = convolve.binary(
-                x, residual, packing.weight, self.bias, *packing.place, "add", 1.0, unary, scalars, ""
-            )  # fmt: skip
+            out = convolve.binary(x, residual, *place, "add", 1.0, unary, scalars, "")
         return out
 
     def _pack(self, x: Tensor) -> _Packing:
-        """Pack for an input's size: with no size oneDNN guesses a layout, and 3x3 layers get slower."""
+        """Pack for an input's size, without which oneDNN guesses a slower layout of 3x3 layers."""
         padding, pads = self.padding, None
         weight: Tensor = self.weight
         if self.same:
             left, right, top, bottom = self._same_padding(x)
             padding = (bottom, right)
             if (left, top) == (right - 1, bottom - 1) and self.groups > 1:
-                # One more pixel at the end is the same as even padding and a kernel that begins
-                # with zeros: the padded copy of the input costs a grouped convolution more than the
-                # wider kernel does.
+                # One more pixel at the end equals even padding and a kernel that begins with zeros:
+                # the wider kernel costs a grouped convolution less than a padded input does.
                 weight = nn.functional.pad(weight, (1, 0, 1, 0))
             elif (left, top) != (right, bottom):
                 pads, padding = (left, right, top, bottom), (0, 0)

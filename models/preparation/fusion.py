@@ -1,4 +1,4 @@
-"""Finds convolutions that can be fused with what follows them, by pattern, in any model.
+"""Finds convolutions in any model that can be fused with what follows them.
 
 Each module is traced on its own with its children left whole, so containers keep their names and
 their hooks; a module in which something was fused becomes a graph module of the same name. Modules
@@ -32,8 +32,8 @@ def fuse_convolutions(module: nn.Module) -> tuple[nn.Module, int]:
     """Fuse convolutions with the batch-norms, activations and residual sums that follow them.
 
     Args:
-        module: in eval mode; changed. Outputs of modules that were fused into a convolution are no
-            longer to be had; the fused convolution stands in the place of the last of them.
+        module: in eval mode; changed. A fused convolution replaces the last of the modules that
+            it computes; the outputs of the others can no longer be read.
 
     Returns:
         The module (a new object if its own forward was rewritten), and the number of convolutions
@@ -55,7 +55,8 @@ def _rewrite(module: nn.Module) -> tuple[nn.Module, int]:
     """The module with its chains fused, and how many there were."""
     try:
         graph = _Shallow().trace(module)
-    except Exception:  # noqa: BLE001  (whatever a model's forward does under tracing, it then stays as it is)
+    # Whatever a model's forward does under tracing, the module then stays as it is.
+    except Exception:  # noqa: BLE001
         return module, 0
     children = dict(module.named_modules())
     calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
@@ -84,10 +85,8 @@ def _fuse_at(
     if follower is not None and _calls(follower, children, nn.BatchNorm2d):
         found = children[str(follower.target)]
         assert isinstance(found, nn.BatchNorm2d)
-        norm, inner = (
-            found,
-            getattr(found, "act", None),
-        )  # timm's batch-norms may hold their activation
+        # timm's batch-norms may hold their activation.
+        norm, inner = found, getattr(found, "act", None)
         if inner is not None and not isinstance(inner, nn.Identity):
             activation = activation_of(inner)
             if activation is None:
@@ -112,7 +111,8 @@ def _fuse_at(
         if n.op == "call_module" and calls[str(n.target)] == 1
     )
     fused = FusedConv2d(conv, norm, activation)
-    module.get_submodule(name.rpartition(".")[0])._modules[name.rpartition(".")[2]] = fused  # noqa: SLF001
+    parent, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(parent), leaf, fused)
     children[name] = fused
     graph = node.graph
     with graph.inserting_after(chain[-1]):

@@ -1,4 +1,4 @@
-"""OpenVINO as the runtime of a model's trunk, on the CPU."""
+"""OpenVINO as the runtime of a model's backbone, on the CPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.preparation.replay import LayerOutputs, Reference, Refused
-from models.preparation.twin import Twin
+from models.preparation.variant import Variant
 from models.types import Precision
 
 logger = logging.getLogger("heatlens.preparation")
@@ -20,20 +20,17 @@ logger = logging.getLogger("heatlens.preparation")
 _HINTS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 
 
-def openvino_twins(
+def openvino_variants(
     module: nn.Module, reference: Reference, *, precision: Precision
-) -> tuple[list[Twin], Precision]:
-    """Convert a model's trunk, and make twins of it.
+) -> tuple[list[Variant], Precision]:
+    """Convert a model's backbone, and make variants of it.
 
-    Args:
-        module: the model, float32, on the CPU; left as it is.
-        reference: what it gives.
-        precision: what OpenVINO may compute in; it stays with float32 where the CPU has no
-            instructions for it.
+    The module is float32, on the CPU, and left as it is; `reference` is what it gives. OpenVINO
+    computes in float32 where the CPU has no instructions for `precision`.
 
     Returns:
-        A twin of the target layer alone, then one that gives the feature layers too (each further
-        output costs fusions and a copy), and the precision they compute in.
+        A variant of the target layer alone, then one that gives the feature layers too (each
+        further output costs fusions and a copy), and the precision they compute in.
 
     Raises:
         Refused: OpenVINO is not installed, does not know an operation of the model, or gives other
@@ -43,41 +40,34 @@ def openvino_twins(
     target, features = reference.head.layer, reference.features
     layers = (target, *features)
     try:
-        converted = _convert(openvino, LayerOutputs(module, layers), reference.pictures)
-        trunks = [
-            CompiledTrunk(openvino, converted, outputs=count, precision=precision)
+        converted = _convert(openvino, LayerOutputs(module, layers), reference.images)
+        backbones = [
+            CompiledBackbone(openvino, converted, outputs=count, precision=precision)
             for count in sorted({1, len(layers)})
         ]
     except Exception as error:
         logger.warning("OpenVINO does not take the model", exc_info=True)
         raise Refused("the conversion failed; the log says more") from error
-    served = trunks[0].precision
+    served = backbones[0].precision
     step = f"OpenVINO trunk in {served}"
     steps = [step, f"{step} with {len(features)} feature layers"]
-    twins = [
-        reference.twin(trunk, layers[: trunk.outputs], exact=served == "fp32", step=step)
-        for trunk, step in zip(trunks, steps, strict=False)
+    variants = [
+        reference.variant(backbone, layers[: backbone.outputs], exact=served == "fp32", step=step)
+        for backbone, step in zip(backbones, steps, strict=False)
     ]
-    return twins, served
+    return variants, served
 
 
-class CompiledTrunk:
-    """A trunk compiled for any batch size. One thread at a time may call it."""
+class CompiledBackbone:
+    """A backbone compiled for any batch size. One thread at a time may call it."""
 
     def __init__(
         self, openvino: Any, converted: Any, *, outputs: int, precision: Precision
     ) -> None:
-        """Compile.
-
-        Args:
-            openvino: the library.
-            converted: the converted model, (N, 3, H, W) → tensors; left as it is.
-            outputs: how many of its tensors, from the first, are wanted.
-            precision: what it may compute in.
-        """
+        """Compile the first `outputs` tensors of a converted model, which is left as it is."""
         whole = converted.clone()
         model = openvino.Model(whole.get_results()[:outputs], whole.get_parameters())
-        # Pictures come channels_last: so they are taken as they lie.
+        # Images come channels_last, and are taken as they lie.
         steps = openvino.preprocess.PrePostProcessor(model)
         steps.input().tensor().set_layout(openvino.Layout("NHWC"))
         steps.input().model().set_layout(openvino.Layout("NCHW"))
@@ -88,7 +78,7 @@ class CompiledTrunk:
                 "INFERENCE_PRECISION_HINT": _HINTS[precision],
                 "INFERENCE_NUM_THREADS": torch.get_num_threads(),
                 "PERFORMANCE_HINT": "LATENCY",
-                # Workers beside each other would all be pinned to the same first cores.
+                # Several workers would all be pinned to the same first cores.
                 "ENABLE_CPU_PINNING": False,
             },
         )
@@ -104,9 +94,9 @@ class CompiledTrunk:
 
     def __call__(self, inputs: Tensor) -> Sequence[Tensor]:
         """(N, 3, H, W) → float32 tensors, (N, …) each, that the next call leaves alone."""
-        pictures = inputs.float().contiguous(memory_format=torch.channels_last)
+        images = inputs.float().contiguous(memory_format=torch.channels_last)
         outputs = [torch.empty(len(inputs), *shape) for shape in self._shapes]
-        self._request.set_input_tensor(self._shared(pictures.permute(0, 2, 3, 1)))
+        self._request.set_input_tensor(self._shared(images.permute(0, 2, 3, 1)))
         for index, output in enumerate(outputs):
             self._request.set_output_tensor(index, self._shared(output))
         self._request.infer()
@@ -117,8 +107,8 @@ class CompiledTrunk:
 
 
 def _library() -> Any:
-    # Importing OpenVINO already reports to its makers, unless the package that does so is absent.
-    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # what marks a module as absent
+    # Importing OpenVINO reports to its makers, unless the package that does so is marked absent.
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     try:
         import openvino
     except ImportError:
@@ -126,12 +116,11 @@ def _library() -> Any:
     return openvino
 
 
-def _convert(openvino: Any, module: LayerOutputs, pictures: Tensor) -> Any:
+def _convert(openvino: Any, module: LayerOutputs, images: Tensor) -> Any:
     """The module as a model of OpenVINO's, for batches of any size."""
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter(
-            "ignore"
-        )  # tracing warns of itself, and of every shape it takes as fixed
-        model = openvino.convert_model(module.eval(), example_input=pictures[:2])
-    model.reshape([-1, *pictures.shape[1:]])
+        # Tracing warns of itself, and of every shape that it takes as fixed.
+        warnings.simplefilter("ignore")
+        model = openvino.convert_model(module.eval(), example_input=images[:2])
+    model.reshape([-1, *images.shape[1:]])
     return model

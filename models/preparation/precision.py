@@ -1,4 +1,4 @@
-"""Casting a model to half precision, its last layer kept in float32, and what that costs in fidelity."""
+"""Casting a model to half precision, and what that costs in fidelity."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ LEAST_COSINE = 0.98
 
 
 def has_instructions(device: torch.device, precision: Precision) -> bool:
-    """Whether a device computes in a precision itself; without, it takes tens of times longer than in float32."""
+    """Whether a device has instructions for a precision; without, it is far slower than float32."""
     if precision == "fp32":
         return True
     if device.type == "cuda":
         return precision == "fp16" or torch.cuda.is_bf16_supported(including_emulation=False)
-    if not torch.backends.mkldnn.is_available():  # then these operators are not there, either
+    # Without oneDNN these operators are absent, too.
+    if not torch.backends.mkldnn.is_available():
         return False
     operators = torch.ops.mkldnn
     if precision == "bf16":
-        return bool(operators._is_mkldnn_bf16_supported())  # noqa: SLF001  (torch asks nowhere else)
+        return bool(operators._is_mkldnn_bf16_supported())  # noqa: SLF001
     return bool(operators._is_mkldnn_fp16_supported())  # noqa: SLF001
 
 
@@ -39,13 +40,7 @@ class Float32Linear(nn.Linear):
 
 
 def cast(module: nn.Module, dtype: torch.dtype, *, outputs: int) -> nn.Module:
-    """Cast a model; the linear layer that makes its scores stays in float32, since scores are compared.
-
-    Args:
-        module: float32, changed in place.
-        dtype: what the rest is cast to.
-        outputs: number of scores, by which that layer is found.
-    """
+    """Cast a float32 model in place, except the linear layer that makes its `outputs` scores."""
     if dtype == torch.float32:
         return module
     last = [

@@ -1,4 +1,4 @@
-"""Twins whose trunk is opaque: another runtime gives the tensors, and their layers are played back to the hooks."""
+"""Variants whose backbone another runtime computes, its layers replayed to the hooks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from models.head import HeadProbe
 from models.hooks import ForwardHook, HookStack
 from models.layers import TokenLayout, to_map
 from models.preparation.precision import alike
-from models.preparation.twin import Twin, close, equal_layers, layer_outputs
+from models.preparation.variant import Variant, close, equal_layers, layer_outputs
 
 Run = Callable[[Tensor], Sequence[Tensor]]
 """(N, 3, H, W) → the tensor of each layer, in memory of their own."""
@@ -24,7 +24,7 @@ logger = logging.getLogger("heatlens.preparation")
 
 
 class Refused(Exception):
-    """A step of the preparation cannot be done for this model; the text says why, for the model card."""
+    """A step of the preparation was refused; the text says why, for the model card."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,15 +65,15 @@ class PooledHead:
 
 
 class Replay(nn.Module):
-    """A model whose trunk is a function: its tensors pass through place-holders of the layers' names, then the head.
+    """A model whose backbone is a function, and whose layers are place-holders of their names.
 
     Hooks work on the place-holders as on the layers: outputs can be read at all of them. What comes
     before is opaque, so only the head's own layer can be changed or differentiated at, and no
-    gradient reaches the pictures.
+    gradient reaches the images.
     """
 
     def __init__(self, run: Run, layers: Sequence[str], head: PooledHead) -> None:
-        """Args: the trunk, the dotted names of what it returns, and what makes scores of one of them."""
+        """Args: the backbone, the names of the layers that it returns, and the head."""
         super().__init__()
         self._run = run
         self._head = head
@@ -90,14 +90,15 @@ def _place(root: nn.Module, layer: str) -> nn.Module:
     """A place-holder under a dotted name; it may hold those of other layers."""
     place = root
     for name in layer.split("."):
-        if name not in place._modules:  # noqa: SLF001  (an attribute of that name is no place-holder)
+        # Not `hasattr`: an attribute of that name is not a place-holder.
+        if name not in place._modules:  # noqa: SLF001
             place.add_module(name, nn.Identity())
         place = place.get_submodule(name)
     return place
 
 
 class LayerOutputs(nn.Module):
-    """A model run for the outputs of some of its layers: what other runtimes are given to compile."""
+    """A model run for the outputs of some of its layers, for other runtimes to compile."""
 
     def __init__(self, module: nn.Module, layers: Sequence[str]) -> None:
         """Args: the model and dotted names of layers that return one tensor."""
@@ -124,33 +125,25 @@ class LayerOutputs(nn.Module):
 
 
 class Reference:
-    """What plain torch gives for a few pictures, in float32: replays are judged by it."""
+    """What plain torch gives for a few images, in float32: replays are judged by it."""
 
     def __init__(
         self, module: nn.Module, probe: Tensor, *, head: PooledHead, features: Sequence[str]
     ) -> None:
-        """Run the model.
-
-        Args:
-            module: the original, in eval mode, float32, on the CPU.
-            probe: (N, 3, H, W) normalised float32.
-            head: what follows the layer that its scores come from.
-            features: layers whose tensors are wanted too.
-        """
+        """Run the original, float32 and on the CPU; `features` are layers of interest, too."""
         self.head = head
-        # An odd number, and more than runtimes are shown: nothing may hang on the size of a batch.
-        self.pictures = torch.cat([probe, probe, probe[:1]]).contiguous(
-            memory_format=torch.channels_last
-        )
+        # An odd number, and more than runtimes are shown: no batch size may be special.
+        images = torch.cat([probe, probe, probe[:1]])
+        self.images = images.contiguous(memory_format=torch.channels_last)
         wanted = dict.fromkeys([*features, head.layer])
-        self._expected = layer_outputs(module, self.pictures, layers=tuple(wanted))
+        self._expected = layer_outputs(module, self.images, layers=tuple(wanted))
         self.features = tuple(f for f in wanted if f in self._expected and f != head.layer)
 
-    def twin(self, run: Run, layers: Sequence[str], *, exact: bool, step: str) -> Twin:
-        """Make a twin of an opaque trunk.
+    def variant(self, run: Run, layers: Sequence[str], *, exact: bool, step: str) -> Variant:
+        """Make a variant of an opaque backbone.
 
         Args:
-            run: the trunk; it takes float32 pictures.
+            run: the backbone; it takes float32 images.
             layers: names of what it returns; the head's layer is among them.
             exact: whether it computes in float32, and so must give what torch gives; otherwise maps
                 and scores must point the same way, as for any half precision.
@@ -163,16 +156,16 @@ class Reference:
         equal = close if exact else alike
         module = Replay(run, layers, self.head).eval()
         try:
-            found = layer_outputs(module, self.pictures)
+            found = layer_outputs(module, self.images)
         except Exception as error:
-            logger.warning("a trunk fails on a batch of another size", exc_info=True)
+            logger.warning("a backbone fails on a batch of another size", exc_info=True)
             raise Refused("it fails on a batch of another size; the log says more") from error
         if not equal(found[""], self._expected[""]):
             raise Refused("its scores differ from torch's")
         readable = equal_layers(found, self._expected, equal)
         if self.head.layer not in readable:
             raise Refused(f"its tensors at {self.head.layer} differ from torch's")
-        return Twin(
+        return Variant(
             module=module,
             step=step,
             readable=readable,

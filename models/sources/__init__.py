@@ -1,11 +1,11 @@
-"""The SOURCES table, and `load`: from a catalog entry to a verified, frozen model on the CPU. No torch at import."""
+"""From a catalog entry to a verified, frozen model on the CPU. No torch at import."""
 
 from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING
 
 from models.catalog import ModelSpec
 from models.errors import ModelLoadFailed
@@ -21,18 +21,17 @@ SOURCES = {
     "python": "models.sources.python",
     "embedded": "models.sources.embedded",
 }
-"""Module of each source, by the prefix of `ModelSpec.source`; each has `build(request) -> Built`."""
+"""Module of each source by the prefix of `ModelSpec.source`, with `build(request) -> Built`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildRequest:
-    """What a source is asked for.
+    """Arguments of a source.
 
     Attributes:
         name: what follows the source's prefix.
-        pretrained: whether the library's own weights are wanted.
-        num_classes: scores per picture of an architecture that gets other weights; None keeps its
-            own number. The library's own weights come with their head, whatever is said here.
+        pretrained: whether the library's own weights are wanted, which come with their own head.
+        num_classes: scores per image of an architecture with other weights; None keeps its own.
         base_dir: directory that relative paths and modules of the configuration start from.
     """
 
@@ -44,11 +43,10 @@ class BuildRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """What a source made.
+    """Result of a source.
 
     Attributes:
-        module: the architecture, with its own weights if they were asked for, otherwise with random
-            ones.
+        module: the architecture, with its own weights or, if they were not asked for, random ones.
         preprocess: the preprocessing that belongs to the weights.
         labels: names of the classes that the weights were trained on, if known.
         ignored_keys: prefixes of checkpoint keys that belong to parts which only training uses.
@@ -67,7 +65,7 @@ class LoadedModel:
     Attributes:
         module: (N, 3, H, W) normalised float32 → (N, num_classes) scores (logits).
         labels: `num_classes` names.
-        preprocess: how a picture becomes its input, the configuration's overrides applied.
+        preprocess: how an image becomes its input, the configuration's overrides applied.
     """
 
     module: nn.Module
@@ -78,31 +76,15 @@ class LoadedModel:
     spec: ModelSpec
 
 
-class Source(Protocol):
-    """A module of this package."""
-
-    def build(self, request: BuildRequest) -> Built:
-        """Make the architecture.
-
-        Raises:
-            ModelLoadFailed: no such architecture, or its weights cannot be had.
-        """
-        ...
-
-
 def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
     """Build the model that a catalog entry describes, load its weights, and check it on a probe.
 
-    Args:
-        spec: the entry.
-        base_dir: directory that the entry's relative paths start from.
+    Relative paths of the entry start from `base_dir`.
 
     Raises:
-        ModelLoadFailed: anything that keeps it from answering; the text names what the
-            configuration got wrong.
+        ModelLoadFailed: the model cannot answer; the text names what the configuration got wrong.
     """
-    # Torch takes a second to import; processes that only read SOURCES and LoadedModel never pay for
-    # it.
+    # Torch takes a second to import, which processes that only read SOURCES need not wait for.
     from models.compat import define_missing_operators
     from models.probe import check_answer
     from models.weights import fill_zero_heads, load_weights, seeded
@@ -110,16 +92,14 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
     define_missing_operators()
     labels = read_labels(spec, base_dir)
     kind, _, name = spec.source.partition(":")
-    source = cast("Source", importlib.import_module(SOURCES[kind]))
+    request = BuildRequest(
+        name=name,
+        pretrained=spec.weights == "default",
+        num_classes=_head_size(spec, labels),
+        base_dir=base_dir,
+    )
     with seeded():
-        built = source.build(
-            BuildRequest(
-                name=name,
-                pretrained=spec.weights == "default",
-                num_classes=_head_size(spec, labels),
-                base_dir=base_dir,
-            )
-        )
+        built: Built = importlib.import_module(SOURCES[kind]).build(request)
         if spec.weights == "none":
             fill_zero_heads(built.module)
     if spec.weights not in ("default", "none"):
@@ -145,7 +125,7 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
 
 
 def _head_size(spec: ModelSpec, labels: tuple[str, ...] | None) -> int | None:
-    """Scores per picture that the configuration asks for; two classes of a binary model are one logit."""
+    """Scores per image that the configuration asks for; one for binary models with labels."""
     if spec.num_classes is not None or labels is None:
         return spec.num_classes
     return 1 if spec.task == "binary" else len(labels)
@@ -170,7 +150,7 @@ def _preprocess(spec: ModelSpec, library: Preprocess) -> Preprocess:
         return merged
     short_side = merged.resize if isinstance(merged.resize, int) else min(merged.resize)
     if max(merged.crop) > short_side:
-        # It would be padded with black, which nobody means who sets these.
+        # Otherwise images would be padded with black, which is surely not wanted.
         raise ModelLoadFailed(
             f"preprocess.crop {max(merged.crop)} is larger than preprocess.resize {short_side}."
         )

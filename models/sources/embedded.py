@@ -1,4 +1,4 @@
-"""`embedded:efficientnet_lite0`: the default model, whose ImageNet weights come in a Python package."""
+"""`embedded:efficientnet_lite0`: the default model, its ImageNet weights from a package."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _OUTSIDE_BLOCKS = {
 
 
 def build(request: BuildRequest) -> Built:
-    """Build EfficientNet-Lite0 (timm's `tf_efficientnet_lite0`), with the packaged weights unless others are loaded.
+    """Build EfficientNet-Lite0 (timm's `tf_efficientnet_lite0`).
 
     Raises:
         ModelLoadFailed: another name than `efficientnet_lite0`.

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -15,6 +12,7 @@ from torch import nn
 from models.catalog import PreprocessSpec
 from models.errors import ModelLoadFailed
 from models.sources import BuildRequest, Built
+from models.sources.project import import_from
 from models.types import Preprocess
 
 _DEFAULT_PREPROCESS = Preprocess(resize=256, crop=(224, 224))
@@ -23,7 +21,7 @@ _DEFAULT_PREPROCESS = Preprocess(resize=256, crop=(224, 224))
 def build(request: BuildRequest) -> Built:
     """Call the factory, with `num_classes` if it is configured and the factory takes it.
 
-    The module is imported from the usual places or from the configuration's directory. The factory
+    The module is imported from the configuration's folder if it is there, else as usual. The factory
     returns a network, or (network, {"preprocess": {…}, "labels": […]}), where `preprocess` has the
     fields of `[models.preprocess]` and labels may be left out.
 
@@ -48,9 +46,8 @@ def _factory(request: BuildRequest) -> Callable[..., Any]:
     path, _, attribute = request.name.partition(":")
     if not path or not attribute:
         raise ModelLoadFailed("A python source is written python:package.module:factory.")
-    _make_importable(request.base_dir)
     try:
-        module = importlib.import_module(path)
+        module = import_from(request.base_dir, path)
     except ModuleNotFoundError as error:
         raise ModelLoadFailed(
             f"The module {path}, or one that it imports, is not found."
@@ -60,16 +57,7 @@ def _factory(request: BuildRequest) -> Callable[..., Any]:
     factory = getattr(module, attribute, None)
     if not callable(factory):
         raise ModelLoadFailed(f"The module {path} has no function {attribute}.")
-    return factory  # type: ignore[no-any-return]  # whatever is callable
-
-
-def _make_importable(directory: Path) -> None:
-    """Let modules beside the configuration be imported, now and when the network itself imports later.
-
-    They come last, so that they never take the place of an installed package.
-    """
-    if (place := str(directory.resolve())) not in sys.path:
-        sys.path.append(place)
+    return factory  # type: ignore[no-any-return]
 
 
 def _arguments(factory: Callable[..., Any], request: BuildRequest) -> dict[str, Any]:

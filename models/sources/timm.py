@@ -16,7 +16,7 @@ from models.sources import BuildRequest, Built
 from models.types import Fit, Preprocess
 
 _FITS: dict[str, Fit] = {"squash": "stretch", "border": "contain"}
-"""How timm's crop modes other than `center` make a picture fit a pair of sizes."""
+"""How timm's crop modes other than `center` make an image fit a pair of sizes."""
 
 
 def build(request: BuildRequest) -> Built:
@@ -33,9 +33,8 @@ def build(request: BuildRequest) -> Built:
     module = _pretrained(request.name) if request.pretrained else _random(request)
     if not module.num_classes:
         raise ModelLoadFailed(f"timm's {request.name} has no classifier; configure num_classes.")
-    return Built(
-        module=module, preprocess=_preprocess(module, request.name), labels=_labels(module)
-    )
+    preprocess = _preprocess(module, request.name)
+    return Built(module=module, preprocess=preprocess, labels=_labels(module))
 
 
 def _check_name(name: str) -> None:
@@ -59,9 +58,8 @@ def _pretrained(name: str) -> Any:
 
 
 def _random(request: BuildRequest) -> Any:
-    options: dict[str, Any] = (
-        {} if request.num_classes is None else {"num_classes": request.num_classes}
-    )
+    classes = request.num_classes
+    options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
     return timm.create_model(request.name, pretrained=False, **options)
 
 
@@ -71,10 +69,7 @@ def _preprocess(module: Any, name: str) -> Preprocess:
     channels, height, width = config["input_size"]
     if channels != 3:
         raise ModelLoadFailed(f"timm's {name} takes {channels} channels; only 3 can be served.")
-    scaled = (
-        math.floor(height / config["crop_pct"]),
-        math.floor(width / config["crop_pct"]),
-    )
+    scaled = math.floor(height / config["crop_pct"]), math.floor(width / config["crop_pct"])
     mode = config["crop_mode"]
     short_side = mode == "center" and scaled[0] == scaled[1]
     # timm reads names it does not know (`random` among them) as bilinear.

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastapi import Depends, FastAPI
@@ -46,20 +45,23 @@ def create_app(
     settings: Settings,
     pool: DevicePool,
     *,
+    metrics: Metrics | None = None,
     read_settings: Callable[[], Settings] | None = None,
-    limiter_dir: Path | None = None,
+    limiter: ConcurrencyLimiter | None = None,
 ) -> FastAPI:
     """Build the application; its lifespan starts and closes `pool`, and may be entered again after it ended.
 
     Args:
         settings: the configuration.
         pool: the devices, not yet started.
-        read_settings: reads the configuration again, for models that are to be loaded; None = it
-            never changes.
-        limiter_dir: where HTTP processes share the requests that each key has in flight; None
-            = this process is the only one.
+        metrics: those of the process; None makes new ones.
+        read_settings: reads the configuration again, for models to be loaded; None = it never
+            changes.
+        limiter: the limiter of the process; None makes one for this application alone.
     """
-    metrics = Metrics(pool, ready_within_s=settings.server.ready_within_s)
+    metrics = metrics or Metrics(pool)
+    metrics.devices.ready_within_s = settings.server.ready_within_s
+    limiter = limiter or ConcurrencyLimiter(None)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -69,9 +71,6 @@ def create_app(
             fetcher = _fetcher(settings)
             if fetcher is not None:
                 stack.push_async_callback(fetcher.close)
-            limiter = _limiter(settings, limiter_dir)
-            if limiter is not None:
-                stack.callback(limiter.close)
             app.state.tracing = tracing = http_tracing(settings.tracing)
             if tracing is not None:
                 stack.callback(tracing.close)
@@ -110,11 +109,6 @@ def _fetcher(settings: Settings) -> UrlFetcher | None:
     from service.api.fetch import UrlFetcher  # an HTTP client costs memory: only where needed
 
     return UrlFetcher(hosts)
-
-
-def _limiter(settings: Settings, folder: Path | None) -> ConcurrencyLimiter | None:
-    limit = settings.limits.max_concurrent_per_key
-    return None if limit is None else ConcurrencyLimiter(limit, folder)
 
 
 def _pipeline(settings: Settings, *, pool: DevicePool, threads: ThreadPoolExecutor) -> Pipeline:

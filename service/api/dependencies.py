@@ -31,7 +31,7 @@ class Service:
     reader: InputReader
     pipeline: Pipeline
     metrics: Metrics
-    limiter: ConcurrencyLimiter | None = None
+    limiter: ConcurrencyLimiter
 
 
 async def get_service(request: Request) -> Service:

@@ -28,12 +28,10 @@ class ConcurrencyLimiter:
     """Counts requests by key.
 
     Args:
-        limit: requests that one key may have under way.
         folder: where processes keep their records; None = this process is the only one.
     """
 
-    def __init__(self, limit: int, folder: Path | None) -> None:
-        self._limit = limit
+    def __init__(self, folder: Path | None) -> None:
         self._folder = folder
         self._name = str(os.getpid())
         self._own: Counter[str] = Counter()
@@ -45,7 +43,7 @@ class ConcurrencyLimiter:
         self._listed_at = float("-inf")
 
     @contextmanager
-    def slot(self, key: str) -> Iterator[None]:
+    def slot(self, key: str, *, limit: int) -> Iterator[None]:
         """Count a request while it is under way.
 
         Raises:
@@ -53,9 +51,9 @@ class ConcurrencyLimiter:
         """
         self._add(key, 1)
         try:
-            if self._own[key] + self._elsewhere(key) > self._limit:
+            if self._own[key] + self._elsewhere(key) > limit:
                 raise Overloaded(
-                    f"A key may have {self._limit} requests under way.",
+                    f"A key may have {limit} requests under way.",
                     retry_after_s=_RETRY_AFTER_S,
                 )
             yield

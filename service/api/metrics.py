@@ -52,15 +52,19 @@ class Metrics:
     Args:
         pool: reports the state of the devices at each scrape.
         ready_within_s: age of its last pass up to which a device counts as up.
+
+    Attributes:
+        devices: the metrics of the devices.
     """
 
-    def __init__(self, pool: DevicePool, *, ready_within_s: float) -> None:
+    def __init__(self, pool: DevicePool, *, ready_within_s: float = 30.0) -> None:
+        self.devices = DeviceCollector(pool, ready_within_s=ready_within_s)
         registry = CollectorRegistry()
         self._exposed = registry
         if MULTIPROCESS_DIR in os.environ:
             self._exposed = CollectorRegistry()
             MultiProcessCollector(self._exposed)  # type: ignore[no-untyped-call] # untyped in the library
-        self._exposed.register(_DeviceCollector(pool, ready_within_s))
+        self._exposed.register(self.devices)
         self.request_seconds = Histogram(
             "http_request_duration_seconds",
             "Duration of requests by route template.",
@@ -139,17 +143,21 @@ class Metrics:
         return generate_latest(self._exposed)
 
 
-class _DeviceCollector(Collector):
+class DeviceCollector(Collector):
     """Reads the state of the devices at a scrape.
 
     Every HTTP process sees the same state, so nothing is summed over processes.
+
+    Attributes:
+        ready_within_s: age of its last pass up to which a device counts as up.
     """
 
-    def __init__(self, pool: DevicePool, ready_within_s: float) -> None:
+    def __init__(self, pool: DevicePool, *, ready_within_s: float) -> None:
+        self.ready_within_s = ready_within_s
         self._pool = pool
-        self._ready_within_s = ready_within_s
 
     def collect(self) -> Iterable[Metric]:
+        """The state of build, models and devices as it is now."""
         build = GaugeMetricFamily(
             "heatlens_build_info", "Version of the service.", labels=["version"]
         )
@@ -171,7 +179,7 @@ class _DeviceCollector(Collector):
         )
         for status in statuses:
             device = [status.device]
-            up.add_metric(device, is_up(status, within_s=self._ready_within_s))
+            up.add_metric(device, is_up(status, within_s=self.ready_within_s))
             depth.add_metric(device, status.queue_depth)
             wait.add_metric(device, status.wait_ms / 1000)
             memory.add_metric(device, status.memory_bytes)

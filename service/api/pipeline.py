@@ -28,7 +28,7 @@ from models.errors import (
 )
 from models.imaging.decode import DecodeLimits, decode
 from models.imaging.preprocess import preprocess
-from models.types import Job, ModelInfo, Outcome, Struct
+from models.types import Job, ModelInfo, Struct
 from service import logs, tracing
 from service.api.plan import Plan, PlannedImage
 from service.api.responses import View, render
@@ -40,8 +40,8 @@ from service.api.schemas import (
     Result,
     Timings,
 )
-from service.devices.pool import DevicePool
-from service.worker.queue import is_long
+from service.devices.messages import Completion, Submission
+from service.devices.pool import DevicePool, is_long
 
 T = TypeVar("T")
 
@@ -164,32 +164,34 @@ class Pipeline:
         view, digest = await self._in_thread(lambda: self._prepare(image, plan))
         submitted = time.monotonic()
         tracing.stage("decode", began=decoding, ended=submitted)
-        outcome = await self._submit(image, view.input, digest, plan)
+        completion = await self._submit(image, view.input, digest, plan)
         answered = time.monotonic()
-        result = await self._in_thread(lambda: render(outcome, view, plan))
+        result = await self._in_thread(lambda: render(completion.outcome, view, plan))
         rendered = time.monotonic()
         tracing.stage("render", began=answered, ended=rendered)
         return result, ImageTimings(
             decode=_ms(submitted - decoding),
-            queue=round(outcome.queue_ms, 3),
-            device=round(outcome.device_ms, 3),
+            queue=round(completion.queue_ms, 3),
+            device=round(completion.device_ms, 3),
             render=_ms(rendered - answered),
-            batch_size=outcome.batch_size,
-            where=outcome.device,
+            batch_size=completion.batch_size,
+            where=completion.device,
         )
 
     async def _submit(
         self, image: PlannedImage, model_input: np.ndarray, digest: str, plan: Plan
-    ) -> Outcome:
+    ) -> Completion:
         card = plan.info.card
         return await self._pool.submit(
-            Job(
-                id=uuid.uuid4().hex,
-                operation=plan.operation,
-                model=card.name,
-                version=card.version,
-                input=model_input,
-                options=image.options,
+            Submission(
+                job=Job(
+                    id=uuid.uuid4().hex,
+                    operation=plan.operation,
+                    model=card.name,
+                    version=card.version,
+                    input=model_input,
+                    options=image.options,
+                ),
                 deadline=plan.deadline,
                 digest=digest,
                 traceparent=tracing.traceparent(),

@@ -1,6 +1,6 @@
 """An HTTP process: uvicorn on the supervisor's listening socket. Never imports torch.
 
-python -m service.api.process --runtime DIR --socket FD --parent PID
+python -P -m service.api.process --runtime DIR --socket FD --parent PID
 """
 
 from __future__ import annotations
@@ -8,30 +8,22 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import functools
 import logging
-import os
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import uvicorn
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.api.reload import MakeApp, Reload
 from service.devices.pool import DevicePool
 from service.devices.runtime_dir import RuntimeDir, die_with_parent
-from service.devices.socket_pool import SocketPool
 from service.logs import configure_logging
 from service.settings import Settings
-
-Application = Any
-"""An ASGI application; its lifespan starts and closes the pool."""
-
-MakeApp = Callable[[Settings, DevicePool], Application]
 
 log = logging.getLogger("heatlens.http")
 
@@ -40,97 +32,81 @@ EXIT_NOT_STARTED = 3
 _TYPED_END_S = 1.0
 _LINGER_S = 0.5
 _LINGER_POLL_S = 0.02
-_LAST = (b"connection", b"close")
+_CLOSE_HEADER = (b"connection", b"close")
 
 
 class ConnectionDraining:
-    """Wraps an application; while `leaving`, each answer is the last one on its connection.
+    """ASGI middleware that, while `draining`, ends each connection with its next response.
 
-    A client learns with an answer that its connection ends, rather than by sending a request into
-    one that is closed.
+    So a client learns from a response that its connection ends, and not from a failed request.
 
     Attributes:
-        leaving: whether connections are to end.
+        draining: whether connections are to end.
     """
 
-    def __init__(self, app: Application) -> None:
+    def __init__(self, app: Reload) -> None:
         self._app = app
-        self.leaving = False
+        self.draining = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
 
         async def send_last(message: Message) -> None:
-            if message["type"] == "http.response.start" and self.leaving:
-                message = {**message, "headers": [*message.get("headers", ()), _LAST]}
+            if message["type"] == "http.response.start" and self.draining:
+                message = {**message, "headers": [*message.get("headers", ()), _CLOSE_HEADER]}
             await send(message)
 
         await self._app(scope, receive, send_last if scope["type"] == "http" else send)
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn, with our meaning of signals: SIGTERM drains, a second one stops at once, SIGINT is the supervisor's.
+    """uvicorn with our handling of signals.
 
-    Draining: no new connection is accepted here; clients that use theirs get an answer that ends
-    it; after half a second idle connections are closed too, and what was accepted is finished.
-
-    Args:
-        config: uvicorn's own.
-        closing: the application.
-        pool: what is told to end its jobs with `Draining` shortly before the grace ends, so that
-            even those requests get a typed answer.
-        grace_s: time that accepted requests have to finish.
-        announce: called once the server accepts connections.
+    SIGTERM drains and a second one stops at once; SIGHUP reloads the configuration; SIGINT is left
+    to the supervisor. Draining: no new connection is accepted here; a kept-alive connection ends
+    with its next response; after half a second idle connections are closed, too; accepted requests
+    finish. Shortly before the grace period ends, the pool fails the remaining jobs with `Draining`,
+    so that even those requests get a typed answer.
     """
 
     def __init__(
-        self,
-        config: uvicorn.Config,
-        *,
-        closing: ConnectionDraining,
-        pool: SocketPool,
-        grace_s: float,
-        announce: Callable[[], None],
+        self, config: uvicorn.Config, *, draining: ConnectionDraining, reload: Reload
     ) -> None:
         super().__init__(config)
-        self._closing = closing
-        self._pool = pool
-        self._grace_s = grace_s
-        self._announce = announce
+        self._draining = draining
+        self._reload = reload
         self._leaving: asyncio.Task[None] | None = None
         self.servers = []
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start to accept connections, and say so."""
-        await super().startup(sockets)
-        if self.started:
-            self._announce()
-
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Handle SIGTERM while serving."""
+        """Handle signals while serving."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._drain)
+        loop.add_signal_handler(signal.SIGHUP, self._reload.request)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
         try:
             yield
         finally:
             loop.remove_signal_handler(signal.SIGTERM)
 
     def _drain(self) -> None:
-        if self._leaving is not None:
+        if self._leaving is not None or not self._reload.started:
             self.should_exit = self.force_exit = True
             return
-        self._closing.leaving = True
-        refuse_in_s = max(0.0, self._grace_s - _TYPED_END_S)
-        asyncio.get_running_loop().call_later(refuse_in_s, self._pool.refuse)
-        self._leaving = asyncio.create_task(self._leave())
+        self._draining.draining = True
+        grace_s = self._reload.settings.server.grace_s
+        self.config.timeout_graceful_shutdown = max(1, round(grace_s))
+        refuse_in_s = max(0.0, grace_s - _TYPED_END_S)
+        asyncio.get_running_loop().call_later(refuse_in_s, self._reload.pool.refuse)
+        self._leaving = asyncio.create_task(self._leave(grace_s))
 
-    async def _leave(self) -> None:
+    async def _leave(self, grace_s: float) -> None:
         for server in self.servers:
             server.close()
-        until = time.monotonic() + min(_LINGER_S, self._grace_s / 4)
-        while self.server_state.connections and time.monotonic() < until:  # noqa: ASYNC110 # uvicorn's set tells nobody
+        until = time.monotonic() + min(_LINGER_S, grace_s / 4)
+        while self.server_state.connections and time.monotonic() < until:  # noqa: ASYNC110 # uvicorn's set has no event
             await asyncio.sleep(_LINGER_POLL_S)
         self.should_exit = True
 
@@ -138,9 +114,22 @@ class HttpServer(uvicorn.Server):
 def _default_app(runtime: RuntimeDir) -> MakeApp:
     """The service's application."""
     from service.api.app import create_app
+    from service.api.limiter import ConcurrencyLimiter
+    from service.api.metrics import Metrics
 
     source = runtime.read_source()
-    return functools.partial(create_app, read_settings=source.read, limiter_dir=runtime.limiter_dir)
+    limiter = ConcurrencyLimiter(runtime.limiter_dir)
+    metrics: Metrics | None = None
+
+    def make(settings: Settings, pool: DevicePool) -> ASGIApp:
+        nonlocal metrics
+        # One for the process: a second one would overwrite the shared counters of the first.
+        metrics = metrics or Metrics(pool)
+        return create_app(
+            settings, pool, metrics=metrics, read_settings=source.read, limiter=limiter
+        )
+
+    return make
 
 
 def main(arguments: Sequence[str] | None = None, *, make_app: MakeApp | None = None) -> int:
@@ -152,28 +141,19 @@ def main(arguments: Sequence[str] | None = None, *, make_app: MakeApp | None = N
     parsed = parser.parse_args(arguments)
     die_with_parent(parsed.parent)
     runtime = RuntimeDir(parsed.runtime)
-    settings = runtime.read_settings()
-    configure_logging(settings.server.log_level)
-    pool = SocketPool(runtime, ready_within_s=settings.server.ready_within_s)
-    make_app = make_app or _default_app(runtime)
-    closing = ConnectionDraining(make_app(settings, pool))
+    configure_logging(runtime.read_settings().server.log_level)
+    reload = Reload(runtime, make_app or _default_app(runtime))
+    draining = ConnectionDraining(reload)
     config = uvicorn.Config(
-        closing,
+        draining,
         http="httptools",
         ws="none",
         lifespan="on",
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=max(1, round(settings.server.grace_s)),
     )
-    server = HttpServer(
-        config,
-        closing=closing,
-        pool=pool,
-        grace_s=settings.server.grace_s,
-        announce=runtime.http_file(os.getpid()).touch,
-    )
+    server = HttpServer(config, draining=draining, reload=reload)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(server.serve(sockets=[socket.socket(fileno=parsed.socket)]))
     return 0 if server.started else EXIT_NOT_STARTED

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from msgspec import UNSET
 
-from models.imaging.decode import Picture
+from models.imaging.decode import DecodedImage
 from models.imaging.grid import grid_png
 from models.imaging.locate import Location, locate
 from models.imaging.render import (
@@ -53,7 +53,7 @@ class View:
 
     input: np.ndarray
     geometry: Geometry
-    picture: Picture | None = None
+    picture: DecodedImage | None = None
 
 
 def render(outcome: Outcome, view: View, plan: Plan) -> Result:

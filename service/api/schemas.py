@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from msgspec import UNSET, Meta, UnsetType
 
-from models.methods.row import Cost, Family
+from models.methods.table import Cost, Family
 from models.types import (
     ChannelStatistics,
     Faithfulness,

@@ -45,10 +45,11 @@ async def limit_key(service: ServiceDep, key: KeyDep) -> AsyncIterator[None]:
     Raises:
         Overloaded: the key has as many under way as it may.
     """
-    if service.limiter is None or not key:
+    limit = service.settings.limits.max_concurrent_per_key
+    if limit is None or not key:
         yield
         return
-    with service.limiter.slot(_hash(key)):
+    with service.limiter.slot(_hash(key), limit=limit):
         yield
 
 

@@ -1,4 +1,4 @@
-"""Loading and unloading models on running devices, and remembering it for workers that start later."""
+"""Commands that load and unload models on running devices and record it in the catalog."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from models.catalog import ModelSpec
 from models.errors import ModelLoadFailed, NotReady, UnknownModel
 from models.types import Failure
 from service.devices.connection import WorkerConnection
-from service.devices.messages import Ack, Load, Unload, from_wire, to_wire
+from service.devices.messages import Ack, Load, Unload, from_wire
 from service.devices.runtime_dir import RuntimeDir, holds
 
 
@@ -19,42 +19,50 @@ from service.devices.runtime_dir import RuntimeDir, holds
 class _Command:
     """A load or unload that a worker has not acknowledged."""
 
-    link: WorkerConnection
-    end: asyncio.Future[Failure | None]
+    connection: WorkerConnection
+    result: asyncio.Future[Failure | None]
 
 
 class ModelCommands:
-    """Gives workers their orders and waits for the acknowledgements."""
+    """Sends commands to workers and waits for the acknowledgements."""
 
     def __init__(self, runtime: RuntimeDir) -> None:
         self._runtime = runtime
-        self._open: dict[str, _Command] = {}
+        self._pending: dict[str, _Command] = {}
 
-    async def load(self, spec: ModelSpec, links: Collection[WorkerConnection]) -> None:
-        """Load or replace a model version on its devices; the first one alone, so that a bad entry harms one only.
+    async def load(self, spec: ModelSpec, connections: Collection[WorkerConnection]) -> None:
+        """Load or replace a model version on its devices.
+
+        The first device loads it alone, so that a bad entry harms one device only.
 
         Args:
             spec: the model.
-            links: those that are up; looked at again in the end.
+            connections: the current ones; read again at the end.
 
         Raises:
             ModelLoadFailed: it could not be loaded or verified.
             NotReady: none of its devices is up.
         """
-        own = [link for link in links if holds(spec, link.device)]
+        own = [connection for connection in connections if holds(spec, connection.device)]
         if not own:
             raise NotReady("None of the model's devices is up.")
         text = spec.model_dump_json()
         for group in (own[:1], own[1:]):
-            up = [link for link in group if link in links]
-            await self._run([(link, Load(request_id=_new_id(), spec=text)) for link in up])
+            up = [connection for connection in group if connection in connections]
+            await self._run(
+                [(connection, Load(request_id=_new_id(), spec=text)) for connection in up]
+            )
         await asyncio.to_thread(self._runtime.change_catalog, lambda specs: _with(specs, spec))
         # Workers that have come up since may have read the catalog before it was changed.
-        new = [link for link in links if holds(spec, link.device) and link not in own]
-        await self._run([(link, Load(request_id=_new_id(), spec=text)) for link in new])
+        new = [
+            connection
+            for connection in connections
+            if holds(spec, connection.device) and connection not in own
+        ]
+        await self._run([(connection, Load(request_id=_new_id(), spec=text)) for connection in new])
 
     async def unload(
-        self, name: str, version: str | None, *, links: Collection[WorkerConnection]
+        self, name: str, version: str | None, *, connections: Collection[WorkerConnection]
     ) -> None:
         """Drop a model version (None: all of them) everywhere once its jobs are done.
 
@@ -62,50 +70,55 @@ class ModelCommands:
             UnknownModel: no device has it.
         """
         own = [
-            link
-            for link in links
-            if any(key[0] == name and version in {None, key[1]} for key in link.infos)
+            connection
+            for connection in connections
+            if any(key[0] == name and version in {None, key[1]} for key in connection.infos)
         ]
         if not own:
             raise UnknownModel("No such model is loaded.", field="model")
-        # Forgotten first: a worker that restarts meanwhile must not load it again.
+        # Removed first: a worker that restarts meanwhile must not load it again.
         await asyncio.to_thread(
             self._runtime.change_catalog, lambda specs: _without(specs, name, version)
         )
         await self._run(
-            [(link, Unload(request_id=_new_id(), name=name, version=version)) for link in own]
+            [
+                (connection, Unload(request_id=_new_id(), name=name, version=version))
+                for connection in own
+            ]
         )
 
-    def settle(self, ack: Ack) -> None:
-        """Take an acknowledgement."""
-        order = self._open.get(ack.request_id)
-        if order is not None and not order.end.done():
-            order.end.set_result(ack.failure)
+    def on_ack(self, ack: Ack) -> None:
+        """Complete the acknowledged command."""
+        command = self._pending.get(ack.request_id)
+        if command is not None and not command.result.done():
+            command.result.set_result(ack.failure)
 
-    def lose(self, link: WorkerConnection) -> None:
-        """End what a worker that died can no longer acknowledge."""
-        lost = ModelLoadFailed("The device worker ended before it was done.")
-        for request_id, order in self._open.items():
-            if order.link is link and not order.end.done():
-                order.end.set_result(to_wire(request_id, lost))
+    def on_disconnect(self, connection: WorkerConnection) -> None:
+        """Fail the commands that an exited worker can no longer acknowledge."""
+        lost = ModelLoadFailed("The device worker exited before the model was loaded.")
+        for request_id, command in self._pending.items():
+            if command.connection is connection and not command.result.done():
+                command.result.set_result(Failure.of(request_id, lost))
 
-    async def _run(self, orders: Sequence[tuple[WorkerConnection, Load | Unload]]) -> None:
-        """Send orders and wait for all of them.
+    async def _run(self, commands: Sequence[tuple[WorkerConnection, Load | Unload]]) -> None:
+        """Send commands and wait for all of them.
 
         Raises:
             HeatlensError: the first failure.
         """
         loop = asyncio.get_running_loop()
-        ends: list[asyncio.Future[Failure | None]] = []
-        for link, message in orders:
-            ends.append(loop.create_future())
-            self._open[message.request_id] = _Command(link, ends[-1])
-            link.send(message)
+        results: list[asyncio.Future[Failure | None]] = []
+        for connection, message in commands:
+            results.append(loop.create_future())
+            self._pending[message.request_id] = _Command(connection, results[-1])
+            connection.send(message)
         try:
-            failures = [failure for failure in await asyncio.gather(*ends) if failure is not None]
+            failures = [
+                failure for failure in await asyncio.gather(*results) if failure is not None
+            ]
         finally:
-            for _, message in orders:
-                del self._open[message.request_id]
+            for _, message in commands:
+                del self._pending[message.request_id]
         if failures:
             raise from_wire(failures[0])
 

@@ -29,13 +29,13 @@ _RECONNECT_MS = 20
 
 
 class WorkerConnection:
-    """Sends to and hears from one worker process.
+    """Sends messages to one worker process and receives its messages.
 
-    Each incarnation has its own address: what a dead worker said late, or was never sent, ends with
-    its link.
+    Each incarnation has its own address: late messages from or to a worker that has exited end with
+    its connection.
 
     Attributes:
-        infos: models of the device as it last said, by name and version.
+        infos: models of the device as last reported, by name and version.
         outstanding: estimated device time of our jobs there, in milliseconds by job id.
     """
 
@@ -55,12 +55,14 @@ class WorkerConnection:
         self._others_ms = 0.0
         self._others_at = 0.0
         self._on_message = on_message
-        self._board = WorkerStatusFile.open(runtime.status_file(device, incarnation))
+        self._status = WorkerStatusFile.open(runtime.status_file(device, incarnation))
         self._socket = context.socket(zmq.DEALER)
-        self._socket.set(zmq.SNDHWM, 0)  # bounded by the tickets of the pool
+        # Unlimited: what is queued is bounded by the in-flight jobs of the pool.
+        self._socket.set(zmq.SNDHWM, 0)
         self._socket.set(zmq.RCVHWM, 0)
         self._socket.set(zmq.LINGER, 0)
-        self._socket.set(zmq.RECONNECT_IVL, _RECONNECT_MS)  # the worker may bind after we connect
+        # The worker may bind after we connect.
+        self._socket.set(zmq.RECONNECT_IVL, _RECONNECT_MS)
         self._socket.connect(runtime.socket_url(device, incarnation))
         self._receiving = asyncio.create_task(self._receive())
         self.send(Hello())
@@ -69,26 +71,26 @@ class WorkerConnection:
         """Queue a message; never waits."""
         self._socket.send_multipart(encode(message))
 
-    def board(self) -> WorkerStatus | None:
-        """What the worker is doing; None while it has not said."""
-        return self._board.read()
+    def status(self) -> WorkerStatus | None:
+        """The status of the worker; None if it has not written one yet."""
+        return self._status.read()
 
     def note_others(self, others_ms: float) -> None:
-        """Take over what the worker says other clients have waiting there."""
+        """Remember the estimated device time that other clients have queued there."""
         self._others_ms, self._others_at = others_ms, time.monotonic()
 
     def load_ms(self) -> float:
-        """Estimated device time of all that waits there; what others had has been worked off since it was told."""
+        """Estimated device time queued there; the others' part has shrunk since it was reported."""
         since_ms = 1000 * (time.monotonic() - self._others_at)
         return sum(self.outstanding.values()) + max(0.0, self._others_ms - since_ms)
 
     async def close(self) -> None:
-        """Stop listening; nothing that arrives later is heard."""
+        """Stop receiving; messages that arrive later are dropped."""
         self._receiving.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._receiving
         self._socket.close()
-        self._board.close()
+        self._status.close()
 
     async def _receive(self) -> None:
         while True:
@@ -96,6 +98,6 @@ class WorkerConnection:
             try:
                 message = decode_from_worker([frame.buffer for frame in frames])
             except MalformedMessage:
-                log.exception("device %s sent what is not a message", self.device)
+                log.exception("device %s sent a malformed message", self.device)
                 continue
             self._on_message(self, message)

@@ -1,4 +1,4 @@
-"""What HTTP processes and device workers say to each other, and how it becomes bytes.
+"""Messages between HTTP processes and device workers, and their encoding as frames.
 
 A message is one msgpack header frame and one raw frame per array. In the header an array is a
 reference (frame, dtype, shape) that is checked against the frame before a view is made of it:
@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from models.errors import ERRORS, HeatlensError, InternalError
-from models.types import Failure, Job, ModelInfo, Outcome
+from models.types import Failure, Job, ModelInfo, Outcome, Struct
 
 Frame = bytes | bytearray | memoryview
 
@@ -24,24 +24,39 @@ _DTYPES: dict[str, np.dtype[Any]] = {"uint8": np.dtype(np.uint8), "float32": np.
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Base: each kind is tagged with its name."""
+    """Base of all messages; each kind is tagged with its name."""
 
 
 # ---------------------------------------------------------------- to a worker
 
 
 class Hello(Message, frozen=True, kw_only=True):
-    """A client has connected and wants to know the models, now and whenever they change."""
+    """A client has connected and subscribes to the device's models."""
 
 
-class Submit(Message, frozen=True, kw_only=True):
-    """Run a job."""
+class Submission(Message, frozen=True, kw_only=True):
+    """A job with what the service needs to schedule, retry and trace it.
+
+    Attributes:
+        deadline: monotonic time after which nobody waits for the result.
+        digest: digest of model and input, by which an input is recognised after a worker's exit.
+        worker_exits: worker exits that this job was already part of; such a job runs alone.
+        traceparent: W3C trace context, empty when tracing is off.
+        request_id: id of the HTTP request, for logs.
+        fingerprint: `ModelCard.fingerprint` that the options were resolved against; empty = any.
+    """
 
     job: Job
+    deadline: float
+    digest: str = ""
+    worker_exits: int = 0
+    traceparent: str = ""
+    request_id: str = ""
+    fingerprint: str = ""
 
 
 class Cancel(Message, frozen=True, kw_only=True):
-    """Nobody waits for this job any more."""
+    """The client no longer waits for this job."""
 
     job_id: str
 
@@ -54,7 +69,7 @@ class Load(Message, frozen=True, kw_only=True):
 
 
 class Unload(Message, frozen=True, kw_only=True):
-    """Drop a model version, or all versions, once their jobs are done."""
+    """Drop a model version, or all versions, once their jobs have finished."""
 
     request_id: str
     name: str
@@ -64,14 +79,31 @@ class Unload(Message, frozen=True, kw_only=True):
 # ---------------------------------------------------------------- from a worker
 
 
-class Completions(Message, frozen=True, kw_only=True):
-    """Ends of jobs of the receiving client.
+class Completion(Struct):
+    """The outcome of a job with how it was run.
 
     Attributes:
-        others_ms: estimated device time of what other clients have waiting there.
+        queue_ms: time from arrival in the worker to the start of its first batch.
+        device_ms: time its batches occupied the device.
+        batch_size: jobs in its first batch.
+        device: the device it ran on.
     """
 
-    outcomes: tuple[Outcome, ...] = ()
+    outcome: Outcome
+    queue_ms: float = 0.0
+    device_ms: float = 0.0
+    batch_size: int = 1
+    device: str = ""
+
+
+class Results(Message, frozen=True, kw_only=True):
+    """Results of jobs of the receiving client.
+
+    Attributes:
+        others_ms: estimated device time of what other clients have queued on the device.
+    """
+
+    completions: tuple[Completion, ...] = ()
     failures: tuple[Failure, ...] = ()
     others_ms: float = 0.0
 
@@ -83,14 +115,14 @@ class Models(Message, frozen=True, kw_only=True):
 
 
 class Ack(Message, frozen=True, kw_only=True):
-    """A load or unload has ended, well if `failure` is None."""
+    """A load or unload has finished; `failure` is None on success."""
 
     request_id: str
     failure: Failure | None = None
 
 
-ToWorker = Hello | Submit | Cancel | Load | Unload
-FromWorker = Completions | Models | Ack
+ToWorker = Hello | Submission | Cancel | Load | Unload
+FromWorker = Results | Models | Ack
 
 
 class MalformedMessage(Exception):
@@ -104,7 +136,9 @@ class _ArrayRef(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
 
 
 def encode(message: Message) -> list[Frame]:
-    """Turn a message into frames: the header, then one per array (uint8 or float32, a view where contiguous).
+    """Encode a message as frames: the header, then one for each array (uint8 or float32).
+
+    Contiguous arrays are sent as views.
 
     Raises:
         TypeError: an array of another dtype, or of more than four dimensions.
@@ -113,10 +147,10 @@ def encode(message: Message) -> list[Frame]:
 
     def reference(value: object) -> _ArrayRef:
         if not isinstance(value, np.ndarray):
-            raise TypeError(f"{type(value).__name__} has no place on the wire")
+            raise TypeError(f"{type(value).__name__} cannot be sent")
         if value.dtype.name not in _DTYPES or value.ndim > MAX_DIMENSIONS:
             raise TypeError(
-                f"an array of {value.dtype} with {value.ndim} dimensions has no place here"
+                f"an array of {value.dtype} with {value.ndim} dimensions cannot be sent"
             )
         little_endian = np.ascontiguousarray(value, dtype=_DTYPES[value.dtype.name])
         frames.append(little_endian.reshape(-1).view(np.uint8).data)
@@ -130,7 +164,7 @@ def decode_to_worker(frames: Sequence[Frame]) -> ToWorker:
     """Read what a client sent.
 
     Raises:
-        MalformedMessage: the frames are no such message.
+        MalformedMessage: the frames are not such a message.
     """
     message: ToWorker = _decode(frames, ToWorker)
     return message
@@ -140,7 +174,7 @@ def decode_from_worker(frames: Sequence[Frame]) -> FromWorker:
     """Read what a worker sent; arrays are read-only views of the frames.
 
     Raises:
-        MalformedMessage: the frames are no such message.
+        MalformedMessage: the frames are not such a message.
     """
     message: FromWorker = _decode(frames, FromWorker)
     return message
@@ -167,21 +201,10 @@ def _view(ref: _ArrayRef, frames: Sequence[Frame]) -> np.ndarray:
     return np.frombuffer(frames[ref.frame], dtype=dtype).reshape(ref.shape)
 
 
-# ---------------------------------------------------------------- failures
-
-
-def to_wire(job_id: str, error: HeatlensError) -> Failure:
-    """The failure that ends `job_id` (or a request of that id) with `error`."""
-    return Failure(
-        id=job_id,
-        code=error.code,
-        message=error.message,
-        field=error.field,
-        retry_after_s=error.retry_after_s,
-    )
+# ---------------------------------------------------------------- errors as data
 
 
 def from_wire(failure: Failure) -> HeatlensError:
-    """The exception that a failure stands for; an unknown code is an internal error."""
+    """Rebuild the exception from a failure; an unknown code is an internal error."""
     kind = ERRORS.get(failure.code, InternalError)
     return kind(failure.message, field=failure.field, retry_after_s=failure.retry_after_s)

@@ -1,4 +1,4 @@
-"""What is known of the models, put together from several devices."""
+"""The state of the models, merged over the devices."""
 
 from __future__ import annotations
 
@@ -13,8 +13,32 @@ from models.types import ModelCard, ModelInfo, ModelState
 _PREFERENCE: dict[ModelState, int] = {"ready": 0, "unloading": 1, "loading": 2, "unavailable": 3}
 
 
+def model_key(info: ModelInfo) -> tuple[str, str]:
+    """Name and version."""
+    return (info.card.name, info.card.version)
+
+
+def with_fingerprint(info: ModelInfo) -> ModelInfo:
+    """Add the fingerprint: a digest of everything that requests are resolved against.
+
+    It covers labels, classes, input and layers, so that a job never runs on a model it was not
+    meant for. Devices that hold the same model agree on it, and so does a worker after its restart.
+    Weights are left out: models that differ in nothing else can answer each other's requests.
+    """
+    card = info.card
+    resolved = (
+        info.labels,
+        card.num_classes,
+        card.task,
+        card.input,
+        [(layer.name, layer.output_shape, layer.spatial) for layer in info.layers],
+    )
+    digest = hashlib.blake2b(msgspec.msgpack.encode(resolved), digest_size=8).hexdigest()
+    return msgspec.structs.replace(info, card=msgspec.structs.replace(card, fingerprint=digest))
+
+
 def loading_model(spec: ModelSpec) -> ModelInfo:
-    """A model of which only the configuration is known yet."""
+    """A model that is still being loaded, described by its configuration."""
     card = ModelCard(
         name=spec.name,
         version=spec.version,
@@ -29,7 +53,7 @@ def loading_model(spec: ModelSpec) -> ModelInfo:
 
 
 def job_ms(card: ModelCard) -> float:
-    """Device time that a job adds, as far as the warm-up knows: its part of the best batch."""
+    """Estimated device time of one more job: its part of the best batch."""
     return card.latency_ms.get(card.best_batch, 10.0) / max(1, card.best_batch)
 
 
@@ -39,20 +63,20 @@ def merge(
     connected: Container[str],
     coming: Container[str],
 ) -> list[ModelInfo]:
-    """One entry for each model version, in order of appearance.
+    """Merge the models of all devices: one entry for each version, in order of appearance.
 
-    A model is ready if requests for it are taken: it is warm on a device, or was, and the device is
-    coming back.
+    A model is ready if requests for it are accepted: it is warm on a device, or was warm on a
+    device that is restarting.
 
     Args:
-        by_device: what each device said last.
+        by_device: the last report of each device.
         connected: devices whose worker runs.
         coming: devices that run or will run again.
     """
     found: dict[tuple[str, str], dict[str, ModelInfo]] = {}
     for device, infos in by_device.items():
         for info in infos:
-            found.setdefault((info.card.name, info.card.version), {})[device] = info
+            found.setdefault(model_key(info), {})[device] = info
     versions: dict[str, tuple[str, ...]] = {}
     for name, version in found:
         versions[name] = (*versions.get(name, ()), version)
@@ -71,32 +95,8 @@ def merge(
 
 
 def keep_known_models(before: Sequence[ModelInfo], now: Sequence[ModelInfo]) -> list[ModelInfo]:
-    """What a device says now, but what it knew of a model before while it loads that again after a restart."""
-    warm = {(info.card.name, info.card.version): info for info in before if info.card.ready}
+    """The latest report of a device, except that models it reloads after a restart stay known."""
+    warm = {model_key(info): info for info in before if info.card.ready}
     return [
-        warm.get((info.card.name, info.card.version), info)
-        if info.card.state == "loading"
-        else info
-        for info in now
+        warm.get(model_key(info), info) if info.card.state == "loading" else info for info in now
     ]
-
-
-# ---------------------------------------------------------------- revision
-
-
-def with_fingerprint(info: ModelInfo) -> ModelInfo:
-    """Put `fingerprint` on the card: a digest of labels, classes, input and layers.
-
-    Devices that hold the same model agree on it, and so does a worker after its restart. Weights
-    are left out: two models that differ in nothing else answer the same requests, each as a whole.
-    """
-    card = info.card
-    resolved = (
-        info.labels,
-        card.num_classes,
-        card.task,
-        card.input,
-        [(layer.name, layer.output_shape, layer.spatial) for layer in info.layers],
-    )
-    digest = hashlib.blake2b(msgspec.msgpack.encode(resolved), digest_size=8).hexdigest()
-    return msgspec.structs.replace(info, card=msgspec.structs.replace(card, fingerprint=digest))

@@ -1,36 +1,39 @@
-"""The seam between HTTP and devices: `DevicePool`, and a fake one for tests of the API.
+"""`DevicePool`, the interface between HTTP and devices.
 
-Three implementations: `client.SocketPool` (the service), `local.LocalPool` (in this process:
-notebooks, replicas of other serving frameworks, the command line), and `FakePool`.
+Two implementations: `SocketPool` (the service) and `LocalPool` (one device in this process, for
+notebooks, the command line and replicas of other serving frameworks).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 from models.catalog import ModelSpec
-from models.types import Job, ModelInfo, Outcome, Struct
+from models.methods import METHODS
+from models.types import JobOptions, ModelInfo, Struct
+from service.devices.messages import Completion, Submission
 from service.devices.status import BatchCount
+
+DeviceHealth = Literal["starting", "ready", "lost", "draining"]
 
 
 class DeviceStatus(Struct):
-    """What readiness says of one device.
+    """The state of one device, as readiness and metrics report it.
 
     Attributes:
-        state: `starting` | `ready` | `lost` | `draining`.
         last_pass_s: seconds since the device last completed a real pass; None if it never did.
-        queue_depth: jobs waiting or running there.
+        queue_depth: jobs waiting or running.
         wait_ms: estimated wait of a new job in device-milliseconds.
-        models: models that are warm on it, as `name@version`.
-        restarts: times its worker was restarted.
-        restart_reasons: the same by why it had ended; see `DeviceState`.
-        memory_bytes: memory that its worker holds there.
-        batches: what the worker has run since it started.
+        models: warm models, as `name@version`.
+        restarts: number of times the worker was restarted.
+        restart_reasons: restarts by exit reason; see `DeviceState`.
+        memory_bytes: memory that the worker holds on the device.
+        batches: batches the worker has run since it started.
     """
 
     device: str
-    state: str
+    state: DeviceHealth
     last_pass_s: float | None = None
     queue_depth: int = 0
     wait_ms: float = 0.0
@@ -52,20 +55,18 @@ class DevicePool(Protocol):
         """Refuse new jobs, fail the outstanding ones with `Draining`, release everything."""
         ...
 
-    async def submit(self, job: Job) -> Outcome:
-        """Run one job and return its outcome.
-
-        Cancelling the awaiting task cancels the job.
+    async def submit(self, submission: Submission) -> Completion:
+        """Run one job. Cancelling the awaiting task cancels the job.
 
         Raises:
             HeatlensError: the job's typed failure: `Overloaded`, `DeadlineExceeded`, `NotReady`,
-                `Draining`, `WorkerLost`, `InputQuarantined`, `UnknownModel`, or what the engine
-                found wrong.
+                `Draining`, `WorkerLost`, `InputQuarantined`, `UnknownModel`, `ModelReplaced`, or
+                an error found by the engine.
         """
         ...
 
     def models(self) -> Sequence[ModelInfo]:
-        """Every configured model version, the unavailable ones with their reason; devices merged."""
+        """Every configured model version, merged over the devices, with the reasons of failures."""
         ...
 
     def devices(self) -> Sequence[DeviceStatus]:
@@ -73,9 +74,23 @@ class DevicePool(Protocol):
         ...
 
     async def load(self, spec: ModelSpec) -> None:
-        """Load or replace a model version on its devices, warm, before it answers anything."""
+        """Load or replace a model version on its devices; it answers requests once it is warm.
+
+        Raises:
+            HeatlensError: it could not be loaded; the old version keeps serving.
+        """
         ...
 
     async def unload(self, name: str, version: str | None = None) -> None:
-        """Let a model (version) finish its jobs, then drop it."""
+        """Let a model (version) finish its jobs, then drop it.
+
+        Raises:
+            UnknownModel: it is not loaded.
+        """
         ...
+
+
+def is_long(options: JobOptions) -> bool:
+    """Whether a job takes more than its one pass and head passes."""
+    methods = (METHODS[name] for name in options.methods if name in METHODS)
+    return bool(options.faithfulness) or any(m.cost in {"passes", "many"} for m in methods)

@@ -17,14 +17,17 @@ from models.catalog import ModelSpec
 from service.configuration import ConfigurationSource
 from service.settings import Settings
 
-_SOCKET_PATH_LIMIT = 107  # bytes of a Unix socket's address on Linux
+_SOCKET_PATH_LIMIT = 107
+"""Maximum length of a Unix socket's path on Linux, in bytes."""
+
+_PR_SET_PDEATHSIG = 1
 
 
 class RuntimeDir:
-    """Names of the files in the folder, and the two that are read and written whole.
+    """Paths of the files in the folder, and access to those that are read and written whole.
 
-    Board and socket carry the incarnation in their names: whoever holds an old one can never
-    mistake a new worker for it, and no file is rewritten while others have it mapped.
+    Status file and socket carry the worker's incarnation in their names: an old one can never be
+    mistaken for that of a new worker, and no file is rewritten while others have it mapped.
     """
 
     def __init__(self, path: Path) -> None:
@@ -32,7 +35,7 @@ class RuntimeDir:
 
     @classmethod
     def create(cls) -> RuntimeDir:
-        """Make the folder, open to this user only.
+        """Create the folder, accessible to this user only.
 
         Raises:
             OSError: the temporary folder's path is too long for a socket in it.
@@ -48,127 +51,148 @@ class RuntimeDir:
 
     @property
     def states_file(self) -> Path:
-        """The record of all devices; see `fleet.py`."""
-        return self.path / "fleet"
+        """The record of all devices; see `DeviceStatesFile`."""
+        return self.path / "devices"
 
     @property
     def metrics_dir(self) -> Path:
-        """Where HTTP processes keep their shares of the metrics."""
+        """Folder in which HTTP processes keep their parts of the metrics."""
         return self.path / "metrics"
 
     @property
     def limiter_dir(self) -> Path:
-        """Where HTTP processes say how many requests of each key they have; see `concurrency.py`."""
+        """Folder in which HTTP processes share the requests in flight of each key."""
         return self.path / "limiter"
 
-    def http_file(self, pid: int) -> Path:
-        """What an HTTP process makes once it serves."""
-        return self.path / f"http-{pid}"
-
     def forget_http(self, pid: int) -> None:
-        """Drop what an HTTP process that has ended said of the moment; its counters stay."""
-        self.http_file(pid).unlink(missing_ok=True)
+        """Remove the records of an HTTP process that has exited; its counters stay."""
         (self.limiter_dir / str(pid)).unlink(missing_ok=True)
         for path in self.metrics_dir.glob(f"gauge_live*_{pid}.db"):
             path.unlink(missing_ok=True)
 
     def status_file(self, device: str, incarnation: int) -> Path:
-        """The board of one worker process; see `board.py`."""
-        return self.path / f"board-{_plain(device)}-{incarnation}"
+        """The status of one worker process; see `WorkerStatusFile`."""
+        return self.path / f"status-{_plain(device)}-{incarnation}"
 
     def socket_path(self, device: str, incarnation: int) -> Path:
         """The Unix socket of one worker process."""
         return self.path / f"worker-{_plain(device)}-{incarnation}"
 
     def socket_url(self, device: str, incarnation: int) -> str:
-        """The same as a ZeroMQ address."""
+        """The ZeroMQ address of one worker process."""
         return f"ipc://{self.socket_path(device, incarnation)}"
 
+    # ---------------------------------------------------------------- configuration
+
+    @property
+    def settings_file(self) -> Path:
+        """The configuration in force."""
+        return self.path / "settings.json"
+
     def write_settings(self, settings: Settings) -> None:
-        """Publish the configuration, with the hashes of keys in it."""
-        _write(self.path / "settings.json", settings.model_dump_json().encode())
+        """Publish the configuration, including the hashes of keys."""
+        _write(self.settings_file, settings.model_dump_json().encode())
 
     def read_settings(self) -> Settings:
-        """The configuration as the supervisor published it."""
-        return Settings.model_validate_json((self.path / "settings.json").read_bytes())
+        """The configuration in force."""
+        return Settings.model_validate_json(self.settings_file.read_bytes())
 
     def write_source(self, source: ConfigurationSource) -> None:
-        """Publish where the configuration can be read again."""
+        """Publish the source of the configuration."""
         _write(self.path / "source.json", source.model_dump_json().encode())
 
     def read_source(self) -> ConfigurationSource:
-        """Where the configuration can be read again."""
+        """The source of the configuration, from which it can be read again."""
         return ConfigurationSource.model_validate_json((self.path / "source.json").read_bytes())
 
     def read_catalog(self) -> list[ModelSpec]:
-        """The models that workers are to hold: the configured ones, and what was loaded and unloaded since."""
-        return _read_specs(self.path / "catalog.json")
+        """The models that workers hold: the configured ones as changed by loads and unloads."""
+        items = msgspec.json.decode((self.path / "catalog.json").read_bytes(), type=list[str])
+        return [ModelSpec.model_validate_json(item) for item in items]
 
     def write_catalog(self, specs: Sequence[ModelSpec]) -> None:
         """Replace the catalog."""
-        _write_specs(self.path / "catalog.json", specs)
-
-    def read_wanted(self) -> list[ModelSpec]:
-        """The models that a reload is to end with."""
-        return _read_specs(self.path / "wanted.json")
-
-    def write_wanted(self, specs: Sequence[ModelSpec]) -> None:
-        """Say with which models a reload is to end."""
-        _write_specs(self.path / "wanted.json", specs)
+        content = msgspec.json.encode([spec.model_dump_json() for spec in specs])
+        _write(self.path / "catalog.json", content)
 
     def change_catalog(self, change: Callable[[list[ModelSpec]], list[ModelSpec]]) -> None:
-        """Read, change and replace the catalog as one step among all processes; blocks for milliseconds."""
+        """Read, change and replace the catalog as one atomic step; blocks for milliseconds."""
         descriptor = os.open(self.path / "catalog.lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             self.write_catalog(change(self.read_catalog()))
         finally:
-            os.close(descriptor)  # gives the lock back
+            os.close(descriptor)  # releases the lock
+
+
+class SettingsLease:
+    """The configuration that a process serves by, with a lock that shows that it does.
+
+    Each HTTP process holds a shared lock on the version of the settings file that it serves by,
+    until its last request under that version has finished. Locks end with their process, so the
+    others can wait for a version to be unused without counting processes.
+
+    Raises:
+        OSError: the file does not exist.
+        ValueError: it does not hold settings.
+    """
+
+    def __init__(self, runtime: RuntimeDir) -> None:
+        self._path = runtime.settings_file
+        while True:
+            self._descriptor = os.open(self._path, os.O_RDONLY)
+            fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+            if self.is_current():
+                break
+            os.close(self._descriptor)  # replaced between opening and locking
+        with os.fdopen(os.dup(self._descriptor), "rb") as file:
+            self.settings = Settings.model_validate_json(file.read())
+
+    def is_current(self) -> bool:
+        """Whether the configuration has not been replaced since."""
+        own, published = os.fstat(self._descriptor), self._path.stat()
+        return (own.st_dev, own.st_ino) == (published.st_dev, published.st_ino)
+
+    def is_last(self) -> bool:
+        """Whether no other process serves by this version any more."""
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Release the lock."""
+        os.close(self._descriptor)
 
 
 def holds(spec: ModelSpec, device: str) -> bool:
-    """Whether a device is to hold a model: it is named, or its kind is (`cpu` means every `cpu:N`)."""
-    return spec.devices is None or bool(
-        {device, device.split(":", maxsplit=1)[0]} & set(spec.devices)
-    )
+    """Whether a device holds a model: by its name, or by its kind (`cpu` stands for any `cpu:N`)."""
+    kind = device.split(":", maxsplit=1)[0]
+    return spec.devices is None or not {device, kind}.isdisjoint(spec.devices)
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill this process when its parent exits (Linux; elsewhere only check once).
+
+    Args:
+        parent_pid: the expected parent; if it has exited already, this process exits at once.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+            raise OSError(ctypes.get_errno(), "prctl failed")
+    if os.getppid() != parent_pid:  # it exited before the kernel was told
+        os._exit(1)
 
 
 def _plain(device: str) -> str:
     return device.replace(":", "-")
 
 
-def _read_specs(path: Path) -> list[ModelSpec]:
-    items = msgspec.json.decode(path.read_bytes(), type=list[str])
-    return [ModelSpec.model_validate_json(item) for item in items]
-
-
-def _write_specs(path: Path, specs: Sequence[ModelSpec]) -> None:
-    _write(path, msgspec.json.encode([spec.model_dump_json() for spec in specs]))
-
-
 def _write(path: Path, content: bytes) -> None:
-    """Replace a file at once: readers see the old or the new content."""
+    """Replace a file atomically: readers see either the old or the new content."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
     Path(temporary).replace(path)
-
-
-# ---------------------------------------------------------------- lifeline
-
-
-_PR_SET_PDEATHSIG = 1
-
-
-def die_with_parent(parent_pid: int) -> None:
-    """Have the kernel kill this process when its parent dies (Linux; elsewhere only check the parent now).
-
-    Args:
-        parent_pid: who must be the parent; if it no longer is, the process ends at once.
-    """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-            raise OSError(ctypes.get_errno(), "prctl failed")
-    if os.getppid() != parent_pid:  # it died before the kernel was told
-        os._exit(1)

@@ -1,8 +1,8 @@
-"""What a device worker is doing right now, readable from outside and after its death.
+"""Shared records of the state of the device workers.
 
-The compute thread writes its board before it touches the device. So the supervisor sees a hang
-without asking, and after a crash knows which jobs were on the device; HTTP processes see when the
-last real pass was.
+A record, not messages: a process that starts late or was busy reads the same truth as the others
+and cannot have missed anything. Each worker writes its own `WorkerStatus`; the supervisor writes
+`DeviceStates` for all of them.
 """
 
 from __future__ import annotations
@@ -15,27 +15,38 @@ import msgspec
 from models.types import Struct
 from service.devices.shared_record import SharedRecord
 
-Activity = Literal["idle", "batch", "canary", "load"]
-
 _STATUS_CAPACITY = 128 * 1024
+_STATES_CAPACITY = 512 * 1024
+
+MAX_EXITS = 8
+MAX_QUARANTINED = 1024
+
+EXIT_DEVICE_LOST = 70
+"""Exit code of a worker whose device needs a new process."""
+
+Activity = Literal["idle", "batch", "canary", "load"]
+ProcessState = Literal["running", "restarting", "given_up"]
+
+
+# ---------------------------------------------------------------- written by a worker
 
 
 class RunningJob(Struct):
-    """A job that is on the device.
+    """A job on the device.
 
     Attributes:
-        deaths: worker deaths it was part of before.
-        request_id: of the request that it is part of.
+        worker_exits: worker exits that it was part of before.
+        request_id: id of its HTTP request.
     """
 
     id: str
     digest: str
-    deaths: int
+    worker_exits: int
     request_id: str = ""
 
 
 class BatchCount(Struct):
-    """How many batches of a model this worker has started, by the reason for their size; see `BatchReason`."""
+    """Batches of one model started by this worker, by `BatchReason`."""
 
     model: str
     version: str
@@ -45,21 +56,24 @@ class BatchCount(Struct):
 
 
 class WorkerStatus(Struct):
-    """One device worker, as its compute thread last described it; times are `time.monotonic`.
+    """The state of one device worker, written by its compute thread before it uses the device.
+
+    So the supervisor detects a hang without asking, and knows after a crash which jobs were on the
+    device; HTTP processes see the time of the last real pass. Times are `time.monotonic`.
 
     Attributes:
-        ready: whether every configured model was tried and a real pass succeeded since.
-        activity: what the device is doing.
-        since: when it began to.
-        predicted_s: how long that should take.
-        subject: the model that is running or being loaded, as `name@version`.
-        jobs: what is on the device.
+        ready: whether every configured model was tried and a real pass has succeeded since.
+        activity: current activity of the device.
+        since: start of that activity.
+        predicted_s: expected duration of that activity.
+        subject: the model being run or loaded, as `name@version`.
+        jobs: jobs on the device.
         last_pass: end of the last real pass; 0 = never.
         queue_depth: jobs waiting and running.
         wait_ms: estimated wait of a new job.
-        models: models that are warm, as `name@version`.
+        models: warm models, as `name@version`.
         memory_bytes: memory that the worker holds on its device.
-        batches: what it has run since it started.
+        batches: batches run since the worker started.
     """
 
     ready: bool = False
@@ -77,7 +91,7 @@ class WorkerStatus(Struct):
 
 
 class WorkerStatusFile:
-    """A board in a file: made by the supervisor, written by one worker, read by everyone."""
+    """A worker's status: created by the supervisor, written by the worker, read by everyone."""
 
     def __init__(self, record: SharedRecord) -> None:
         self._record = record
@@ -86,20 +100,20 @@ class WorkerStatusFile:
 
     @classmethod
     def create(cls, path: Path) -> WorkerStatusFile:
-        """Make the file, with nothing on it."""
+        """Create an empty file."""
         return cls(SharedRecord.create(path, capacity=_STATUS_CAPACITY))
 
     @classmethod
     def open(cls, path: Path) -> WorkerStatusFile:
-        """Map a file that exists."""
+        """Map an existing file."""
         return cls(SharedRecord(path))
 
-    def write(self, board: WorkerStatus) -> None:
-        """Replace what the board says."""
-        self._record.write(self._encoder.encode(board))
+    def write(self, status: WorkerStatus) -> None:
+        """Replace the status."""
+        self._record.write(self._encoder.encode(status))
 
     def read(self) -> WorkerStatus | None:
-        """What the board says; None if nothing was written yet."""
+        """The current status; None if nothing has been written yet."""
         record = self._record.read()
         return None if record is None else self._decoder.decode(record)
 
@@ -109,36 +123,29 @@ class WorkerStatusFile:
 
 
 def is_hung(
-    board: WorkerStatus, *, now: float, floor_s: float, factor: float, load_timeout_s: float
+    status: WorkerStatus, *, now: float, floor_s: float, factor: float, load_timeout_s: float
 ) -> bool:
-    """Whether the device has been at one thing for far longer than predicted.
+    """Whether the device's current activity has taken far longer than predicted.
 
     Args:
-        board: what the worker says.
+        status: the worker's status.
         now: `time.monotonic()`.
-        floor_s: a batch younger than this is never hung.
-        factor: times the predicted duration after which a batch is hung.
-        load_timeout_s: after which the loading of a model is hung.
+        floor_s: minimum age of a hung batch.
+        factor: multiple of the predicted duration after which a batch counts as hung.
+        load_timeout_s: time after which the loading of a model counts as hung.
     """
-    if board.activity == "idle":
+    if status.activity == "idle":
         return False
-    limit = load_timeout_s if board.activity == "load" else max(floor_s, factor * board.predicted_s)
-    return now - board.since > limit
+    batch_limit = max(floor_s, factor * status.predicted_s)
+    limit = load_timeout_s if status.activity == "load" else batch_limit
+    return now - status.since > limit
 
 
-# ---------------------------------------------------------------- fleet
-
-
-_STATES_CAPACITY = 512 * 1024
-
-MAX_EXITS = 8
-MAX_QUARANTINED = 1024
-
-ProcessState = Literal["up", "down", "given_up"]
+# ---------------------------------------------------------------- written by the supervisor
 
 
 class WorkerExit(Struct):
-    """How one incarnation of a worker ended.
+    """The end of one incarnation of a worker.
 
     Attributes:
         suspects: ids of the jobs that were on the device.
@@ -153,30 +160,28 @@ class DeviceState(Struct):
     """One device worker as a process.
 
     Attributes:
-        incarnation: number of the process that is running, or ran last; 0 = none yet.
-        life: `down` while a restart is due, `given_up` when the restart budget is spent.
-        restarts: times it was started again.
-        restart_reasons: the same by why it had ended: `hang`, `device_lost`, `crash` (a signal),
-            `exit`.
-        deaths: the last few, oldest first.
+        incarnation: number of the current or last process; 0 = none yet.
+        state: `restarting` while a start is due, `given_up` when the restart budget is spent.
+        restarts: number of restarts.
+        restart_reasons: restarts by exit reason: `hang`, `device_lost`, `crash` (a signal), `exit`.
+        exits: the last few, oldest first.
     """
 
     device: str
     incarnation: int = 0
-    life: ProcessState = "down"
+    state: ProcessState = "restarting"
     restarts: int = 0
     restart_reasons: dict[str, int] = {}
-    deaths: tuple[WorkerExit, ...] = ()
+    exits: tuple[WorkerExit, ...] = ()
 
 
 class DeviceStates(Struct):
-    """Every device, and what concerns all.
+    """The state of all devices.
 
     Attributes:
         draining: whether the service is stopping.
-        quarantined: digests of inputs that were on the device in two deaths, oldest first.
-        refused_models: `name@version` of models whose loading killed workers; not to be tried
-            again.
+        quarantined: digests of inputs that were on a device in two worker exits, oldest first.
+        refused_models: `name@version` of models whose loading ended workers; not to be retried.
     """
 
     devices: tuple[DeviceState, ...] = ()
@@ -186,37 +191,37 @@ class DeviceStates(Struct):
 
 
 class DeviceStatesFile:
-    """The fleet in a file: written by the supervisor, polled by everyone."""
+    """`DeviceStates` in a file: written by the supervisor, polled by everyone."""
 
     def __init__(self, record: SharedRecord) -> None:
         self._record = record
         self._decoder = msgspec.msgpack.Decoder(DeviceStates)
-        self._seen = -1
-        self._fleet = DeviceStates()
+        self._version = -1
+        self._states = DeviceStates()
 
     @classmethod
     def create(cls, path: Path) -> DeviceStatesFile:
-        """Make the file, with nothing in it."""
+        """Create an empty file."""
         return cls(SharedRecord.create(path, capacity=_STATES_CAPACITY))
 
     @classmethod
     def open(cls, path: Path) -> DeviceStatesFile:
-        """Map a file that exists."""
+        """Map an existing file."""
         return cls(SharedRecord(path))
 
-    def write(self, fleet: DeviceStates) -> None:
+    def write(self, states: DeviceStates) -> None:
         """Replace the record."""
-        self._record.write(msgspec.msgpack.encode(fleet))
+        self._record.write(msgspec.msgpack.encode(states))
 
     def read(self) -> DeviceStates:
-        """The current record; decoded only when it has changed."""
+        """The current record, decoded only when it has changed."""
         version = self._record.version()
-        if version != self._seen:
+        if version != self._version:
             record = self._record.read()
             if record is not None:
-                self._fleet = self._decoder.decode(record)
-                self._seen = version
-        return self._fleet
+                self._states = self._decoder.decode(record)
+                self._version = version
+        return self._states
 
     def close(self) -> None:
         """Unmap the file."""

@@ -1,4 +1,4 @@
-"""A process that is started again when it ends, up to a budget."""
+"""A child process that is restarted when it exits, within a budget."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _MOST_DOUBLINGS = 16
 
 
 class RestartBudget:
-    """How soon, and how often, a process may be started again.
+    """Limits how soon and how often a process is restarted.
 
-    The pause doubles with each end in a row of a process that had not proved itself, and is
-    jittered by half, so that processes that fell together do not rise together.
+    The pause doubles with each consecutive exit of a process that had not proved itself. Jitter of
+    up to a half keeps processes that failed together from restarting together.
 
     Args:
         restarts: allowed within the window.
@@ -36,11 +36,11 @@ class RestartBudget:
         self._failures = 0
 
     def pause_s(self, now: float, *, proven: bool) -> float | None:
-        """Time to wait after an end; None if the budget is spent.
+        """Pause before a restart, in seconds; None if the budget is spent.
 
         Args:
             now: the time.
-            proven: whether the process had done its work before.
+            proven: whether the process had worked before it exited.
         """
         while self._recent and self._recent[0] <= now - self._window_s:
             self._recent.popleft()
@@ -49,17 +49,17 @@ class RestartBudget:
         self._recent.append(now)
         self._failures = 0 if proven else min(self._failures + 1, _MOST_DOUBLINGS)
         longest = min(_BACKOFF_MAX_S, math.ldexp(_BACKOFF_S, self._failures))
-        return longest * random.uniform(0.5, 1.0)  # noqa: S311  # spreads load, guards nothing
+        return longest * random.uniform(0.5, 1.0)  # noqa: S311 # not for security
 
 
 class Child:
-    """One process and, after its end, its successors.
+    """A process and, after its exit, its successors.
 
     Attributes:
         name: for logs.
-        incarnation: number of the process that runs, or ran last; 0 = none yet.
-        started_at: when it was started.
-        start_at: when the next one is due; None while one runs, or when none is to come.
+        incarnation: number of the current or last process; 0 = none yet.
+        started_at: start time of that process.
+        start_at: due time of the next start; None while a process runs, or if there is no next one.
         given_up: whether the budget is spent.
     """
 
@@ -74,7 +74,7 @@ class Child:
 
     @property
     def running(self) -> bool:
-        """Whether a process was started and its end was not yet seen."""
+        """Whether a process was started and its exit has not been seen yet."""
         return self._process is not None
 
     @property
@@ -95,13 +95,13 @@ class Child:
         Args:
             command: program and arguments.
             now: the time.
-            environment: variables beside our own.
-            inherit: file descriptors that it gets.
+            environment: variables in addition to our own.
+            inherit: file descriptors to pass on.
         """
         self.start_at, self.started_at = None, now
-        # Its own group: Ctrl-C in a terminal reaches the supervisor only, which then stops the
-        # others in order.
-        self._process = subprocess.Popen(  # noqa: S603  # our own command, no shell
+        # Its own group: Ctrl-C in a terminal reaches only the supervisor, which stops the others
+        # in order.
+        self._process = subprocess.Popen(  # noqa: S603 # our own command, no shell
             command,
             env=os.environ | environment,
             stdin=subprocess.DEVNULL,
@@ -111,7 +111,7 @@ class Child:
         log.info("started %s, process %d", self.name, self._process.pid)
 
     def reap(self) -> int | None:
-        """The exit code of a process that has ended (negative: the signal that ended it), once."""
+        """The exit code of an exited process, once (negative: the signal that ended it)."""
         if self._process is None:
             return None
         code = self._process.poll()
@@ -120,7 +120,7 @@ class Child:
         return code
 
     def schedule(self, now: float, *, proven: bool) -> bool:
-        """Let a successor start after its pause; False, and `given_up`, if the budget is spent."""
+        """Schedule a restart; False, and `given_up`, if the budget is spent."""
         pause_s = self._budget.pause_s(now, proven=proven)
         if pause_s is None:
             self.given_up = True
@@ -134,19 +134,19 @@ class Child:
             self._process.send_signal(number)
 
     def kill_soon(self) -> None:
-        """Kill the process; `reap` then tells of its end."""
+        """Kill the process; `reap` reports its exit later."""
         self.signal(signal.SIGKILL)
 
     def kill(self) -> None:
-        """Kill the process, and wait for its end."""
+        """Kill the process and wait for its exit."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process = None
 
 
-def describe_end(code: int) -> str:
-    """How a process ended, by its exit code: `SIGKILL`, `exit 1`."""
+def describe_exit(code: int) -> str:
+    """Describe an exit code: `SIGKILL`, `exit 1`."""
     if code >= 0:
         return f"exit {code}"
     try:

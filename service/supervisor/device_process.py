@@ -1,4 +1,4 @@
-"""One device in the supervisor: its worker process, its board, its watchdog, and what its deaths teach."""
+"""The worker process of one device: start, watchdog, and the lessons of its exits."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from service.devices.runtime_dir import RuntimeDir
 from service.devices.status import (
+    EXIT_DEVICE_LOST,
     MAX_EXITS,
     DeviceState,
     ProcessState,
@@ -18,19 +19,18 @@ from service.devices.status import (
     is_hung,
 )
 from service.settings import WorkerSettings
-from service.supervisor.child import Child, RestartBudget, describe_end
-from service.worker.backend import EXIT_DEVICE_LOST
+from service.supervisor.child import Child, RestartBudget, describe_exit
 
 log = logging.getLogger("heatlens.supervisor")
 
 LOAD_TIMEOUT_S = 300.0
-"""Longest time for a worker's start, or for loading one model, before it is called a hang."""
+"""Longest time for a worker's start, or for loading one model, before it counts as a hang."""
 
-_LOAD_DEATHS = 2
+_MAX_LOAD_EXITS = 2
 
 
 class DeviceProcess:
-    """Keeps one device worker running.
+    """Keeps the worker of one device running.
 
     Attributes:
         device: `cuda:0`, `cpu:1`, …
@@ -48,47 +48,31 @@ class DeviceProcess:
         self._settings = settings
         self._command = tuple(command)
         self._threads = threads
-        self._board: WorkerStatusFile | None = None
+        self._status: WorkerStatusFile | None = None
         self._hung = False
-        self._deaths: tuple[WorkerExit, ...] = ()
-        self._load_deaths: Counter[str] = Counter()
+        self._exits: tuple[WorkerExit, ...] = ()
+        self._load_exits: Counter[str] = Counter()
         self._proven: set[str] = set()
         self._restart_reasons: Counter[str] = Counter()
         self._quarantined: list[str] = []
 
-    def life(self) -> DeviceState:
-        """What everyone may know."""
-        life: ProcessState = "up" if self.child.running else "down"
+    def state(self) -> DeviceState:
+        """The state of the device, as published to all processes."""
+        state: ProcessState = "running" if self.child.running else "restarting"
         return DeviceState(
             device=self.device,
             incarnation=self.child.incarnation,
-            life="given_up" if self.child.given_up else life,
+            state="given_up" if self.child.given_up else state,
             restarts=max(0, self.child.incarnation - 1),
             restart_reasons=dict(self._restart_reasons),
-            deaths=self._deaths,
+            exits=self._exits,
         )
 
     def poll(self, runtime: RuntimeDir, now: float, *, restart: bool) -> None:
-        """See to a worker that has ended, or that hangs."""
+        """Handle a worker that has exited, and kill one that hangs."""
         code = self.child.reap()
         if code is not None:
-            reason = "hang" if self._hung else describe_end(code)
-            board = self._learn(reason)
-            log.log(
-                logging.ERROR if restart else logging.INFO,
-                "%s ended: %s",
-                self.child.name,
-                reason,
-                extra=_requests(board),
-            )
-            runtime.status_file(self.device, self.child.incarnation).unlink(missing_ok=True)
-            runtime.socket_path(self.device, self.child.incarnation).unlink(missing_ok=True)
-            if not restart:
-                return
-            if self.child.schedule(now, proven=board.ready):
-                self._restart_reasons["hang" if self._hung else _kind_of_end(code)] += 1
-            else:
-                log.error("%s is given up: its restart budget is spent", self.child.name)
+            self._on_exit(code, runtime, now, restart=restart)
         elif self.child.running and not self._hung and self._is_hung(now):
             log.error("%s hangs: killing it", self.child.name)
             self._hung = True
@@ -100,7 +84,7 @@ class DeviceProcess:
             return
         self.child.incarnation += 1
         incarnation = self.child.incarnation
-        self._board = WorkerStatusFile.create(runtime.status_file(self.device, incarnation))
+        self._status = WorkerStatusFile.create(runtime.status_file(self.device, incarnation))
         self._hung = False
         arguments = {
             "--runtime": str(runtime.path),
@@ -118,54 +102,72 @@ class DeviceProcess:
         )
 
     def take_quarantined(self) -> list[str]:
-        """Digests of inputs found guilty since the last call."""
+        """Digests of inputs to quarantine since the last call."""
         taken, self._quarantined = self._quarantined, []
         return taken
 
+    def _on_exit(self, code: int, runtime: RuntimeDir, now: float, *, restart: bool) -> None:
+        reason = "hang" if self._hung else describe_exit(code)
+        status = self._record_exit(reason)
+        log.log(
+            logging.ERROR if restart else logging.INFO,
+            "%s exited: %s",
+            self.child.name,
+            reason,
+            extra=_request_ids(status),
+        )
+        runtime.status_file(self.device, self.child.incarnation).unlink(missing_ok=True)
+        runtime.socket_path(self.device, self.child.incarnation).unlink(missing_ok=True)
+        if not restart:
+            return
+        if self.child.schedule(now, proven=status.ready):
+            self._restart_reasons["hang" if self._hung else _exit_reason(code)] += 1
+        else:
+            log.error("%s is given up: its restart budget is spent", self.child.name)
+
     def _is_hung(self, now: float) -> bool:
-        board = self._board.read() if self._board is not None else None
-        # Until it writes its board a worker is importing: the same patience as for a model.
-        board = board or WorkerStatus(activity="load", since=self.child.started_at)
+        status = self._status.read() if self._status is not None else None
+        # Until it writes its status a worker is importing: allow as much time as for a model.
+        status = status or WorkerStatus(activity="load", since=self.child.started_at)
         return is_hung(
-            board,
+            status,
             now=now,
             floor_s=self._settings.hang_floor_s,
             factor=self._settings.hang_factor,
             load_timeout_s=LOAD_TIMEOUT_S,
         )
 
-    def _learn(self, reason: str) -> WorkerStatus:
-        """Read from the board who was on the device when the worker ended."""
-        board = (self._board.read() if self._board is not None else None) or WorkerStatus()
-        if self._board is not None:
-            self._board.close()
-            self._board = None
-        # A job that was in a death before ran alone: there is no one else to blame for this one.
-        self._quarantined += [job.digest for job in board.jobs if job.deaths > 0 and job.digest]
-        self._proven.update(board.models)
-        # A model that was warm here before is not what ended a worker that was killed while it
-        # loaded it again.
-        if board.activity == "load" and board.subject not in self._proven:
-            self._load_deaths[board.subject] += 1
-            if self._load_deaths[board.subject] >= _LOAD_DEATHS:
-                self.refused_models.add(board.subject)
-        death = WorkerExit(
+    def _record_exit(self, reason: str) -> WorkerStatus:
+        """Record which jobs and which model were on the device; returns the worker's last status."""
+        status = (self._status.read() if self._status is not None else None) or WorkerStatus()
+        if self._status is not None:
+            self._status.close()
+            self._status = None
+        # A job that was part of an exit before ran alone: no other job can have caused this one.
+        self._quarantined += [job.digest for job in status.jobs if job.worker_exits and job.digest]
+        self._proven.update(status.models)
+        # A model that was warm here before did not cause the exit of a worker that reloaded it.
+        if status.activity == "load" and status.subject not in self._proven:
+            self._load_exits[status.subject] += 1
+            if self._load_exits[status.subject] >= _MAX_LOAD_EXITS:
+                self.refused_models.add(status.subject)
+        worker_exit = WorkerExit(
             incarnation=self.child.incarnation,
             reason=reason,
-            suspects=tuple(job.id for job in board.jobs),
+            suspects=tuple(job.id for job in status.jobs),
         )
-        self._deaths = (*self._deaths, death)[-MAX_EXITS:]
-        return board
+        self._exits = (*self._exits, worker_exit)[-MAX_EXITS:]
+        return status
 
 
-def _kind_of_end(code: int) -> str:
-    """Why a process ended, as a label of few values."""
+def _exit_reason(code: int) -> str:
+    """The exit reason as a metric label of few values."""
     if code == EXIT_DEVICE_LOST:
         return "device_lost"
     return "crash" if code < 0 else "exit"
 
 
-def _requests(board: WorkerStatus) -> dict[str, object]:
-    """Whose jobs were on the device: `extra` for the logger."""
-    ids = tuple(dict.fromkeys(job.request_id for job in board.jobs if job.request_id))
+def _request_ids(status: WorkerStatus) -> dict[str, object]:
+    """The ids of the requests that were on the device, as `extra` for the logger."""
+    ids = tuple(dict.fromkeys(job.request_id for job in status.jobs if job.request_id))
     return {"fields": {"request_ids": ids}} if ids else {}

@@ -1,4 +1,4 @@
-"""The supervisor: owns the listening socket, and starts, watches and restarts all other processes. No torch."""
+"""The supervisor: owns the listening socket; starts, watches and restarts all other processes."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from service.settings import Settings
 from service.supervisor.child import Child
 from service.supervisor.device_process import DeviceProcess
 from service.supervisor.http_process import HttpLaunch, HttpProcess
-from service.supervisor.reload import Reload
 
 log = logging.getLogger("heatlens.supervisor")
 
-WORKER_COMMAND = (sys.executable, "-m", "service.worker.process")
-HTTP_COMMAND = (sys.executable, "-m", "service.api.process")
+# -P: a `models.py` or `service.py` in the working folder must not shadow our packages.
+WORKER_COMMAND = (sys.executable, "-P", "-m", "service.worker.process")
+HTTP_COMMAND = (sys.executable, "-P", "-m", "service.api.process")
 
 _TICK_S = 0.05
 _BACKLOG = 2048
@@ -39,24 +39,24 @@ _WORKER_STOP_S = 5.0
 
 class _Phase(Enum):
     SERVING = "serving"
-    DRAINING = "draining"  # HTTP processes finish what they have
-    STOPPING = "stopping"  # workers end
+    DRAINING = "draining"  # HTTP processes finish their requests
+    STOPPING = "stopping"  # workers stop
     STOPPED = "stopped"
 
 
 class Supervisor:
     """Runs the service until it is told to stop.
 
-    SIGTERM or SIGINT: no longer ready at once, requests that were accepted finish or expire within
-    the grace, exit code 0. A second signal stops at once. SIGHUP: the configuration is read again
-    and taken over; see `Reload`. When no device, or no HTTP process, is left within its restart
-    budget, everything is stopped and the exit code is 1.
+    SIGTERM or SIGINT: the service is no longer ready, accepted requests finish or expire within the
+    grace period, exit code 0. A second signal stops at once. SIGHUP: one HTTP process reloads the
+    configuration for all; see `service.api.reload`. When the restart budget of all devices, or of an
+    HTTP process, is spent, everything is stopped and the exit code is 1.
 
     Args:
         settings: the configuration.
-        source: where that can be read again; None = the environment only.
+        source: where the configuration can be read again; None = the environment only.
         worker_command: program and first arguments of a device worker.
-        http_command: the same of an HTTP process.
+        http_command: the same for an HTTP process.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Supervisor:
         cores = available_cores()
         devices = resolve_devices(settings.server.devices, cores=cores)
         threads = settings.workers.threads or threads_per_device(devices, cores=cores)
-        self._slots = [
+        self._devices = [
             DeviceProcess(
                 device, settings=settings.workers, command=worker_command, threads=threads
             )
@@ -87,7 +87,7 @@ class Supervisor:
         self._phase_ends = 0.0
         self._exit_code = 0
         self._signals = 0
-        self._reload_wanted = False
+        self._reload_requested = False
         self._quarantined: tuple[str, ...] = ()
         self._published: DeviceStates | None = None
 
@@ -108,7 +108,7 @@ class Supervisor:
                 self._prepare(runtime, listener)
                 for number in (signal.SIGTERM, signal.SIGINT):
                     signal.signal(number, self._count_signal)
-                signal.signal(signal.SIGHUP, self._want_reload)
+                signal.signal(signal.SIGHUP, self._request_reload)
                 while self._phase is not _Phase.STOPPED:
                     self._tick(time.monotonic())
                     select.select([wakeups], [], [], _TICK_S)
@@ -123,61 +123,62 @@ class Supervisor:
     def _prepare(self, runtime: RuntimeDir, listener: socket.socket) -> None:
         self._runtime, self._listener = runtime, listener
         self._launch = HttpLaunch(self._http_command, runtime, listener.fileno())
-        self._reload = Reload(
-            self._settings, source=self._source, launch=self._launch, slots=self._http
-        )
         runtime.write_settings(self._settings)
         runtime.write_source(self._source)
         runtime.write_catalog(self._settings.models)
-        self._fleet_file = DeviceStatesFile.create(runtime.states_file)
+        self._states_file = DeviceStatesFile.create(runtime.states_file)
         self._publish()
         host, port = listener.getsockname()[:2]
         log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
         if not self._settings.security.api_keys and not ipaddress.ip_address(host).is_loopback:
-            log.warning("anyone who reaches %s may use the service: no API key is configured", host)
+            log.warning(
+                "anyone who can reach %s can use the service: no API key is configured", host
+            )
 
     # ---------------------------------------------------------------- the loop
 
     def _tick(self, now: float) -> None:
-        self._obey_signals(now)
-        for slot in self._slots:
-            slot.poll(self._runtime, now, restart=self._phase is not _Phase.STOPPING)
+        self._handle_signals(now)
+        for device in self._devices:
+            device.poll(self._runtime, now, restart=self._phase is not _Phase.STOPPING)
         self._quarantine()
-        self._publish()  # before clients can see a new worker, they see how the old one ended
-        for slot in self._slots:
-            slot.start_if_due(self._runtime, now)
+        # Clients see the exit of a worker before they can see its successor.
+        self._publish()
+        for device in self._devices:
+            device.start_if_due(self._runtime, now)
         self._publish()
         serving = self._phase is _Phase.SERVING
         for http in self._http:
             http.poll(self._launch, now, restart=serving)
-        if serving:
-            self._tick_reload(now)
+        if serving and self._reload_requested:
+            self._forward_reload()
         if serving and self._is_hopeless():
             self._exit_code = 1
             self._drain(now)
         self._advance(now)
 
-    def _tick_reload(self, now: float) -> None:
-        if self._reload_wanted and not self._reload.busy:
-            self._reload_wanted = False
-            self._reload.begin(now)
-        self._reload.tick(now)
+    def _forward_reload(self) -> None:
+        """Let one HTTP process reload the configuration, as soon as one runs."""
+        running = [process.child for process in self._http if process.child.running]
+        if running:
+            self._reload_requested = False
+            running[0].signal(signal.SIGHUP)
 
     def _is_hopeless(self) -> bool:
-        devices = all(slot.child.given_up for slot in self._slots)
+        devices = all(device.child.given_up for device in self._devices)
         if devices:
             log.error("no device is left within its restart budget: stopping")
-        return devices or any(slot.child.given_up for slot in self._http)
+        return devices or any(process.child.given_up for process in self._http)
 
     # ---------------------------------------------------------------- stopping
 
     def _count_signal(self, *_: object) -> None:
         self._signals += 1
 
-    def _want_reload(self, *_: object) -> None:
-        self._reload_wanted = True
+    def _request_reload(self, *_: object) -> None:
+        self._reload_requested = True
 
-    def _obey_signals(self, now: float) -> None:
+    def _handle_signals(self, now: float) -> None:
         if self._signals and self._phase is _Phase.SERVING:
             log.info("stopping: accepted requests have %g s", self._grace_s)
             self._drain(now)
@@ -191,53 +192,58 @@ class Supervisor:
         self._phase = _Phase.DRAINING
         self._phase_ends = now + self._grace_s + 1
         self._publish()
-        self._listener.close()  # new connections are refused once the HTTP processes have closed theirs
-        for slot in self._http:
-            slot.stop()
+        # New connections are refused once the HTTP processes have closed their copies, too.
+        self._listener.close()
+        for process in self._http:
+            process.stop()
 
     @property
     def _grace_s(self) -> float:
-        return self._reload.settings.server.grace_s
+        """The grace period of the configuration in force, which may have been reloaded."""
+        return self._runtime.read_settings().server.grace_s
 
     def _advance(self, now: float) -> None:
-        """Move to the next phase once this one's processes have ended, or its time is up."""
+        """Move to the next phase once the processes of this phase have exited or its time is up."""
         late = now >= self._phase_ends
         if self._phase is _Phase.DRAINING:
-            serving = [child for slot in self._http for child in slot.children()]
+            serving = [process.child for process in self._http]
             for child in serving if late else ():
                 child.kill()
             if not any(child.running for child in serving):
                 self._phase, self._phase_ends = _Phase.STOPPING, now + _WORKER_STOP_S
-                for slot in self._slots:
-                    slot.child.signal(signal.SIGTERM)
+                for device in self._devices:
+                    device.child.signal(signal.SIGTERM)
         elif self._phase is _Phase.STOPPING:
-            ended = not any(slot.child.running for slot in self._slots)
+            ended = not any(device.child.running for device in self._devices)
             self._phase = _Phase.STOPPED if ended or late else _Phase.STOPPING
 
     # ---------------------------------------------------------------- records
 
     def _quarantine(self) -> None:
-        """Never run again what was on a device in two deaths."""
-        for slot in self._slots:
-            for digest in slot.take_quarantined():
-                log.error("an input was on a device in two deaths and is quarantined: %s", digest)
+        """Refuse inputs from now on that were on a device in two worker exits."""
+        for device in self._devices:
+            for digest in device.take_quarantined():
+                log.error(
+                    "an input was on a device in two worker exits and is quarantined: %s", digest
+                )
                 others = tuple(d for d in self._quarantined if d != digest)
                 self._quarantined = (*others, digest)[-MAX_QUARANTINED:]
 
     def _publish(self) -> None:
-        fleet = DeviceStates(
-            devices=tuple(slot.life() for slot in self._slots),
+        states = DeviceStates(
+            devices=tuple(device.state() for device in self._devices),
             draining=self._phase is not _Phase.SERVING,
             quarantined=self._quarantined,
-            refused_models=tuple(sorted({m for slot in self._slots for m in slot.refused_models})),
+            refused_models=tuple(
+                sorted({m for device in self._devices for m in device.refused_models})
+            ),
         )
-        if fleet != self._published:
-            self._fleet_file.write(fleet)
-            self._published = fleet
+        if states != self._published:
+            self._states_file.write(states)
+            self._published = states
 
     def _children(self) -> list[Child]:
-        http = [child for slot in self._http for child in slot.children()]
-        return [*http, *self._reload.children(), *(slot.child for slot in self._slots)]
+        return [*(p.child for p in self._http), *(d.child for d in self._devices)]
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -249,14 +255,13 @@ def _listen(host: str, port: int) -> socket.socket:
 
 @contextlib.contextmanager
 def _wakeups() -> Iterator[int]:
-    """A descriptor that becomes readable when a signal arrives, the end of a child included."""
+    """A descriptor that becomes readable on each signal, including the exit of a child."""
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     os.set_blocking(writer, False)
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    on_child = signal.signal(
-        signal.SIGCHLD, lambda *_: None
-    )  # without a handler nothing is written
+    # Without a handler nothing is written.
+    on_child = signal.signal(signal.SIGCHLD, lambda *_: None)
     try:
         yield reader
     finally:

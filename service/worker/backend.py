@@ -1,4 +1,4 @@
-"""What the compute thread needs of an engine and of its listener. No torch here."""
+"""The compute thread's interface to an engine, and the real engine: the only place that uses torch."""
 
 from __future__ import annotations
 
@@ -16,18 +16,39 @@ from models.types import Failure, Job, ModelCard, ModelInfo, Outcome
 from service.devices.model_state import with_fingerprint
 from service.worker.queue import Suspended
 
+log = logging.getLogger("heatlens.compute")
+
 Result = Outcome | Failure | Suspended
+Fault = Literal["memory", "device", "model"]
+
+_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "cudaerrormemoryallocation",
+)
+_DEVICE = (
+    "cuda error",
+    "cuda driver error",
+    "cuda kernel errors",
+    "device-side assert",
+    "cublas_status_",
+    "cudnn_status_",
+    "cudnn error",
+    "cusolver_status_",
+    "nccl error",
+)
 
 
 class Engine(Protocol):
     """Runs jobs of one model on a device; see `models.engine.Engine`."""
 
     def run(self, jobs: Sequence[Job]) -> Sequence[Result]:
-        """One trunk pass for all jobs; a result each, in order."""
+        """Run one pass for all jobs; a result each, in order."""
         ...
 
-    def advance(self, pending: Sequence[Any]) -> Sequence[Result]:
-        """One bounded step of each long job (its own `Suspended`s); a result each, in order."""
+    def advance(self, suspended: Sequence[Any]) -> Sequence[Result]:
+        """Run one bounded step of each long job; a result each, in order."""
         ...
 
 
@@ -52,7 +73,7 @@ class Registry(Protocol):
 
 
 def process_memory_bytes() -> int:
-    """Resident memory of this process: what a CPU device holds. 0 where the system does not say."""
+    """Resident memory of this process, in bytes; 0 where the system does not report it."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
@@ -62,11 +83,11 @@ def process_memory_bytes() -> int:
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """What runs on the device; made in the compute thread and used by no other.
+    """The engine and models of a device, created and used in the compute thread only.
 
     Attributes:
-        free_memory: gives back what is not in use.
-        memory_bytes: memory that is held on the device.
+        free_memory: releases cached memory.
+        memory_bytes: memory held on the device, in bytes.
     """
 
     registry: Registry
@@ -75,60 +96,17 @@ class Backend:
     memory_bytes: Callable[[], int] = process_memory_bytes
 
 
-class Listener(Protocol):
-    """Hears of results; called in the compute thread, so it must not block."""
-
-    def answered(self, results: Sequence[Outcome | Failure]) -> None:
-        """Jobs have ended."""
-        ...
-
-    def models_changed(self, infos: Sequence[ModelInfo]) -> None:
-        """Models were loaded, dropped or found broken."""
-        ...
-
-    def lost(self, reason: str) -> None:
-        """The device needs a new process; the thread has ended, the jobs on the board are unanswered."""
-        ...
-
-
 class DeviceLost(Exception):
     """The device needs a new process."""
 
 
-# ---------------------------------------------------------------- faults
-
-
-Fault = Literal["memory", "device", "model"]
-
-EXIT_DEVICE_LOST = 70
-"""Exit code by which a worker says that its device needs a new process."""
-
-_MEMORY = (
-    "out of memory",
-    "can't allocate memory",
-    "not enough memory",
-    "cudaerrormemoryallocation",
-)
-_DEVICE = (
-    "cuda error",
-    "cuda driver error",
-    "cuda kernel errors",
-    "device-side assert",
-    "cublas_status_",
-    "cudnn_status_",
-    "cudnn error",
-    "cusolver_status_",
-    "nccl error",
-)
-
-
 def classify_exception(error: BaseException) -> Fault:
-    """Say what an exception out of the engine means.
+    """Classify an exception of the engine by its type and text, without importing torch.
 
     Returns:
-        `memory`: the device is out of memory and fit for more once some is freed. `device`: CUDA's
-        errors of all other kinds are sticky: the process must be replaced (CUDA C++ Programming
-            Guide, "Error Checking": the context is corrupt and cannot be used).
+        `memory`: the device is out of memory and can be used again once some is freed.
+        `device`: CUDA's other errors are sticky, so the process must be replaced (CUDA C++
+            Programming Guide, "Error Checking": the context is corrupt and cannot be used).
         `model`: an ordinary error of the model or of ours, which harms no other batch.
     """
     names = {kind.__name__ for kind in type(error).__mro__}
@@ -143,17 +121,11 @@ def classify_exception(error: BaseException) -> Fault:
     return "model"
 
 
-# ---------------------------------------------------------------- loading
-
-
-log = logging.getLogger("heatlens.compute")
-
-
 def load_model(backend: Backend, spec: ModelSpec) -> ModelCard | HeatlensError:
-    """Load, verify and warm a model, in the place of its name and version.
+    """Load, verify and warm a model version, replacing the current one.
 
     Returns:
-        Its card, or the error; what was raised, and the tensors in its traceback, is gone.
+        Its card, or the error. The original exception, whose traceback holds tensors, is dropped.
 
     Raises:
         DeviceLost: the device needs a new process.
@@ -170,18 +142,15 @@ def load_model(backend: Backend, spec: ModelSpec) -> ModelCard | HeatlensError:
         if fault == "memory":
             backend.free_memory()
             return ModelLoadFailed("The device has no memory for the model.")
-        return ModelLoadFailed("The model could not be loaded; the service's log says why.")
-
-
-# ---------------------------------------------------------------- engine_backend
+        return ModelLoadFailed("The model could not be loaded; see the log of the service.")
 
 
 def make_engine_backend(device: str, *, base_dir: Path, threads: int | None = None) -> Backend:
-    """Make registry and engine; called in the thread that will use them, for it imports torch.
+    """Make registry and engine; called in the thread that uses them, because it imports torch.
 
     Args:
         device: `cpu`, `cpu:N` (N only tells workers apart), `cuda` or `cuda:N`.
-        base_dir: folder against which relative paths of the catalog are meant.
+        base_dir: folder that relative paths of the catalog are resolved against.
         threads: torch threads of a CPU device; None leaves torch's own.
     """
     import torch
@@ -195,7 +164,7 @@ def make_engine_backend(device: str, *, base_dir: Path, threads: int | None = No
         registry = ModelRegistry("cpu", base_dir)
         return Backend(registry=registry, engine=Engine(registry), free_memory=gc.collect)
     torch.cuda.set_device(device)
-    # float32 means float32: torch would let convolutions round to the 10 bits of TF32.
+    # float32 means float32: by default torch lets convolutions round to the 10 bits of TF32.
     torch.backends.cudnn.allow_tf32 = False
     registry = ModelRegistry(device, base_dir)
     return Backend(

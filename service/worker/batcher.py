@@ -1,11 +1,11 @@
-"""Which jobs run next on one device. Pure: no thread, no clock, no torch; the caller says what time it is.
+"""Decides which jobs run next on one device. Pure: no thread, no clock, no torch.
 
-Work-conserving: when the device is free, what waits is taken, up to the model's best batch; there
-is no window. Jobs are of two classes. *Interactive* jobs are answered by one pass; *long* ones take
-many bounded steps, between which interactive batches run. The classes share device time by
-start-time fair queueing (Goyal et al. 1996): each has a virtual finish time that grows by duration
-/ share, the lower one goes next, and a class that was idle gets no credit for it. Inside a class
-the earliest deadline goes first, with jobs of the same model in its batch.
+Work-conserving: when the device is free, waiting jobs are taken up to the model's best batch size;
+there is no batching window. *Interactive* jobs need one pass; *long* jobs take many bounded steps,
+between which interactive batches run. The two classes share device time by start-time fair queueing
+(Goyal et al. 1996): each has a virtual finish time that grows by duration / share, the lower one
+runs next, and a class that was idle earns no credit for it. Within a class the earliest deadline
+runs first, batched with jobs of the same model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from models.errors import DeadlineExceeded, ModelReplaced, NotReady, Overloaded, UnknownModel
-from models.types import Job
+from service.devices.messages import Submission
+from service.devices.pool import is_long
 from service.worker.queue import (
     Batch,
     BatchReason,
@@ -26,10 +27,6 @@ from service.worker.queue import (
     QueuedModel,
     Suspended,
     can_share_batch,
-    cost,
-    fit,
-    is_long,
-    make_batch,
 )
 
 _CLASSES: tuple[JobClass, JobClass] = ("interactive", "long")
@@ -42,7 +39,7 @@ class Batcher:
         max_wait_s: estimated wait beyond which a job is refused.
         interactive_share: share of device time of interactive jobs while long ones wait too,
             between 0 and 1.
-        max_pending: long jobs that are held between steps at the same time; each keeps device
+        max_suspended: limit of long jobs that are suspended between steps; each keeps device
             memory.
     """
 
@@ -75,10 +72,11 @@ class Batcher:
         latency_ms: Mapping[int, float],
         fingerprint: str = "",
     ) -> list[Entry]:
-        """Admit jobs for a model that is warm, or take over what its reloading measured.
+        """Admit jobs for a warm model, or adopt the measurements of its reload.
 
         Returns:
-            Entries that waited for another revision; they are no longer here and must be told.
+            Entries that waited for a model with another fingerprint; they are no longer queued and
+            their clients must be told.
         """
         self._models[key] = model = QueuedModel(
             best_batch=max(1, best_batch),
@@ -87,13 +85,13 @@ class Batcher:
             fingerprint=fingerprint,
         )
         waiting = [e for e in self._entries.values() if e.key == key and e.started is None]
-        stale = [entry for entry in waiting if model.is_stale(entry.job)]
+        stale = [entry for entry in waiting if model.has_replaced(entry.submission.fingerprint)]
         for entry in stale:
             self.cancel(entry.job.id)
         return stale
 
     def close_model(self, key: ModelKey) -> None:
-        """Admit no more jobs for a model; those that wait are still run."""
+        """Admit no more jobs for a model; waiting ones are still run."""
         if key in self._models:
             self._models[key].closing = True
 
@@ -108,40 +106,39 @@ class Batcher:
         return any(entry.key == key for entry in self._entries.values())
 
     def lower_batch(self, key: ModelKey, size: int, *, until: float) -> None:
-        """Take at most `size` jobs at once until then: the device had no memory for more."""
+        """Limit batches to `size` jobs until then: the device had no memory for more."""
         model = self._models.get(key)
         if model is not None:
             model.batch_cap, model.cap_until = max(1, size), until
 
     # ---------------------------------------------------------------- jobs
 
-    def add(self, job: Job, now: float) -> None:
+    def add(self, submission: Submission, now: float) -> None:
         """Queue a job.
 
         Raises:
             UnknownModel: its model is not on this device.
             NotReady: its model is being unloaded.
-            ModelReplaced: it was resolved against a model that was replaced or is being unloaded
-                since.
-            DeadlineExceeded: nobody waits for it any more.
-            Overloaded: the estimated wait is over the limit, or over what the job's deadline
-                leaves.
+            ModelReplaced: the model it was resolved against was replaced or is being unloaded.
+            DeadlineExceeded: its deadline has passed.
+            Overloaded: the estimated wait exceeds the limit or the job's deadline.
         """
+        job, fingerprint, deadline = submission.job, submission.fingerprint, submission.deadline
         model = self._models.get((job.model, job.version))
-        if job.fingerprint and (model is None or model.closing or model.is_stale(job)):
+        if fingerprint and (model is None or model.closing or model.has_replaced(fingerprint)):
             raise ModelReplaced("The model was replaced or unloaded meanwhile.")
         if model is None:
             raise UnknownModel("The model is not loaded on this device.", field="model")
         if model.closing:
             raise NotReady("The model is being unloaded.")
-        if job.deadline <= now:
+        if deadline <= now:
             raise DeadlineExceeded("The deadline passed before the job reached a device.")
         job_class: JobClass = "long" if is_long(job.options) else "interactive"
         wait_s = self.wait_ms(now, job_class) / 1000
-        excess_s = wait_s - min(self._max_wait_s, job.deadline - now)
+        excess_s = wait_s - min(self._max_wait_s, deadline - now)
         if excess_s > 0:
             raise Overloaded("The service is at its limit.", retry_after_s=excess_s)
-        entry = Entry(job=job, job_class=job_class, arrived=now)
+        entry = Entry(submission=submission, job_class=job_class, arrived=now)
         self._keep(entry)
         self._sequence += 1
         self._queues.setdefault((entry.key, job_class), EntryQueue()).push(entry, self._sequence)
@@ -149,12 +146,11 @@ class Batcher:
     def cancel(self, job_id: str) -> Entry | None:
         """Drop a job.
 
-        One that is on the device runs to the end of its batch or step. One that is between steps is
-        let go by the next `next`, so that what it holds is released by the thread that uses the
-        device.
+        A job on the device runs to the end of its batch or step. A suspended one is dropped by the
+        next call of `next`, so that its memory is released by the thread that uses the device.
 
         Returns:
-            The entry, None if no such job is here.
+            The entry; None if there is no such job.
         """
         entry = self._entries.get(job_id)
         if entry is None or entry.gone:
@@ -166,26 +162,27 @@ class Batcher:
         return entry
 
     def next(self, now: float) -> Decision:
-        """Purge what expired and choose the batch to run; the device must be free."""
+        """Purge expired entries and choose the batch to run; the device must be free."""
         expired = tuple(self._purge(now))
         ready = [c for c in _CLASSES if self._candidates(c)]
         if not ready:
             return Decision(None, expired)
-        chosen = min(ready, key=lambda c: self._finish[c])  # a tie goes to the interactive class
+        # A tie goes to the interactive class.
+        chosen = min(ready, key=lambda c: self._finish[c])
         self._virtual_now = max(self._virtual_now, self._finish[chosen])
-        first = min(self._candidates(chosen), key=lambda entry: entry.job.deadline)
-        take = self._take_steps if first.pending is not None else self._take_fresh
+        first = min(self._candidates(chosen), key=lambda entry: entry.deadline)
+        take = self._take_steps if first.suspended is not None else self._take_fresh
         self._running = take(first, now)
         return Decision(self._running, expired)
 
-    def done(self, now: float, *, pending: Iterable[Suspended] = ()) -> None:
-        """Account for the batch that `next` gave: it has ended, and of its jobs only `pending` go on."""
+    def done(self, now: float, *, suspended: Iterable[Suspended] = ()) -> None:
+        """Account for the finished batch; its `suspended` jobs have further steps, the others end."""
         batch, self._running = self._running, None
         if batch is None:
             return
         duration_s = max(0.0, now - batch.started)
         self._finish[batch.job_class] += duration_s / self._share[batch.job_class]
-        going_on = {item.job.id: item for item in pending}
+        states = {item.job.id: item for item in suspended}
         model = self._models.get(batch.key)
         if model is not None:
             learnt = model.steps if batch.is_step else model.passes
@@ -193,8 +190,8 @@ class Batcher:
         for entry in batch.entries:
             entry.device_s += duration_s
             entry.batches += 1
-            entry.pending = going_on.get(entry.job.id)
-            if entry.pending is not None and not entry.gone:
+            entry.suspended = states.get(entry.job.id)
+            if entry.suspended is not None and not entry.gone:
                 self._hold(entry)
                 continue
             self._forget(entry)
@@ -205,13 +202,13 @@ class Batcher:
 
     @property
     def depth(self) -> int:
-        """Jobs that wait, run or are between steps."""
+        """Jobs that wait, run or are suspended."""
         return len(self._entries)
 
     def wait_ms(self, now: float, job_class: JobClass = "interactive") -> float:
         """Estimated time until a new job of that class would start.
 
-        The rest of the running batch, then what waits in its class; meanwhile the other class gets
+        The rest of the running batch, then the queue of its class; meanwhile the other class gets
         its share of the device, but no more than it has work for.
         """
         running_ms = 0.0
@@ -222,7 +219,7 @@ class Batcher:
         return running_ms + min(own_ms / self._share[job_class], own_ms + other_ms)
 
     def _work_ms(self, job_class: JobClass, now: float) -> float:
-        """Device time of what waits in a class; a long job counts with the average of those before it."""
+        """Device time queued in a class; a long job counts with the average of those before it."""
         if job_class == "long":
             return sum(
                 max(0.0, self._models[entry.key].long_ms - 1000 * entry.device_s)
@@ -242,26 +239,26 @@ class Batcher:
 
     def _purge(self, now: float) -> Iterable[Entry]:
         for queue in self._queues.values():
-            while (head := queue.head()) is not None and head.job.deadline <= now:
+            while (head := queue.head()) is not None and head.deadline <= now:
                 queue.pop()
                 self._forget(head)
                 yield head
         for entry in list(self._suspended.values()):
             if entry.gone:
                 self._forget(entry)
-            elif entry.job.deadline <= now:
+            elif entry.deadline <= now:
                 self._forget(entry)
                 yield entry
 
     def _candidates(self, job_class: JobClass) -> list[Entry]:
-        """The first of each queue of the class, and for the long class the jobs between steps."""
-        between = list(self._suspended.values()) if job_class == "long" else []
-        if job_class == "long" and len(between) >= self._max_suspended:
-            return between
+        """The head of each queue of the class, and for the long class the suspended jobs."""
+        suspended = list(self._suspended.values()) if job_class == "long" else []
+        if job_class == "long" and len(suspended) >= self._max_suspended:
+            return suspended
         heads = [
             q.head() for (_, queued_class), q in self._queues.items() if queued_class == job_class
         ]
-        return [*between, *(head for head in heads if head is not None)]
+        return [*suspended, *(head for head in heads if head is not None)]
 
     def _take_fresh(self, first: Entry, now: float) -> Batch:
         model, queue = self._models[first.key], self._queues[first.key, first.job_class]
@@ -269,24 +266,22 @@ class Batcher:
         waiting = len(queue)
         if waiting < limit:
             limit, reason = waiting, "idle"
-        fitting = fit(limit, model.passes, slack_s=first.job.deadline - now)
+        fitting = model.passes.largest_within(first.deadline - now, limit)
         if fitting < limit:
             limit, reason = fitting, "deadline"
         entries = [queue.pop()]
         while len(entries) < limit and can_share_batch(entries, queue.head()):
             entries.append(queue.pop())
-        if first.job.deaths or len(entries) < limit:
+        if first.submission.worker_exits or len(entries) < limit:
             reason = "alone"
         for entry in entries:
             entry.started = now
             entry.batch_size = len(entries)
         predicted_ms = model.passes.predict_ms(len(entries))
-        return make_batch(
-            entries, images=len(entries), predicted_ms=predicted_ms, now=now, reason=reason
-        )
+        return Batch.of(entries, predicted_ms=predicted_ms, now=now, reason=reason)
 
     def _limit(self, first: Entry, now: float) -> tuple[int, BatchReason]:
-        """Most jobs that may join in a first pass, and what sets that limit."""
+        """The limit of jobs in a first pass, and the reason for it."""
         model = self._models[first.key]
         limit = model.batch_limit(now)
         reason: BatchReason = "memory" if limit < model.best_batch else "full"
@@ -297,29 +292,30 @@ class Batcher:
 
     def _take_steps(self, first: Entry, now: float) -> Batch:
         model = self._models[first.key]
-        entries, images = [first], cost(first)
+        entries, images = [first], first.cost
         others = (e for e in self._suspended.values() if e.key == first.key and e is not first)
-        for entry in sorted(others, key=lambda e: e.job.deadline):
-            fits = images + cost(entry) <= model.batch_limit(now)
+        for entry in sorted(others, key=lambda e: e.deadline):
+            fits = images + entry.cost <= model.batch_limit(now)
             if fits and can_share_batch(entries, entry):
                 entries.append(entry)
-                images += cost(entry)
+                images += entry.cost
         for entry in entries:
             del self._suspended[entry.job.id]
         predicted_ms = model.steps.predict_ms(images)
-        return make_batch(entries, images=images, predicted_ms=predicted_ms, now=now, reason="step")
+        return Batch.of(entries, predicted_ms=predicted_ms, now=now, reason="step")
 
     # ---------------------------------------------------------------- bookkeeping
 
     def _keep(self, entry: Entry) -> None:
-        if self._count[entry.job_class] == 0:  # no credit for the time that the class was idle
+        # No credit for the time that the class was idle.
+        if self._count[entry.job_class] == 0:
             finish = self._finish[entry.job_class]
             self._finish[entry.job_class] = max(finish, self._virtual_now)
         self._entries[entry.job.id] = entry
         self._count[entry.job_class] += 1
 
     def _hold(self, entry: Entry) -> None:
-        """Keep a job between two steps; one that proves to need steps is a long one from then on."""
+        """Suspend a job between two steps; from then on it is a long one."""
         if entry.job_class != "long":
             self._forget(entry)
             entry.job_class = "long"

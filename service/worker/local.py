@@ -1,7 +1,7 @@
-"""`LocalPool`: one device in this process, for notebooks, the command line and replicas of other frameworks.
+"""`LocalPool`: one device in this process.
 
-The same Batcher and compute thread as in a device worker, without processes: a crash of the device
-ends the caller.
+For notebooks, the command line and replicas of other frameworks. It has the same batcher and
+compute thread as a device worker, but a crash of the device ends the caller's process.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-import msgspec
-
 from models.catalog import ModelSpec
 from models.errors import (
     DeadlineExceeded,
@@ -23,16 +21,17 @@ from models.errors import (
     NotReady,
     WorkerLost,
 )
-from models.types import Failure, Job, ModelInfo, Outcome
-from service.devices.messages import from_wire, to_wire
-from service.devices.model_state import loading_model, merge
-from service.devices.pool import DeviceStatus
+from models.types import Failure, ModelInfo
+from service.devices.messages import Completion, Submission, from_wire
+from service.devices.model_state import loading_model, merge, model_key
+from service.devices.pool import DeviceHealth, DeviceStatus
 from service.devices.status import WorkerStatus
 from service.hardware import available_cores, resolve_devices
 from service.settings import Settings
 from service.worker.backend import Backend, make_engine_backend
 from service.worker.batcher import Batcher
-from service.worker.compute import ComputeThread
+from service.worker.compute import ComputeThread, JobResult
+from service.worker.tasks import Done
 from service.worker.tracing import device_tracing
 
 log = logging.getLogger("heatlens.local")
@@ -57,10 +56,10 @@ class LocalPool:
         self._device = device = resolve_devices(settings.server.devices, cores=1)[0]
         threads = settings.workers.threads or available_cores()
         specs = sorted(settings.models, key=lambda spec: spec.name != settings.default_model)
-        self._ends: dict[str, asyncio.Future[Outcome | Failure]] = {}
+        self._in_flight: dict[str, asyncio.Future[JobResult]] = {}
         self._changed = asyncio.Event()
         self._infos: Sequence[ModelInfo] = [loading_model(spec) for spec in specs]
-        self._board = WorkerStatus()
+        self._status = WorkerStatus()
         self._lost = False
         self._closed = False
         self._tracing = device_tracing(settings.tracing, device=device)
@@ -70,7 +69,8 @@ class LocalPool:
             or (lambda: make_engine_backend(device, base_dir=settings.base_dir, threads=threads)),
             specs=specs,
             listener=self,
-            write_status=self._post,
+            write_status=self._write_status,
+            device=device,
             canary_s=_CANARY_S,
             tracing=self._tracing,
         )
@@ -87,7 +87,7 @@ class LocalPool:
             ModelLoadFailed: none of the models could be loaded; the text is the first one's reason.
             WorkerLost: the device failed.
         """
-        while not self._board.ready:
+        while not self._status.ready:
             if self._lost:
                 raise WorkerLost("The device failed; the log says why.")
             states = {info.card.state for info in self._infos}
@@ -96,7 +96,7 @@ class LocalPool:
                 raise ModelLoadFailed(reason or "The model could not be loaded.")
             self._changed.clear()
             await self._changed.wait()
-        await asyncio.sleep(0)  # what the thread said before it was ready is heard first
+        await asyncio.sleep(0)  # calls that the thread made before are handled first
 
     async def close(self) -> None:
         """Fail outstanding jobs with `Draining`, and end the compute thread after what it runs."""
@@ -106,27 +106,28 @@ class LocalPool:
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
 
-    async def submit(self, job: Job) -> Outcome:
+    async def submit(self, submission: Submission) -> Completion:
         """Run one job; see `DevicePool.submit`."""
         if self._closed:
             raise Draining("The pool is closed.")
         if self._lost:
             raise WorkerLost("The device failed; the log says why.")
-        await self._wait_for_model(job)
-        end: asyncio.Future[Outcome | Failure] = self._loop.create_future()
-        self._ends[job.id] = end
+        await self._wait_for_model(submission)
+        job_id = submission.job.id
+        future: asyncio.Future[JobResult] = self._loop.create_future()
+        self._in_flight[job_id] = future
         try:
-            self._compute.submit(job)
-            async with asyncio.timeout(job.deadline - time.monotonic()):
-                result = await end
+            self._compute.submit(submission)
+            async with asyncio.timeout(submission.deadline - time.monotonic()):
+                result = await future
         except TimeoutError:
             raise DeadlineExceeded("The deadline passed before the answer was ready.") from None
         finally:
-            del self._ends[job.id]
-            self._compute.cancel(job.id)  # no-op for a job that has ended
+            del self._in_flight[job_id]
+            self._compute.cancel(job_id)  # no effect on a finished job
         if isinstance(result, Failure):
             raise from_wire(result)
-        return msgspec.structs.replace(result, device=self._device)
+        return result
 
     def models(self) -> Sequence[ModelInfo]:
         """Every configured model version."""
@@ -136,42 +137,47 @@ class LocalPool:
     def devices(self) -> Sequence[DeviceStatus]:
         """The one device."""
         depth, wait_ms = self._compute.load_state()
-        state = "ready" if self._board.ready else "starting"
-        state = "draining" if self._closed else state
-        last_pass = self._board.last_pass
+        last_pass = self._status.last_pass
         return [
             DeviceStatus(
                 device=self._device,
-                state="lost" if self._lost else state,
+                state=self._health(),
                 last_pass_s=time.monotonic() - last_pass if last_pass else None,
                 queue_depth=depth,
                 wait_ms=wait_ms,
-                models=self._board.models,
-                memory_bytes=self._board.memory_bytes,
-                batches=self._board.batches,
+                models=self._status.models,
+                memory_bytes=self._status.memory_bytes,
+                batches=self._status.batches,
             )
         ]
 
+    def _health(self) -> DeviceHealth:
+        if self._lost:
+            return "lost"
+        if self._closed:
+            return "draining"
+        return "ready" if self._status.ready else "starting"
+
     async def load(self, spec: ModelSpec) -> None:
         """Load or replace a model version; see `DevicePool.load`."""
-        await self._order(lambda done: self._compute.load(spec, done))
+        await self._command(lambda done: self._compute.load(spec, done))
 
     async def unload(self, name: str, version: str | None = None) -> None:
         """Let a model (version) finish its jobs, then drop it; see `DevicePool.unload`."""
-        await self._order(lambda done: self._compute.unload(name, version, done))
+        await self._command(lambda done: self._compute.unload(name, version, done))
 
-    async def _wait_for_model(self, job: Job) -> None:
+    async def _wait_for_model(self, submission: Submission) -> None:
         """Wait while the job's model is being loaded.
 
         Raises:
             DeadlineExceeded: that took too long.
             NotReady: the model is unavailable.
         """
-        key = (job.model, job.version)
+        key = (submission.job.model, submission.job.version)
         try:
-            async with asyncio.timeout(job.deadline - time.monotonic()):
+            async with asyncio.timeout(submission.deadline - time.monotonic()):
                 while True:
-                    cards = {(i.card.name, i.card.version): i.card for i in self._infos}
+                    cards = {model_key(info): info.card for info in self._infos}
                     card = cards.get(key)
                     if card is not None and card.state == "unavailable":
                         raise NotReady(card.reason or "The model is unavailable.")
@@ -182,50 +188,52 @@ class LocalPool:
         except TimeoutError:
             raise DeadlineExceeded("The deadline passed while the model was loaded.") from None
 
-    async def _order(self, give: Callable[[Callable[[HeatlensError | None], None]], None]) -> None:
-        end: asyncio.Future[HeatlensError | None] = self._loop.create_future()
+    async def _command(self, start: Callable[[Done], None]) -> None:
+        """Start a load or unload and wait for it."""
+        result: asyncio.Future[HeatlensError | None] = self._loop.create_future()
 
-        def settle(error: HeatlensError | None) -> None:
-            if not end.done():
-                end.set_result(error)
+        def resolve(error: HeatlensError | None) -> None:
+            if not result.done():
+                result.set_result(error)
 
-        give(lambda error: self._from_thread(settle, error))
-        error = await end
+        start(lambda error: self._from_thread(resolve, error))
+        error = await result
         if error is not None:
             raise error
 
     # ---------------------------------------------------------------- from the compute thread
 
-    def answered(self, results: Sequence[Outcome | Failure]) -> None:
-        """Hand ends of jobs to those who await them."""
-        self._from_thread(self._settle, results)
+    def on_results(self, results: Sequence[JobResult]) -> None:
+        """Pass results to the waiting callers."""
+        self._from_thread(self._resolve, results)
 
-    def models_changed(self, infos: Sequence[ModelInfo]) -> None:
-        """Take over what there is."""
-        self._from_thread(self._take_infos, infos)
+    def on_models(self, infos: Sequence[ModelInfo]) -> None:
+        """Remember the models."""
+        self._from_thread(self._set_infos, infos)
 
-    def lost(self, reason: str) -> None:
-        """Fail everything: there is no other process."""
+    def on_device_lost(self, reason: str) -> None:
+        """Fail all jobs: there is no other process."""
         log.error("the device is lost: %s", reason)
         self._from_thread(self._on_disconnect)
 
-    def _post(self, board: WorkerStatus) -> None:
-        became_ready = board.ready and not self._board.ready
-        self._board = board
+    def _write_status(self, status: WorkerStatus) -> None:
+        became_ready = status.ready and not self._status.ready
+        self._status = status
         if became_ready:
             self._from_thread(self._changed.set)
 
     def _from_thread(self, call: Callable[..., object], *arguments: object) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody awaits anything
+        with contextlib.suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(call, *arguments)
 
-    def _settle(self, results: Sequence[Outcome | Failure]) -> None:
+    def _resolve(self, results: Sequence[JobResult]) -> None:
         for result in results:
-            end = self._ends.get(result.id)
-            if end is not None and not end.done():
-                end.set_result(result)
+            job_id = result.id if isinstance(result, Failure) else result.outcome.id
+            future = self._in_flight.get(job_id)
+            if future is not None and not future.done():
+                future.set_result(result)
 
-    def _take_infos(self, infos: Sequence[ModelInfo]) -> None:
+    def _set_infos(self, infos: Sequence[ModelInfo]) -> None:
         self._infos = infos
         self._changed.set()
 
@@ -235,4 +243,4 @@ class LocalPool:
         self._fail_all(WorkerLost("The device failed; the log says why."))
 
     def _fail_all(self, error: HeatlensError) -> None:
-        self._settle([to_wire(job_id, error) for job_id in self._ends])
+        self._resolve([Failure.of(job_id, error) for job_id in self._in_flight])

@@ -1,10 +1,11 @@
 """The device worker: a process that owns one device, its models and its queue.
 
-    python -m service.worker.process --runtime DIR --device cpu:0 --incarnation 1 --threads 1 --parent PID
+    python -P -m service.worker.process --runtime DIR --device cpu:0 --incarnation 1 --threads 1 \
+        --parent PID
 
-The event loop talks to the HTTP processes; the compute thread does all else. When the device is
-lost the process ends with `EXIT_DEVICE_LOST` without answering: the board names the jobs, and
-clients retry them in a new process.
+The event loop talks to the HTTP processes; the compute thread does everything else. When the device
+is lost, the process exits with `EXIT_DEVICE_LOST` without answering: its status names the jobs on
+the device, and clients retry them in a new process.
 """
 
 from __future__ import annotations
@@ -27,35 +28,40 @@ from pydantic import ValidationError
 
 from models.catalog import ModelSpec
 from models.errors import HeatlensError, ModelLoadFailed
-from models.types import Failure, Job, ModelInfo, Outcome
+from models.types import Failure, ModelInfo
 from service.devices.messages import (
     Ack,
     Cancel,
-    Completions,
+    Completion,
     Hello,
     Load,
     MalformedMessage,
     Message,
     Models,
-    Submit,
+    Results,
+    Submission,
     ToWorker,
     Unload,
     decode_to_worker,
     encode,
-    to_wire,
 )
 from service.devices.runtime_dir import RuntimeDir, die_with_parent, holds
-from service.devices.status import DeviceStatesFile, WorkerStatusFile
+from service.devices.status import EXIT_DEVICE_LOST, DeviceStatesFile, WorkerStatusFile
 from service.logs import configure_logging
 from service.settings import Settings
-from service.worker.backend import EXIT_DEVICE_LOST, Backend, make_engine_backend
+from service.worker.backend import Backend, make_engine_backend
 from service.worker.batcher import Batcher
-from service.worker.compute import ComputeThread, Done
+from service.worker.compute import ComputeThread, JobResult
+from service.worker.tasks import Done
 from service.worker.tracing import device_tracing
 
 log = logging.getLogger("heatlens.worker")
 
 _LINGER_MS = 1000
+
+_MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD = -4, -1, -2
+_NEVER = 2**31 - 1
+_TOP_PAD_BYTES = 64 << 20
 
 Identity = bytes
 MakeBackend = Callable[["WorkerOptions"], Backend]
@@ -63,11 +69,12 @@ MakeBackend = Callable[["WorkerOptions"], Backend]
 
 @dataclass(frozen=True, slots=True)
 class WorkerOptions:
-    """What a worker is told when it is started.
+    """The command-line arguments of a worker.
 
     Attributes:
         threads: torch threads, for CPU devices.
         parent: process id of the supervisor.
+        base_dir: folder that relative paths of the catalog are resolved against.
     """
 
     runtime: RuntimeDir
@@ -81,7 +88,7 @@ class WorkerOptions:
 class Worker:
     """Carries messages between the HTTP processes and the compute thread.
 
-    It is the compute thread's Listener: what that thread says is handed to the event loop.
+    It is the compute thread's `Listener`, and hands its calls to the event loop.
     """
 
     def __init__(
@@ -97,9 +104,10 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.set(zmq.SNDHWM, 0)  # never drop: what is queued is bounded by admission
+        # Never drop a message: admission bounds the queues.
+        self._socket.set(zmq.SNDHWM, 0)
         self._socket.set(zmq.RCVHWM, 0)
-        self._board = WorkerStatusFile.open(
+        self._status = WorkerStatusFile.open(
             options.runtime.status_file(options.device, options.incarnation)
         )
         self._tracing = device_tracing(settings.tracing, device=options.device)
@@ -107,9 +115,9 @@ class Worker:
 
     def _make_compute(self) -> ComputeThread:
         options, settings = self._options, self._settings
-        fleet = DeviceStatesFile.open(options.runtime.states_file)
-        refused = fleet.read().refused_models
-        fleet.close()
+        states = DeviceStatesFile.open(options.runtime.states_file)
+        refused = states.read().refused_models
+        states.close()
         specs = [spec for spec in options.runtime.read_catalog() if holds(spec, options.device)]
         specs.sort(key=lambda spec: spec.name != settings.default_model)
         return ComputeThread(
@@ -118,7 +126,8 @@ class Worker:
             specs=specs,
             refused=refused,
             listener=self,
-            write_status=self._board.write,
+            write_status=self._status.write,
+            device=options.device,
             canary_s=settings.workers.canary_s,
             tracing=self._tracing,
         )
@@ -135,7 +144,7 @@ class Worker:
         try:
             await asyncio.wait({receiving, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if receiving.done():
-                receiving.result()  # it only ends by an error, which is then raised here
+                receiving.result()  # it only ends by an error, which is raised here
         finally:
             for task in (receiving, stopping):
                 task.cancel()
@@ -145,7 +154,7 @@ class Worker:
             await asyncio.to_thread(self._compute.stop)
             if self._tracing is not None:
                 await asyncio.to_thread(self._tracing.close)
-            await asyncio.sleep(0)  # what the thread said last is sent
+            await asyncio.sleep(0)  # the thread's last messages are sent
         self._context.destroy(linger=_LINGER_MS)
         return self._exit_code
 
@@ -158,14 +167,14 @@ class Worker:
             try:
                 message = decode_to_worker([frame.buffer for frame in frames[1:]])
             except MalformedMessage:
-                log.exception("a client sent what is not a message")
+                log.exception("a client sent a malformed message")
                 continue
             self._handle(identity, message)
 
     def _handle(self, identity: Identity, message: ToWorker) -> None:
         match message:
-            case Submit(job=job):
-                self._submit(identity, job)
+            case Submission():
+                self._submit(identity, message)
             case Cancel(job_id=job_id):
                 if self._owners.pop(job_id, None) is not None:
                     self._compute.cancel(job_id)
@@ -178,12 +187,12 @@ class Worker:
             case Unload(request_id=request_id, name=name, version=version):
                 self._compute.unload(name, version, self._acknowledge(identity, request_id))
 
-    def _submit(self, identity: Identity, job: Job) -> None:
-        self._owners[job.id] = identity
+    def _submit(self, identity: Identity, submission: Submission) -> None:
+        self._owners[submission.job.id] = identity
         try:
-            self._compute.submit(job)
+            self._compute.submit(submission)
         except HeatlensError as error:
-            self._answer([to_wire(job.id, error)])
+            self._send_results([Failure.of(submission.job.id, error)])
 
     def _load(self, spec: str, done: Done) -> None:
         try:
@@ -193,56 +202,74 @@ class Worker:
 
     def _acknowledge(self, identity: Identity, request_id: str) -> Done:
         def done(error: HeatlensError | None) -> None:
-            failure = None if error is None else to_wire(request_id, error)
+            failure = None if error is None else Failure.of(request_id, error)
             self._from_thread(self._send, [identity], Ack(request_id=request_id, failure=failure))
 
         return done
 
     # ---------------------------------------------------------------- from the compute thread
 
-    def answered(self, results: Sequence[Outcome | Failure]) -> None:
-        """Send the ends of jobs to their clients."""
-        self._from_thread(self._answer, results)
+    def on_results(self, results: Sequence[JobResult]) -> None:
+        """Send results of jobs to their clients."""
+        self._from_thread(self._send_results, results)
 
-    def models_changed(self, infos: Sequence[ModelInfo]) -> None:
-        """Tell every client."""
+    def on_models(self, infos: Sequence[ModelInfo]) -> None:
+        """Send the models to every client."""
         self._from_thread(lambda: self._send(self._clients, Models(infos=tuple(infos))))
 
-    def lost(self, reason: str) -> None:
-        """End the process; the jobs on the board stay unanswered here and are retried elsewhere."""
+    def on_device_lost(self, reason: str) -> None:
+        """Exit; the jobs named by the status stay unanswered here and are retried elsewhere."""
         log.error("the device is lost: %s", reason)
         self._exit_code = EXIT_DEVICE_LOST
         self._from_thread(self._stop.set)
 
     def _from_thread(self, call: Callable[..., object], *arguments: object) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody listens
+        with contextlib.suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(call, *arguments)
 
     # ---------------------------------------------------------------- to clients
 
-    def _answer(self, results: Sequence[Outcome | Failure]) -> None:
-        by_owner: dict[Identity, list[Outcome | Failure]] = {}
+    def _send_results(self, results: Sequence[JobResult]) -> None:
+        by_owner: dict[Identity, list[JobResult]] = {}
         for result in results:
-            owner = self._owners.pop(result.id, None)
+            job_id = result.id if isinstance(result, Failure) else result.outcome.id
+            owner = self._owners.pop(job_id, None)
             if owner is not None:
                 by_owner.setdefault(owner, []).append(result)
         depth, wait_ms = self._compute.load_state()
         for owner, own in by_owner.items():
             mine = sum(identity == owner for identity in self._owners.values())
             others = max(0, depth - mine) / depth if depth else 0.0
-            answer = Completions(
-                outcomes=tuple(r for r in own if isinstance(r, Outcome)),
+            message = Results(
+                completions=tuple(r for r in own if isinstance(r, Completion)),
                 failures=tuple(r for r in own if isinstance(r, Failure)),
                 others_ms=wait_ms * others,
             )
-            self._send([owner], answer)
+            self._send([owner], message)
 
     def _send(self, identities: Iterable[Identity], message: Message) -> None:
         frames = encode(message)
         for identity in identities:
-            # With no high-water mark a send never waits; a client that is gone is skipped by the
-            # router.
+            # Without a high-water mark a send never waits; the router skips clients that are gone.
             self._socket.send_multipart([identity, *frames], copy=False)
+
+
+def keep_heap() -> bool:
+    """Tell glibc to keep freed memory instead of returning it to the kernel.
+
+    By default each large tensor is mapped, faulted in page by page and unmapped again, at every
+    layer of every pass. All three settings go together: changing one alone switches off glibc's own
+    adaptation. Call it before the first large allocation; peak memory grows by about a tenth.
+
+    Returns:
+        Whether it took effect: only glibc has these settings.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    wanted = {_MMAP_MAX: 0, _TRIM_THRESHOLD: _NEVER, _TOP_PAD: _TOP_PAD_BYTES}
+    taken = [mallopt(parameter, value) for parameter, value in wanted.items()]
+    return all(taken)
 
 
 def default_backend(options: WorkerOptions) -> Backend:
@@ -283,32 +310,5 @@ def main(
 
 
 if __name__ == "__main__":
-    # Interpreter shutdown would wait for torch's threads and for a compute thread stuck in the
-    # device.
+    # Interpreter shutdown would wait for torch's threads and for a compute thread stuck in the device.
     os._exit(main())
-
-
-# ---------------------------------------------------------------- heap
-
-
-_MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD = -4, -1, -2
-_NEVER = 2**31 - 1
-_TOP_PAD_BYTES = 64 << 20
-
-
-def keep_heap() -> bool:
-    """Tell glibc to keep freed memory instead of giving it back to the kernel.
-
-    By default each large tensor is mapped, faulted in page by page and unmapped again, at every
-    layer of every pass. All three settings go together: touching one alone switches off glibc's own
-    adaptation. Call it before the first large allocation; peak memory grows by a tenth or so.
-
-    Returns:
-        Whether it took effect: only glibc has these settings.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    wanted = {_MMAP_MAX: 0, _TRIM_THRESHOLD: _NEVER, _TOP_PAD: _TOP_PAD_BYTES}
-    taken = [mallopt(parameter, value) for parameter, value in wanted.items()]
-    return all(taken)

@@ -1,28 +1,30 @@
-"""Jobs on their way through a Batcher: entries, the queue they wait in, the batches they form."""
+"""The queue of a device: entries, the batches they form, and the latency model that sizes them."""
 
 from __future__ import annotations
 
 import heapq
 import math
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from models.methods import METHODS
-from models.types import Job, JobOptions
+from models.types import Job
+from service.devices.messages import Submission
 
 JobClass = Literal["interactive", "long"]
 BatchReason = Literal["full", "idle", "deadline", "memory", "held", "alone", "step"]
-"""Why a batch has the size it has.
+"""The reason for a batch's size.
 
-`full`: the best batch. `idle`: all that waited was taken. `deadline`: more would have made the
-earliest deadline pass. `memory`: the device had no memory for more a while ago. `held`: as many
-long jobs are between steps as may be. `alone`: a job that was in a worker's death runs by itself.
+`full`: the best batch. `idle`: everything that waited was taken. `deadline`: a larger batch would
+miss the earliest deadline. `memory`: the device recently had no memory for more. `held`: the limit
+of suspended long jobs is reached. `alone`: a job that was part of a worker's exit runs by itself.
 `step`: next steps of long jobs.
 """
 ModelKey = tuple[str, str]
 """Name and version."""
+
+_UNKNOWN_MS = 50.0
 
 
 class Suspended(Protocol):
@@ -44,29 +46,44 @@ class Entry:
     """A job in the batcher.
 
     Attributes:
-        arrived: when it was admitted.
-        started: when its first batch started; None while it waits for that.
+        arrived: time of admission.
+        started: start of its first batch; None while it waits for that.
         device_s: device time of its batches so far.
         batch_size: jobs in its first batch.
-        batches: that it was part of and that have ended.
-        pending: its state between steps.
+        batches: finished batches that it was part of.
+        suspended: its state between steps.
         gone: whether it was cancelled while it waited.
     """
 
-    job: Job
+    submission: Submission
     job_class: JobClass
     arrived: float
     started: float | None = None
     device_s: float = 0.0
     batch_size: int = 1
     batches: int = 0
-    pending: Suspended | None = None
+    suspended: Suspended | None = None
     gone: bool = False
+
+    @property
+    def job(self) -> Job:
+        """The job."""
+        return self.submission.job
+
+    @property
+    def deadline(self) -> float:
+        """Time after which nobody waits for its result."""
+        return self.submission.deadline
 
     @property
     def key(self) -> ModelKey:
         """Its model."""
         return (self.job.model, self.job.version)
+
+    @property
+    def cost(self) -> int:
+        """Images in its next step, or 1 for its first pass."""
+        return max(1, self.suspended.cost) if self.suspended is not None else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +98,30 @@ class Batch:
     started: float
     reason: BatchReason
 
+    @classmethod
+    def of(
+        cls, entries: Sequence[Entry], *, predicted_ms: float, now: float, reason: BatchReason
+    ) -> Batch:
+        """Form a batch of entries of one model and class."""
+        return cls(
+            key=entries[0].key,
+            job_class=entries[0].job_class,
+            entries=tuple(entries),
+            images=sum(entry.cost for entry in entries),
+            predicted_s=predicted_ms / 1000,
+            started=now,
+            reason=reason,
+        )
+
     @property
     def is_step(self) -> bool:
         """Whether the entries are long jobs that have run before."""
-        return self.entries[0].pending is not None
+        return self.reason == "step"
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What to do now: a batch to run, if any, and jobs whose deadline passed while they waited."""
+    """A scheduling decision: the batch to run, if any, and the entries that expired in the queue."""
 
     batch: Batch | None
     expired: tuple[Entry, ...] = ()
@@ -97,7 +129,10 @@ class Decision:
 
 @dataclass(slots=True)
 class EntryQueue:
-    """Entries that wait for their first batch, by deadline, then by arrival; its length leaves out those `gone`."""
+    """Entries waiting for their first batch, by deadline, then by arrival.
+
+    Its length does not count entries that are `gone`.
+    """
 
     heap: list[tuple[float, int, Entry]] = field(default_factory=list)
     size: int = 0
@@ -107,7 +142,7 @@ class EntryQueue:
 
     def push(self, entry: Entry, sequence: int) -> None:
         """Add an entry; `sequence` orders those of equal deadline."""
-        heapq.heappush(self.heap, (entry.job.deadline, sequence, entry))
+        heapq.heappush(self.heap, (entry.deadline, sequence, entry))
         self.size += 1
 
     def head(self) -> Entry | None:
@@ -117,101 +152,20 @@ class EntryQueue:
         return self.heap[0][2] if self.heap else None
 
     def pop(self) -> Entry:
-        """Take out what `head` showed."""
+        """Remove and return the entry that `head` showed."""
         self.size -= 1
         return heapq.heappop(self.heap)[2]
 
     def dismiss(self) -> None:
-        """Count out an entry that is `gone`; give back the memory once most of the heap is."""
+        """Stop counting an entry that is `gone`; compact the heap once most of it is."""
         self.size -= 1
         if len(self.heap) > 2 * self.size + 8:
             self.heap = [item for item in self.heap if not item[2].gone]
             heapq.heapify(self.heap)
 
 
-def is_long(options: JobOptions) -> bool:
-    """Whether a job takes more than its one pass and head passes."""
-    methods = (METHODS[name] for name in options.methods if name in METHODS)
-    return bool(options.faithfulness) or any(m.cost in {"passes", "many"} for m in methods)
-
-
-# ---------------------------------------------------------------- forming
-
-
-@dataclass(slots=True)
-class QueuedModel:
-    """A model as the batcher knows it.
-
-    Attributes:
-        best_batch: jobs that are best taken at once.
-        passes: duration of first passes.
-        steps: duration of steps of long jobs.
-        revision: see `ModelCard`; empty = unknown.
-        long_ms: device time of a long job, on average.
-        closing: whether it takes no more jobs.
-        batch_cap: jobs that may be taken at once until `cap_until`.
-    """
-
-    best_batch: int
-    passes: LatencyModel
-    steps: LatencyModel
-    fingerprint: str = ""
-    long_ms: float = 0.0
-    closing: bool = False
-    batch_cap: int = 0
-    cap_until: float = -math.inf
-
-    def batch_limit(self, now: float) -> int:
-        """Jobs that may be taken at once."""
-        return min(self.best_batch, self.batch_cap) if now < self.cap_until else self.best_batch
-
-    def is_stale(self, job: Job) -> bool:
-        """Whether a job was resolved against another revision; without one it fits any."""
-        return bool(job.fingerprint and self.fingerprint) and job.fingerprint != self.fingerprint
-
-
-def make_batch(
-    entries: list[Entry], *, images: int, predicted_ms: float, now: float, reason: BatchReason
-) -> Batch:
-    """The batch of entries that were chosen."""
-    return Batch(
-        key=entries[0].key,
-        job_class=entries[0].job_class,
-        entries=tuple(entries),
-        images=images,
-        predicted_s=predicted_ms / 1000,
-        started=now,
-        reason=reason,
-    )
-
-
-def can_share_batch(entries: list[Entry], entry: Entry | None) -> bool:
-    """A job that was on the device when a worker died runs alone."""
-    return entry is not None and entry.job.deaths == 0 and entries[0].job.deaths == 0
-
-
-def cost(entry: Entry) -> int:
-    """Images in a long job's next step."""
-    return max(1, entry.pending.cost) if entry.pending is not None else 1
-
-
-def fit(size: int, latency: LatencyModel, *, slack_s: float) -> int:
-    """The largest batch that ends by the earliest deadline; `size` if not even one job would."""
-    if latency.predict_ms(1) > 1000 * slack_s:
-        return size
-    while size > 1 and latency.predict_ms(size) > 1000 * slack_s:
-        size -= 1
-    return size
-
-
-# ---------------------------------------------------------------- latency
-
-
-_UNKNOWN_MS = 50.0
-
-
 class LatencyModel:
-    """Milliseconds by batch size: measured points, straight lines between them.
+    """Milliseconds by batch size: measured points, linear interpolation between them.
 
     Each observation moves the point of its size by `smoothing` of the difference (an exponentially
     weighted moving average), so that one slow batch is soon forgotten. Beyond the largest point the
@@ -226,7 +180,7 @@ class LatencyModel:
         self._smoothing = smoothing
 
     def predict_ms(self, size: int) -> float:
-        """Expected duration of a batch of `size` (from 1); a guess of 50 ms while nothing is known."""
+        """Expected duration of a batch of `size` (from 1); 50 ms while nothing is known."""
         if not self._sizes:
             return _UNKNOWN_MS
         i = bisect_left(self._sizes, size)
@@ -240,6 +194,14 @@ class LatencyModel:
         share = (size - left) / (right - left)
         return self._points[left] + share * (self._points[right] - self._points[left])
 
+    def largest_within(self, slack_s: float, size: int) -> int:
+        """The largest batch up to `size` that ends within `slack_s`; `size` if even one would not."""
+        if self.predict_ms(1) > 1000 * slack_s:
+            return size
+        while size > 1 and self.predict_ms(size) > 1000 * slack_s:
+            size -= 1
+        return size
+
     def observe(self, size: int, duration_ms: float) -> None:
         """Learn from a batch that ran."""
         if size not in self._points:
@@ -247,3 +209,40 @@ class LatencyModel:
             self._sizes.insert(bisect_left(self._sizes, size), size)
             self._points[size] = known
         self._points[size] += self._smoothing * (duration_ms - self._points[size])
+
+
+@dataclass(slots=True)
+class QueuedModel:
+    """A model in the batcher.
+
+    Attributes:
+        best_batch: best number of jobs in a batch.
+        passes: duration of first passes.
+        steps: duration of steps of long jobs.
+        fingerprint: see `ModelCard`; empty = unknown.
+        long_ms: average device time of a long job.
+        closing: whether it takes no more jobs.
+        batch_cap: limit of jobs in a batch until `cap_until`.
+    """
+
+    best_batch: int
+    passes: LatencyModel
+    steps: LatencyModel
+    fingerprint: str = ""
+    long_ms: float = 0.0
+    closing: bool = False
+    batch_cap: int = 0
+    cap_until: float = -math.inf
+
+    def batch_limit(self, now: float) -> int:
+        """Current limit of jobs in a batch."""
+        return min(self.best_batch, self.batch_cap) if now < self.cap_until else self.best_batch
+
+    def has_replaced(self, fingerprint: str) -> bool:
+        """Whether a job with that fingerprint was meant for another model; an empty one fits any."""
+        return bool(fingerprint and self.fingerprint) and fingerprint != self.fingerprint
+
+
+def can_share_batch(entries: Sequence[Entry], entry: Entry | None) -> bool:
+    """Whether an entry may join a batch: a job that was part of a worker's exit runs alone."""
+    return entry is not None and not any(e.submission.worker_exits for e in (entries[0], entry))

@@ -90,16 +90,12 @@ def device_tracing(settings: TracingSettings, *, device: str) -> DeviceTracing |
     return DeviceTracing(make_provider(settings, process="worker"), device=device)
 
 
-def _traceparent(entry: Entry) -> str:
-    return entry.job.traceparent
-
-
 def _is_shown(entry: Entry) -> bool:
-    return bool(_traceparent(entry)) and entry.batches <= _MAX_BATCHES
+    return bool(entry.submission.traceparent) and entry.batches <= _MAX_BATCHES
 
 
 def _parent(entry: Entry) -> Context:
-    return PROPAGATOR.extract({"traceparent": _traceparent(entry)})
+    return PROPAGATOR.extract({"traceparent": entry.submission.traceparent})
 
 
 def _request(parent: Context) -> trace.SpanContext:

@@ -21,7 +21,7 @@ def test_without_a_gpu_it_says_so(monkeypatch):
 def test_each_switch_is_on_in_half_of_the_cases(monkeypatch):
     log: list[str] = []
     monkeypatch.setattr(cuda, "CopyStream", lambda device: SlowUploads(log))
-    monkeypatch.setattr(cuda, "CudaCapture", lambda device: rerun)
+    monkeypatch.setattr(cuda, "GraphRecorder", lambda device: rerun)
     net = frozen(PoolNet())
     warm = warm_of(net, linear=net.fc)
     found = {

@@ -8,18 +8,18 @@ from torch import nn
 
 from models.engine import Engine
 from models.head import HeadProbe
-from models.registry import WarmModel
 from models.types import LayerInfo, ModelCard, ModelInfo, Preprocess
+from models.warm_model import WarmModel
 
 
 @pytest.fixture
 def every_precision(monkeypatch):
     """Half precision wherever the tests run, however slow it is there."""
-    monkeypatch.setattr("models.preparation.prepare.has_instructions", lambda *_: True)
+    monkeypatch.setattr("models.preparation.optimise.has_instructions", lambda *_: True)
 
 
 class HandNet(nn.Module):
-    """The network of captum's `BasicModel_ConvNet_One_Conv`: every number of it can be checked by hand."""
+    """Captum's `BasicModel_ConvNet_One_Conv`: every number of it can be checked by hand."""
 
     def __init__(self, *, inplace: bool = False) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class HandNet(nn.Module):
 
 
 class PoolNet(nn.Module):
-    """Convolutions, global average pooling, one linear layer: CAM is defined, gradients are constant."""
+    """Convolutions, global average pooling, one linear layer: gradients are constant."""
 
     def __init__(self, channels: int = 6, classes: int = 5, *, inplace: bool = True) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class PoolNet(nn.Module):
 
 
 class FlatNet(nn.Module):
-    """Convolutions, then two linear layers over all positions: gradients differ from place to place."""
+    """Convolutions, then two linear layers over all positions: gradients vary."""
 
     def __init__(self, side: int = 8, classes: int = 5) -> None:
         super().__init__()

@@ -1,8 +1,7 @@
-"""Every method on every architecture people use: random weights, small inputs, the engine as the service runs it."""
+"""Every method on every common architecture: random weights, small inputs, the engine."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +17,10 @@ from models.compat import define_missing_operators
 from models.engine import Engine, Suspended
 from models.imaging.render import normalise
 from models.methods import METHODS
-from models.registry import WarmModel
 from models.sources import LoadedModel, load
 from models.types import ClassRef, Explanation, Job, JobOptions, Outcome, Preprocess, Target
-from models.warm import prepare
+from models.warm_model import WarmModel
+from models.warmup import warm_up
 from models.weights import fill_zero_heads, seeded
 
 define_missing_operators()
@@ -41,10 +40,10 @@ SMOOTH = GUIDED | {"lrp"}  # refuse activations other than ReLU
 """Methods by what they refuse."""
 
 BY_CHANNEL = {"ss_cam", "is_cam"}
-"""Methods of so many passes for each channel that they run on small networks only; Score-CAM is the same code."""
+"""Methods of so many passes that they run on small networks only; Score-CAM is the same code."""
 
 LIVELY = {"eigencam", "gradcam_elementwise", "saliency", "input_x_gradient"}
-"""Methods whose maps are empty for no class, unlike those that a final ReLU may leave nothing of."""
+"""Methods whose maps are never empty, unlike those that a final ReLU may empty."""
 
 CONVOLUTIONAL = [
     ("torchvision:resnet18", 64, ATTENTION),
@@ -146,8 +145,8 @@ class OneModel:
 
 
 def warmed(loaded: LoadedModel, *, chunk: int = 64) -> WarmModel:
-    """The model as the registry warms it up, with a batch size that does not depend on the machine's mood."""
-    warm = prepare(loaded, torch.device("cpu"), warmup_s=0.0)
+    """The model as the registry warms it up, with a batch size that does not vary."""
+    warm = warm_up(loaded, torch.device("cpu"), warmup_s=0.0)
     card = structs.replace(warm.info.card, best_batch=chunk)
     return replace(warm, info=structs.replace(warm.info, card=card))
 
@@ -178,7 +177,6 @@ def explained(warm: WarmModel, methods: tuple[str, ...], *, layers=None) -> list
             samples=2,
             steps=3,
         ),
-        deadline=time.monotonic() + 1000,
     )
     engine = Engine(OneModel(warm))
     answer = engine.run([job])[0]
@@ -191,7 +189,7 @@ def explained(warm: WarmModel, methods: tuple[str, ...], *, layers=None) -> list
 def check(
     loaded: LoadedModel, *, refused: set[str], left_out: frozenset[str] = frozenset()
 ) -> None:
-    """The target layer is a map, every method answers or says why not, and nothing is left behind."""
+    """The target layer is a map, every method answers or says why not, nothing is left."""
     warm = warmed(loaded)
     card = warm.info.card
     reasons = {row.name: row.reason for row in card.methods if not row.applicable}

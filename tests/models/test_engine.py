@@ -57,7 +57,6 @@ def job(
         version="1",
         input=picture,
         options=JobOptions(**options),
-        deadline=1e9,
     )
 
 
@@ -137,7 +136,7 @@ def test_any_order_and_any_company(order, size):
 
 
 def test_closed_form_equals_autograd(pool_net):
-    """The head's weights give the maps that differentiating gives, for plain and contrastive targets."""
+    """The head's weights give the maps that gradients give, for plain and contrastive targets."""
     closed = Engine(OneModel(warm_of(pool_net, linear=pool_net.fc)))
     differentiated = Engine(OneModel(warm_of(pool_net)))
     targets = (Target(cls=rank(1)), Target(cls=index(3), against=(index(0), rank(2))))

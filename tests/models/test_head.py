@@ -1,4 +1,4 @@
-"""The head probe against full float64 autograd, and the cases in which the closed form must be refused."""
+"""The head probe against float64 autograd, and cases in which the closed form must be refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from models.types import Preprocess
 PROBE = probe_batch(Preprocess(resize=8, crop=(8, 8)))
 
 
-class Trunk(nn.Module):
+class Backbone(nn.Module):
     """A convolution and an in-place activation, then what the test appends."""
 
     def __init__(self, *after: nn.Module) -> None:
@@ -83,7 +83,7 @@ POOL = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
     ],
 )
 def test_the_closed_form_is_what_float64_autograd_gives(after, layer, layout, task):
-    module = Trunk(*after)
+    module = Backbone(*after)
     head = probed(module, layer, layout, task)
     assert (head.kind, head.closed_form) == ("gap_linear", True)
     gradient = autograd(module, layer, layout, task)
@@ -95,7 +95,7 @@ def test_the_closed_form_is_what_float64_autograd_gives(after, layer, layout, ta
 
 
 def test_the_closed_form_sums_to_the_scores():
-    module = Trunk(*POOL, nn.Linear(6, 5))
+    module = Backbone(*POOL, nn.Linear(6, 5))
     head = probed(module)
     pooled = module.act(module.conv(PROBE)).mean((2, 3))
     torch.testing.assert_close(pooled @ head.weight.T + head.bias, module(PROBE))
@@ -103,7 +103,7 @@ def test_the_closed_form_sums_to_the_scores():
 
 def test_one_logit_weighs_its_two_classes_oppositely():
     linear = nn.Linear(6, 1)
-    head = probed(Trunk(*POOL, linear), task="binary")
+    head = probed(Backbone(*POOL, linear), task="binary")
     assert torch.equal(head.weight, torch.cat([-linear.weight, linear.weight]))
     assert torch.equal(head.bias, torch.cat([-linear.bias, linear.bias]))
 
@@ -116,7 +116,7 @@ class LeakyEnd(nn.Module):
 
 
 class Bypass(nn.Module):
-    """Pools something else beside the layer: the gradient is W[c]/Z all the same, the scores are not."""
+    """Pools something else, too: the gradient is W[c]/Z all the same, the scores are not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,17 +132,17 @@ class Bypass(nn.Module):
 @pytest.mark.parametrize(
     ("module", "kind"),
     [
-        (Trunk(*POOL, nn.Linear(6, 8), nn.Hardswish(), nn.Linear(8, 5)), "gap"),
-        (Trunk(*POOL, nn.LayerNorm(6), nn.Linear(6, 5)), "gap"),
-        (Trunk(*POOL, nn.Linear(6, 40), LeakyEnd()), "gap"),
-        (Trunk(nn.Conv2d(6, 5, 1), *POOL), "gap"),
+        (Backbone(*POOL, nn.Linear(6, 8), nn.Hardswish(), nn.Linear(8, 5)), "gap"),
+        (Backbone(*POOL, nn.LayerNorm(6), nn.Linear(6, 5)), "gap"),
+        (Backbone(*POOL, nn.Linear(6, 40), LeakyEnd()), "gap"),
+        (Backbone(nn.Conv2d(6, 5, 1), *POOL), "gap"),
         (Bypass(), "gap"),
-        (Trunk(nn.Flatten(), nn.Linear(96, 5)), "flatten"),
-        (Trunk(nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(6, 5)), "flatten"),
+        (Backbone(nn.Flatten(), nn.Linear(96, 5)), "flatten"),
+        (Backbone(nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(6, 5)), "flatten"),
         # The activation after the layer decides by position; its in-place form must not spoil the
         # probe.
-        (Trunk(nn.Threshold(0.3, 0.0, inplace=True), *POOL, nn.Linear(6, 5)), "flatten"),
-        (Trunk(nn.Conv2d(6, 5, 1), nn.ReLU(), *POOL), "flatten"),
+        (Backbone(nn.Threshold(0.3, 0.0, inplace=True), *POOL, nn.Linear(6, 5)), "flatten"),
+        (Backbone(nn.Conv2d(6, 5, 1), nn.ReLU(), *POOL), "flatten"),
     ],
 )
 def test_no_closed_form_without_proof(module, kind):
@@ -182,7 +182,7 @@ def test_a_layer_without_any_gradient_is_not_constant():
 
 
 def test_the_probe_leaves_no_hook_and_no_gradient():
-    module = Trunk(*POOL, nn.Linear(6, 5))
+    module = Backbone(*POOL, nn.Linear(6, 5))
     state = copy.deepcopy(module.state_dict())
     probed(module)
     assert not any(m._forward_hooks or m._backward_hooks for m in module.modules())

@@ -1,4 +1,4 @@
-"""Token layouts, target layers and feature layers, on networks whose right answer is plain to see."""
+"""Token layouts, target layers and feature layers, on networks whose answer is plain to see."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_channels_last_maps_and_plain_ones():
 
 
 class Tokens(nn.Module):
-    """Patches, prefix tokens, attention read at the first token, as a vision transformer has them."""
+    """Patches, prefix tokens, and attention read at the first token."""
 
     def __init__(
         self, *, prefix: int = 1, pooled: bool = False, embed: str = "conv", patch: int = 4

@@ -1,4 +1,4 @@
-"""The same maps as pytorch-grad-cam and captum where the formulas agree; where they differ, by how much and why."""
+"""The maps of pytorch-grad-cam and captum: equal, or different by how much and why."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_pytorch_grad_cam(name, net_name, nets, pictures):
 
 @pytest.mark.parametrize("name", ["gradcam", "hirescam", "layercam"])
 def test_pytorch_grad_cam_keeps_what_densenet_overwrites(name, nets, pictures):
-    """On the CPU its saved activation is overwritten by the in-place ReLU after DenseNet's `features`.
+    """On the CPU its saved activation is overwritten by DenseNet's in-place ReLU.
 
     Its map is then that of the activation after the ReLU with the gradient before it. Ours takes
     both before; given the overwritten activation, our formula gives its map.
@@ -130,7 +130,7 @@ def test_pytorch_grad_cam_overwrites_vgg_convolutions(nets, pictures):
 
 @pytest.mark.parametrize("net_name", ["resnet18", "tf_efficientnet_lite0"])
 def test_plus_plus_of_pytorch_grad_cam_is_its_epsilon(net_name, nets, pictures):
-    """It adds 1e-6 to a denominator of about 2 g^2; with gradients of about 1e-3 that is no small addition.
+    """It adds 1e-6 to a denominator of about 2 g^2, which is much for gradients near 1e-3.
 
     Our formula with that epsilon put in gives its map; without it, the paper's.
     """

@@ -13,8 +13,8 @@ from models.types import Preprocess
 SIZE = Preprocess(resize=8, crop=(8, 8))
 
 
-class Answers(nn.Module):
-    """Answers whatever it was made with."""
+class BatchOutcomes(nn.Module):
+    """BatchOutcomes whatever it was made with."""
 
     def __init__(self, answer) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ def test_the_probe_is_the_same_at_each_call_and_has_the_models_size():
 
 
 def test_a_sound_model_gives_its_number_of_scores():
-    assert check_answer(Answers(lambda x: x.flatten(1)[:, :7]), SIZE) == 7
+    assert check_answer(BatchOutcomes(lambda x: x.flatten(1)[:, :7]), SIZE) == 7
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_a_sound_model_gives_its_number_of_scores():
 )
 def test_others_are_refused_in_words_of_ours(answer, message):
     with pytest.raises(ModelLoadFailed, match=message):
-        check_answer(Answers(answer), SIZE)
+        check_answer(BatchOutcomes(answer), SIZE)
 
 
 class Blocks(nn.Module):
@@ -84,13 +84,13 @@ def test_a_trace_tells_who_made_which_values():
 
 
 def test_a_trace_leaves_no_hook_even_when_the_model_fails():
-    module = nn.Sequential(nn.Conv2d(3, 4, 1), Answers(lambda x: x.view(7)))
+    module = nn.Sequential(nn.Conv2d(3, 4, 1), BatchOutcomes(lambda x: x.view(7)))
     with pytest.raises(RuntimeError):
         trace(module, "single_label", probe_batch(SIZE))
     assert not any(m._forward_hooks for m in module.modules())
 
 
 def test_a_single_logit_is_traced_as_two_classes():
-    module = Answers(lambda x: x.flatten(1)[:, :1])
+    module = BatchOutcomes(lambda x: x.flatten(1)[:, :1])
     traced = trace(module, "binary", probe_batch(SIZE))
     assert torch.equal(traced.scores[:, 0], -traced.scores[:, 1])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from models import warm
+from models import warmup
 from models.catalog import ModelSpec
 from models.errors import ModelLoadFailed, UnknownModel
 from models.registry import ModelRegistry
@@ -58,12 +58,7 @@ def entry(factory: str, **fields) -> ModelSpec:
 def test_a_loaded_model_is_warm_and_described(registry):
     info = registry.load(entry("pooled", labels=["a", "b", "c", "d"]))
     card = info.card
-    assert (card.state, card.ready, card.devices, card.versions) == (
-        "ready",
-        True,
-        ("cpu",),
-        ("1",),
-    )
+    assert (card.state, card.ready, card.devices) == ("ready", True, ("cpu",))
     assert (card.num_classes, info.labels) == (4, ("a", "b", "c", "d"))
     assert (card.target_layer, card.head, card.closed_form) == ("0", "gap_linear", True)
     assert card.input.crop == (24, 24)
@@ -112,8 +107,8 @@ def test_facts_about_layers(registry):
     ("target", "message"),
     [
         ("0.7", r"no layer named 0\.7\. Close names: 0\.\d"),
-        ("2", "target_layer 2 is no map"),
-        ("1", "target_layer 1 is no map"),
+        ("2", "target_layer 2 is not a map"),
+        ("1", "target_layer 1 is not a map"),
     ],
 )
 def test_a_configured_target_layer_must_be_a_map(registry, target, message):
@@ -141,7 +136,7 @@ def test_half_precision(registry, every_precision):
 
 
 def test_a_precision_that_the_device_has_no_instructions_for_is_skipped(registry, monkeypatch):
-    monkeypatch.setattr("models.preparation.prepare.has_instructions", lambda *_: False)
+    monkeypatch.setattr("models.preparation.optimise.has_instructions", lambda *_: False)
     card = registry.load(entry("pooled", precision="bf16")).card
     assert card.precision == "fp32"
     assert "bf16 skipped: the device has no instructions for it" in card.preparation
@@ -158,7 +153,7 @@ def test_a_precision_that_spoils_the_scores_is_skipped_and_the_card_says_so(
 def test_a_model_is_fused_and_the_card_says_so(registry):
     card = registry.load(entry("pooled")).card
     assert "1 fused convolutions" in card.preparation
-    assert card.target_layer in registry.get("pooled", "1").twins[0].rewritable
+    assert card.target_layer in registry.get("pooled", "1").variants[0].rewritable
 
 
 def test_a_broken_entry_leaves_what_was_loaded(registry):
@@ -186,10 +181,10 @@ def test_loading_ends_being_unavailable(registry):
     assert [info.card.state for info in registry.infos()] == ["ready"]
 
 
-def test_versions_are_listed_with_each_other_and_unloaded_alone(registry):
+def test_versions_are_listed_and_unloaded_alone(registry):
     for version in ("1", "2"):
         registry.load(entry("pooled", version=version))
-    assert [info.card.versions for info in registry.infos()] == [("1", "2"), ("1", "2")]
+    assert [info.card.version for info in registry.infos()] == ["1", "2"]
     registry.unload("pooled", "1")
     assert [info.card.version for info in registry.infos()] == ["2"]
     registry.load(entry("pooled", version="3"))
@@ -203,14 +198,14 @@ def test_versions_are_listed_with_each_other_and_unloaded_alone(registry):
 def test_a_replacement_is_seen_only_when_it_is_warm(registry, monkeypatch):
     registry.load(entry("pooled", num_classes=4))
     warming, finish = threading.Event(), threading.Event()
-    measure = warm.measure_latencies
+    measure = warmup.measure_latencies
 
     def pause(*args, **kwargs):
         warming.set()
         assert finish.wait(10)
         return measure(*args, **kwargs)
 
-    monkeypatch.setattr(warm, "measure_latencies", pause)
+    monkeypatch.setattr(warmup, "measure_latencies", pause)
     loader = threading.Thread(target=registry.load, args=(entry("pooled", num_classes=7),))
     loader.start()
     try:
@@ -233,7 +228,7 @@ def test_what_the_device_says_stays_in_the_logs(registry, monkeypatch, error, me
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(warm, "measure_latencies", fail)
+    monkeypatch.setattr(warmup, "measure_latencies", fail)
     with pytest.raises(ModelLoadFailed, match=message) as caught:
         registry.load(entry("pooled"))
     assert "secret" not in caught.value.message

@@ -1,4 +1,4 @@
-"""Checkpoints are read without running what they hold, and fit exactly or are refused in clear words."""
+"""Checkpoints are read without running code, and fit exactly or are refused in clear words."""
 
 from __future__ import annotations
 

@@ -37,11 +37,12 @@ def toml(values: dict[str, Any]) -> str:
 class Configured:
     """A service with real HTTP processes and the file that it was started with."""
 
-    def __init__(self, folder: Path, *flags: str, **values: Any) -> None:
+    def __init__(self, folder: Path, *flags: str, wait: bool = True, **values: Any) -> None:
         self.file = folder / "heatlens.toml"
         self.write(**values)
         self.service = Service(Settings(), folder, "real-http", f"config={self.file}", *flags)
-        until(self.is_ready, timeout_s=60)
+        if wait:
+            until(self.is_ready, timeout_s=60)
 
     def write(self, **values: Any) -> None:
         self.file.write_text(toml({**BASE, **values}))
@@ -63,14 +64,22 @@ class Configured:
         took = until(lambda: self.service.log.count(until_log) > before, timeout_s=60)
         report(f"{until_log} after {took:.2f} s")
 
-    def ask(self, *, key: str = "one", model: str = "", images: int = 1) -> httpx.Response:
+    def ask(
+        self, *, key: str = "one", model: str = "", images: int = 1, content: bytes | None = None
+    ) -> httpx.Response:
+        files = [("image", png(picture(n))) for n in range(images)]
         return httpx.post(
             self.service.url("/v1/predict" + (f"?model={model}" if model else "")),
-            files=[("image", png(picture(n))) for n in range(images)],
+            **({"files": files} if content is None else {"content": content}),
             headers={"X-API-Key": key},
             timeout=30,
             trust_env=False,
         )
+
+    def logs(self, message: str) -> list[dict[str, Any]]:
+        """The log lines with that message."""
+        lines = map(json.loads, self.service.log.splitlines())
+        return [line for line in lines if line["message"] == message]
 
     def http_pids(self) -> set[int]:
         return set(self.service.pids("service.api.process"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import sys
 import tempfile
@@ -10,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -19,6 +21,7 @@ from configured import Configured
 from running import Service, until
 
 from models.types import Job, JobOptions
+from service.devices.messages import Submission
 from service.settings import Settings
 
 
@@ -68,6 +71,12 @@ def configured() -> Iterator[Callable[..., Configured]]:
 
 
 @pytest.fixture
+def start_configured(configured) -> Callable[..., Configured]:
+    """The same, without waiting until they are ready."""
+    return functools.partial(configured, wait=False)
+
+
+@pytest.fixture
 def service(start_service) -> Service:
     """One device, ready."""
     running = start_service()
@@ -76,8 +85,8 @@ def service(start_service) -> Service:
 
 
 @pytest.fixture
-def make_job() -> Callable[..., Job]:
-    def make(number: int, fault=fake_engine.Fault.NONE, argument: int = 0, **changes) -> Job:
+def make_job() -> Callable[..., Submission]:
+    def make(number: int, fault=fake_engine.Fault.NONE, argument: int = 0, **changes) -> Submission:
         pixels = fake_engine.picture(number, fault, argument)
         job = Job(
             id=uuid.uuid4().hex,
@@ -86,9 +95,12 @@ def make_job() -> Callable[..., Job]:
             version="1",
             input=pixels,
             options=JobOptions(),
-            deadline=time.monotonic() + 20,
-            digest=f"digest-{number}",
         )
-        return fake_engine.replaced(job, **changes)
+        envelope = {name: changes.pop(name) for name in ("deadline",) if name in changes}
+        return Submission(
+            job=msgspec.structs.replace(job, **changes),
+            digest=f"digest-{number}",
+            **{"deadline": time.monotonic() + 20, **envelope},
+        )
 
     return make

@@ -15,7 +15,6 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
 from models.catalog import ModelSpec
@@ -151,11 +150,11 @@ class FakeEngine:
         time.sleep(0.002)
         return [self._one(job, alone=len(jobs) == 1) for job in jobs]
 
-    def advance(self, pending: list[FakeSuspended]) -> list[Outcome | Failure | FakeSuspended]:
-        self._note([f"step:{item.job.id}" for item in pending])
+    def advance(self, suspended: list[FakeSuspended]) -> list[Outcome | Failure | FakeSuspended]:
+        self._note([f"step:{item.job.id}" for item in suspended])
         time.sleep(0.01)
         results: list[Outcome | Failure | FakeSuspended] = []
-        for item in pending:
+        for item in suspended:
             item.left -= 1
             results.append(item if item.left > 0 else outcome(item.job))
         return results
@@ -230,8 +229,3 @@ def spec(
     return ModelSpec.model_validate(
         {"name": name, "version": version, "source": f"python:fake.{kind}", **rest}
     )
-
-
-def replaced(job: Job, **changes: object) -> Job:
-    """A job with other fields."""
-    return msgspec.structs.replace(job, **changes)

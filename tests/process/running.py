@@ -86,15 +86,15 @@ class Service:
         return RuntimeDir(path)
 
     @property
-    def fleet(self) -> DeviceStates:
+    def states(self) -> DeviceStates:
         file = DeviceStatesFile.open(self.runtime.states_file)
         with contextlib.closing(file):
             return file.read()
 
-    def board(self, device: str = "cpu"):
-        life = next(life for life in self.fleet.devices if life.device == device)
+    def status(self, device: str = "cpu"):
+        state = next(state for state in self.states.devices if state.device == device)
         try:
-            file = WorkerStatusFile.open(self.runtime.status_file(device, life.incarnation))
+            file = WorkerStatusFile.open(self.runtime.status_file(device, state.incarnation))
         except FileNotFoundError:
             return None
         with contextlib.closing(file):
@@ -115,8 +115,8 @@ class Service:
         return 0
 
     def is_ready(self) -> bool:
-        boards = [self.board(life.device) for life in self.fleet.devices]
-        return all(board is not None and board.ready for board in boards)
+        statuses = [self.status(state.device) for state in self.states.devices]
+        return all(status is not None and status.ready for status in statuses)
 
     def url(self, path: str = "/") -> str:
         return f"http://127.0.0.1:{self.port}{path}"

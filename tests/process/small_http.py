@@ -17,6 +17,7 @@ import numpy as np
 from models.errors import HeatlensError
 from models.types import Job, JobOptions
 from service.api import process as http_process
+from service.devices.messages import Submission
 from service.devices.pool import DevicePool
 from service.settings import Settings
 
@@ -62,14 +63,17 @@ class SmallApp:
             version="1",
             input=pixels,
             options=JobOptions(),
+        )
+        submission = Submission(
+            job=job,
             deadline=time.monotonic() + 20,
             digest=hashlib.blake2b(body, digest_size=16).hexdigest(),
         )
         try:
-            outcome = await self._pool.submit(job)
+            completion = await self._pool.submit(submission)
         except HeatlensError as error:
             return 500, error.code
-        return 200, str(outcome.predictions[0].class_id)
+        return 200, str(completion.outcome.predictions[0].class_id)
 
 
 if __name__ == "__main__":

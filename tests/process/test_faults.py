@@ -29,13 +29,14 @@ async def submit_all(pool, jobs):
     return await asyncio.gather(*(pool.submit(job) for job in jobs), return_exceptions=True)
 
 
-def is_own_answer(job, outcome) -> bool:
-    """Whether an answer was made from its job's picture, and came through the wire unharmed."""
+def is_own_answer(submission, completion) -> bool:
+    """Whether an answer was made from its job's image, and arrived unharmed."""
+    job = submission.job
     return (
-        not isinstance(outcome, BaseException)
-        and outcome.id == job.id
-        and outcome.predictions[0].class_id == expected_class(job.input)
-        and (outcome.explanations[0].map == job.input[:, :, 1]).all()
+        not isinstance(completion, BaseException)
+        and completion.outcome.id == job.id
+        and completion.outcome.predictions[0].class_id == expected_class(job.input)
+        and (completion.outcome.explanations[0].map == job.input[:, :, 1]).all()
     )
 
 
@@ -65,10 +66,10 @@ async def test_a_worker_that_dies_once_costs_nobody_the_answer(service, make_job
         (status,) = pool.devices()
     assert all(map(is_own_answer, jobs, answers))
     assert status.restarts == 1
-    (death,) = service.fleet.devices[0].deaths
-    assert jobs[-1].id in death.suspects
-    alone = [batch for batch in service.journal() if jobs[-1].id in batch]
-    assert alone[-1] == [jobs[-1].id]
+    (worker_exit,) = service.states.devices[0].exits
+    assert jobs[-1].job.id in worker_exit.suspects
+    alone = [batch for batch in service.journal() if jobs[-1].job.id in batch]
+    assert alone[-1] == [jobs[-1].job.id]
 
 
 async def test_poison_is_quarantined_and_its_neighbours_are_answered(service, make_job):
@@ -79,10 +80,10 @@ async def test_poison_is_quarantined_and_its_neighbours_are_answered(service, ma
         answers = await submit_all(pool, [*jobs[:20], poison, *jobs[20:]])
         assert isinstance(answers.pop(20), InputQuarantined)
         assert all(map(is_own_answer, jobs, answers))
-        assert service.fleet.devices[0].restarts == 2
+        assert service.states.devices[0].restarts == 2
         with pytest.raises(InputQuarantined):
             await other.submit(same)
-        assert service.fleet.devices[0].restarts == 2, "it was tried again"
+        assert service.states.devices[0].restarts == 2, "it was tried again"
 
 
 async def test_kills_under_load_lose_nothing(start_service, make_job):
@@ -104,7 +105,7 @@ async def test_kills_under_load_lose_nothing(start_service, make_job):
             await asyncio.sleep(0.2)
             # Chance must not kill a job that runs alone because it was in a death before: that
             # quarantines it.
-            await eventually(lambda: not any(job.deaths for job in running.board().jobs))
+            await eventually(lambda: not any(job.worker_exits for job in running.status().jobs))
             os.kill(running.worker_pid(), signal.SIGKILL)
             await eventually(lambda: not are_ready(pool))
         over.set()
@@ -113,10 +114,10 @@ async def test_kills_under_load_lose_nothing(start_service, make_job):
         await eventually(lambda: are_ready(pool))
         await asyncio.gather(killer(), *(client(pool, n) for n in range(16)))
     lost = [answer for job, answer in answers if not is_own_answer(job, answer)]
-    report(f"{len(jobs)} jobs, {running.fleet.devices[0].restarts} kills, {len(lost)} lost")
-    assert running.fleet.devices[0].restarts == 5
+    report(f"{len(jobs)} jobs, {running.states.devices[0].restarts} kills, {len(lost)} lost")
+    assert running.states.devices[0].restarts == 5
     assert len(answers) == len(jobs)
-    assert len({job.id for job, _ in answers}) == len(jobs)
+    assert len({job.job.id for job, _ in answers}) == len(jobs)
     assert not lost
 
 
@@ -134,7 +135,7 @@ async def test_one_of_two_devices_dies_and_the_other_serves(start_service, make_
         assert all(map(is_own_answer, jobs, await task))
         await eventually(lambda: are_ready(pool))
     served = {batch[0] for batch in running.journal()}
-    assert {job.id for job in slow} & served
+    assert {job.job.id for job in slow} & served
 
 
 async def test_readiness_falls_within_a_second_of_the_last_device(service):
@@ -154,7 +155,7 @@ async def test_a_hang_while_idle_jobs_wait_is_ended_by_the_watchdog(service, mak
         hang = make_job(1, Fault.HANG)
         with pytest.raises(InputQuarantined):
             await pool.submit(hang)
-    assert [death.reason for death in service.fleet.devices[0].deaths] == ["hang", "hang"]
+    assert [e.reason for e in service.states.devices[0].exits] == ["hang", "hang"]
 
 
 async def test_an_error_of_the_model_harms_only_its_own_job(service, make_job):
@@ -168,14 +169,14 @@ async def test_an_error_of_the_model_harms_only_its_own_job(service, make_job):
     assert isinstance(answers[-1], UnknownLayer)
     assert answers[-1].field == "layers.0"
     assert all(map(is_own_answer, jobs, answers[:-2]))
-    assert service.fleet.devices[0].restarts == 0
+    assert service.states.devices[0].restarts == 0
 
 
 async def test_too_little_memory_halves_the_batch(service, make_job):
     async with service.pool() as pool:
         await eventually(lambda: are_ready(pool))
         blocker = asyncio.create_task(pool.submit(make_job(0, Fault.SLOW, 40)))
-        await eventually(lambda: service.board().jobs)
+        await eventually(lambda: service.status().jobs)
         jobs = [make_job(n) for n in range(1, 8)] + [make_job(9, Fault.MEMORY)]
         answers = await submit_all(pool, jobs)
         assert all(map(is_own_answer, jobs, answers))
@@ -186,7 +187,7 @@ async def test_too_little_memory_halves_the_batch(service, make_job):
         with pytest.raises(Overloaded) as refused:
             await pool.submit(make_job(10, Fault.MEMORY_ALONE))
         assert refused.value.retry_after_s
-    assert service.fleet.devices[0].restarts == 0
+    assert service.states.devices[0].restarts == 0
 
 
 async def test_deadlines_hold_even_without_a_worker(service, make_job):
@@ -219,10 +220,10 @@ async def test_a_job_that_nobody_awaits_does_not_run(service, make_job):
         await asyncio.sleep(0.1)
         running.cancel()
         await asyncio.sleep(0.1)
-        steps = sum(f"step:{long.id}" in batch for batch in service.journal())
+        steps = sum(f"step:{long.job.id}" in batch for batch in service.journal())
         await asyncio.sleep(0.1)
-        assert 0 < steps == sum(f"step:{long.id}" in batch for batch in service.journal())
-    assert not any(job.id in batch for batch in service.journal())
+        assert 0 < steps == sum(f"step:{long.job.id}" in batch for batch in service.journal())
+    assert not any(job.job.id in batch for batch in service.journal())
 
 
 async def test_jobs_run_between_the_steps_of_a_long_one(service, make_job):

@@ -33,12 +33,12 @@ def all_pids(service) -> list[int]:
 
 def test_sigterm_finishes_what_was_accepted(start_service):
     service = start_service(workers={"hang_floor_s": 10})
-    until(service.api.handler)
+    until(service.answers)
     pixels = picture(1, Fault.SLOW, 200)
     answers = []
     request = threading.Thread(target=lambda: answers.append(post(service.url(), pixels)))
     request.start()
-    until(lambda: service.board().jobs)
+    until(lambda: service.status().jobs)
     pids, folder = all_pids(service), service.runtime.path
     begun = time.monotonic()
     service.process.send_signal(signal.SIGTERM)
@@ -63,7 +63,7 @@ def refused(port: int) -> bool:
 
 def test_what_outlasts_the_grace_ends_with_a_typed_error(start_service):
     service = start_service(grace_s=2.0, workers={"hang_floor_s": 10})
-    until(service.api.handler)
+    until(service.answers)
     answers = []
     request = threading.Thread(
         target=lambda: answers.append(post(service.url(), picture(1, Fault.LONG, 255)))
@@ -72,9 +72,9 @@ def test_what_outlasts_the_grace_ends_with_a_typed_error(start_service):
         target=lambda: answers.append(post(service.url(), picture(2, Fault.SLOW, 250)))
     )
     request.start()
-    until(lambda: service.board().queue_depth)
+    until(lambda: service.status().queue_depth)
     slow.start()
-    until(lambda: service.board().queue_depth == 2 or answers)  # both have arrived
+    until(lambda: service.status().queue_depth == 2 or answers)  # both have arrived
     begun = time.monotonic()
     service.process.send_signal(signal.SIGTERM)
     assert service.process.wait(10) == 0
@@ -90,12 +90,12 @@ def test_what_outlasts_the_grace_ends_with_a_typed_error(start_service):
 
 def test_a_second_signal_stops_at_once(start_service):
     service = start_service(workers={"hang_floor_s": 10})
-    until(service.api.handler)
+    until(service.answers)
     request = threading.Thread(
         target=ignore_errors, args=(service.url(), picture(1, Fault.SLOW, 250))
     )
     request.start()
-    until(lambda: service.board().jobs)
+    until(lambda: service.status().jobs)
     pids = all_pids(service)
     service.process.send_signal(signal.SIGINT)
     time.sleep(0.3)
@@ -116,13 +116,13 @@ def ignore_errors(url: str, pixels) -> None:
 
 @pytest.mark.parametrize("busy", [False, True])
 def test_no_child_outlives_a_killed_supervisor(service, busy):
-    until(service.api.handler)
+    until(service.answers)
     if busy:
         request = threading.Thread(
             target=ignore_errors, args=(service.url(), picture(1, Fault.HANG))
         )
         request.start()
-        until(lambda: service.board().jobs)
+        until(lambda: service.status().jobs)
     pids = all_pids(service)
     assert len(pids) == 2
     service.process.kill()
@@ -132,7 +132,7 @@ def test_no_child_outlives_a_killed_supervisor(service, busy):
 
 def test_a_killed_http_process_is_replaced_and_nothing_else(start_service):
     service = start_service(http_workers=2)
-    until(service.api.handler)
+    until(service.answers)
     worker = service.worker_pid()
     before = set(service.pids("small_http"))
     assert len(before) == 2
@@ -146,26 +146,26 @@ def test_a_killed_http_process_is_replaced_and_nothing_else(start_service):
         )
     )
     assert service.worker_pid() == worker
-    assert service.fleet.devices[0].restarts == 0
+    assert service.states.devices[0].restarts == 0
 
 
 def test_http_processes_do_not_import_torch(service):
-    until(service.api.handler)
+    until(service.answers)
     assert httpx.get(service.url("/torch"), trust_env=False).text == "False"
 
 
 def test_readiness_falls_when_the_service_drains(service):
-    until(service.api.handler)
+    until(service.answers)
     request = threading.Thread(
         target=ignore_errors, args=(service.url(), picture(1, Fault.SLOW, 60))
     )
     request.start()
-    until(lambda: service.board().jobs)
+    until(lambda: service.status().jobs)
     with httpx.Client(trust_env=False) as client:
         assert client.get(service.url("/ready")).status_code == 200
         os.kill(service.pids("small_http")[0], signal.SIGSTOP)  # hold its own drain, to look at it
         service.process.send_signal(signal.SIGTERM)
-        until(lambda: service.fleet.draining, timeout_s=1)
+        until(lambda: service.states.draining, timeout_s=1)
         os.kill(service.pids("small_http")[0], signal.SIGCONT)
     request.join()
 
@@ -180,10 +180,10 @@ def test_a_model_that_crashes_while_loading_is_left_out(start_service):
     service = start_service(
         models=[spec(), spec("bad", kind="crash"), spec("broken", kind="broken")]
     )
-    until(lambda: service.fleet.refused_models)
-    until(service.api.handler)
-    assert service.fleet.refused_models == ("bad@1",)
-    assert service.board().models == ("fake@1",)
+    until(lambda: service.states.refused_models)
+    until(service.answers)
+    assert service.states.refused_models == ("bad@1",)
+    assert service.status().models == ("fake@1",)
     assert post(service.url(), picture(3)).text == str(expected_class(picture(3)))
 
 

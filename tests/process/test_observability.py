@@ -94,7 +94,7 @@ def test_log_lines_of_a_job_carry_its_request_in_every_process(configured):
     assert by_logger == {"heatlens.compute", "heatlens.access"}
     access = [line for line in lines if line.get("request_id") == "kills"]
     assert [line["code"] for line in access] == ["input_quarantined"]
-    deaths = [line for line in lines if "ended: SIGKILL" in line["message"]]
+    deaths = [line for line in lines if "exited: SIGKILL" in line["message"]]
     assert [line["request_ids"] for line in deaths] == [["kills"], ["kills"]]
 
 
@@ -176,10 +176,10 @@ def test_sigterm_with_real_requests(configured):
     with httpx.Client(trust_env=False, base_url=running.service.url("")) as kept:
         assert kept.get("/readyz").status_code == 200
         slow.start()
-        until(lambda: running.service.board().jobs)
+        until(lambda: running.service.status().jobs)
         (pid,) = running.http_pids()
         running.service.process.send_signal(signal.SIGTERM)
-        until(lambda: running.service.fleet.draining, timeout_s=1)
+        until(lambda: running.service.states.draining, timeout_s=1)
         time.sleep(0.1)  # HTTP processes look every 20 ms
         answer = kept.get("/readyz")
         assert answer.status_code == 503

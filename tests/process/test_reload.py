@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from configured import BASE, FAKE
+from fake_engine import Fault, picture
 from running import report, until
+from traffic import png
 
 pytestmark = pytest.mark.process
 
@@ -37,9 +40,8 @@ def test_models_keys_and_limits_change_without_a_dropped_request(configured):
     assert running.ask(model="fake@1").status_code in {404, 503}
     assert running.ask(images=2).status_code == 200
     assert running.service.worker_pid() == worker
-    assert not running.http_pids() & http
-    assert len(running.http_pids()) == 2
-    assert running.service.board().models == ("fake@2",)
+    assert running.http_pids() == http, "a reload swaps the application, not the process"
+    assert running.service.status().models == ("fake@2",)
     logs = list(map(json.loads, running.service.log.splitlines()))
     assert not [line for line in logs if line["level"] == "error"]
 
@@ -78,35 +80,72 @@ def test_what_needs_a_restart_is_said(configured):
     server = {**BASE["server"], "devices": ["cpu:0", "cpu:1"]}
     running.reload(server=server)
     assert "server.devices has changed" in running.service.log
-    assert [life.device for life in running.service.fleet.devices] == ["cpu"]
+    assert [state.device for state in running.service.states.devices] == ["cpu"]
     assert running.http_pids() == http, "nothing that HTTP processes go by has changed"
 
 
-def test_the_only_http_process_is_replaced_without_a_gap(configured):
-    server = {**BASE["server"], "http_workers": 1}
-    running = configured(server=server)
-    with running.traffic(clients=6, pause_s=0.001) as traffic:
-        before = running.http_pids()
-        running.reload(server={**server, "grace_s": 6})
-        assert not running.http_pids() & before
-        traffic.after(10)
+def test_every_process_swaps_without_closing_a_connection(configured):
+    running = configured(server={**BASE["server"], "http_workers": 3})
+    with running.traffic(clients=12, pause_s=0.001) as traffic:
+        traffic.after(20)
+        running.reload(limits={"max_images": 1})
+        assert {running.ask(images=2).json().get("code") for _ in range(30)} == {"too_many_images"}
+        traffic.after(20)
     assert traffic.errors == []
     assert traffic.statuses() == {200}
-    assert not list(running.service.runtime.metrics_dir.glob(f"gauge_live*_{before.pop()}.db"))
+    assert traffic.connections == 12
 
 
-def test_a_successor_that_does_not_start_leaves_the_old_one(configured):
-    running = configured(server={**BASE["server"], "http_workers": 1})
+def test_no_model_goes_while_a_request_by_the_old_configuration_runs(configured):
+    """The default model of the old configuration answers requests that began under it."""
+    other = {"name": "other", "source": "python:fake.fast"}
+    running = configured(models=[FAKE, other], default_model="fake")
+    slow = png(picture(1, Fault.SLOW, 100))
+    with ThreadPoolExecutor() as threads:
+        asked = threads.submit(running.ask, content=slow)
+        until(lambda: running.service.status().jobs)
+        running.reload(models=[other], default_model="other")
+        assert asked.done(), "the reload is complete before its last request by the old one"
+        assert asked.result().json()["model"]["name"] == "fake"
+    assert running.ask().json()["model"]["name"] == "other"
+
+
+def test_a_process_that_dies_during_a_reload_leaves_the_old_configuration(configured):
+    running = configured()
+    slow = {"name": "slow", "source": "python:fake.slow"}
     before = running.http_pids()
-    running.write(limits={"max_images": 3})
+    running.write(models=[FAKE, slow], security={"api_keys": ["two"]})
     running.service.process.send_signal(signal.SIGHUP)
-    until(lambda: len(running.http_pids()) == 2)
-    (new,) = running.http_pids() - before
-    os.kill(new, signal.SIGKILL)
-    until(lambda: "a new HTTP process did not start to serve" in running.service.log)
-    assert running.http_pids() == before
-    assert running.ask(images=4).status_code == 200
-    assert running.service.runtime.read_settings().limits.max_images == 32
+    until(lambda: "reloading the configuration" in running.service.log)
+    (leader,) = {line["process"] for line in running.logs("reloading the configuration")}
+    os.kill(leader, signal.SIGKILL)
+    until(lambda: leader not in running.http_pids() and len(running.http_pids()) == 2)
+    assert running.http_pids() != before
+    until(running.is_ready)
+    assert running.ask().status_code == 200, "the old keys"
+    running.hangup("the configuration is reloaded")
+    assert running.ask(key="two", model="slow").status_code == 200
+    assert running.ask().status_code == 401
+
+
+def test_two_signals_at_once_end_with_the_newest_file(configured):
+    running = configured()
+    running.write(limits={"max_images": 2})
+    running.service.process.send_signal(signal.SIGHUP)
+    until(lambda: "reloading the configuration" in running.service.log)
+    running.write(limits={"max_images": 3})
+    running.hangup("the configuration is reloaded")
+    until(lambda: running.ask(images=3).status_code == 200)
+    assert running.ask(images=4).json()["code"] == "too_many_images"
+
+
+def test_a_signal_before_the_processes_serve_is_not_lost(start_configured):
+    running = start_configured(models=[FAKE])
+    running.service.wait_listening()
+    running.write(limits={"max_images": 2})
+    running.service.process.send_signal(signal.SIGHUP)
+    until(lambda: "the configuration is reloaded" in running.service.log, timeout_s=60)
+    assert running.ask(images=3).json()["code"] == "too_many_images"
 
 
 @pytest.mark.anyio

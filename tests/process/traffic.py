@@ -47,6 +47,7 @@ class Traffic:
         self._over = threading.Event()
         self.answers: list[httpx.Response] = []
         self.errors: list[Exception] = []
+        self._local_ports: set[int] = set()
         self._threads = [
             threading.Thread(target=self._ask, args=(number,), daemon=True)
             for number in range(clients)
@@ -80,8 +81,15 @@ class Traffic:
                     self.errors.append(error)
                 else:
                     self.answers.append(answer)
+                    stream = answer.extensions["network_stream"]
+                    self._local_ports.add(stream.get_extra_info("client_addr")[1])
                 i += 1
                 time.sleep(self._pause_s)
+
+    @property
+    def connections(self) -> int:
+        """How many connections were needed."""
+        return len(self._local_ports)
 
     def statuses(self) -> set[int]:
         """Every status there was."""

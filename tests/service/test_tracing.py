@@ -17,6 +17,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from models.types import Job, JobOptions
 from service import tracing
+from service.devices.messages import Submission
 from service.settings import Settings, TracingSettings
 from service.supervisor import supervisor
 from service.tracing import HttpTracing, make_provider
@@ -163,10 +164,11 @@ def entry(number: int, *, traced: bool = True, arrived: float = 0.0) -> Entry:
         version="1",
         input=np.zeros((1, 1, 3), dtype=np.uint8),
         options=JobOptions(),
-        deadline=1e9,
-        traceparent=traceparent(number) if traced else "",
     )
-    made = Entry(job=job, job_class="interactive", arrived=arrived)
+    submission = Submission(
+        job=job, deadline=1e9, traceparent=traceparent(number) if traced else ""
+    )
+    made = Entry(submission=submission, job_class="interactive", arrived=arrived)
     made.batches = 1
     return made
 
@@ -208,7 +210,7 @@ def test_each_job_of_a_batch_has_its_spans_and_links_to_the_others(memory: Memor
 
 def test_images_of_one_request_do_not_link_to_it(memory: Memory) -> None:
     first, second = entry(0), entry(1)
-    second.job = structs.replace(second.job, traceparent=first.job.traceparent)
+    second.submission = structs.replace(second.submission, traceparent=first.submission.traceparent)
     now = time.monotonic()
     device = DeviceTracing(memory.provider, device="cpu")
     device.ran(batch(first, second, started=now), began=now, ended=now, done=now)
@@ -228,7 +230,7 @@ def test_a_long_job_does_not_bury_its_trace(memory: Memory) -> None:
     for number in range(1, 100):
         item.batches = number
         device.ran(batch(item, started=now), began=now, ended=now, done=now)
-        item.pending = Step(item.job)
+        item.suspended = Step(item.job)
     assert len(memory.named("batch")) == 16
     assert len(memory.named("queue")) == 1
 
@@ -248,7 +250,7 @@ def test_who_expires_in_the_queue_shows_how_long_it_waited(memory: Memory) -> No
 def test_what_is_not_sampled_is_not_recorded(memory: Memory) -> None:
     item = entry(0)
     unsampled = traceparent(0).removesuffix("01") + "00"
-    item.job = structs.replace(item.job, traceparent=unsampled)
+    item.submission = structs.replace(item.submission, traceparent=unsampled)
     device = DeviceTracing(memory.provider, device="cpu")
     now = time.monotonic()
     device.ran(batch(item, started=now), began=now, ended=now, done=now)

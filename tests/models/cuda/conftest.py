@@ -1,4 +1,4 @@
-"""Warm models with recorded passes, on a CUDA device or, their recording replaced by another call, on the CPU."""
+"""Warm models with recorded passes, on a CUDA device or with a stand-in on the CPU."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 import torch
 from msgspec import structs
 
-from models.cuda.capture import CudaCapture
-from models.cuda.graphs import Capture, Graphs, Work
+from models.cuda.graphs import Graphs, Record, Work
+from models.cuda.recorder import GraphRecorder
 from models.cuda.staging import CopyStream
-from models.registry import WarmModel
+from models.warm_model import WarmModel
 
 
 def rerun(work: Work) -> Work:
@@ -20,10 +20,10 @@ def rerun(work: Work) -> Work:
     return work
 
 
-def graphed(warm: WarmModel, *, capture: Capture = rerun, best_batch: int = 8) -> WarmModel:
+def graphed(warm: WarmModel, *, record: Record = rerun, best_batch: int = 8) -> WarmModel:
     """The same model with recorded passes from the first batch on."""
     card = structs.replace(warm.info.card, best_batch=best_batch)
-    graphs = Graphs(capture, dtype=warm.dtype, patience=0)
+    graphs = Graphs(record, dtype=warm.dtype, patience=0)
     return replace(warm, info=structs.replace(warm.info, card=card), graphs=graphs)
 
 
@@ -38,7 +38,7 @@ def on_gpu(warm: WarmModel, device: torch.device) -> WarmModel:
         head=warm.head.to(device),
         uploads=CopyStream(device),
     )
-    return graphed(moved, capture=CudaCapture(device))
+    return graphed(moved, record=GraphRecorder(device))
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import logging
 import pytest
 import torch
 
-from models.cuda.capture import CudaCapture
 from models.cuda.graphs import Graphs, Work
+from models.cuda.recorder import GraphRecorder
 from tests.models.cuda.conftest import rerun
 
 
@@ -20,8 +20,8 @@ def numbers(*values: float) -> tuple[torch.Tensor]:
     return (torch.tensor(values)[:, None],)
 
 
-def graphs_of(capture=rerun, **options) -> Graphs:
-    return Graphs(capture, **{"dtype": torch.float32, "patience": 0} | options)
+def graphs_of(record=rerun, **options) -> Graphs:
+    return Graphs(record, **{"dtype": torch.float32, "patience": 0} | options)
 
 
 def values(outputs: tuple[torch.Tensor, ...] | None) -> list[float]:
@@ -130,7 +130,7 @@ def test_values_that_are_not_finite_agree_with_themselves():
 
 @pytest.mark.gpu
 def test_a_gpu_replays(cuda):
-    graphs = graphs_of(CudaCapture(cuda))
+    graphs = graphs_of(GraphRecorder(cuda))
     for given in ((1.0, 2.0, 3.0), (4.0,), (5.0, 6.0)):
         for key, rows in (("narrow", 4), ("wide", 1024)):
             inputs = tuple(tensor.to(cuda) for tensor in numbers(*given))
@@ -149,7 +149,7 @@ def synchronise(given: torch.Tensor) -> tuple[torch.Tensor, ...]:
     "bad", [lambda v: (v * v.sum().item(),), synchronise], ids=["read", "wait"]
 )
 def test_work_that_waits_is_refused_and_the_gpu_goes_on(bad, cuda):
-    graphs = graphs_of(CudaCapture(cuda))
+    graphs = graphs_of(GraphRecorder(cuda))
     inputs = tuple(tensor.to(cuda) for tensor in numbers(1.0, 2.0))
     before = torch.cuda.current_stream(), torch.cuda.get_sync_debug_mode()
     assert values(graphs.run("first", double, inputs, rows=2)) == [2.0, 4.0]

@@ -1,4 +1,4 @@
-"""Pictures are read only after their copy was waited for, and all parts of a batch set out before the first runs."""
+"""Images are read only after their copy, and all parts of a batch set out before the first runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from models.cuda.staging import CopyStream, Ready, stage
 from models.engine import Engine
 from models.hooks import HookStack
-from models.preparation.twin import Twin
+from models.preparation.variant import Variant
 from tests.models.conftest import OneModel, warm_of
 from tests.models.test_engine import assert_same, finish, job
 
@@ -46,9 +46,9 @@ def test_pictures_are_stacked():
 
 
 def test_all_parts_of_a_batch_set_out_before_the_first_runs(pool_net):
-    """The twin serves predictions only, so the batch runs as two parts."""
+    """The variant serves predictions only, so the batch runs as two parts."""
     log: list[str] = []
-    twin = Twin(
+    variant = Variant(
         module=copy.deepcopy(pool_net),
         step="a copy",
         readable=frozenset(),
@@ -56,10 +56,10 @@ def test_all_parts_of_a_batch_set_out_before_the_first_runs(pool_net):
         differentiable=True,
     )
     plain = warm_of(pool_net, linear=pool_net.fc)
-    warm = replace(plain, twins=(twin,), uploads=SlowUploads(log))
+    warm = replace(plain, variants=(variant,), uploads=SlowUploads(log))
     batch = [job("a", seed=1), job("b", "predict", seed=2), job("c", seed=3)]
     with HookStack() as hooks:
-        for module in (pool_net, twin.module):
+        for module in (pool_net, variant.module):
             hooks.forward(module, lambda *_: log.append("pass"))
         found = finish(Engine(OneModel(warm)), batch)
     assert log == ["start 2", "start 1", "wait 2", "pass", "wait 1", "pass"]

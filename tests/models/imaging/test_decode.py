@@ -20,7 +20,15 @@ from models.errors import (
     ImageUndecodable,
     UnsupportedMediaType,
 )
-from models.imaging.decode import _TURNS, FORMATS, DecodeLimits, Picture, _turn_box, decode, sniff
+from models.imaging.decode import (
+    _TURNS,
+    FORMATS,
+    DecodedImage,
+    DecodeLimits,
+    _turn_box,
+    decode,
+    sniff,
+)
 from models.types import Preprocess
 
 SPEC = Preprocess(resize=256, crop=(224, 224))
@@ -41,7 +49,7 @@ def photo(width: int = 61, height: int = 40) -> Image.Image:
     return CHELSEA.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def read(data: bytes, **changes: object) -> Picture:
+def read(data: bytes, **changes: object) -> DecodedImage:
     options = {"limits": LIMITS, "preprocess": SPEC, "keep_original": False, **changes}
     return decode(data, **options)
 

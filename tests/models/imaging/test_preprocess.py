@@ -11,7 +11,7 @@ from PIL import ExifTags, Image
 from skimage import data as pictures
 
 from models import compat
-from models.imaging.decode import DecodeLimits, Picture, decode
+from models.imaging.decode import DecodedImage, DecodeLimits, decode
 from models.imaging.preprocess import preprocess, to_input, to_original
 from models.types import Geometry, Preprocess, Region
 
@@ -40,8 +40,8 @@ def resized(width: int, height: int) -> Image.Image:
     return ASTRONAUT.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def picture(image: Image.Image) -> Picture:
-    return Picture(
+def picture(image: Image.Image) -> DecodedImage:
+    return DecodedImage(
         image=image, width=image.width, height=image.height, box=(0, 0, *image.size), drafted=False
     )
 
@@ -215,7 +215,7 @@ def test_the_draft_s_box_matters() -> None:
     image = Image.fromarray(pictures.coffee()).resize((1027, 1025), 3)
     drafted = decode(jpeg(image), limits=DecodeLimits(), preprocess=spec)
     assert drafted.image.size == (129, 129)
-    whole = Picture(
+    whole = DecodedImage(
         image=drafted.image, width=1027, height=1025, box=(0, 0, 129, 129), drafted=True
     )
     right, wrong = (preprocess(p, spec)[0].astype(int) for p in (drafted, whole))

@@ -15,7 +15,7 @@ from skimage import data as pictures
 from torch.nn import functional
 
 from models.imaging.colormaps import COLORMAPS
-from models.imaging.decode import DecodeLimits, Picture, decode
+from models.imaging.decode import DecodedImage, DecodeLimits, decode
 from models.imaging.preprocess import preprocess
 from models.imaging.render import (
     Canvas,
@@ -42,9 +42,9 @@ def random_map(*shape: int, seed: int = 0) -> np.ndarray:
 
 def prepared(
     width: int, height: int, spec: Preprocess = SPEC
-) -> tuple[Picture, np.ndarray, Geometry]:
+) -> tuple[DecodedImage, np.ndarray, Geometry]:
     image = COFFEE.resize((width, height), Image.Resampling.BICUBIC)
-    picture = Picture(
+    picture = DecodedImage(
         image=image, width=width, height=height, box=(0, 0, width, height), drafted=False
     )
     return picture, *preprocess(picture, spec)

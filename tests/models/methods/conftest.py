@@ -1,4 +1,4 @@
-"""What tests of explanation methods start from: captures, subjects of long methods, and a driver for their steps."""
+"""Captures, subjects of long methods, and a driver for their steps."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from models.extractor import Extractor, Tap
 from models.head import probe_head
 from models.interventions import changes_for
 from models.layers import to_map
-from models.registry import WarmModel
-from models.steps import Exclusive, Step, Steps, Subject
+from models.steps import Step, Steps, Subject, Unbatched
 from models.targets import ResolvedTarget, ScoreWeights, class_scores
 from models.types import Failure, Job, JobOptions, ModelCard, ModelInfo
+from models.warm_model import WarmModel
 
 CaptureOf = Callable[..., Capture]
 SubjectOf = Callable[..., Subject]
@@ -71,7 +71,7 @@ class Drive:
     def _check(self, step: Step, subject: Subject) -> None:
         self.taken.append(step)
         assert step.cost > 0
-        if isinstance(step, Exclusive):
+        if isinstance(step, Unbatched):
             # A chunk of images that are differentiated twice costs as much as six.
             assert step.cost <= 6 * subject.chunk
         else:
@@ -86,7 +86,6 @@ def _job(subject: Subject, name: str) -> Job:
         version="1",
         input=np.zeros((1, 1, 3), np.uint8),
         options=JobOptions(interventions=subject.interventions),
-        deadline=0.0,
     )
 
 
@@ -97,19 +96,19 @@ def drive() -> Drive:
 
 @pytest.fixture
 def capture_of() -> CaptureOf:
-    """`capture_of(net, x, layer, targets)`: (A, g) of a layer for the same targets of every image."""
+    """`capture_of(net, x, layer, targets)`: (A, g) for the same targets of every image."""
     return _capture
 
 
 @pytest.fixture
 def subject_of() -> SubjectOf:
-    """`subject_of(net, x, targets, layer)`: what a long method takes, of one image and any of its options."""
+    """`subject_of(net, x, targets, layer)`: a subject of one image with any options."""
     return _subject
 
 
 @pytest.fixture
 def untouched() -> Callable[[nn.Module], AbstractContextManager[None]]:
-    """`with untouched(net):` fails if the block leaves a hook, a gradient, or another change in the network."""
+    """`with untouched(net):` fails if the block leaves a hook, a gradient, or another change."""
     return _untouched
 
 
@@ -177,7 +176,7 @@ def _subject(
     layouts=None,
     task: str = "single_label",
 ) -> Subject:
-    """Args: a frozen network, (3, H, W) or (1, 3, H, W) as the network takes it, classes, a layer or none."""
+    """Args: a frozen network, its input (3, H, W) or (1, 3, H, W), classes, a layer or none."""
     x = x if x.ndim == 4 else x[None]
     layouts = layouts or ({layer: None} if layer else {})
     warm = _warm(net, x, layer, layouts, task)
@@ -214,7 +213,7 @@ def _subject(
 
 
 def _closed_form(capture: Capture, warm: WarmModel, targets) -> Capture:
-    """The same with its gradient in the short form that the trunk pass gives for such heads."""
+    """The same with its gradient in the short form that the shared pass gives for such heads."""
     rows = ScoreWeights([targets], capture.activation.device).of_rows(warm.head.weight)
     gradient = rows[..., None, None] / capture.activation[0, 0].numel()
     torch.testing.assert_close(gradient.expand_as(capture.gradient), capture.gradient)

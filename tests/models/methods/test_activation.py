@@ -1,4 +1,4 @@
-"""Activation methods against full decompositions in float64, peers where they are right, and hand-computed cases."""
+"""Activation methods against decompositions in float64, peers, and hand-computed cases."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_eigencam_is_the_first_singular_component(k, h, w, signed):
 
 
 def test_eigencam_by_hand():
-    """A = [3 0; 0 0], [4 0; 0 0] plus an orthogonal 1 at the last place: the component is 5 at the first."""
+    """A = [3 0; 0 0], [4 0; 0 0] plus an orthogonal 1 at the end: the component is 5 at first."""
     a = torch.zeros(1, 3, 2, 2)
     a[0, 0, 0, 0], a[0, 1, 0, 0], a[0, 2, 1, 1] = 3, 4, 1
     maps = eigencam(Capture("x", a, None, torch.zeros(1, 2)))
@@ -68,7 +68,7 @@ def test_eigencam_by_hand():
 
 
 def test_eigencam_has_no_random_sign():
-    """Negating what LAPACK returns must not show: half of many random maps would be the wrong way round."""
+    """Negating what LAPACK returns must not show; else half of the random maps would turn."""
     for seed in range(20):
         capture = random_capture(n=1, seed=seed, signed=True)
         m, guide = eigencam(capture)[0, 0].numpy(), capture.activation[0].sum(0).numpy()
@@ -107,7 +107,7 @@ def test_eigengradcam_is_the_first_component_of_the_weighted_activation():
 
 
 def test_eigengradcam_of_one_channel_is_that_channel():
-    """There is nothing to decompose, and its evidence keeps its sign, negative throughout or not."""
+    """There is nothing to decompose, and evidence keeps its sign, negative or not."""
     capture = random_capture(k=1)
     for gradient in (capture.gradient, -capture.gradient.abs()):
         found = eigengradcam(replace(capture, gradient=gradient))
@@ -142,7 +142,7 @@ def test_kpca_averages_big_layers_down():
 
 
 def test_fem_by_hand():
-    """Channel 0: mean 1, deviation sqrt(7): 8 is above 1 + 2 sqrt(7) = 6.29. Channel 1: nothing is. Channel 2: flat."""
+    """Channel 0: 8 is above 1 + 2 sqrt(7) = 6.29. Channel 1: nothing is. Channel 2: flat."""
     a = torch.zeros(1, 3, 2, 4)
     a[0, 0, 1, 2] = 8
     a[0, 1] = torch.tensor([[4.0, 4, 4, 4], [0, 0, 0, 0]])
@@ -153,7 +153,7 @@ def test_fem_by_hand():
 
 
 def test_fem_by_the_authors_loop():
-    """Their code: binary maps of values above mean + 2 deviations, weighted by the channel's mean, summed."""
+    """Their code: sum of binary maps of values above mean + 2 deviations, times the mean."""
     capture = random_capture(n=2, k=30, h=7, w=7)
     for a, m in zip(capture.activation.double().numpy(), fem(capture), strict=True):
         expected = np.zeros((7, 7))

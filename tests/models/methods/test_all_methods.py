@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from functools import cache
 
@@ -18,10 +17,10 @@ from models.catalog import ModelSpec
 from models.compat import define_missing_operators
 from models.engine import Engine, Suspended
 from models.methods import METHODS, implementation
-from models.registry import WarmModel
 from models.sources import LoadedModel
 from models.types import ClassRef, Job, JobOptions, Outcome, Preprocess, Target
-from models.warm import prepare
+from models.warm_model import WarmModel
+from models.warmup import warm_up
 from models.weights import seeded
 
 define_missing_operators()
@@ -29,7 +28,7 @@ from timm.models.vision_transformer import VisionTransformer  # noqa: E402  (its
 
 SIDE, CLASSES = 16, 5
 SHIFTING = {"eigencam", "eigengradcam", "kpca_cam", "fem"}
-"""Methods without a final ReLU whose sign means nothing but more or less; below 0 on some layers."""
+"""Methods without a final ReLU whose sign has no meaning; below 0 on some layers."""
 
 
 class Pooled(nn.Module):
@@ -75,7 +74,7 @@ def warmed(kind: str, precision: str = "fp32") -> WarmModel:
         task="single_label",
         preprocess=Preprocess(resize=SIDE, crop=(SIDE, SIDE)),
     )
-    return prepare(loaded, torch.device("cpu"), warmup_s=0.0)
+    return warm_up(loaded, torch.device("cpu"), warmup_s=0.0)
 
 
 def chunked(warm: WarmModel, chunk: int) -> WarmModel:
@@ -117,7 +116,6 @@ def job(warm: WarmModel, names, picture: int, targets=(0,), *, seed: int = 0) ->
             steps=3,
             seed=seed,
         ),
-        deadline=time.monotonic() + 1000,
     )
 
 

@@ -1,4 +1,4 @@
-"""FullGrad: its completeness, and its map by another way to the same gradients (zeros added where biases are)."""
+"""FullGrad: its completeness, and its map from gradients of zeros added where biases are."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def alive(net: nn.Module) -> nn.Module:
 
 
 class Piecewise(nn.Module):
-    """Every kind of bias there is, an activation inside a batch-norm, in-place ReLUs, a layer that is used twice."""
+    """Every kind of bias, an activation in a batch-norm, in-place ReLUs, a layer used twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ def test_complete_on_timms_batch_norms_with_activations(subject_of):
 
 
 def by_added_zeros(net: Piecewise, x: torch.Tensor, target: int) -> torch.Tensor:
-    """The map from gradients of zeros added where each bias is, in float64, in a forward written out once more."""
+    """The map from gradients of zeros added where each bias is, in float64, written out."""
     net, x = net.double(), x.double().requires_grad_()
     zeros: list[tuple[torch.Tensor, torch.Tensor]] = []
 

@@ -86,7 +86,7 @@ def test_untouched_notices(untouched, pool_net):
 
 
 def pairs(layer):
-    """A long method: the sum of gradient and activation at a layer, one target after the other in one step."""
+    """A long method: gradient plus activation at a layer, for all targets in one step."""
 
     def method(subject):
         capture = yield LayerGradient(subject.inputs, layer, subject.targets)

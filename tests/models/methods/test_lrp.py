@@ -1,4 +1,4 @@
-"""LRP against its rules written out with Jacobian matrices in float64, against captum, and by conservation."""
+"""LRP against its rules written out with Jacobians in float64, captum, and conservation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LOW, HIGH = -2.0, 2.0
 
 
 class ConvNet(nn.Module):
-    """What CNNs are made of: convolutions with normalisation, a residual, ReLU6, pooling, two linear layers."""
+    """What CNNs are made of: normalisation, a residual, ReLU6, pooling, two linear layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -248,7 +248,7 @@ def rules_of(x, *, low=LOW, high=HIGH):
 def held_and_reached(net, x, target, **bounds):
     rules = rules_of(x, **bounds)
     with rules:
-        logits = net(rules.picture)
+        logits = net(rules.image)
     score = rules.settled(logits)[0, target]
     maps, _ = rules.explain(score)
     (held,) = torch.autograd.grad(score, rules._one, allow_unused=True)
@@ -321,7 +321,7 @@ class Gated(nn.Module):
 
 
 def test_a_model_that_normalises_its_input_is_explained_alike(conv_net, picture):
-    """Bounds go through what comes before the first convolution; constants in there hold no relevance."""
+    """Bounds go through what precedes the first convolution; constants hold no relevance."""
 
     class Normalising(nn.Module):
         def forward(self, x):
@@ -338,7 +338,7 @@ def test_a_model_that_normalises_its_input_is_explained_alike(conv_net, picture)
     ):
         rules = rules_of(x, low=low, high=high)
         with rules:
-            logits = net(rules.picture)
+            logits = net(rules.image)
         maps.append(rules.explain(rules.settled(logits)[0, 2])[0])
     assert maps[0].abs().max() > 1e-3
     torch.testing.assert_close(maps[0], maps[1])
@@ -409,7 +409,7 @@ def test_half_precision_models_are_explained_in_float32(run, conv_net, picture):
         high=torch.full((1, 3, 4, 4), HIGH),
     )
     with rules:
-        logits = half(rules.picture)
+        logits = half(rules.image)
     maps, _ = rules.explain(rules.settled(logits)[0, 2])
     assert maps.dtype == torch.float32
     torch.testing.assert_close(maps, expected[0], rtol=0.1, atol=0.05 * float(expected.abs().max()))

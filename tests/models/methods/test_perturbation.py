@@ -14,8 +14,7 @@ from models.head import HeadProbe
 from models.layers import TokenLayout
 from models.methods import METHODS, implementation
 from models.methods._masks import RandomMasks, unit_masks, varying_channels
-from models.noted import Noted
-from models.steps import Exclusive, Forward
+from models.steps import Forward, NotedMaps, Unbatched
 from models.targets import ResolvedTarget, class_scores, probabilities
 from models.types import Intervention
 from tests.models.conftest import frozen
@@ -25,7 +24,7 @@ from tests.models.test_engine import finish, job, normalised
 def run(drive, name: str, subject) -> torch.Tensor:
     """The maps of a method."""
     made = drive(implementation(name)(subject), subject)
-    return made.maps if isinstance(made, Noted) else made
+    return made.maps if isinstance(made, NotedMaps) else made
 
 
 OWN = [name for name, row in METHODS.items() if row.family == "perturbation"]
@@ -59,7 +58,7 @@ class TokenNet(nn.Module):
 
 
 class JoinNet(nn.Module):
-    """Joins what it has before the layer to what comes after it, so that the batch cannot grow there."""
+    """Joins what precedes the layer to what follows, so that the batch cannot grow there."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,7 +193,7 @@ def test_masks_reach_both_ends():
 
 
 def ablated(net, layer, x, *, layout=None) -> tuple[np.ndarray, np.ndarray]:
-    """Activation and drops (K, classes) in float64, one pass of the whole network for each channel."""
+    """Activation and drops (K, classes) in float64, one whole pass for each channel."""
     caught = {}
 
     def tap(module, args, output):
@@ -242,7 +241,7 @@ def test_ablationcam_on_pooled_linear_heads_needs_no_pass(drive, subject_of, poo
 
 
 @pytest.mark.parametrize(("target_layer", "replays"), [("out", 1), ("elsewhere", 3)])
-def test_ablationcam_replays_other_heads_with_one_trunk_row(
+def test_ablationcam_replays_other_heads_with_one_backbone_row(
     target_layer, replays, drive, subject_of, flat_net, images, untouched
 ):
     """All six channels at once after the target layer, chunks of two after any other."""
@@ -278,7 +277,7 @@ def test_ablationcam_of_tokens_leaves_the_class_token(drive, subject_of, token_n
 
 
 def test_ablationcam_does_not_flip_with_the_score(drive, subject_of, pool_net, images):
-    """A channel that supports the class weighs positively also where the class's score is negative."""
+    """A channel that supports the class weighs positively even if its score is negative."""
     pool_net.fc.weight.abs_()
     pool_net.fc.bias -= 50
     subject = subject_of(pool_net, images[0], [1], "out")
@@ -297,7 +296,7 @@ def test_ablationcam_under_interventions(layer, drive, subject_of, pool_net, ima
     layouts = {"out": None, "fc": None}
     subject = subject_of(pool_net, images[0], [1], "out", interventions=(change,), layouts=layouts)
     found = run(drive, "ablationcam", subject)
-    assert all(isinstance(step, Exclusive) for step in drive.taken)
+    assert all(isinstance(step, Unbatched) for step in drive.taken)
     activation = subject.capture.activation[0]
     weights = pool_net.fc.weight[1] * activation.mean((1, 2))
     weights = weights * (-2 if layer == "fc" else 1) / subject.capture.score[0].abs()
@@ -401,7 +400,7 @@ def test_probabilities_of_scores(task, outputs):
 
 @pytest.mark.parametrize("name", OWN)
 def test_common_properties(name, drive, subject_of, flat_net, images, untouched):
-    """Finite, of the right shape, the same at any chunk size and among others, and the network is left alone."""
+    """Finite, of the right shape, the same at any chunk size; the network is left alone."""
     layer = "" if name not in LAYERED else "out"
     options = OPTIONS.get(name, {})
 
@@ -428,7 +427,7 @@ def test_common_properties(name, drive, subject_of, flat_net, images, untouched)
             torch.testing.assert_close(run(drive, name, subject(chunk)), expected)
         both = [subject(3), subject(5, image=1, targets=[0])]
         first, second = (
-            made.maps if isinstance(made, Noted) else made
+            made.maps if isinstance(made, NotedMaps) else made
             for made in drive.together([(method(s), s) for s in both])
         )
         torch.testing.assert_close(first, expected)
@@ -447,7 +446,7 @@ def test_given_up_half_way_leaves_nothing(name, subject_of, flat_net, images, un
         )
         steps = implementation(name)(subject)
         step = next(steps)
-        if isinstance(step, Exclusive):
+        if isinstance(step, Unbatched):
             step.run()
         steps.close()
 

@@ -18,8 +18,7 @@ from torch import nn
 from models.errors import MethodNotApplicable
 from models.methods import METHODS, implementation
 from models.methods._guided import relus
-from models.noted import Noted
-from models.steps import InputGradient
+from models.steps import InputGradient, NotedMaps
 from models.targets import ResolvedTarget
 from models.types import Intervention
 
@@ -63,8 +62,8 @@ def frozen(net: nn.Module) -> nn.Module:
     return net.eval().requires_grad_(False)
 
 
-def maps_of(made: torch.Tensor | Noted) -> torch.Tensor:
-    return made.maps if isinstance(made, Noted) else made
+def maps_of(made: torch.Tensor | NotedMaps) -> torch.Tensor:
+    return made.maps if isinstance(made, NotedMaps) else made
 
 
 @pytest.fixture
@@ -198,7 +197,7 @@ def test_guided_refuses_networks_without_relu(run, smooth_net, images):
 
 
 def test_guided_gradcam_equals_captum(run, pool_net, images):
-    """Captum multiplies before taking the absolute value; Grad-CAM is not negative, so that is the same."""
+    """Captum multiplies before the absolute value: the same, as Grad-CAM is not negative."""
     pool_net.out.inplace = False
     peer = GuidedGradCam(pool_net, pool_net.out)
     with warnings.catch_warnings():
@@ -300,7 +299,7 @@ def test_black_pixels_get_nothing_from_integrated_gradients(run, flat_net, image
     scale=st.sampled_from([1e-3, 1.0, 30.0]),
 )
 def test_properties(name, drive, subject_of, pool_net, count, chunk, seed, scale):
-    """Finite, of the input's size, one map a target; chunk size, other targets and a second run change nothing."""
+    """Finite, of the input's size; chunk size, other targets and a second run change nothing."""
     x = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(seed)) * scale
     targets = [i % 5 for i in range(count)]
     options = {"samples": 5, "steps": 3, "seed": seed, "layer": "out"}

@@ -1,4 +1,4 @@
-"""Pixel and attention methods through the engine: what they explain, what they say, and that refusals stay typed."""
+"""Pixel and attention methods through the engine: maps, notes, and typed refusals."""
 
 from __future__ import annotations
 

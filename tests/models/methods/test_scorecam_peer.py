@@ -27,7 +27,7 @@ LAYER = "layer2"
 
 @pytest.fixture(scope="module")
 def net() -> nn.Module:
-    """ResNet-18 with a spread of scores that a trained one has; fresh ones score every mask alike."""
+    """ResNet-18 with the spread of scores of a trained one; fresh ones score masks alike."""
     torch.manual_seed(3)
     built = torchvision.models.resnet18(weights=None, num_classes=10)
     built.fc.weight.data.mul_(20)

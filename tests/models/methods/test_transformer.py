@@ -15,7 +15,7 @@ from models.errors import MethodNotApplicable
 from models.extractor import Extractor
 from models.layers import TokenLayout, find_layouts
 from models.methods import METHODS, implementation
-from models.methods._attention import Seen, attention_hook, find_transformer
+from models.methods._attention_gradients import Seen, attention_hook, find_transformer
 from models.probe import trace
 from models.targets import ResolvedTarget
 from models.types import Intervention
@@ -90,7 +90,7 @@ def layouts_of(net: nn.Module):
 
 
 class Open:
-    """A transformer run block by block in float64, its attention weights plain tensors of the graph."""
+    """A transformer run in float64, its attention weights plain tensors of the graph."""
 
     def __init__(self, net: nn.Module) -> None:
         self.net = copy.deepcopy(net).double()
@@ -312,7 +312,7 @@ def test_properties(name, run, count, chunk, seed):
 @pytest.mark.parametrize("name", OWN)
 @pytest.mark.parametrize("layer", ["blocks.0", "blocks.1.attn", "norm", "blocks.2.attn.qkv"])
 def test_interventions_hold(name, layer, run, picture):
-    """As if the change were part of the model, before and after the blocks' tokens become a batch."""
+    """As if the change were part of the model, before and after tokens become a batch."""
     net = build("class token")
     changes = [
         Intervention(layer=layer, channels=tuple(range(0, 16, 3)), op="scale", value=3.0),

@@ -9,17 +9,17 @@ import torch
 from torch import nn
 
 from models.catalog import ModelSpec
-from models.registry import WarmModel
 from models.sources import LoadedModel
 from models.types import Preprocess
-from models.warm import prepare
+from models.warm_model import WarmModel
+from models.warmup import warm_up
 from tests.models.conftest import PoolNet, frozen
 
 SIDE = 8
 
 
 class Blocks(PoolNet):
-    """`PoolNet` with a residual block, so that there are inner layers that are no part of a fused convolution."""
+    """`PoolNet` with a residual block, whose inner layers are not all fused."""
 
     def __init__(self, outputs: int = 5) -> None:
         super().__init__(classes=outputs)
@@ -49,7 +49,7 @@ def warm(net: nn.Module, *, task: str = "single_label", classes: int = 5, **fiel
         preprocess=Preprocess(resize=SIDE, crop=(SIDE, SIDE), **statistics),
         spec=ModelSpec(name="tiny", source="python:tests:tiny", task=task, **fields),
     )
-    return prepare(loaded, torch.device("cpu"), warmup_s=0.01)
+    return warm_up(loaded, torch.device("cpu"), warmup_s=0.01)
 
 
 @pytest.fixture(scope="module")

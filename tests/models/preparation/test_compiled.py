@@ -1,4 +1,4 @@
-"""A compiled trunk answers as the model does, and a machine that cannot compile serves it as before."""
+"""A compiled backbone answers as the model does; without a compiler the model is served anyway."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch._inductor.config as inductor
 from models.engine import Engine
 from models.preparation.compiled import SIZES
 from models.preparation.replay import Replay
-from models.preparation.twin import Needs
-from models.registry import WarmModel
+from models.preparation.variant import Needs
+from models.warm_model import WarmModel
 from tests.models.conftest import FlatNet, OneModel, frozen
 from tests.models.preparation.conftest import SIDE, blocks, warm
 from tests.models.test_engine import MIXED, assert_same, finish, job
@@ -24,7 +24,7 @@ def cold_cache(tmp_path, monkeypatch):
 
 
 def replays(model: WarmModel) -> list[Replay]:
-    return [twin.module for twin in model.twins if isinstance(twin.module, Replay)]
+    return [variant.module for variant in model.variants if isinstance(variant.module, Replay)]
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""A model on OpenVINO answers as on torch, whatever is asked of it, or is served by torch and says why."""
+"""A model on OpenVINO answers as on torch, or is served by torch and its card says why."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from models.catalog import default_spec
 from models.engine import Engine
 from models.head import HeadProbe
 from models.preparation import openvino
-from models.preparation.prepare import Findings, prepare_module
+from models.preparation.optimise import Findings, optimise
 from models.preparation.replay import Replay
-from models.preparation.twin import Needs
-from models.registry import ModelRegistry, WarmModel
+from models.preparation.variant import Needs
+from models.registry import ModelRegistry
 from models.statistics import SUBSAMPLE
 from models.types import Intervention, Outcome, Target
+from models.warm_model import WarmModel
 from tests.models.conftest import FlatNet, OneModel, PoolNet, frozen
 from tests.models.preparation.conftest import SIDE, blocks, warm
 from tests.models.test_engine import MIXED, assert_same, finish, index, job
@@ -62,7 +63,7 @@ def assert_equal_answers(jobs, *models: WarmModel, atol: float = 1e-4) -> None:
 
 
 def sampled_apart(outcome: Outcome) -> Outcome:
-    """The outcome without quantiles of large tensors: they come from a sample, which goes by the memory layout."""
+    """The outcome without quantiles of large tensors, whose sample follows the memory layout."""
     statistics = tuple(
         s if math.prod(s.shape) <= SUBSAMPLE else structs.replace(s, quantiles=None)
         for s in outcome.statistics
@@ -71,7 +72,7 @@ def sampled_apart(outcome: Outcome) -> Outcome:
 
 
 def skipped(model: WarmModel) -> str:
-    assert not any(isinstance(twin.module, Replay) for twin in model.twins)
+    assert not any(isinstance(variant.module, Replay) for variant in model.variants)
     return next(s for s in model.info.card.preparation if s.startswith("openvino skipped"))
 
 
@@ -106,7 +107,7 @@ def test_passes_run_where_they_can(on_openvino):
     ):
         assert module_of(on_openvino, beyond) is not Replay
     # Layers beside the target cost something, which passes without them do not pay.
-    lean, wide = on_openvino.twins[:2]
+    lean, wide = on_openvino.variants[:2]
     assert lean.readable == out
     assert wide.readable == {*on_openvino.info.feature_layers, "out"}
 
@@ -121,7 +122,7 @@ def test_long_methods_run_on_the_runtime(on_openvino):
 
 
 def test_what_a_pass_gave_outlives_the_next_one(on_openvino):
-    module = on_openvino.twins[1].module
+    module = on_openvino.variants[1].module
     run = module._run
     first, second = torch.randn(2, 2, 3, SIDE, SIDE)
     kept = run(first)
@@ -203,7 +204,7 @@ class Unknown(PoolNet):
 
 
 class Counting(PoolNet):
-    """A network that treats a batch of two pictures, which the probes use, differently from all others."""
+    """A network that treats a batch of two, as the probes use, differently from all others."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x if len(x) == 2 else 2 * x)
@@ -247,7 +248,7 @@ def test_other_devices_are_served_by_torch(on_torch):
         head=HeadProbe(kind="gap_linear", closed_form=True, weight=torch.zeros(5, 6)),
         choose_features=lambda _: (),
     )
-    prepared = prepare_module(
+    prepared = optimise(
         blocks(),
         torch.randn(2, 3, SIDE, SIDE),
         spec=default_spec().model_copy(update={"runtime": "openvino"}),
@@ -259,15 +260,15 @@ def test_other_devices_are_served_by_torch(on_torch):
 
 
 def test_a_layer_whose_tensor_differs_is_not_offered(monkeypatch):
-    run = openvino.CompiledTrunk.__call__
+    run = openvino.CompiledBackbone.__call__
 
     def faulty(self, inputs):
         target, *features = run(self, inputs)
         return [target, *(1.01 * feature for feature in features)]
 
-    monkeypatch.setattr(openvino.CompiledTrunk, "__call__", faulty)
+    monkeypatch.setattr(openvino.CompiledBackbone, "__call__", faulty)
     model = warm(blocks(), runtime="openvino")
-    assert [t.readable for t in model.twins if isinstance(t.module, Replay)] == [{"out"}] * 2
+    assert [t.readable for t in model.variants if isinstance(t.module, Replay)] == [{"out"}] * 2
 
 
 @pytest.mark.slow

@@ -57,21 +57,24 @@ def test_layers_called_twice_are_not_offered(net, head, pictures):
     assert reference.features == ("block",)
 
 
-def test_a_trunk_with_other_tensors_is_refused(net, head, pictures):
+def test_a_backbone_with_other_tensors_is_refused(net, head, pictures):
     reference = Reference(net, pictures, head=head, features=())
-    trunk = LayerOutputs(net, ["out"])
-    twin = reference.twin(trunk, ["out"], exact=True, step="as it is")
-    assert twin.readable == twin.rewritable == {"out"}
-    for wrong in (lambda x: [1.01 * trunk(x)[0]], lambda x: [trunk(x)[0].flip(-1).cumsum(-1)]):
+    backbone = LayerOutputs(net, ["out"])
+    variant = reference.variant(backbone, ["out"], exact=True, step="as it is")
+    assert variant.readable == variant.rewritable == {"out"}
+    for wrong in (
+        lambda x: [1.01 * backbone(x)[0]],
+        lambda x: [backbone(x)[0].flip(-1).cumsum(-1)],
+    ):
         with pytest.raises(Refused, match="differ from torch's"):
-            reference.twin(wrong, ["out"], exact=True, step="wrong")
+            reference.variant(wrong, ["out"], exact=True, step="wrong")
 
 
 def test_the_layers_tensor_must_be_right_even_where_the_scores_are(net, head, pictures):
     reference = Reference(net, pictures, head=head, features=())
     with pytest.raises(Refused, match="its tensors at out differ"):
         # Flipped maps have the same means.
-        reference.twin(
+        reference.variant(
             lambda x: [LayerOutputs(net, ["out"])(x)[0].flip(-1)], ["out"], exact=True, step=""
         )
 

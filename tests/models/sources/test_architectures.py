@@ -1,4 +1,4 @@
-"""Target layer, layout and head of the architectures people use, found by probing random weights on small inputs."""
+"""Target layer, layout and head of common architectures, probed with random weights."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ from models.types import Preprocess
 from models.weights import fill_zero_heads, seeded
 
 SWIN = TokenLayout(grid=(2, 2), channels_last=True)
+CLASS_TOKEN = TokenLayout(grid=(4, 4), prefix=1)
+REGISTERS = TokenLayout(grid=(4, 4), prefix=5)
 
 
 def probed(module: nn.Module, side: int) -> tuple[str, TokenLayout | None, HeadProbe]:
-    """Target layer, its layout and its head; checks on the way what holds for every architecture."""
+    """Target layer, its layout and its head; also checks what holds for all architectures."""
     probe = probe_batch(Preprocess(resize=side, crop=(side, side)))
     found = trace(module, "single_label", probe)
     layouts = find_layouts(found)
@@ -131,12 +133,12 @@ def timm_swin() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "side", "target", "layout", "head"),
     [
-        (torchvision_vit, 32, "encoder.layers.encoder_layer_2.ln_1", TokenLayout(grid=(4, 4), prefix=1), "token"),
-        (timm_vit, 32, "blocks.2.norm1", TokenLayout(grid=(4, 4), prefix=1), "token"),
-        (lambda: timm_vit(reg_tokens=4), 32, "blocks.2.norm1", TokenLayout(grid=(4, 4), prefix=5), "token"),
-        (lambda: timm_vit(qk_norm=True), 32, "blocks.2.norm1", TokenLayout(grid=(4, 4), prefix=1), "token"),
+        (torchvision_vit, 32, "encoder.layers.encoder_layer_2.ln_1", CLASS_TOKEN, "token"),
+        (timm_vit, 32, "blocks.2.norm1", CLASS_TOKEN, "token"),
+        (lambda: timm_vit(reg_tokens=4), 32, "blocks.2.norm1", REGISTERS, "token"),
+        (lambda: timm_vit(qk_norm=True), 32, "blocks.2.norm1", CLASS_TOKEN, "token"),
         # Averaged patches, then a norm: the class token is there but not read.
-        (lambda: timm_vit(global_pool="avg"), 32, "blocks", TokenLayout(grid=(4, 4), prefix=1), "gap"),
+        (lambda: timm_vit(global_pool="avg"), 32, "blocks", CLASS_TOKEN, "gap"),
         (averaged_vit, 32, "norm", TokenLayout(grid=(4, 4)), "gap_linear"),
         (torchvision_swin, 32, "norm", SWIN, "gap_linear"),
         (torchvision_swin_v2, 32, "norm", SWIN, "gap_linear"),

@@ -56,7 +56,8 @@ def module_name(tmp_path, monkeypatch) -> str:
 def test_a_factory_beside_the_configuration(module_name, spec_of, tmp_path):
     loaded = load(spec_of(f"python:{module_name}:plain", weights="default"), tmp_path)
     assert (loaded.num_classes, loaded.preprocess.crop) == (3, (224, 224))
-    assert sys.path[-1] == str(tmp_path)
+    assert str(tmp_path) not in sys.path
+    assert module_name not in sys.modules
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ async def test_deadline_of_the_job(
     before = time.monotonic()
     async with serve(limits={"max_timeout_s": 60}) as client:
         await client.post("/v1/predict", content=png, params=options, headers=headers)
-    deadline = pool.submitted[0].deadline
+    deadline = pool.submissions[0].deadline
     assert before + seconds <= deadline <= time.monotonic() + seconds
 
 
@@ -179,7 +179,8 @@ async def test_a_request_whose_model_was_replaced_is_asked_again(
     pool.infos = [structs.replace(old, card=structs.replace(old.card, fingerprint="old"))]
 
     def replaced(job: Job) -> ModelReplaced | None:
-        if job.fingerprint == "new":
+        (submission,) = (s for s in pool.submissions if s.job is job)
+        if submission.fingerprint == "new":
             return None
         pool.infos = [new]
         return ModelReplaced("It was replaced.")
@@ -189,7 +190,7 @@ async def test_a_request_whose_model_was_replaced_is_asked_again(
     assert answer.status_code == 200
     labels = {item["label"] for r in answer.json()["results"] for item in r["predictions"]}
     assert labels <= set(new.labels)
-    assert [job.fingerprint for job in pool.submitted] == ["old", "old", "new", "new"]
+    assert [s.fingerprint for s in pool.submissions] == ["old", "old", "new", "new"]
 
 
 async def test_a_model_that_is_replaced_over_and_over_is_a_typed_error(

@@ -16,25 +16,23 @@ from service.settings import Settings
 from tests.fakes import FakePool
 
 
-def process(
-    folder: Path, pid: int, monkeypatch: pytest.MonkeyPatch, *, limit: int
-) -> ConcurrencyLimiter:
-    """The tallies as a process of that id would keep them."""
+def process(folder: Path, pid: int, monkeypatch: pytest.MonkeyPatch) -> ConcurrencyLimiter:
+    """The limiter as a process of that id would use it."""
     monkeypatch.setattr(os, "getpid", lambda: pid)
-    return ConcurrencyLimiter(limit, folder)
+    return ConcurrencyLimiter(folder)
 
 
-def fits(limiter: ConcurrencyLimiter, key: str = "a") -> bool:
-    with contextlib.suppress(Overloaded), limiter.slot(key):
+def fits(limiter: ConcurrencyLimiter, key: str = "a", *, limit: int = 2) -> bool:
+    with contextlib.suppress(Overloaded), limiter.slot(key, limit=limit):
         return True
     return False
 
 
 def test_one_process() -> None:
-    limiter = ConcurrencyLimiter(2, None)
-    with limiter.slot("a"):
+    limiter = ConcurrencyLimiter(None)
+    with limiter.slot("a", limit=2):
         assert fits(limiter)
-        with limiter.slot("a"):
+        with limiter.slot("a", limit=2):
             assert not fits(limiter)
             assert not fits(limiter)
             assert fits(limiter, "b")
@@ -43,12 +41,12 @@ def test_one_process() -> None:
 
 
 def test_processes_count_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = process(tmp_path, 11, monkeypatch, limit=2)
-    second = process(tmp_path, 12, monkeypatch, limit=2)
+    first = process(tmp_path, 11, monkeypatch)
+    second = process(tmp_path, 12, monkeypatch)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(first.slot("a"))
+        stack.enter_context(first.slot("a", limit=2))
         assert fits(second)
-        stack.enter_context(second.slot("a"))
+        stack.enter_context(second.slot("a", limit=2))
         assert not fits(second)
         assert not fits(first)
         assert fits(first, "b")
@@ -60,19 +58,19 @@ def test_a_process_that_has_ended_no_longer_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("service.api.limiter._LIST_AGAIN_S", 0)
-    first = process(tmp_path, 11, monkeypatch, limit=1)
-    second = process(tmp_path, 12, monkeypatch, limit=1)
-    with first.slot("a"):
-        assert not fits(second)
+    first = process(tmp_path, 11, monkeypatch)
+    second = process(tmp_path, 12, monkeypatch)
+    with first.slot("a", limit=1):
+        assert not fits(second, limit=1)
         (tmp_path / "11").unlink()  # as the supervisor does
-        assert fits(second)
+        assert fits(second, limit=1)
 
 
 def test_close_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    limiter = process(tmp_path, 11, monkeypatch, limit=1)
+    limiter = process(tmp_path, 11, monkeypatch)
     limiter.close()
     assert not list(tmp_path.iterdir())
-    assert fits(process(tmp_path, 11, monkeypatch, limit=1)), "a lifespan may be entered again"
+    assert fits(process(tmp_path, 11, monkeypatch)), "a lifespan may be entered again"
 
 
 @pytest.mark.anyio

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from models.errors import ERRORS, InternalError, Overloaded
 from models.types import (
     ClassScore,
     Explanation,
@@ -26,16 +27,18 @@ from models.types import (
 from service.devices.messages import (
     Ack,
     Cancel,
-    Completions,
+    Completion,
     Hello,
     Load,
     MalformedMessage,
     Models,
-    Submit,
+    Results,
+    Submission,
     Unload,
     decode_from_worker,
     decode_to_worker,
     encode,
+    from_wire,
 )
 
 PICTURES = hnp.arrays(np.uint8, hnp.array_shapes(min_dims=3, max_dims=3, min_side=0, max_side=5))
@@ -69,11 +72,9 @@ def test_jobs(pixels):
         version="2",
         input=pixels,
         options=options,
-        deadline=12.5,
-        digest="d",
-        deaths=1,
     )
-    assert plain(over_the_wire(Submit(job=job), decode_to_worker)) == plain(Submit(job=job))
+    submission = Submission(job=job, deadline=12.5, digest="d", worker_exits=1)
+    assert plain(over_the_wire(submission, decode_to_worker)) == plain(submission)
 
 
 @given(MAPS, st.none() | MAPS)
@@ -104,10 +105,12 @@ def test_answers(array, grid):
     outcome = Outcome(
         id="x", predictions=(SCORE,), explanations=(explanation,) * 2, statistics=(statistics,)
     )
-    answer = Completions(
-        outcomes=(outcome, outcome), failures=(Failure(id="y", code="c", message="m"),), others_ms=3
+    results = Results(
+        completions=(Completion(outcome=outcome, batch_size=2),) * 2,
+        failures=(Failure(id="y", code="c", message="m"),),
+        others_ms=3,
     )
-    assert plain(over_the_wire(answer, decode_from_worker)) == plain(answer)
+    assert plain(over_the_wire(results, decode_from_worker)) == plain(results)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +147,7 @@ def test_other_messages(message, decode):
 
 def test_arrays_are_views_not_copies():
     pixels = np.arange(27, dtype=np.uint8).reshape(3, 3, 3)
-    frames = encode(Submit(job=a_job(pixels)))
+    frames = encode(Submission(job=a_job(pixels), deadline=0))
     assert np.shares_memory(np.frombuffer(frames[1], dtype=np.uint8), pixels)
     decoded = decode_to_worker(frames).job.input
     assert np.shares_memory(decoded, pixels)
@@ -154,7 +157,7 @@ def test_arrays_are_views_not_copies():
 
 def test_strided_arrays_keep_their_order():
     pixels = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)[::2, ::-1]
-    decoded = over_the_wire(Submit(job=a_job(pixels)), decode_to_worker).job.input
+    decoded = over_the_wire(Submission(job=a_job(pixels), deadline=0), decode_to_worker).job.input
     assert (decoded == pixels).all()
 
 
@@ -166,20 +169,19 @@ def a_job(pixels) -> Job:
         version="1",
         input=pixels,
         options=JobOptions(),
-        deadline=0,
     )
 
 
 @pytest.mark.parametrize("array", [np.zeros(3), np.zeros((1,) * 5, np.uint8), np.array([{}])])
 def test_other_arrays_are_refused(array):
     with pytest.raises(TypeError):
-        encode(Submit(job=a_job(array)))
+        encode(Submission(job=a_job(array), deadline=0))
 
 
 def forged(reference: object) -> list[bytes]:
     """A submit whose array reference was written by an enemy."""
     header = msgspec.to_builtins(
-        Submit(job=a_job(np.zeros(1, np.uint8))), enc_hook=lambda _: reference
+        Submission(job=a_job(np.zeros(1, np.uint8)), deadline=0), enc_hook=lambda _: reference
     )
     return [msgspec.msgpack.encode(header), bytes(12)]
 
@@ -221,11 +223,30 @@ def test_noise_is_refused(frames):
 
 @given(st.integers(0, 200), st.integers(0, 255))
 def test_a_flipped_byte_is_a_message_or_refused(position, value):
-    frames = [bytearray(frame) for frame in encode(Submit(job=a_job(np.zeros((2, 2), np.uint8))))]
+    frames = [
+        bytearray(frame)
+        for frame in encode(Submission(job=a_job(np.zeros((2, 2), np.uint8)), deadline=0))
+    ]
     frames[0][position % len(frames[0])] = value
     try:
         decoded = decode_to_worker(frames)
     except MalformedMessage:
         return
-    assert isinstance(decoded, Submit)
+    assert isinstance(decoded, Submission)
     assert decoded.job.input.nbytes <= 4
+
+
+# ---------------------------------------------------------------- errors as data
+
+
+@pytest.mark.parametrize("code", ERRORS)
+def test_errors_survive_as_failures(code):
+    error = ERRORS[code]("what", field="methods.0", retry_after_s=2.5)
+    back = from_wire(Failure.of("id", error))
+    assert type(back) is type(error)
+    assert (back.message, back.field, back.retry_after_s) == ("what", "methods.0", 2.5)
+
+
+def test_an_unknown_code_is_an_internal_error():
+    assert type(from_wire(Failure(id="x", code="no_such", message="m"))) is InternalError
+    assert Failure.of("x", Overloaded("m")).code == "overloaded"

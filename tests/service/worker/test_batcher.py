@@ -19,8 +19,9 @@ from hypothesis.stateful import (
 
 from models.errors import DeadlineExceeded, NotReady, Overloaded, UnknownModel
 from models.types import Job, JobOptions
+from service.devices.messages import Submission
+from service.devices.pool import is_long
 from service.worker.batcher import Batcher
-from service.worker.queue import is_long
 
 PIXELS = np.zeros((1, 1, 3), dtype=np.uint8)
 LATENCY = {1: 10.0, 2: 12.0, 4: 16.0, 8: 24.0}
@@ -35,17 +36,18 @@ class Step:
     cost: int = 1
 
 
-def job(job_id: object, *, key=A, deadline=100.0, long=False, deaths=0) -> Job:
-    return Job(
+def job(
+    job_id: object, *, key=A, deadline=100.0, long=False, exits=0, fingerprint=""
+) -> Submission:
+    job = Job(
         id=str(job_id),
         operation="explain",
         model=key[0],
         version=key[1],
         input=PIXELS,
         options=JobOptions(faithfulness=("deletion",) if long else ()),
-        deadline=deadline,
-        deaths=deaths,
     )
+    return Submission(job=job, deadline=deadline, worker_exits=exits, fingerprint=fingerprint)
 
 
 def batcher(*, best: int = 8, **rest: float) -> Batcher:
@@ -80,17 +82,17 @@ class AnyOrder(RuleBasedStateMachine):
         key=st.sampled_from([A, B]),
         wait=st.floats(0.001, 3),
         long=st.booleans(),
-        deaths=st.sampled_from([0, 0, 0, 1]),
+        exits=st.sampled_from([0, 0, 0, 1]),
     )
-    def add(self, key, wait, long, deaths) -> None:
+    def add(self, key, wait, long, exits) -> None:
         self.count += 1
-        added = job(self.count, key=key, deadline=self.now + wait, long=long, deaths=deaths)
+        added = job(self.count, key=key, deadline=self.now + wait, long=long, exits=exits)
         try:
             self.queue.add(added, self.now)
         except Overloaded:  # the wait would outlast its deadline
             return
-        self.jobs[added.id] = added
-        self.open.add(added.id)
+        self.jobs[added.job.id] = added.job
+        self.open.add(added.job.id)
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())
@@ -109,7 +111,7 @@ class AnyOrder(RuleBasedStateMachine):
     def take(self) -> None:
         turn = self.queue.next(self.now)
         for entry in turn.expired:
-            assert entry.job.deadline <= self.now
+            assert entry.deadline <= self.now
             assert entry.job.id not in self.cancelled
             self.end(entry.job.id)
         if turn.batch is None:
@@ -117,11 +119,11 @@ class AnyOrder(RuleBasedStateMachine):
         taken = turn.batch.entries
         assert 1 <= len(taken) <= 8
         assert len({entry.key for entry in taken}) == 1
-        assert len({entry.pending is None for entry in taken}) == 1
-        assert all(entry.job.deadline > self.now for entry in taken), "an expired job was run"
+        assert len({entry.suspended is None for entry in taken}) == 1
+        assert all(entry.deadline > self.now for entry in taken), "an expired job was run"
         assert not self.cancelled & {entry.job.id for entry in taken}, "a cancelled job was run"
-        assert len(taken) == 1 or all(entry.job.deaths == 0 for entry in taken)
-        costs = [entry.pending.cost for entry in taken if entry.pending]
+        assert len(taken) == 1 or all(entry.submission.worker_exits == 0 for entry in taken)
+        costs = [entry.suspended.cost for entry in taken if entry.suspended]
         assert sum(costs) <= max([8, *costs[:1]])
         self.running = turn.batch
 
@@ -129,14 +131,14 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(seconds=st.floats(0, 0.2), data=st.data())
     def finish(self, seconds, data) -> None:
         self.now += seconds
-        pending = []
+        suspended = []
         for entry in self.running.entries:
             goes_on = is_long(entry.job.options) and data.draw(st.booleans())
             if goes_on:
-                pending.append(Step(entry.job, cost=data.draw(st.integers(1, 12))))
+                suspended.append(Step(entry.job, cost=data.draw(st.integers(1, 12))))
             elif entry.job.id not in self.cancelled:
                 self.end(entry.job.id)
-        self.queue.done(self.now, pending=pending)
+        self.queue.done(self.now, suspended=suspended)
         self.running = None
 
     def end(self, job_id: str) -> None:
@@ -226,7 +228,7 @@ def test_fair_share_in_device_time(share):
         duration = 0.05 if batch.job_class == "long" else 0.005
         now += duration
         used[batch.job_class] += duration
-        queue.done(now, pending=[Step(e.job) for e in batch.entries if batch.job_class == "long"])
+        queue.done(now, suspended=[Step(e.job) for e in batch.entries if batch.job_class == "long"])
     assert used["interactive"] / sum(used.values()) == pytest.approx(share, abs=0.02)
 
 
@@ -237,12 +239,12 @@ def test_an_interactive_job_waits_for_one_step_at_most():
     for _ in range(50):  # it had the device for itself for long
         batch = queue.next(now).batch
         now += 0.05
-        queue.done(now, pending=[Step(batch.entries[0].job)])
+        queue.done(now, suspended=[Step(batch.entries[0].job)])
     for number in range(20):
         queue.next(now)
         queue.add(job(number), now + 0.01)  # while a step runs
         now += 0.05
-        queue.done(now, pending=[Step(batch.entries[0].job)])
+        queue.done(now, suspended=[Step(batch.entries[0].job)])
         taken = queue.next(now).batch
         assert ids(taken) == [str(number)]
         now += 0.005
@@ -264,7 +266,7 @@ def test_a_class_gets_no_credit_for_having_been_idle():
         batch = queue.next(now).batch
         turns.append(batch.job_class)
         now += 0.05
-        queue.done(now, pending=[Step(e.job) for e in batch.entries if batch.job_class == "long"])
+        queue.done(now, suspended=[Step(e.job) for e in batch.entries if batch.job_class == "long"])
     assert 8 <= turns.count("long") <= 12
 
 
@@ -275,7 +277,7 @@ def test_steps_of_jobs_of_one_model_share_a_batch():
     first = queue.next(0.0).batch
     assert len(first.entries) == 3
     queue.add(job("other", key=B, long=True, deadline=200), 0.0)
-    queue.done(0.01, pending=[Step(entry.job, cost=3) for entry in first.entries])
+    queue.done(0.01, suspended=[Step(entry.job, cost=3) for entry in first.entries])
     shared = queue.next(0.02).batch
     assert ids(shared) == ["0", "1"]  # 3 + 3 images; a third would make 9 of 8
     assert shared.images == 6
@@ -284,13 +286,13 @@ def test_steps_of_jobs_of_one_model_share_a_batch():
 def test_a_job_that_was_in_a_death_runs_alone_at_every_step():
     queue = batcher(max_wait_s=1e9)
     for number in range(6):
-        queue.add(job(number, deaths=int(number == 2), long=True), 0.0)
+        queue.add(job(number, exits=int(number == 2), long=True), 0.0)
     taken = []
     for now in range(12):
         batch = queue.next(now).batch
         taken.append(ids(batch))
         first_time = not batch.is_step
-        queue.done(now + 0.5, pending=[Step(e.job) for e in batch.entries] if first_time else [])
+        queue.done(now + 0.5, suspended=[Step(e.job) for e in batch.entries] if first_time else [])
         if not queue.depth:
             break
     assert taken.count(["2"]) == 2
@@ -304,7 +306,7 @@ def test_no_more_jobs_are_held_between_steps_than_allowed():
         queue.add(job(number, long=True), 0.0)
     first = queue.next(0.0).batch
     assert len(first.entries) == 2
-    queue.done(0.1, pending=[Step(entry.job) for entry in first.entries])
+    queue.done(0.1, suspended=[Step(entry.job) for entry in first.entries])
     assert ids(queue.next(0.1).batch) == ["0", "1"]
     queue.done(0.2)
     assert ids(queue.next(0.2).batch) == ["2", "3"]
@@ -314,7 +316,7 @@ def test_a_job_that_proves_to_be_long_joins_the_long_class():
     queue = batcher()
     queue.add(job("unforeseen", deadline=1), 0.0)
     unforeseen = queue.next(0.0).batch.entries[0]
-    queue.done(0.01, pending=[Step(unforeseen.job)])
+    queue.done(0.01, suspended=[Step(unforeseen.job)])
     assert unforeseen.job_class == "long"
     queue.add(job("short"), 0.01)
     seen = []

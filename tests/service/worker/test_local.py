@@ -20,23 +20,26 @@ from models.errors import (
     UnknownModel,
     WorkerLost,
 )
-from models.types import Job, JobOptions, Outcome
+from models.types import Job, JobOptions
+from service.devices.messages import Completion, Submission
 from service.settings import Settings
 from service.worker.local import LocalPool
 
 pytestmark = pytest.mark.anyio
 
 
-def job(number: int, fault=Fault.NONE, argument: int = 0, *, model="fake", timeout_s=10.0) -> Job:
-    return Job(
+def job(
+    number: int, fault=Fault.NONE, argument: int = 0, *, model="fake", timeout_s=10.0
+) -> Submission:
+    job = Job(
         id=uuid.uuid4().hex,
         operation="predict",
         model=model,
         version="1",
         input=picture(number, fault, argument),
         options=JobOptions(),
-        deadline=time.monotonic() + timeout_s,
     )
+    return Submission(job=job, deadline=time.monotonic() + timeout_s)
 
 
 class Running:
@@ -63,16 +66,16 @@ class Running:
         await self.pool.close()
 
 
-def is_own(asked: Job, outcome: Outcome | BaseException) -> bool:
+def is_own(asked: Submission, completion: Completion | BaseException) -> bool:
     return (
-        isinstance(outcome, Outcome)
-        and outcome.id == asked.id
-        and outcome.device == "cpu"
-        and outcome.predictions[0].class_id == expected_class(asked.input)
+        isinstance(completion, Completion)
+        and completion.outcome.id == asked.job.id
+        and completion.device == "cpu"
+        and completion.outcome.predictions[0].class_id == expected_class(asked.job.input)
     )
 
 
-async def is_answered(pool, asked: Job) -> bool:
+async def is_answered(pool, asked: Submission) -> bool:
     return is_own(asked, await pool.submit(asked))
 
 
@@ -138,7 +141,7 @@ async def test_a_lost_device_fails_everything_and_stays_lost():
     async with Running() as pool:
         await pool.wait_ready()
         answers = await submit_all(pool, [job(n) for n in range(3)] + [job(4, Fault.DEVICE)])
-        assert {type(answer) for answer in answers} <= {WorkerLost, Outcome}
+        assert {type(answer) for answer in answers} <= {WorkerLost, Completion}
         assert isinstance(answers[3], WorkerLost)
         with pytest.raises(WorkerLost):
             await pool.submit(job(1))

@@ -1,0 +1,168 @@
+"""Measures of faithfulness: the model's answers as a map's pixels are kept, removed or restored.
+
+All measures look at the probability p of the map's class and stand beside the same measure of a
+random map of the same size. Maps are enlarged to the input bilinearly, as they are drawn. Pixels
+are ranked from the map's greatest value to its least; equal values are ranked in reading order, so
+that a map with many zeros removes exactly as many pixels as any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.faithfulness.pixel_removal import (
+    IMPUTED_SHARES,
+    Original,
+    Perturbed,
+    curve_counts,
+    deleted,
+    imputed,
+    inserted,
+    kept,
+)
+from models.steps import Forward, Step
+from models.targets import probabilities
+from models.types import Explanation, Faithfulness, Task
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One measure.
+
+    Attributes:
+        perturb: the changed inputs it needs, by a map; measures that share them share their passes.
+        reduce: `reduce(p, whole, pixels)` from the class's probability on each of them and on the
+            image itself.
+    """
+
+    perturb: Callable[[Original, Tensor], Perturbed]
+    reduce: Callable[[Tensor, Tensor, int], float]
+
+
+class FaithfulnessTest:
+    """Measures the maps of one image.
+
+    Passes with random maps answer for all classes, so they are made once for each size of map.
+    """
+
+    def __init__(
+        self,
+        *,
+        names: Sequence[str],
+        inputs: Tensor,
+        whole: Tensor,
+        task: Task,
+        chunk: int,
+        seed: int,
+    ) -> None:
+        """Prepare the measures of these names.
+
+        `inputs` are normalised, (1, 3, H, W), in the model's precision; `whole` (classes,) are the
+        probabilities of the image itself; a step holds at most `chunk` images.
+        """
+        self._measures = {name: MEASURES[name] for name in names}
+        self._dtype = inputs.dtype
+        self._original = Original(inputs[0].float(), seed)
+        self._whole = whole
+        self._task = task
+        self._chunk = chunk
+        self._random: dict[tuple[int, int], dict[str, Tensor]] = {}
+
+    def steps(self, explanation: Explanation) -> Generator[Step, Any, dict[str, Faithfulness]]:
+        """Measure one map; yields the passes it needs and returns each measure by name."""
+        values = torch.from_numpy(explanation.map).to(self._original.inputs.device)
+        shape = (values.shape[0], values.shape[1])
+        if shape not in self._random:
+            self._random[shape] = yield from self._answers(self._original.random_map(shape))
+        answers, random = (yield from self._answers(values)), self._random[shape]
+        index = explanation.target.class_id
+        return {
+            name: Faithfulness(
+                value=self._value(name, answers[name], index),
+                random=self._value(name, random[name], index),
+            )
+            for name in self._measures
+        }
+
+    def _value(self, name: str, answers: Tensor, index: int) -> float:
+        whole = self._whole[index].cpu().double()
+        return self._measures[name].reduce(answers[:, index].double(), whole, self._original.pixels)
+
+    def _answers(self, values: Tensor) -> Generator[Step, Any, dict[str, Tensor]]:
+        """Probabilities (n, classes) of each measure's changed inputs; measures share steps."""
+        kinds = dict.fromkeys(measure.perturb for measure in self._measures.values())
+        sequences = [perturb(self._original, values) for perturb in kinds]
+        found: list[Tensor] = []
+        waiting: list[Tensor] = []
+        for sequence in sequences:
+            first = 0
+            while first < sequence.count:
+                room = self._chunk - sum(map(len, waiting))
+                last = min(sequence.count, first + min(room, sequence.at_once or room))
+                waiting.append(sequence.make(first, last))
+                if sequence.at_once or last - first == room:
+                    found.append((yield self._step(waiting)))
+                    waiting = []
+                first = last
+        if waiting:
+            found.append((yield self._step(waiting)))
+        shares = [probabilities(scores, self._task).cpu() for scores in found]
+        parts = torch.cat(shares).split([sequence.count for sequence in sequences])
+        by_kind = dict(zip(kinds, parts, strict=True))
+        return {name: by_kind[measure.perturb] for name, measure in self._measures.items()}
+
+    def _step(self, parts: Sequence[Tensor]) -> Forward:
+        return Forward(torch.cat(list(parts)).to(self._dtype))
+
+
+def average_drop(p: Tensor, whole: Tensor, _: int) -> float:
+    """max(0, whole - p) / whole through the map (Chattopadhay et al. 2018); low is good."""
+    return float((whole - p[0]).clamp_min(0) / whole) if bool(whole > 0) else 0.0
+
+
+def increase(p: Tensor, whole: Tensor, _: int) -> float:
+    """Whether the image has more probability through the map than whole, as 1 or 0.
+
+    From Chattopadhay et al. 2018; only its mean over many images says much.
+    """
+    return float(p[0] > whole)
+
+
+def deletion(p: Tensor, whole: Tensor, pixels: int) -> float:
+    """Area under p as pixels turn grey (Petsiuk et al. 2018); low is good."""
+    return _area(torch.cat([whole[None], p]), pixels)
+
+
+def insertion(p: Tensor, whole: Tensor, pixels: int) -> float:
+    """Area under p as pixels return to the blurred image (Petsiuk et al. 2018); high is good."""
+    return _area(torch.cat([p, whole[None]]), pixels)
+
+
+def road(p: Tensor, _: Tensor, __: int) -> float:
+    """Half of p's gain when the last-ranked pixels are removed instead of the first-ranked ones.
+
+    ROAD: mean over the removed shares of (p without the last-ranked - p without the first-ranked) /
+    2, imputed as in Rong et al. 2022; in [-0.5, 0.5], high is good, and a random map is about 0.
+    """
+    first_gone, last_gone = p.split(len(IMPUTED_SHARES))
+    return float((last_gone - first_gone).mean() / 2)
+
+
+MEASURES = {
+    "average_drop": Measure(kept, average_drop),
+    "increase": Measure(kept, increase),
+    "deletion": Measure(deleted, deletion),
+    "insertion": Measure(inserted, insertion),
+    "road": Measure(imputed, road),
+}
+"""Every measure by name."""
+
+
+def _area(p: Tensor, pixels: int) -> float:
+    """Area under a curve over the share of changed pixels, by trapezoids."""
+    return float(torch.trapezoid(p, curve_counts(pixels).double() / pixels))

@@ -1,0 +1,111 @@
+"""Which methods can explain a model, found by rules and trials when it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from models.errors import MethodNotApplicable
+from models.layers import Layouts
+from models.methods._attention_gradients import verify_transformer
+from models.methods._fullgrad import obstacle
+from models.methods._guided import relus
+from models.methods._lrp import Explained, relevance
+from models.methods.table import METHODS, Method
+from models.probe import Trace
+from models.targets import ResolvedTarget, class_scores
+from models.types import HeadKind, MethodSupport, Struct, Task
+
+_SMALL_SIDE = 96
+"""Side of the image on which LRP is tried: an input's size does not change what a model does."""
+
+
+class ModelFacts(Struct):
+    """What the probes found out about a model.
+
+    Attributes:
+        target_layer: its `auto` layer; None if no map of it has a gradient.
+        head: what follows that layer.
+        closed_form: whether the gradient there was proved to be W[c]/Z.
+        refusals: by name of a method that was tried on it and refused, the reason.
+    """
+
+    target_layer: str | None
+    head: HeadKind | None
+    closed_form: bool
+    refusals: dict[str, str] = {}
+
+
+def method_support(method: Method, facts: ModelFacts) -> MethodSupport:
+    """Tell whether a method can explain a model."""
+    reason = _obstacle(method, facts)
+    return MethodSupport(name=method.name, applicable=reason is None, reason=reason)
+
+
+def supported_methods(facts: ModelFacts) -> tuple[MethodSupport, ...]:
+    """Return one row for every method, in the order of METHODS."""
+    return tuple(method_support(method, facts) for method in METHODS.values())
+
+
+def try_methods(
+    module: nn.Module, traced: Trace, layouts: Layouts, *, task: Task, probe: Tensor
+) -> dict[str, str]:
+    """Try the methods whose rules are proved model by model, on one image of a probe.
+
+    Guided backpropagation looks for ReLUs in the recorded graph, LRP for conservation of relevance
+    (on a small image where the model takes one), attention methods for attention that they
+    reproduce, FullGrad for biases that it cannot account for.
+
+    The module is frozen and float32, `traced` its trace on the probe. Returns the reason, as a
+    clause, by name of each method that cannot explain the model.
+    """
+    image = probe[:1]
+    guided = _refusal(lambda: relus(traced.scores))
+    conserving = _refusal(lambda: relevance(_explained(module, task, image), [ResolvedTarget(0)]))
+    attentive = _refusal(lambda: verify_transformer(module, layouts, image))
+    reasons = {"guided_backprop": guided, "guided_gradcam": guided, "lrp": conserving}
+    reasons["fullgrad"] = obstacle(module)
+    reasons |= {name: attentive for name, row in METHODS.items() if row.family == "transformer"}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def _obstacle(method: Method, facts: ModelFacts) -> str | None:
+    """Why a method cannot explain the model, by what it needs and by its trial."""
+    needs_map = method.family == "gradient" or not method.of_input
+    if needs_map and facts.target_layer is None:
+        return "no layer of the model is a map of the image that the scores depend on"
+    if method.name == "cam" and not facts.closed_form:
+        return (
+            "it needs global average pooling and then a single linear layer after the target layer"
+        )
+    return facts.refusals.get(method.name)
+
+
+def _explained(module: nn.Module, task: Task, image: Tensor) -> Explained:
+    """The image made small, or itself where the model does not take a small one."""
+    small = nn.functional.interpolate(image, (_SMALL_SIDE, _SMALL_SIDE), mode="nearest")
+    with torch.no_grad():
+        try:
+            logits, _ = class_scores(module(small), task)
+        # Models that insist on their input's size say so in many ways.
+        except Exception:  # noqa: BLE001
+            small = image
+            logits, _ = class_scores(module(image), task)
+    return Explained(
+        module=module,
+        task=task,
+        inputs=small,
+        low=small.amin().expand_as(small),
+        high=small.amax().expand_as(small),
+        logits=logits[0],
+    )
+
+
+def _refusal(attempt: Callable[[], object]) -> str | None:
+    try:
+        attempt()
+    except MethodNotApplicable as error:
+        return error.message[0].lower() + error.message[1:].rstrip(".")
+    return None

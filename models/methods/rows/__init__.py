@@ -1,1 +1,0 @@
-"""Rows of the METHODS table, one file for each family. No torch here."""

@@ -1,0 +1,247 @@
+"""From the shared pass of a batch to each job's outcome: its maps and its statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from msgspec import structs
+from torch import Tensor, nn
+
+from models.cuda.staging import indices
+from models.errors import InternalError
+from models.faithfulness.measures import FaithfulnessTest
+from models.host_results import HostResults
+from models.methods import METHODS, implementation
+from models.shared_pass import SharedPass
+from models.statistics import Summary, describe, summarise
+from models.steps import NotedMaps, Step, Subject
+from models.targets import ResolvedTarget, predictions
+from models.types import ClassScore, Explanation, Fuse, Job, Kind, LayerStatistics, Outcome
+from models.warm_model import WarmModel
+
+_SIGNED_LAYER = "The layer has negative values, for which this method is not derived."
+
+
+class BatchOutcomes:
+    """The outcomes of one batch.
+
+    Maps of the methods that need nothing but the shared pass are there from the beginning
+    (`HostResults`); `steps` then finishes each job, yielding steps where its methods need further
+    passes.
+    """
+
+    def __init__(self, warm: WarmModel, jobs: Sequence[Job], shared: SharedPass) -> None:
+        """Args: the model, the batch and what its pass gave."""
+        self._warm = warm
+        self._jobs = jobs
+        self._shared = shared
+        self._host = HostResults(jobs, shared)
+        self._predictions = predictions(
+            self._host.logits,
+            self._host.probabilities,
+            self._host.order[:, : max(job.options.top_k for job in jobs)],
+        )
+        self._finite = np.isfinite(self._host.logits).all(1)
+        self._summaries = _summaries(shared)
+
+    def steps(self, row: int) -> Generator[Step, Any, Outcome]:
+        """Finish one job: yields the steps it still needs and returns its outcome.
+
+        Raises:
+            InternalError: the model's scores are not finite.
+        """
+        job = self._jobs[row]
+        if not self._finite[row]:
+            raise InternalError("The model's scores for this image are not finite.")
+        explanations: list[Explanation] = []
+        for name in job.options.methods:
+            explanations += yield from self._explain(name, row)
+        if job.options.faithfulness:
+            explanations = yield from self._test(explanations, row)
+        return Outcome(
+            id=job.id,
+            predictions=self._predictions[row][: job.options.top_k],
+            explanations=tuple(explanations),
+            statistics=tuple(self._describe(row)),
+        )
+
+    def _explain(self, name: str, row: int) -> Generator[Step, Any, list[Explanation]]:
+        """Explanations by one method, in the order target → layer."""
+        job, targets = self._jobs[row], self._host.targets[row]
+        maps: dict[str, np.ndarray] = {}
+        notes: dict[str, tuple[str, ...]] = {}
+        for layer in self._layers(name, job):
+            ready = self._host.map(layer, name, row)
+            if ready is None:
+                made = yield from implementation(name)(self._subject(name, layer, row))
+                if isinstance(made, NotedMaps):
+                    notes[layer] = made.notes
+                    made = made.maps
+                ready = made.cpu().numpy()
+            maps[layer] = ready[: len(targets)]
+        if job.options.fuse != "none" and len(maps) > 1:
+            fused = fuse([torch.from_numpy(m) for m in maps.values()], job.options.fuse)
+            maps = {"+".join(maps): fused.numpy()}
+        return [
+            self._explanation(
+                name, layer, layer_maps[t], target, row, notes=notes.get(layer, ())[t : t + 1]
+            )
+            for t, target in enumerate(targets)
+            for layer, layer_maps in maps.items()
+        ]
+
+    def _test(
+        self, explanations: Sequence[Explanation], row: int
+    ) -> Generator[Step, Any, list[Explanation]]:
+        """The explanations with their faithfulness measured."""
+        options = self._jobs[row].options
+        test = FaithfulnessTest(
+            names=options.faithfulness,
+            inputs=self._shared.inputs[row : row + 1],
+            whole=self._shared.probabilities[row],
+            task=self._warm.task,
+            chunk=self._warm.chunk,
+            seed=options.seed or 0,
+        )
+        tested = []
+        for explanation in explanations:
+            measured = yield from test.steps(explanation)
+            tested.append(structs.replace(explanation, faithfulness=measured))
+        return tested
+
+    @staticmethod
+    def _layers(name: str, job: Job) -> tuple[str, ...]:
+        """Layers a method explains; methods of the input itself have the one empty name."""
+        return ("",) if METHODS[name].of_input else job.options.layers
+
+    def _subject(self, name: str, layer: str, row: int) -> Subject:
+        options, defaults = self._jobs[row].options, METHODS[name].defaults
+        capture = None
+        if layer:
+            whole, rows = self._shared.captures[layer]
+            place = indices([rows.index(row)], whole.activation.device)
+            capture = whole.rows(place).first(len(self._host.targets[row]))
+        asked = {"samples": options.samples, "steps": options.steps, "seed": options.seed}
+        chosen = {k: defaults.get(k, 0) if v is None else v for k, v in asked.items()}
+        return Subject(
+            warm=self._warm,
+            interventions=options.interventions,
+            inputs=self._shared.inputs[row : row + 1],
+            logits=self._shared.logits[row],
+            targets=self._host.targets[row],
+            capture=capture,
+            layer=layer,
+            chunk=self._warm.chunk,
+            **chosen,
+        )
+
+    def _explanation(
+        self,
+        name: str,
+        layer: str,
+        values: np.ndarray,
+        target: ResolvedTarget,
+        row: int,
+        *,
+        notes: tuple[str, ...],
+    ) -> Explanation:
+        values = np.ascontiguousarray(values, dtype=np.float32)
+        finite = bool(np.isfinite(values).all())
+        values = values if finite else np.zeros_like(values)
+        return Explanation(
+            method=name,
+            layer=layer,
+            target=self._score(target.cls, row),
+            map=values,
+            signed=METHODS[name].signed,
+            degenerate=bool(values.max() == values.min()),
+            warnings=(*notes, *self._warnings(name, layer, row, finite=finite)),
+        )
+
+    def _warnings(self, name: str, layer: str, row: int, *, finite: bool) -> list[str]:
+        warnings = [] if finite else ["The map was not finite and is shown as empty."]
+        assumes = METHODS[name].assumes_nonnegative
+        if assumes and any(self._host.has_negative(part, row) for part in layer.split("+")):
+            warnings.append(_SIGNED_LAYER)
+        return warnings
+
+    def _score(self, index: int, row: int) -> ClassScore:
+        return ClassScore(
+            class_id=index,
+            score=float(self._host.logits[row, index]),
+            probability=float(self._host.probabilities[row, index]),
+        )
+
+    def _describe(self, row: int) -> Generator[LayerStatistics, None, None]:
+        """Statistics of one image, in the order layer → kind → target."""
+        options = self._jobs[row].options
+        for layer in options.layers:
+            for kind in options.kinds if self._jobs[row].operation == "features" else ("output",):
+                gradient = kind.startswith("grad_")
+                targets = self._host.targets[row] if gradient else (None,)
+                by_target = self._summaries.get((layer, kind, row), [])
+                for summary, target in zip(by_target, targets, strict=False):
+                    if summary is not None:
+                        yield describe(
+                            summary,
+                            layer=layer,
+                            kind=kind,
+                            top=options.channels,
+                            weights=self._weights(layer, row),
+                            target=None if target is None else target.cls,
+                            grid=options.grid,
+                        )
+
+    def _weights(self, layer: str, row: int) -> np.ndarray | None:
+        """Weights by the first of the job's methods that defines them."""
+        for name in self._jobs[row].options.methods:
+            weights = self._host.weights(layer, name, row)
+            if weights is not None:
+                return weights
+        return None
+
+
+def fuse(maps: Sequence[Tensor], how: Fuse) -> Tensor:
+    """Fuse maps of several layers into one.
+
+    The maps (T, h, w) are upsampled to the finest one's size (bilinear, half-pixel centres) and
+    scaled to [0, 1] by their own range, so that layers count alike whatever the size of their
+    values; a constant map counts as 0.
+    """
+    height, width = max((m.shape[-2:] for m in maps), key=lambda size: size[0] * size[1])
+    scaled = torch.stack([_unit(_resize(m, (height, width))) for m in maps])
+    if how == "max":
+        return scaled.amax(0)
+    return scaled.prod(0) if how == "product" else scaled.mean(0)
+
+
+def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    if maps.shape[-2:] == size:
+        return maps
+    resized = nn.functional.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)
+    return resized[:, 0]
+
+
+def _unit(maps: Tensor) -> Tensor:
+    low = maps.amin((-2, -1), keepdim=True)
+    span = maps.amax((-2, -1), keepdim=True) - low
+    return torch.where(span > 0, (maps - low) / torch.where(span > 0, span, 1.0), 0.0)
+
+
+def _summaries(shared: SharedPass) -> dict[tuple[str, Kind, int], list[Summary | None]]:
+    """By layer, kind and row of the batch: a summary for each target.
+
+    It is None where the layer has no part in the target's score.
+    """
+    found = [r for by_target, _ in shared.reductions.values() for r in by_target if r is not None]
+    finished = iter(summarise(found))
+    summaries: dict[tuple[str, Kind, int], list[Summary | None]] = {}
+    for (layer, kind), (by_target, rows) in shared.reductions.items():
+        for reductions in by_target:
+            images = [None] * len(rows) if reductions is None else next(finished)
+            for row, summary in zip(rows, images, strict=True):
+                summaries.setdefault((layer, kind, row), []).append(summary)
+    return summaries

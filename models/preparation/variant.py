@@ -1,0 +1,134 @@
+"""Faster variants of a model, and the proof that they give the same tensors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.hooks import HookStack
+from models.preparation.fusion import fuse_convolutions
+
+TOLERANCE = 1e-4
+"""Largest difference of a layer's float32 tensor from the original's, relative to its peak."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a pass reads from a module and does to it.
+
+    Attributes:
+        reads: layers whose output is tapped.
+        rewrites: layers whose output is changed, or where the scores are differentiated.
+        layer_inputs: whether inputs of layers are tapped.
+        input_gradient: whether the scores are differentiated at the images.
+    """
+
+    reads: frozenset[str] = frozenset()
+    rewrites: frozenset[str] = frozenset()
+    layer_inputs: bool = False
+    input_gradient: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Variant:
+    """A module that answers like the original, faster.
+
+    Passes that need more run on a slower variant, or on the original. Inputs of its layers are
+    never those of the original: a variant keeps what layers return, not how they compute it.
+
+    Attributes:
+        module: the variant; eval mode, parameters frozen.
+        step: what was done to make it, for the model card.
+        readable: layers whose outputs were found equal to the original's.
+        rewritable: layers whose output can be changed, and differentiated at.
+        differentiable: whether gradients reach the images.
+    """
+
+    module: nn.Module
+    step: str
+    readable: frozenset[str]
+    rewritable: frozenset[str]
+    differentiable: bool
+
+    def serves(self, needs: Needs) -> bool:
+        """Whether a pass with these needs can run here."""
+        return (
+            self.readable >= needs.reads
+            and self.rewritable >= needs.rewrites
+            and (self.differentiable or not needs.input_gradient)
+            and not needs.layer_inputs
+        )
+
+
+def fused_variant(module: nn.Module, probe: Tensor) -> Variant | None:
+    """Make a variant with fused convolutions and check it against the original, in float32.
+
+    The module is in eval mode and left as it is; the probe (N, 3, H, W) is of the size that will be
+    served. None where nothing could be fused or the scores differ by more than `TOLERANCE`.
+    """
+    try:
+        variant, fused = fuse_convolutions(copy.deepcopy(module))
+        if not fused:
+            return None
+        expected, found = layer_outputs(module, probe), layer_outputs(variant, probe)
+    # A model that cannot be rewritten is served as it is.
+    except Exception:  # noqa: BLE001
+        return None
+    if not close(found[""], expected[""]):
+        return None
+    same = equal_layers(found, expected, close)
+    return Variant(
+        module=variant,
+        step=f"{fused} fused convolutions",
+        readable=same,
+        rewritable=same,
+        differentiable=True,
+    )
+
+
+def layer_outputs(
+    module: nn.Module, probe: Tensor, *, layers: Collection[str] | None = None
+) -> dict[str, Tensor]:
+    """Outputs by layer name (of all layers or some), the scores under the empty name.
+
+    Layers that are called more than once are left out.
+    """
+    outputs: dict[str, Tensor | None] = {}
+
+    def record(name: str) -> Any:
+        def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            single = isinstance(output, Tensor) and name not in outputs
+            # A copy: successors may work in place.
+            outputs[name] = output.clone() if single else None
+
+        return hook
+
+    with torch.inference_mode(), HookStack() as hooks:
+        for name, child in module.named_modules():
+            if name and (layers is None or name in layers):
+                hooks.forward(child, record(name))
+        outputs[""] = module(probe)
+    return {name: output for name, output in outputs.items() if output is not None}
+
+
+def equal_layers(
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    equal: Callable[[Tensor, Tensor], bool],
+) -> frozenset[str]:
+    """Names of the layers whose outputs are equal."""
+    same = [n for n, out in found.items() if n in expected and equal(out, expected[n])]
+    return frozenset(same) - {""}
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors differ by at most `TOLERANCE` of the largest value."""
+    if found.shape != expected.shape:
+        return False
+    difference = (found.float() - expected.float()).abs().max()
+    return bool(difference <= TOLERANCE * expected.float().abs().max())

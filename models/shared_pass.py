@@ -1,0 +1,241 @@
+"""The one pass that all jobs of a batch share: predictions, captures and statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from models.capture import Capture
+from models.cuda.staging import indices
+from models.extractor import Extractor, InplaceConflict, Tap
+from models.interventions import changes_for
+from models.methods import METHODS
+from models.statistics import Reductions, reduce
+from models.targets import ScoreWeights, class_scores, coded
+from models.types import Job, Kind
+from models.warm_model import WarmModel
+
+Place = tuple[str, Kind]
+
+
+@dataclass(frozen=True)
+class SharedPass:
+    """What the pass gave.
+
+    Attributes:
+        inputs: normalised batch (N, 3, H, W).
+        logits: float32 (N, classes).
+        probabilities: float32 (N, classes).
+        order: classes of each image, best first, ties by lower index, (N, classes).
+        captures: by explained layer, its capture and the batch row of each of its images.
+        reductions: by described place, its reductions (for gradients one per target, None without a
+            part in the score) and the batch row of each of their images.
+        maps: by one-pass method, maps (N, T, h, w) at the target layer that the pass itself made.
+    """
+
+    inputs: Tensor
+    logits: Tensor
+    probabilities: Tensor
+    order: Tensor
+    captures: dict[str, tuple[Capture, list[int]]]
+    reductions: dict[Place, tuple[list[Reductions | None], list[int]]]
+    maps: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class _Wish:
+    """Rows of the batch that want a place's tensor itself, its statistics, or its grids."""
+
+    maps: list[int] = field(default_factory=list)
+    statistics: list[int] = field(default_factory=list)
+    grid: bool = False
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What a tap keeps, for the rows of its wish."""
+
+    maps: Tensor | None
+    reductions: Reductions | None
+
+
+_Catches = dict[Place, _Kept | None]
+
+
+def run_shared_pass(
+    warm: WarmModel, jobs: Sequence[Job], *, module: nn.Module, images: Tensor
+) -> SharedPass:
+    """Run the one pass that answers N jobs of a model.
+
+    `module` is the one of the model's modules that serves the layers of all jobs; `images` are the
+    jobs' inputs, (N, H, W, 3) uint8 on any device.
+    """
+    wishes = _wishes(warm, jobs)
+    inputs = warm.normalise(images)
+    try:
+        return _run(warm, jobs, module, (inputs, wishes))
+    except InplaceConflict:
+        return _run(warm, jobs, module, (inputs, wishes), tensor_hooks_only=True)
+
+
+def _run(
+    warm: WarmModel,
+    jobs: Sequence[Job],
+    module: nn.Module,
+    wanted: tuple[Tensor, dict[Place, _Wish]],
+    *,
+    tensor_hooks_only: bool = False,
+) -> SharedPass:
+    inputs, wishes = wanted
+    taps = [_tap(warm, place, wish) for place, wish in wishes.items()]
+    changes = changes_for(warm.layouts, [job.options.interventions for job in jobs])
+    gradients = [place for place in wishes if place[1].startswith("grad_")]
+    with Extractor(module, taps, changes=changes, tensor_hooks_only=tensor_hooks_only) as extractor:
+        logits, probabilities = class_scores(extractor.forward(inputs), warm.task)
+        ranked = logits.detach().sort(dim=1, descending=True, stable=True)
+        targets = [coded(job.options.targets) for job in jobs]
+        weights = ScoreWeights(targets, logits.device, order=ranked.indices)
+        caught: _Catches = {p: extractor.caught(*p) for p in wishes if p not in gradients}
+        by_target: list[_Catches] = []
+        if gradients:
+            rows = sorted({r for p in gradients for r in wishes[p].maps + wishes[p].statistics})
+            totals = weights.of(logits)[indices(rows, logits.device)].sum(0)
+            for t in range(weights.width):
+                extractor.backward(totals[t], again=t + 1 < weights.width)
+                by_target.append({place: extractor.caught(*place) for place in gradients})
+    logits = logits.detach()
+    return SharedPass(
+        inputs=inputs,
+        logits=logits,
+        probabilities=probabilities,
+        order=ranked.indices,
+        captures=_captures(warm, wishes, caught, by_target, (weights, logits)),
+        reductions=_reductions(wishes, caught, by_target),
+    )
+
+
+def differentiates_layers(methods: Sequence[str]) -> bool:
+    """Whether any of the methods needs gradients at the explained layers from the shared pass."""
+    # Methods of the input itself differentiate passes of their own.
+    return any(METHODS[name].needs_gradients and not METHODS[name].of_input for name in methods)
+
+
+def _wishes(warm: WarmModel, jobs: Sequence[Job]) -> dict[Place, _Wish]:
+    closed = _closed_form_layers(warm, jobs)
+    wishes: dict[Place, _Wish] = {}
+
+    def wish(layer: str, kind: Kind) -> _Wish:
+        return wishes.setdefault((layer, kind), _Wish())
+
+    for row, job in enumerate(jobs):
+        options = job.options
+        differentiated = differentiates_layers(options.methods)
+        for layer in options.layers:
+            if job.operation == "features":
+                for kind in options.kinds:
+                    place = wish(layer, kind)
+                    place.statistics.append(row)
+                    place.grid = place.grid or options.grid
+                continue
+            if job.operation == "explain":
+                wish(layer, "output").maps.append(row)
+                if differentiated and layer not in closed:
+                    wish(layer, "grad_output").maps.append(row)
+            if options.statistics:
+                wish(layer, "output").statistics.append(row)
+    return wishes
+
+
+def _closed_form_layers(warm: WarmModel, jobs: Sequence[Job]) -> tuple[str, ...]:
+    """Layers whose gradient this batch gets without differentiating."""
+    changed = any(job.options.interventions for job in jobs)
+    if changed or not warm.head.closed_form or warm.target_layer is None:
+        return ()
+    return (warm.target_layer,)
+
+
+def _tap(warm: WarmModel, place: Place, wish: _Wish) -> Tap:
+    layout = warm.layouts.get(place[0])
+
+    def pick(tensor: Tensor, rows: list[int]) -> Tensor:
+        return tensor if len(rows) == len(tensor) else tensor[indices(rows, tensor.device)]
+
+    def keep(tensor: Tensor) -> _Kept:
+        maps = reductions = None
+        if wish.maps:
+            chosen = pick(tensor, wish.maps)
+            maps = (chosen if layout is None else layout.to_map(chosen)).float()
+        if wish.statistics:
+            reductions = reduce(
+                pick(tensor, wish.statistics),
+                channels_last=layout is not None or tensor.ndim == 3,
+                keep_maps=wish.grid,
+            )
+        return _Kept(maps, reductions)
+
+    return Tap(place[0], place[1], keep, shares_memory=bool(wish.maps))
+
+
+def _captures(
+    warm: WarmModel,
+    wishes: dict[Place, _Wish],
+    caught: _Catches,
+    by_target: list[_Catches],
+    scored: tuple[ScoreWeights, Tensor],
+) -> dict[str, tuple[Capture, list[int]]]:
+    weights, logits = scored
+    captures = {}
+    for (layer, kind), wish in wishes.items():
+        kept = caught.get((layer, kind))
+        if kind != "output" or kept is None or kept.maps is None:
+            continue
+        rows = indices(wish.maps, logits.device)
+        gradient: Tensor | None = None
+        differentiated = wishes.get((layer, "grad_output"))
+        if differentiated is not None and differentiated.maps:
+            gradient = _spread(
+                [_maps(target, layer) for target in by_target], kept.maps, wish, differentiated
+            )
+        elif warm.head.weight is not None and layer == warm.target_layer:
+            pixels = kept.maps.shape[-2] * kept.maps.shape[-1]
+            gradient = (weights.of_rows(warm.head.weight)[rows] / pixels)[..., None, None]
+        capture = Capture(layer, kept.maps, gradient, weights.of(logits)[rows])
+        captures[layer] = (capture, wish.maps)
+    return captures
+
+
+def _maps(catches: _Catches, layer: str) -> Tensor | None:
+    kept = catches[layer, "grad_output"]
+    return None if kept is None else kept.maps
+
+
+def _spread(
+    gradients: list[Tensor | None], activation: Tensor, wish: _Wish, differentiated: _Wish
+) -> Tensor:
+    """Gradients of each target as (N, T, K, h, w); zero for images that asked for none."""
+    zeros = torch.zeros_like(activation)
+    if wish.maps == differentiated.maps:
+        return torch.stack([zeros if g is None else g for g in gradients], 1)
+    places = [wish.maps.index(row) for row in differentiated.maps]
+    positions = indices(places, activation.device)
+    spread = zeros[:, None].repeat(1, len(gradients), 1, 1, 1)
+    for t, gradient in enumerate(gradients):
+        if gradient is not None:
+            spread[positions, t] = gradient
+    return spread
+
+
+def _reductions(
+    wishes: dict[Place, _Wish], caught: _Catches, by_target: Iterable[_Catches]
+) -> dict[Place, tuple[list[Reductions | None], list[int]]]:
+    described = {}
+    for place, wish in wishes.items():
+        if wish.statistics:
+            catches = by_target if place[1].startswith("grad_") else [caught]
+            kept = [catch[place] for catch in catches]
+            reductions = [None if k is None else k.reductions for k in kept]
+            described[place] = (reductions, wish.statistics)
+    return described

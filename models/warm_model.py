@@ -1,0 +1,100 @@
+"""A model that is ready to answer: its modules, its device, and what its probes found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.cuda.graphs import Graphs
+from models.cuda.staging import Ready, Uploads, stage
+from models.head import HeadProbe
+from models.layers import Layouts
+from models.preparation.variant import Needs, Variant
+from models.types import LayerInfo, ModelInfo, Task
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WarmModel:
+    """One model version, ready to answer on its device; shared by all passes and never changed.
+
+    Attributes:
+        name: catalog name.
+        version: version of that model.
+        module: eval mode, parameters frozen, channels_last, of `dtype`; (N, 3, H, W) → (N, outputs)
+            scores. Every layer of it can be tapped and changed.
+        variants: faster modules that give the same tensors at some of the layers, the fastest
+            first.
+        device: where the module is.
+        dtype: dtype of its parameters and input.
+        scale: (1, 3, 1, 1) float32 on the device; the input is pixel · scale + shift, for pixels
+            0…255.
+        shift: the same.
+        task: how the module's output is read as scores.
+        target_layer: name of the `auto` layer; None if no map of the model has a gradient.
+        head: what follows the target layer.
+        layouts: of every layer that is a map, by name; None = plain (N, C, h, w). Other layers are
+            not in it.
+        info: what the service tells about the model.
+        uploads: how images reach the device; None on the CPU.
+        graphs: recorded passes; None where none are made.
+    """
+
+    name: str
+    version: str
+    module: nn.Module
+    variants: tuple[Variant, ...] = ()
+    device: torch.device
+    dtype: torch.dtype
+    scale: Tensor
+    shift: Tensor
+    task: Task
+    target_layer: str | None
+    head: HeadProbe
+    layouts: Layouts
+    info: ModelInfo
+    uploads: Uploads | None = None
+    graphs: Graphs | None = None
+    _layers: Mapping[str, LayerInfo] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_layers", {layer.name: layer for layer in self.info.layers})
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(height, width) of the module's input in pixels."""
+        assert self.info.card.input is not None
+        return self.info.card.input.crop
+
+    @property
+    def chunk(self) -> int:
+        """Images that one pass of a long method should hold."""
+        return self.info.card.best_batch
+
+    def channels(self, layer: str) -> int | None:
+        """Number of a layer's feature maps, or of its features; None if it returns no tensor."""
+        known = self._layers.get(layer)
+        if known is None or not known.output_shape:
+            return None
+        last = self.layouts.get(layer) is not None or len(known.output_shape) == 2
+        return known.output_shape[-1 if last else 0]
+
+    def module_for(self, needs: Needs) -> nn.Module:
+        """The fastest module for a pass with these needs."""
+        return next((v.module for v in self.variants if v.serves(needs)), self.module)
+
+    def stage(self, images: Sequence[np.ndarray]) -> Ready:
+        """Start to bring images, (H, W, 3) uint8 of the input's size, to the device as a batch."""
+        return stage(images, self.uploads)
+
+    def normalise(self, batch: Tensor) -> Tensor:
+        """Turn images, (N, H, W, 3) uint8 on any device, into the module's input.
+
+        That is (N, 3, H, W) of `dtype` on the model's device, channels_last in memory.
+        """
+        pixels = batch.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        # One operation, seven times faster than a subtraction and a division of uint8 values.
+        return torch.addcmul(self.shift, pixels, self.scale).to(self.dtype)

@@ -1,0 +1,312 @@
+"""Reload of the configuration while an HTTP process serves: a new application is swapped in.
+
+SIGHUP reaches one HTTP process. It loads new and changed models, publishes the settings and unloads
+removed models at the end; every HTTP process swaps in an application built from the published
+settings. Requests that have begun finish in the application that accepted them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from models.catalog import ModelSpec
+from models.errors import HeatlensError
+from models.types import ModelInfo
+from service.configuration import ConfigurationError, reloaded
+from service.devices.messages import Completion, Submission
+from service.devices.model_state import model_key
+from service.devices.pool import DevicePool, DeviceStatus
+from service.devices.runtime_dir import RuntimeDir, SettingsLease
+from service.devices.socket_pool import SocketPool
+from service.logs import configure_logging
+from service.settings import Settings
+
+MakeApp = Callable[[Settings, DevicePool], ASGIApp]
+"""Makes an ASGI application whose lifespan starts and closes the pool."""
+
+log = logging.getLogger("heatlens.reload")
+
+_WATCH_S = 0.05
+_SETTLE_S = 300.0
+_POLL_S = 0.02
+_RELEASE_S = 5.0
+
+
+class BorrowedPool:
+    """A pool that outlives the application that uses it: start and close do nothing."""
+
+    def __init__(self, pool: DevicePool) -> None:
+        self._pool = pool
+
+    async def start(self) -> None:
+        """Do nothing: the pool has been started."""
+
+    async def close(self) -> None:
+        """Do nothing: another application uses the pool."""
+
+    async def submit(self, submission: Submission) -> Completion:
+        """See `DevicePool.submit`."""
+        return await self._pool.submit(submission)
+
+    def models(self) -> Sequence[ModelInfo]:
+        """See `DevicePool.models`."""
+        return self._pool.models()
+
+    def devices(self) -> Sequence[DeviceStatus]:
+        """See `DevicePool.devices`."""
+        return self._pool.devices()
+
+    async def load(self, spec: ModelSpec) -> None:
+        """See `DevicePool.load`."""
+        await self._pool.load(spec)
+
+    async def unload(self, name: str, version: str | None = None) -> None:
+        """See `DevicePool.unload`."""
+        await self._pool.unload(name, version)
+
+
+class _Generation:
+    """An application with the settings it was built from, and the count of its requests."""
+
+    def __init__(self, app: ASGIApp, lease: SettingsLease) -> None:
+        config = uvicorn.Config(app, lifespan="on", log_config=None, proxy_headers=False)
+        config.load()
+        self.lease = lease
+        self._app = app
+        self._lifespan = config.lifespan_class(config)
+        self._requests = 0
+
+    async def start(self) -> None:
+        """Run the application's startup.
+
+        Raises:
+            RuntimeError: it failed; uvicorn logs the reason.
+        """
+        await self._lifespan.startup()
+        if self._lifespan.should_exit:
+            raise RuntimeError("the application did not start")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._requests += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._requests -= 1
+
+    async def finish(self) -> None:
+        """Wait for the requests, which end by their deadlines, and run the shutdown."""
+        while self._requests:  # noqa: ASYNC110 # seldom, and short
+            await asyncio.sleep(_POLL_S)
+        await self.stop()
+
+    async def stop(self) -> None:
+        """Run the application's shutdown now."""
+        await self._lifespan.shutdown()
+
+
+class Reload:
+    """The ASGI application of an HTTP process; serves by the published settings.
+
+    Args:
+        runtime: the supervisor's folder.
+        make_app: makes an application from settings; the pool stays the same.
+    """
+
+    def __init__(self, runtime: RuntimeDir, make_app: MakeApp) -> None:
+        self.pool = SocketPool(runtime)
+        self._runtime = runtime
+        self._make_app = make_app
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._current: _Generation | None = None
+        self._leading = False
+        self._requested = False
+
+    @property
+    def started(self) -> bool:
+        """Whether the process has built its first application."""
+        return self._current is not None
+
+    @property
+    def settings(self) -> Settings:
+        """The settings in force in this process."""
+        return self._serving.lease.settings
+
+    @property
+    def _serving(self) -> _Generation:
+        assert self._current is not None, "the lifespan has not started"
+        return self._current
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, or run the lifespan of the process."""
+        if scope["type"] == "lifespan":
+            await self._run(receive, send)
+        else:
+            await self._serving(scope, receive, send)
+
+    def request(self) -> None:
+        """Reload the configuration for all HTTP processes, after a reload under way."""
+        self._requested = True
+        if self.started and not self._leading:
+            self._leading = True
+            self._spawn(self._lead())
+
+    # ---------------------------------------------------------------- lifespan
+
+    async def _run(self, receive: Receive, send: Send) -> None:
+        await receive()
+        try:
+            await self.pool.start()
+            self._current = await self._build()
+        except Exception:
+            log.exception("the HTTP process cannot start")
+            await send({"type": "lifespan.startup.failed"})
+            return
+        watching = asyncio.create_task(self._watch())
+        if self._requested:
+            self.request()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        for task in (watching, *self._tasks):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        await self._serving.stop()
+        await self.pool.close()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _build(self) -> _Generation:
+        """Build an application from the published settings and start it."""
+        lease = SettingsLease(self._runtime)
+        try:
+            app = self._make_app(lease.settings, BorrowedPool(self.pool))
+            generation = _Generation(app, lease)
+            await generation.start()
+        except BaseException:
+            lease.close()
+            raise
+        configure_logging(lease.settings.server.log_level)
+        self.pool.ready_within_s = lease.settings.server.ready_within_s
+        return generation
+
+    async def _swap(self) -> _Generation:
+        """Serve by the published settings from now on; returns the replaced application."""
+        replaced, self._current = self._serving, await self._build()
+        return replaced
+
+    async def _watch(self) -> None:
+        """Swap when another process has published settings."""
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            if self._leading or self._serving.lease.is_current():
+                continue
+            try:
+                replaced = await self._swap()
+            except Exception:
+                log.exception("this process keeps the old configuration")
+                continue
+            self._spawn(self._retire(replaced))
+
+    async def _retire(self, replaced: _Generation) -> None:
+        await replaced.finish()
+        replaced.lease.close()
+
+    def _spawn(self, work: object) -> None:
+        task: asyncio.Task[None] = asyncio.create_task(work)  # type: ignore[arg-type] # a coroutine
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # ---------------------------------------------------------------- leading
+
+    async def _lead(self) -> None:
+        try:
+            while self._requested:
+                self._requested = False
+                await self._reload()
+        finally:
+            self._leading = False
+
+    async def _reload(self) -> None:
+        """Load, swap, unload. A failed step ends the reload and the old configuration stays."""
+        try:
+            read = await asyncio.to_thread(self._runtime.read_source().read)
+        except ConfigurationError as error:
+            log.error("the configuration is wrong, the old one stays: %s", error)  # noqa: TRY400 # no trace needed
+            return
+        settings, late = reloaded(self.settings, read)
+        for key in late:
+            log.warning("%s has changed: restart the service to apply it", key)
+        log.info("reloading the configuration")
+        await self._settle()
+        if not await self._load_models(settings.models):
+            log.error(
+                "the configuration is not reloaded, the old one stays: a model failed to load"
+            )
+            return
+        if settings != self.settings and not await self._publish(settings):
+            return
+        await self._unload_models(settings.models)
+        log.info("the configuration is reloaded")
+
+    async def _publish(self, settings: Settings) -> bool:
+        """Have all HTTP processes swap; returns once no request is served by the old settings."""
+        before = self.settings
+        self._runtime.write_settings(settings)
+        try:
+            replaced = await self._swap()
+        except Exception:
+            log.exception("the configuration is not reloaded, the old one stays")
+            self._runtime.write_settings(before)
+            return False
+        await replaced.finish()
+        until = time.monotonic() + before.limits.max_timeout_s + _RELEASE_S
+        while not replaced.lease.is_last() and time.monotonic() < until:  # noqa: ASYNC110 # a lock
+            await asyncio.sleep(_POLL_S)
+        replaced.lease.close()
+        return True
+
+    async def _settle(self) -> None:
+        """Wait until no device is loading its first models."""
+        until = time.monotonic() + _SETTLE_S
+        while time.monotonic() < until:
+            if not any(info.card.state == "loading" for info in self.pool.models()):
+                return
+            await asyncio.sleep(_POLL_S)
+
+    async def _load_models(self, wanted: Sequence[ModelSpec]) -> bool:
+        """Load new, changed and previously broken models; whether all succeeded."""
+        ready = {model_key(info) for info in self.pool.models() if info.card.ready}
+        held = {(spec.name, spec.version): spec for spec in self._runtime.read_catalog()}
+        succeeded = True
+        for spec in wanted:
+            key = (spec.name, spec.version)
+            if key in ready and held.get(key) == spec:
+                continue
+            try:
+                await self.pool.load(spec)
+            except HeatlensError as error:
+                log.error("model %s@%s was not loaded: %s", *key, error.message)  # noqa: TRY400 # typed
+                succeeded = False
+            else:
+                log.info("model %s@%s is loaded", *key)
+        return succeeded
+
+    async def _unload_models(self, wanted: Sequence[ModelSpec]) -> None:
+        """Unload models that are no longer configured."""
+        kept = {(spec.name, spec.version) for spec in wanted}
+        for spec in self._runtime.read_catalog():
+            key = (spec.name, spec.version)
+            if key in kept:
+                continue
+            try:
+                await self.pool.unload(*key)
+            except HeatlensError as error:
+                log.error("model %s@%s was not unloaded: %s", *key, error.message)  # noqa: TRY400 # typed
+            else:
+                log.info("model %s@%s is unloaded", *key)

@@ -1,0 +1,33 @@
+"""The latency model."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.worker.queue import LatencyModel
+
+
+def test_latency_between_and_beyond_what_was_measured():
+    model = LatencyModel({1: 10, 4: 16, 8: 30})
+    assert [model.predict_ms(n) for n in (1, 2, 3, 4, 6, 8, 16)] == [10, 12, 14, 16, 23, 30, 60]
+    assert LatencyModel().predict_ms(3) > 0
+
+
+@given(st.integers(1, 16), st.floats(0.1, 1e4))
+def test_latency_follows_what_is_observed(size, duration_ms):
+    model = LatencyModel({1: 10, 8: 30})
+    before = model.predict_ms(size)
+    model.observe(size, duration_ms)
+    once = model.predict_ms(size)
+    assert once == pytest.approx(before + 0.2 * (duration_ms - before))
+    for _ in range(60):
+        model.observe(size, duration_ms)
+    assert model.predict_ms(size) == pytest.approx(duration_ms, rel=0.01, abs=0.05)
+
+
+def test_latency_of_an_unmeasured_model_is_its_first_observation():
+    model = LatencyModel()
+    model.observe(2, 7.0)
+    assert model.predict_ms(2) == 7.0
