@@ -21,7 +21,7 @@ from service.devices.messages import Submission
 from service.settings import Settings, TracingSettings
 from service.supervisor import supervisor
 from service.tracing import HttpTracing, make_provider
-from service.worker.queue import Batch, Entry
+from service.worker.queue import Batch, BatchReason, Entry
 from service.worker.tracing import DeviceTracing
 
 INBOUND = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
@@ -173,7 +173,7 @@ def entry(number: int, *, traced: bool = True, arrived: float = 0.0) -> Entry:
     return made
 
 
-def batch(*entries: Entry, started: float) -> Batch:
+def batch(*entries: Entry, started: float, reason: BatchReason = "full") -> Batch:
     return Batch(
         key=("m", "1"),
         job_class="interactive",
@@ -181,7 +181,7 @@ def batch(*entries: Entry, started: float) -> Batch:
         images=len(entries),
         predicted_s=0.01,
         started=started,
-        reason="full",
+        reason=reason,
     )
 
 
@@ -218,19 +218,13 @@ def test_images_of_one_request_do_not_link_to_it(memory: Memory) -> None:
 
 
 def test_a_long_job_does_not_bury_its_trace(memory: Memory) -> None:
-    class Step:
-        cost = 1
-
-        def __init__(self, job: Job) -> None:
-            self.job = job
-
     item = entry(0)
     device = DeviceTracing(memory.provider, device="cpu")
     now = time.monotonic()
     for number in range(1, 100):
         item.batches = number
-        device.ran(batch(item, started=now), began=now, ended=now, done=now)
-        item.suspended = Step(item.job)
+        reason = "full" if number == 1 else "step"
+        device.ran(batch(item, started=now, reason=reason), began=now, ended=now, done=now)
     assert len(memory.named("batch")) == 16
     assert len(memory.named("queue")) == 1
 
