@@ -4,7 +4,7 @@
     python -m benchmarks.growth --axes clients,methods --duration 8
 
 One axis at a time, all else as a request without options has it, with 8 clients: clients (1 to 64),
-picture size (0.1 to 12 megapixels), methods (1 to 6), targets (1 to 10), layers of statistics (1 to
+image size (0.1 to 12 megapixels), methods (1 to 6), targets (1 to 10), layers of statistics (1 to
 20), and the depth of the explained layer (from the first to the last). Processor time an answer is
 what to read on a busy machine; it should grow no faster than the work.
 
@@ -27,13 +27,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.loading import Measured, in_loop, measure, pictures_of
+from benchmarks.loading import Measured, images_of, measure
 from benchmarks.servers import Server, heatlens, model_entry
 from benchmarks.timing import machine_line
 from models.types import Struct
-from service.cli.bench.loops import Bounds, Closed
-from service.cli.bench.pictures import draw_pictures
-from service.cli.bench.requests import BenchOperation, Request, picture_requests
+from service.cli.bench.load import Bounds, Closed, run_in_loop
+from service.cli.bench.requests import Request, draw_images, image_requests
 
 CLIENTS = 8
 METHODS = ("gradcam", "layercam", "hirescam", "xgradcam", "gradcam_plus_plus", "cam")
@@ -74,15 +73,15 @@ class Asking:
         """Callers at once."""
         return [Point(str(n), self._explain({}), clients=n) for n in (1, 2, 4, 8, 16, 32, 64)]
 
-    def picture_size(self) -> list[Point]:
-        """Megapixels of the picture that is sent."""
+    def image_size(self) -> list[Point]:
+        """Megapixels of the image that is sent."""
         points = []
         for megapixels in MEGAPIXELS:
             width = round((megapixels * 1e6 * _ASPECT) ** 0.5)
-            drawn = draw_pictures(4, size=(width, round(width / _ASPECT)))
+            drawn = draw_images(4, size=(width, round(width / _ASPECT)))
             size = sum(map(len, drawn)) / len(drawn) / 1e6
             label = f"{megapixels} MP, {size:.2f} MB"
-            points.append(Point(label, picture_requests(self._server.address, drawn)))
+            points.append(Point(label, image_requests(drawn)))
         return points
 
     def methods(self) -> list[Point]:
@@ -105,10 +104,9 @@ class Asking:
         return [
             Point(
                 str(n),
-                picture_requests(
-                    self._server.address,
+                image_requests(
                     self._data,
-                    operation=BenchOperation.FEATURES,
+                    operation="features",
                     options={"layers": ",".join(self._spread(n))},
                 ),
             )
@@ -120,7 +118,7 @@ class Asking:
         return [Point(name, self._explain({"layers": name})) for name in self._spread(5)]
 
     def _explain(self, options: dict[str, str]) -> list[Request]:
-        return picture_requests(self._server.address, self._data, options=options)
+        return image_requests(self._data, options=options)
 
     def _methods(self) -> list[str]:
         card = httpx.get(self._server.url("/v1/models"), trust_env=False).json()["cards"][0]
@@ -138,7 +136,7 @@ class Asking:
 
 AXES: dict[str, tuple[str, Callable[[Asking], list[Point]]]] = {
     "clients": ("clients", Asking.clients),
-    "size": ("picture", Asking.picture_size),
+    "size": ("image", Asking.image_size),
     "methods": ("methods", Asking.methods),
     "targets": ("targets", Asking.targets),
     "layers": ("layers of statistics", Asking.layers),
@@ -159,7 +157,7 @@ def main(
     """Measure and print a table for each axis."""
     console = Console(width=120)
     bounds = Bounds(warmup_s=0.2 if quick else 1.0, duration_s=0.5 if quick else duration)
-    data = pictures_of(pictures, count=32)
+    data = images_of(pictures, count=32)
     document: dict[str, list[Row]] = {}
     with (
         Progress(console=Console(stderr=True)) as progress,
@@ -174,7 +172,8 @@ def main(
             rows = document[name] = []
             for point in points:
                 load = Closed(clients=point.clients)
-                rows.append(_row(point, in_loop(measure(server, point.requests, load, bounds))))
+                measured = run_in_loop(measure(server, point.requests, load, bounds))
+                rows.append(_row(point, measured))
                 progress.advance(task)
             console.print(growth_table(title, rows))
     console.print(f"{model} {precision}; {machine_line('torch')}")

@@ -24,15 +24,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.loading import in_loop, pictures_of
+from benchmarks.loading import images_of
 from benchmarks.servers import heatlens
 from benchmarks.timing import machine_line
-from service.cli.bench.address import Address, parse_url
-from service.cli.bench.client import Client
-from service.cli.bench.connection import Connection, ConnectionLost
-from service.cli.bench.loops import Bounds, Open, run_load
-from service.cli.bench.requests import BenchOperation, Request, make_request, picture_requests
-from service.cli.bench.summary import Summary, summarise
+from service.cli.bench.client import Client, NoResponse, parse_url
+from service.cli.bench.load import Bounds, Open, Summary, run_in_loop, run_load, summarise
+from service.cli.bench.requests import Request, image_requests
 
 _TIMEOUT_S = 300.0
 _LEAVES = 5
@@ -52,32 +49,29 @@ def main(
     """Measure and print a small table."""
     console, bounds = Console(width=100), Bounds(warmup_s=warmup, duration_s=duration)
 
-    def work(address: Address) -> None:
-        in_loop(_measure(console, address, Open(rate=rate), bounds, masks=masks))
+    def work(base: str) -> None:
+        run_in_loop(_measure(console, base, Open(rate=rate), bounds, masks=masks))
 
     if url:
         work(parse_url(url))
     else:
         with heatlens() as server:
             server.wait_ready()
-            work(server.address)
+            work(server.url())
     console.print(machine_line("torch"))
 
 
-async def _measure(
-    console: Console, address: Address, load: Open, bounds: Bounds, *, masks: int
-) -> None:
-    pictures = pictures_of(None, count=16)
-    requests = picture_requests(address, pictures, operation=BenchOperation.PREDICT)
-    client = Client(address, requests, timeout_s=_TIMEOUT_S)
-    long = _rise(address, pictures[0], masks)
-    step_ms = await _step_ms(client, address)
-    alone = summarise(await run_load(client, load, bounds))
-    async with _kept_busy(address, long) as sent:
-        await asyncio.sleep(_BUSY_S)
-        beside = summarise(await run_load(client, load, bounds))
-    freed = [await _leave(client, address, long) for _ in range(_LEAVES)]
-    client.close()
+async def _measure(console: Console, url: str, load: Open, bounds: Bounds, *, masks: int) -> None:
+    images = images_of(None, count=16)
+    long = _rise(images[0], masks)
+    requests = image_requests(images, operation="predict")
+    async with Client(url, requests, timeout_s=_TIMEOUT_S) as client:
+        step_ms = await _step_ms(client)
+        alone = summarise(await run_load(client.call, load, bounds))
+        async with _kept_busy(client, long) as sent:
+            await asyncio.sleep(_BUSY_S)
+            beside = summarise(await run_load(client.call, load, bounds))
+        freed = [await _leave(client, long) for _ in range(_LEAVES)]
     table = Table("predictions", "answered", "failed", "p50 ms", "p99 ms", "max ms")
     for title, found in (("alone", alone), (f"beside RISE ({sent[0]} sent)", beside)):
         table.add_row(title, str(found.answered), str(found.failed), *_milliseconds(found))
@@ -97,38 +91,35 @@ def _milliseconds(found: Summary) -> list[str]:
     return [f"{value:.1f}" for value in (found.latency.p50, found.latency.p99, found.latency.max)]
 
 
-def _rise(address: Address, picture: bytes, masks: int) -> Request:
+def _rise(image: bytes, masks: int) -> Request:
     query = f"methods=rise&samples={masks}&outputs=values&timeout_s={_TIMEOUT_S}"
-    return make_request(address, f"/v1/explain?{query}", picture)
+    return Request(path=f"/v1/explain?{query}", body=image)
 
 
-async def _step_ms(client: Client, address: Address) -> float:
+async def _step_ms(client: Client) -> float:
     """What the service itself measured for a batch of the best size, which is a step."""
-    listing = await _get(client, address, "/v1/models")
+    listing = await _get(client, "/v1/models")
     models: dict[str, Any] = json.loads(listing)
     card = next(c for c in models["cards"] if c["name"] == models["default"])
     return float(card["latency_ms"][str(card["best_batch"])])
 
 
-async def _get(client: Client, address: Address, path: str) -> bytes:
-    return (await client.ask(make_request(address, path, b"", method="GET"))).body
+async def _get(client: Client, path: str) -> bytes:
+    return (await client.send(Request(path=path, method="GET"))).body
 
 
 @contextlib.asynccontextmanager
-async def _kept_busy(address: Address, long: Request) -> Any:
+async def _kept_busy(client: Client, long: Request) -> Any:
     """Sends the long request again whenever it is answered; yields how often, in a list of one."""
     sent = [0]
 
     async def again() -> None:
         while True:
             sent[0] += 1
-            connection = Connection(address)
             try:
-                await connection.exchange(long.with_id(f"interference-{sent[0]}"))
-            except ConnectionLost:
+                await client.send(long)
+            except NoResponse:
                 await asyncio.sleep(_POLL_S)
-            finally:
-                connection.close()
 
     task = asyncio.create_task(again())
     try:
@@ -139,37 +130,35 @@ async def _kept_busy(address: Address, long: Request) -> Any:
             await task
 
 
-async def _leave(client: Client, address: Address, long: Request) -> float:
-    """Milliseconds from the end of the long request's connection to the end of the device's last batch."""
-    await _until(client, address, busy=False)
-    connection = Connection(address)
-    task = asyncio.create_task(connection.exchange(long.with_id("interference-left")))
-    await _until(client, address, busy=True)
+async def _leave(client: Client, long: Request) -> float:
+    """Milliseconds from the end of the long request's connection to that of the last batch."""
+    await _until(client, busy=False)
+    task = asyncio.create_task(client.send(long))
+    await _until(client, busy=True)
     await asyncio.sleep(_BUSY_S)
-    batches = await _metric(client, address, "heatlens_batches_total")
-    connection.close()
+    batches = await _metric(client, "heatlens_batches_total")
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
     begun = last = time.monotonic()
     while time.monotonic() - last < _QUIET_S:
         await asyncio.sleep(_POLL_S)
-        found = await _metric(client, address, "heatlens_batches_total")
+        found = await _metric(client, "heatlens_batches_total")
         if found > batches:
             batches, last = found, time.monotonic()
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError, ConnectionLost):
-        await task
     return 1000 * (last - begun)
 
 
-async def _until(client: Client, address: Address, *, busy: bool) -> None:
+async def _until(client: Client, *, busy: bool) -> None:
     """Wait until the devices have jobs, or none."""
     async with asyncio.timeout(_TIMEOUT_S):
-        while (await _metric(client, address, "heatlens_queue_depth") > 0) != busy:  # noqa: ASYNC110
+        while (await _metric(client, "heatlens_queue_depth") > 0) != busy:  # noqa: ASYNC110
             await asyncio.sleep(_POLL_S)
 
 
-async def _metric(client: Client, address: Address, name: str) -> float:
+async def _metric(client: Client, name: str) -> float:
     """Sum of a metric over its labels."""
-    text = (await _get(client, address, "/metrics")).decode()
+    text = (await _get(client, "/metrics")).decode()
     return sum(map(float, re.findall(rf"^{name}\{{[^}}]*\}} (\S+)", text, re.MULTILINE)))
 
 

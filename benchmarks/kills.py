@@ -3,7 +3,7 @@
     python -m benchmarks.kills                 # a kill every 3 s for 60 s
     python -m benchmarks.kills --seconds 20 --clients 2
 
-Clients wait for their answers in a closed loop; every answer is compared with its own picture's.
+Clients wait for their answers in a closed loop; every answer is compared with its own image's.
 Nothing may come but answers: a request whose worker dies is sent again to another one. The budget
 of restarts is widened for this run, since the service is meant to give up on a device that dies
 twenty times a minute.
@@ -23,13 +23,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benchmarks.loading import TIMEOUT_S, in_loop, measure, pictures_of
+from benchmarks.loading import TIMEOUT_S, images_of, measure
 from benchmarks.servers import Server, heatlens, model_entry, role_of
 from benchmarks.timing import machine_line
 from service.cli.bench.client import Client
-from service.cli.bench.loops import Bounds, Closed
-from service.cli.bench.requests import Request, picture_requests
-from service.cli.bench.summary import Summary
+from service.cli.bench.load import Bounds, Closed, Summary, run_in_loop
+from service.cli.bench.requests import Request, image_requests
 from service.cli.bench.verify import learn
 
 
@@ -48,11 +47,9 @@ def main(
         settings={"WORKERS__RESTARTS": "1000"},
     ) as server:
         server.wait_ready()
-        requests = picture_requests(
-            server.address, pictures_of(pictures, count=16), operation="explain"
-        )
+        requests = image_requests(images_of(pictures, count=16))
         load = Closed(clients=clients)
-        summary = in_loop(_run(server, requests, load, seconds=seconds, every=every))
+        summary = run_in_loop(_run(server, requests, load, seconds=seconds, every=every))
     console.print(machine_line(), highlight=False)
     console.print(summary, highlight=False)
     raise typer.Exit(1 if summary.failed else 0)
@@ -61,9 +58,8 @@ def main(
 async def _run(
     server: Server, requests: Sequence[Request], load: Closed, *, seconds: float, every: float
 ) -> Summary:
-    client = Client(server.address, requests, timeout_s=TIMEOUT_S)
-    verifier = await learn(client, requests)
-    client.close()
+    async with Client(server.url(), requests, timeout_s=TIMEOUT_S) as client:
+        verifier = await learn(client)
     kills = asyncio.create_task(_kill(server, every))
     measured = await measure(
         server, requests, load, Bounds(warmup_s=0, duration_s=seconds), check=verifier.is_right

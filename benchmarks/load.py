@@ -5,7 +5,7 @@
 
 Starts the service itself, for each model and precision, and measures a closed loop at 1 to 64
 clients, then Poisson arrivals at 50, 80 and 120 % of the best throughput (latency counted from the
-due time). Every answer is compared with the one that its picture gets alone. Against a service that
+due time). Every answer is compared with the one that its image gets alone. Against a service that
 runs already: `heatlens bench URL --sweep`.
 
 Takes (8 x (warm-up + duration) + start) for each model and precision: about 2 minutes each; at most
@@ -24,15 +24,14 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.loading import TIMEOUT_S, Measured, in_loop, measure, pictures_of
+from benchmarks.loading import TIMEOUT_S, Measured, images_of, measure
 from benchmarks.servers import Server, heatlens, model_entry
 from benchmarks.timing import machine_line
+from models.types import Operation
 from service.cli.bench.client import Client
-from service.cli.bench.loops import Bounds, Closed, Open
-from service.cli.bench.requests import BenchOperation, Request, picture_requests
-from service.cli.bench.summary import Summary
-from service.cli.bench.sweep import STAGES, sweep
-from service.cli.bench.tables import summaries_table
+from service.cli.bench.command import summaries_table
+from service.cli.bench.load import SWEEP_STAGES, Bounds, Load, Summary, run_in_loop, run_sweep
+from service.cli.bench.requests import Request, image_requests
 from service.cli.bench.verify import DEFAULT_TOLERANCE, learn
 from service.hardware import available_cores
 
@@ -43,7 +42,7 @@ def main(
     *,
     models: Annotated[str, typer.Option(help="Comma-separated.")] = "efficientnet_lite0",
     precisions: Annotated[str, typer.Option(help="Of fp32, bf16, fp16.")] = "fp32",
-    operation: Annotated[BenchOperation, typer.Option()] = BenchOperation.EXPLAIN,
+    operation: Annotated[Operation, typer.Option()] = "explain",
     duration: Annotated[float, typer.Option(help="Seconds of each load.")] = 10.0,
     warmup: Annotated[float, typer.Option(help="Seconds before that.")] = 2.0,
     max_wait: Annotated[
@@ -59,11 +58,11 @@ def main(
     """Measure and print one table for each model and precision."""
     console = Console(width=120)
     bounds = Bounds(warmup_s=0.3 if quick else warmup, duration_s=1.0 if quick else duration)
-    data = pictures_of(pictures, count=16 if quick else 64)
+    data = images_of(pictures, count=16 if quick else 64)
     runs: dict[str, list[Summary]] = {}
     with Progress(console=Console(stderr=True)) as progress:
         cases = [(m, p) for m in models.split(",") for p in precisions.split(",")]
-        task = progress.add_task("load", total=len(cases) * STAGES)
+        task = progress.add_task("load", total=len(cases) * SWEEP_STAGES)
         for model, precision in cases:
             title = f"{model} {precision}, {runtime}"
             progress.update(task, description=f"starting {title}")
@@ -74,10 +73,10 @@ def main(
             ) as server:
                 ready_s = server.wait_ready()
                 progress.update(task, description=title)
-                found = in_loop(
+                found = run_in_loop(
                     _sweep(
                         server,
-                        picture_requests(server.address, data, operation=operation),
+                        image_requests(data, operation=operation),
                         bounds,
                         tolerance=_tolerance(operation, precision),
                         step=lambda: progress.advance(task),
@@ -103,23 +102,23 @@ async def _sweep(
 ) -> list[Measured]:
     check = None
     if tolerance is not None:
-        alone = Client(server.address, requests, timeout_s=TIMEOUT_S)
-        check = (await learn(alone, requests, tolerance=tolerance)).is_right
+        async with Client(server.url(), requests, timeout_s=TIMEOUT_S) as client:
+            check = (await learn(client, tolerance=tolerance)).is_right
     found: list[Measured] = []
 
-    async def one(load: Closed | Open) -> Summary:
+    async def one(load: Load) -> Summary:
         found.append(await measure(server, requests, load, bounds, check=check))
         step()
         return found[-1].summary
 
-    async for _ in sweep(one):
+    async for _ in run_sweep(one):
         pass
     return found
 
 
-def _tolerance(operation: BenchOperation, precision: str) -> float | None:
+def _tolerance(operation: Operation, precision: str) -> float | None:
     """Of the comparison with the answer alone; features have no scores to compare."""
-    if operation is BenchOperation.FEATURES:
+    if operation == "features":
         return None
     return DEFAULT_TOLERANCE if precision == "fp32" else HALF_TOLERANCE
 

@@ -1,24 +1,17 @@
-"""What the benchmarks of servers share: pictures, one measured load, and its cost in core-milliseconds."""
+"""Shared by the benchmarks of servers: images, one measured load, and its processor time."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 from benchmarks.servers import Server, Usage
 from service.cli.bench.client import Check, Client
-from service.cli.bench.loops import Bounds, Closed, Open, run_load
-from service.cli.bench.pictures import draw_pictures, read_pictures
-from service.cli.bench.requests import Request
-from service.cli.bench.session import loop_factory
-from service.cli.bench.summary import Summary, summarise
+from service.cli.bench.load import Bounds, Load, Summary, run_load, summarise
+from service.cli.bench.requests import Request, draw_images, read_images
 
 TIMEOUT_S = 40.0
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -37,32 +30,23 @@ class Measured:
     usage: Usage
 
 
-def pictures_of(folder: Path | None, *, count: int = 64) -> list[bytes]:
-    """Pictures of a folder, or drawn ones."""
-    return draw_pictures(count) if folder is None else read_pictures(folder, most=count)
-
-
-def in_loop(work: Coroutine[Any, Any, Result]) -> Result:
-    """Run a coroutine on the fastest event loop that is installed."""
-    with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        return runner.run(work)
+def images_of(folder: Path | None, *, count: int = 64) -> list[bytes]:
+    """Images of a folder, or drawn ones."""
+    return draw_images(count) if folder is None else read_images(folder, limit=count)
 
 
 async def measure(
     server: Server,
     requests: Sequence[Request],
-    load: Closed | Open,
+    load: Load,
     bounds: Bounds,
     *,
     check: Check | None = None,
 ) -> Measured:
     """Load a server and sum up what came and what it cost."""
-    client = Client(server.address, requests, timeout_s=TIMEOUT_S, check=check)
     before = server.usage()
-    try:
-        run = await run_load(client, load, bounds)
-    finally:
-        client.close()
+    async with Client(server.url(), requests, timeout_s=TIMEOUT_S, check=check) as client:
+        run = await run_load(client.call, load, bounds)
     after = server.usage()
     good = sum(sample.ok for sample in run.samples)
     by_role = {

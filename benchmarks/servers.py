@@ -20,8 +20,6 @@ from typing import IO, Any, Self
 import httpx
 import psutil
 
-from service.cli.bench.address import Address, parse_url
-
 ROOT = Path(__file__).resolve().parents[1]
 
 _STOP_S = 20.0
@@ -90,11 +88,6 @@ class Server:
         self._env = {**os.environ, **(env or {})}
         self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
-
-    @property
-    def address(self) -> Address:
-        """Where to send load."""
-        return parse_url(self.url())
 
     @property
     def pid(self) -> int:

@@ -35,11 +35,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.loading import in_loop, pictures_of
+from benchmarks.loading import images_of
 from benchmarks.resources import Process, Sampler, slope_per_10k
 from benchmarks.servers import Server, heatlens, model_entry, role_of
 from benchmarks.soak_client import Ledger, Soaker
 from benchmarks.soak_requests import draw, mixture
+from service.cli.bench.load import run_in_loop
 
 ADMIN_KEY = "soak"
 SECOND_MODEL = "resnet18"
@@ -74,15 +75,15 @@ def main(
         settings={"SECURITY__ADMIN_KEYS": ADMIN_KEY, "LIMITS__MAX_WAIT_S": "2"},
     ) as server:
         server.wait_ready()
-        kinds = mixture(server.address, pictures_of(pictures, count=32))
+        kinds = mixture(images_of(pictures, count=32))
         chosen = draw(kinds, requests, seed=seed)
         with Progress(console=Console(stderr=True)) as progress:
             task = progress.add_task("soaking", total=requests)
             soak = Soak(server, progress=lambda done: progress.update(task, completed=done))
             soaker = Soaker(
-                server.address, chosen, end=time.monotonic() + 60 * minutes, watch=soak.watch
+                server.url(), chosen, end=time.monotonic() + 60 * minutes, watch=soak.watch
             )
-            in_loop(soak.run(soaker, clients=clients, loads=loads, requests=requests))
+            run_in_loop(soak.run(soaker, clients=clients, loads=loads, requests=requests))
         ledger = soaker.ledger
         counted = settled_count(server, expected=ledger.sent)
         for table in (ledger_table(ledger, counted), growth_table(soak.sampler)):

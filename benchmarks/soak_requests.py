@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from service.cli.bench.address import Address
-from service.cli.bench.requests import Request, make_request
+from service.cli.bench.requests import Request
 
 RETRYABLE = frozenset({429, 503, 504})
 """Typed refusals that any good request may meet while a device is lost, replaced or full."""
@@ -39,8 +38,8 @@ class Kind:
     leaving: Leaving = Leaving.STAYS
 
 
-def mixture(address: Address, pictures: Sequence[bytes]) -> list[Kind]:
-    """All kinds; the picture of each is its own."""
+def mixture(images: Sequence[bytes]) -> list[Kind]:
+    """All kinds; the image of each is its own."""
     kinds: list[Kind] = []
 
     def add(
@@ -51,13 +50,10 @@ def mixture(address: Address, pictures: Sequence[bytes]) -> list[Kind]:
         body: bytes | None = None,
         status: int = 200,
         leaving: Leaving = Leaving.STAYS,
-        content_type: str = "application/octet-stream",
         headers: dict[str, str] | None = None,
     ) -> None:
-        data = pictures[len(kinds) % len(pictures)] if body is None else body
-        request = make_request(
-            address, path, data, picture=len(kinds), content_type=content_type, headers=headers
-        )
+        data = images[len(kinds) % len(images)] if body is None else body
+        request = Request(path=path, body=data, headers=headers or {}, image=len(kinds))
         allowed = RETRYABLE | {status} if status == 200 else frozenset({status})
         kinds.append(Kind(name, weight, request, frozenset(allowed), leaving))
 
@@ -69,15 +65,16 @@ def mixture(address: Address, pictures: Sequence[bytes]) -> list[Kind]:
         "/v1/explain?methods=gradcam,layercam,hirescam&targets=top1,top2",
     )
     add("explain, original canvas", 3, "/v1/explain?canvas=original&outputs=overlay")
-    add("explain as a picture", 3, "/v1/explain", headers={"Accept": "image/jpeg"})
+    add("explain as an image", 3, "/v1/explain", headers={"Accept": "image/jpeg"})
     add("features", 5, "/v1/features")
     add("no time left", 2, "/v1/explain", headers={"X-Request-Timeout-Ms": "1"}, status=504)
-    add("not an image", 2, "/v1/explain", body=b"this is no picture " * 50, status=415)
-    add("truncated", 2, "/v1/explain", body=pictures[0][: len(pictures[0]) // 3], status=422)
+    add("not an image", 2, "/v1/explain", body=b"this is not an image " * 50, status=415)
+    add("truncated", 2, "/v1/explain", body=images[0][: len(images[0]) // 3], status=422)
     add("empty", 1, "/v1/predict", body=b"", status=400)
     bad = json.dumps({"images": [{"b64": "?"}]}).encode()
-    add("bad JSON", 1, "/v1/explain", body=bad[:-3], status=400, content_type="application/json")
-    add("bad base64", 1, "/v1/explain", body=bad, status=422, content_type="application/json")
+    json_type = {"Content-Type": "application/json"}
+    add("bad JSON", 1, "/v1/explain", body=bad[:-3], status=400, headers=json_type)
+    add("bad base64", 1, "/v1/explain", body=bad, status=422, headers=json_type)
     add("unknown method", 1, "/v1/explain?methods=nonsense", status=422)
     add("unknown model", 1, "/v1/predict?model=nonsense", status=404)
     add("target out of range", 1, "/v1/explain?targets=99999", status=422)

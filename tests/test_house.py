@@ -180,6 +180,26 @@ def test_ci_runs_make_check() -> None:
     assert "make check" in script.read_text()
 
 
+# ---------------------------------------------------------------- documentation
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_every_path_that_the_maps_name_exists(page: str) -> None:
+    text = (ROOT / page).read_text()
+    paths = set(re.findall(r"`((?:service|models|tests|benchmarks|deploy|docs)/[\w./*]*)`", text))
+    assert len(paths) > 10
+    missing = [path for path in paths if not list(ROOT.glob(path.rstrip("/")))]
+    assert not missing
+
+
+@pytest.mark.parametrize("tree", ["service", "models"])
+def test_the_maps_name_every_folder(tree: str) -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    folders = {path.parent for path in (ROOT / tree).rglob("*.py")} - {ROOT / tree}
+    names = [f"{folder.relative_to(ROOT)}/" for folder in folders]
+    assert not [name for name in names if f"`{name}`" not in text]
+
+
 # ---------------------------------------------------------------- containers
 
 

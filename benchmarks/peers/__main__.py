@@ -27,17 +27,15 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.loading import TIMEOUT_S, in_loop, measure, pictures_of
+from benchmarks.loading import TIMEOUT_S, images_of, measure
 from benchmarks.peers.answers import first_class
 from benchmarks.peers.cases import Asking, Case, cases
 from benchmarks.servers import Server, ServerFailed
 from benchmarks.timing import machine_line
 from models.types import Struct
-from service.cli.bench.client import Client
-from service.cli.bench.connection import Completions, ConnectionLost
-from service.cli.bench.loops import Bounds, Closed
+from service.cli.bench.client import Client, NoResponse
+from service.cli.bench.load import Bounds, Closed, Summary, run_in_loop
 from service.cli.bench.requests import Request
-from service.cli.bench.summary import Summary
 
 CLIENTS = (1, 8, 32)
 WARMUP_S = 2.0  # the first answers of a full queue come late
@@ -71,7 +69,7 @@ def main(
     if quick:
         models, rounds, duration = models.rpartition(",")[2], 1, 2.0
     bounds = Bounds(warmup_s=WARMUP_S, duration_s=duration)
-    data = pictures_of(pictures)
+    data = images_of(pictures)
     document: dict[str, list[Row]] = {}
     with Progress(console=Console(stderr=True)) as progress:
         for model in models.split(","):
@@ -99,7 +97,7 @@ def _run_case(case: Case, data: list[bytes], bounds: Bounds, rows: dict[str, Row
     with case.start() as server:
         server.wait_ready(timeout_s=_START_S)
         for name, asking in case.asked.items():
-            summaries, classes = in_loop(_measure(server, asking, data, bounds))
+            summaries, classes = run_in_loop(_measure(server, asking, data, bounds))
             row = rows.setdefault(
                 name, Row(name=name, group=case.group, rounds=[], classes=classes)
             )
@@ -109,10 +107,10 @@ def _run_case(case: Case, data: list[bytes], bounds: Bounds, rows: dict[str, Row
 async def _measure(
     server: Server, asking: Asking, data: list[bytes], bounds: Bounds
 ) -> tuple[dict[int, Summary], list[int]]:
-    requests = asking(server.address, data)
-    await _first_answer(server, requests)
-    alone = Client(server.address, requests, timeout_s=TIMEOUT_S)
-    classes = [first_class((await alone.ask(r)).body) for r in requests[:AGREEING]]
+    requests = asking(data)
+    await _wait_for_answer(server, requests[0])
+    async with Client(server.url(), timeout_s=TIMEOUT_S) as client:
+        classes = [first_class((await client.send(r)).body) for r in requests[:AGREEING]]
     summaries = {}
     for clients in CLIENTS:
         measured = await measure(server, requests, Closed(clients=clients), bounds)
@@ -120,24 +118,24 @@ async def _measure(
     return summaries, classes
 
 
-async def _first_answer(server: Server, requests: list[Request]) -> Completions:
-    """Wait for it: some servers listen before their workers have loaded the model.
+async def _wait_for_answer(server: Server, request: Request) -> None:
+    """Wait for the first answer: some servers listen before their workers have loaded the model.
 
     Raises:
         ServerFailed: it does not come.
     """
-    client = Client(server.address, requests, timeout_s=5.0)
     last = "no answer"
-    for _ in range(round(_START_S)):
-        try:
-            answer = await client.ask(requests[0])
-        except ConnectionLost:
-            pass
-        else:
-            if answer.status == 200:
-                return answer
-            last = f"status {answer.status}"
-        await asyncio.sleep(1.0)
+    async with Client(server.url(), timeout_s=5.0) as client:
+        for _ in range(round(_START_S)):
+            try:
+                response = await client.send(request)
+            except NoResponse:
+                pass
+            else:
+                if response.status == 200:
+                    return
+                last = f"status {response.status}"
+            await asyncio.sleep(1.0)
     raise ServerFailed(f"{server.name} does not explain: {last}.\n{server.log_end()}")
 
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import httpx
 
 from benchmarks.servers import Server, free_port, heatlens, model_entry
-from service.cli.bench.address import Address
-from service.cli.bench.requests import Request, make_request, picture_requests
+from service.cli.bench.requests import Request, image_requests
 
 BOUNDARY = "benchmark-boundary"
 OUTPUTS = {
@@ -28,7 +27,7 @@ OUTPUTS = {
 """What Heatlens is asked for: a heatmap to lay over the picture (palette PNG), the picture that the peers answer, and
 what a request without options gets: heatmap, overlay and statistics."""
 
-Asking = Callable[[Address, Sequence[bytes]], list[Request]]
+Asking = Callable[[Sequence[bytes]], list[Request]]
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def cases(
 
 def _heatlens(model: str, precision: str, runtime: str) -> Case:
     def asking(options: dict[str, str]) -> Asking:
-        return lambda address, pictures: picture_requests(address, pictures, options=options)
+        return lambda images: image_requests(images, options=options)
 
     entry = model_entry(model, precision=precision, runtime=runtime)
     title = f"Heatlens {precision}" + ("" if runtime == "torch" else f" on {runtime}")
@@ -111,36 +110,35 @@ def peer_server(framework: str, model: str, *, tuned: bool) -> Server:
     )
 
 
-def raw_body(address: Address, pictures: Sequence[bytes]) -> list[Request]:
-    """The picture is the body."""
-    return [
-        make_request(address, "/explain", data, picture=i, content_type="image/jpeg")
-        for i, data in enumerate(pictures)
-    ]
+def raw_body(images: Sequence[bytes]) -> list[Request]:
+    """The image is the body."""
+    return _requests(images, content_type="image/jpeg")
 
 
-def json_base64(address: Address, pictures: Sequence[bytes]) -> list[Request]:
+def json_base64(images: Sequence[bytes]) -> list[Request]:
     """`{"image": "<base64>"}`."""
-    bodies = [json.dumps({"image": base64.b64encode(data).decode()}).encode() for data in pictures]
-    return [
-        make_request(address, "/explain", body, picture=i, content_type="application/json")
-        for i, body in enumerate(bodies)
-    ]
+    bodies = [json.dumps({"image": base64.b64encode(data).decode()}).encode() for data in images]
+    return _requests(bodies, content_type="application/json")
 
 
-def multipart(address: Address, pictures: Sequence[bytes]) -> list[Request]:
+def multipart(images: Sequence[bytes]) -> list[Request]:
     """A form with one file."""
     content_type = f"multipart/form-data; boundary={BOUNDARY}"
-    requests = []
-    for i, data in enumerate(pictures):
+    bodies = []
+    for data in images:
         form = httpx.Request(
             "POST",
             "http://localhost",
             files={"image": ("picture.jpg", data, "image/jpeg")},
             headers={"Content-Type": content_type},
         )
-        body = form.read()
-        requests.append(
-            make_request(address, "/explain", body, picture=i, content_type=content_type)
-        )
-    return requests
+        bodies.append(form.read())
+    return _requests(bodies, content_type=content_type)
+
+
+def _requests(bodies: Sequence[bytes], *, content_type: str) -> list[Request]:
+    headers = {"Content-Type": content_type}
+    return [
+        Request(path="/explain", body=body, headers=headers, image=number)
+        for number, body in enumerate(bodies)
+    ]

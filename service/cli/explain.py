@@ -1,11 +1,12 @@
-"""The service's pipeline without the service: files in, files out, with the device in this process."""
+"""The service's pipeline without a server: files in, files out, with the device in this process."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,57 +24,52 @@ from service.cli.files import ImageFile, write_result
 from service.devices.pool import DevicePool
 from service.hardware import available_cores
 from service.settings import Settings
+from service.worker.local import LocalPool
 
-MakePool = Callable[[Settings], DevicePool]
-
-_PATIENCE_S = 86_400.0
+_TIMEOUT_S = 86_400.0
+_MAX_WAIT_S = 3600.0
 _POLL_S = 0.02
 _MIN_IN_FLIGHT = 4
 _MAX_IN_FLIGHT = 32
 
 
 class Explained(Struct):
-    """A picture that was explained.
+    """An explained image.
 
     Attributes:
-        result: its entry of `results` as the API answers it.
-        overlays: the overlays written.
+        result: its entry of `results`, as in a response of the API.
+        overlays: paths of the overlays.
     """
 
-    picture: ImageFile
+    image: ImageFile
     result: dict[str, Any]
     overlays: tuple[Path, ...]
 
     def summary(self) -> dict[str, Any]:
-        """The picture, its predictions and its files, for a line of JSON."""
+        """The image, its predictions and its overlays, for a line of JSON."""
         return {
-            "picture": str(self.picture.path),
+            "picture": str(self.image.path),
             "predictions": self.result["predictions"],
             "overlays": [str(path) for path in self.overlays],
         }
 
 
 class Failed(Struct):
-    """A picture that was not; `code` is one of the API's, or `unreadable` for a file that cannot be opened."""
+    """An image that could not be explained.
 
-    picture: ImageFile
+    Attributes:
+        code: an error code of the API, or `unreadable` for a file that cannot be read.
+    """
+
+    image: ImageFile
     code: str
     message: str
 
 
-def local_pool(settings: Settings) -> DevicePool:
-    """A pool whose device is in this process."""
-    from service.worker.local import LocalPool
-
-    return LocalPool(settings)
-
-
-async def load_models(
-    settings: Settings, *, make_pool: MakePool = local_pool
-) -> Sequence[ModelInfo]:
-    """Load every configured model once and say what was found, the broken ones with their reason."""
-    async with _running(make_pool(settings)) as pool:
-        return await _all_models(pool, settings)
+async def load_models(settings: Settings) -> Sequence[ModelInfo]:
+    """Load every configured model once; broken ones have a reason."""
+    async with _local_pool(settings) as pool:
+        return await _wait_for_models(pool, settings)
 
 
 async def explain_files(
@@ -82,94 +78,86 @@ async def explain_files(
     options: Mapping[str, Any],
     settings: Settings,
     folder: Path,
-    make_pool: MakePool = local_pool,
 ) -> AsyncIterator[Explained | Failed]:
-    """Explain files and write the results, several at once so that batches form; yields as they end.
+    """Explain files and write the results; yields each as soon as it is done.
+
+    Several files are in flight at once, so that batches form.
 
     Args:
-        files: the pictures.
-        options: those of `/v1/explain`, by name.
-        settings: caps, devices and models; only the model that answers is loaded.
+        files: the images.
+        options: options of `/v1/explain` by name.
+        settings: limits, devices and models; only the model in use is loaded.
         folder: an existing folder for the results.
-        make_pool: makes the devices.
 
     Raises:
-        HeatlensError: the options are wrong, or the model cannot be used: no picture could be
-            explained.
+        HeatlensError: no image can be explained, because of the options or the model.
     """
     chosen = validate(ExplainOptions, {**options, "outputs": ["overlay"]})
-    settings = _for_one_model(settings, chosen.model)
-    async with _running(make_pool(settings)) as pool:
-        infos = await _all_models(pool, settings)
-        info = _usable(chosen.model, infos, settings)
-        job_options(chosen, info)  # what is wrong with the options is wrong for every picture
+    settings = _with_one_model(settings, chosen.model)
+    async with _local_pool(settings) as pool:
+        model = _choose_model(chosen.model, await _wait_for_models(pool, settings), settings)
+        # Options that do not fit the model fail here, once for all images.
+        job_options(chosen, model)
+        in_flight = min(max(2 * model.card.best_batch, _MIN_IN_FLIGHT), _MAX_IN_FLIGHT)
         with ThreadPoolExecutor(available_cores()) as threads:
-            desk = _Desk(pool, info=info, options=chosen, settings=settings, threads=threads)
-            in_flight = min(max(2 * info.card.best_batch, _MIN_IN_FLIGHT), _MAX_IN_FLIGHT)
-            async for report in _concurrently(
-                lambda file: desk.explain(file, folder), files, in_flight
-            ):
+            caps = DecodeLimits(
+                max_bytes=settings.limits.max_image_bytes, max_pixels=settings.limits.max_pixels
+            )
+            pipeline = Pipeline(pool, limits=caps, threads=threads)
+            runner = _Runner(pipeline, model=model, options=chosen, settings=settings)
+            work = (runner.explain(file, folder) for file in files)
+            async for report in _as_completed(work, limit=in_flight):
                 yield report
 
 
-class _Desk:
-    """What explaining one file takes."""
+class _Runner:
+    """Runs files through a pipeline, with the same model and options for all."""
 
     def __init__(
-        self,
-        pool: DevicePool,
-        *,
-        info: ModelInfo,
-        options: ExplainOptions,
-        settings: Settings,
-        threads: ThreadPoolExecutor,
+        self, pipeline: Pipeline, *, model: ModelInfo, options: ExplainOptions, settings: Settings
     ) -> None:
-        self._info = info
+        self._pipeline = pipeline
+        self._model = model
         self._options = options
         self._limits = settings.limits
-        caps = DecodeLimits(
-            max_bytes=settings.limits.max_image_bytes, max_pixels=settings.limits.max_pixels
-        )
-        self._pipeline = Pipeline(pool, limits=caps, threads=threads)
 
     async def explain(self, file: ImageFile, folder: Path) -> Explained | Failed:
+        """Explain one file and write its result."""
         try:
             data = await asyncio.to_thread(self._read, file.path)
             now = time.monotonic()
             plan = make_plan(
                 [ImageInput(data=data)],
                 self._options,
-                self._info,
+                self._model,
                 limits=self._limits,
                 started=now,
-                deadline=now + _PATIENCE_S,
+                deadline=now + _TIMEOUT_S,
             )
             reply = await self._pipeline.run(plan)
             result = msgspec.to_builtins(reply.results[0])
-            overlays = await asyncio.to_thread(
-                lambda: write_result(result, name=file.name, folder=folder)
-            )
+            overlays = await asyncio.to_thread(write_result, result, name=file.name, folder=folder)
         except HeatlensError as error:
-            return Failed(picture=file, code=error.code, message=error.message)
+            return Failed(image=file, code=error.code, message=error.message)
         except OSError as error:
-            return Failed(picture=file, code="unreadable", message=error.strerror or "unreadable")
-        return Explained(picture=file, result=result, overlays=tuple(overlays))
+            return Failed(image=file, code="unreadable", message=error.strerror or "unreadable")
+        return Explained(image=file, result=result, overlays=tuple(overlays))
 
     def _read(self, path: Path) -> bytes:
-        """At most one byte more than is allowed; the decoder then says that it is too large."""
+        """Read at most one byte more than is allowed, which the decoder then refuses."""
         with path.open("rb") as stream:
             return stream.read(self._limits.max_image_bytes + 1)
 
 
-async def _concurrently(
-    work: Callable[[ImageFile], Any], files: Sequence[ImageFile], limit: int
+async def _as_completed(
+    work: Iterator[Coroutine[Any, Any, Explained | Failed]], *, limit: int
 ) -> AsyncIterator[Explained | Failed]:
-    waiting = iter(files)
+    """Run coroutines, at most `limit` at a time, and yield their results as they finish."""
     running: set[asyncio.Task[Explained | Failed]] = set()
     try:
         while True:
-            while len(running) < limit and (file := next(waiting, None)) is not None:
-                running.add(asyncio.create_task(work(file)))
+            started = itertools.islice(work, limit - len(running))
+            running.update(asyncio.create_task(coroutine) for coroutine in started)
             if not running:
                 return
             done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -181,7 +169,8 @@ async def _concurrently(
 
 
 @contextlib.asynccontextmanager
-async def _running(pool: DevicePool) -> AsyncIterator[DevicePool]:
+async def _local_pool(settings: Settings) -> AsyncIterator[DevicePool]:
+    pool = LocalPool(settings)
     await pool.start()
     try:
         yield pool
@@ -189,41 +178,35 @@ async def _running(pool: DevicePool) -> AsyncIterator[DevicePool]:
         await pool.close()
 
 
-async def _all_models(pool: DevicePool, settings: Settings) -> Sequence[ModelInfo]:
-    """Wait until every configured model is ready or known to be broken."""
+async def _wait_for_models(pool: DevicePool, settings: Settings) -> Sequence[ModelInfo]:
+    """Wait until every configured model is ready or unavailable."""
     wanted = {(spec.name, spec.version) for spec in settings.models}
     while True:
-        infos = pool.models()
-        settled = {
-            (info.card.name, info.card.version)
-            for info in infos
-            if info.card.state in {"ready", "unavailable"}
-        }
-        if wanted <= settled:
-            return infos
+        models = pool.models()
+        cards = [model.card for model in models]
+        if wanted <= {(c.name, c.version) for c in cards if c.state in {"ready", "unavailable"}}:
+            return models
         if any(device.state == "lost" for device in pool.devices()):
             raise WorkerLost("The device was lost while the models were loaded.")
         await asyncio.sleep(_POLL_S)
 
 
-def _for_one_model(settings: Settings, reference: str | None) -> Settings:
-    """The same settings with only the model that is asked for, and with patience for long queues."""
+def _with_one_model(settings: Settings, reference: str | None) -> Settings:
+    """The same settings with only the requested model, and with time for long queues."""
     name, _, version = (reference or settings.default_model).partition("@")
-    specs = [
-        spec
-        for spec in settings.models
-        if spec.name == name and (not version or spec.version == version)
-    ]
+    specs = [s for s in settings.models if s.name == name and version in {"", s.version}]
     if not specs:
         known = ", ".join(f"{spec.name}@{spec.version}" for spec in settings.models)
         raise UnknownModel(f"There is no such model. Configured: {known}.", field="model")
-    limits = settings.limits.model_copy(update={"max_wait_s": 3600.0})
+    limits = settings.limits.model_copy(update={"max_wait_s": _MAX_WAIT_S})
     return settings.model_copy(update={"models": specs, "default_model": name, "limits": limits})
 
 
-def _usable(reference: str | None, infos: Sequence[ModelInfo], settings: Settings) -> ModelInfo:
-    """The model that answers; when it is broken the error says why, for nobody can ask the API."""
-    reasons = [info.card.reason for info in infos if info.card.reason]
-    if reasons and not any(info.card.ready for info in infos):
+def _choose_model(
+    reference: str | None, models: Sequence[ModelInfo], settings: Settings
+) -> ModelInfo:
+    """Choose as the API does, but say why a model is broken: there is no server to ask."""
+    reasons = [model.card.reason for model in models if model.card.reason]
+    if reasons and not any(model.card.ready for model in models):
         raise ModelLoadFailed(f"The model could not be loaded: {reasons[0]}", field="model")
-    return choose_model(reference, infos, settings)
+    return choose_model(reference, models, settings)

@@ -1,4 +1,4 @@
-"""Pictures on disk for the command line: which files are meant, and what their results are called."""
+"""Image files on disk: which of them to explain, and where their results are written."""
 
 from __future__ import annotations
 
@@ -11,104 +11,87 @@ from typing import Any
 
 from models.types import Struct
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+SUFFIX_BY_MEDIA_TYPE = {"image/jpeg": ".jpg", "image/png": ".png", "image/webp": ".webp"}
 
 
 class ImageFile(Struct):
-    """A file to explain and the name, unique among its fellows, under which its results are written."""
+    """An image file, and the unique name under which its results are written."""
 
     path: Path
     name: str
 
 
 def find_images(paths: Iterable[Path]) -> list[ImageFile]:
-    """List the files that are meant, each once, in the order given.
+    """List the image files that the paths stand for, each once, in the given order.
 
-    A folder stands for the pictures in it and below it, by suffix and in order; a file is taken
-    whatever it is called, so that a wrong one is reported and not passed over.
+    A folder stands for the files in it and its subfolders that have the suffix of an image, sorted
+    by path. A file stands for itself whatever its suffix, so that a wrong one is reported.
     """
     found: dict[Path, Path] = {}
     for path in paths:
-        for file in _below(path) if path.is_dir() else (path,):
+        for file in _images_below(path) if path.is_dir() else (path,):
             found.setdefault(file.resolve(), file)
     taken: set[str] = set()
-    pictures = []
+    images = []
     for file in found.values():
-        name = _free_name(file, taken)
+        # Names are compared without case, because some file systems do so.
+        candidates = (file.stem, file.name, *(f"{file.stem}-{n}" for n in range(2, len(taken) + 3)))
+        name = next(name for name in candidates if name.casefold() not in taken)
         taken.add(name.casefold())
-        pictures.append(ImageFile(path=file, name=name))
-    return pictures
+        images.append(ImageFile(path=file, name=name))
+    return images
 
 
-def slug(text: str) -> str:
-    """Make a label or layer name fit for a file name: `Egyptian cat` → `Egyptian_cat`."""
-    return re.sub(r"[^\w.-]+", "_", text).strip("._") or "_"
+def _images_below(folder: Path) -> Iterator[Path]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return (path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
-def _below(folder: Path) -> Iterator[Path]:
-    return (p for p in sorted(folder.rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file())
+def write_result(result: Mapping[str, Any], *, name: str, folder: Path) -> list[Path]:
+    """Write each overlay as `NAME.METHOD.CLASS.jpg` and everything else as `NAME.json`.
 
-
-def _free_name(file: Path, taken: set[str]) -> str:
-    """`cat`, or `cat.png` beside a `cat.jpg`, or `cat-2`; some file systems do not tell `Cat` from `cat`."""
-    for name in (file.stem, file.name):
-        if name.casefold() not in taken:
-            return name
-    number = 2
-    while f"{file.stem}-{number}".casefold() in taken:
-        number += 1
-    return f"{file.stem}-{number}"
-
-
-# ---------------------------------------------------------------- results
-
-
-SUFFIX_BY_MEDIA_TYPE = {"image/jpeg": ".jpg", "image/png": ".png", "image/webp": ".webp"}
-
-Result = Mapping[str, Any]
-
-
-def write_result(result: Result, *, name: str, folder: Path) -> list[Path]:
-    """Write the overlays as `NAME.METHOD.CLASS.jpg` and everything else as `NAME.json`.
-
-    In the JSON the pictures' base64 `data` is replaced by `file`, the name of the file beside it.
-    The layer is part of a file name where the answer explains several.
+    In the JSON an overlay has the name of its file, as `file`, instead of its base64 `data`. File
+    names include the layer if several layers are explained.
 
     Args:
-        result: an entry of `results` in the answer of `/v1/explain`.
-        name: what the files are called.
+        result: an entry of `results` in a response of `/v1/explain`.
+        name: first part of the file names.
         folder: an existing folder.
 
     Returns:
-        The overlays written.
+        The paths of the overlays.
     """
     explanations = result.get("explanations", [])
-    several = len({explanation["layer"] for explanation in explanations}) > 1
-    overlays: list[Path] = []
+    several_layers = len({explanation["layer"] for explanation in explanations}) > 1
+    paths: list[Path] = []
     described = []
     for explanation in explanations:
-        label = explanation["target"].get("label") or explanation["target"]["class_id"]
-        parts = [name, explanation["method"], slug(str(label))]
-        if several:
-            parts.insert(2, slug(explanation["layer"]))
-        path, overlay = _write_picture(explanation["overlay"], folder, ".".join(parts), overlays)
-        overlays.append(path)
-        described.append({**explanation, "overlay": overlay})
-    document = {**result, "explanations": described}
-    text = json.dumps(document, indent=2, ensure_ascii=False)
+        target, overlay = explanation["target"], dict(explanation["overlay"])
+        parts = [name, explanation["method"]]
+        if several_layers:
+            parts.append(slug(explanation["layer"]))
+        parts.append(slug(str(target.get("label") or target["class_id"])))
+        suffix = SUFFIX_BY_MEDIA_TYPE[overlay["media_type"]]
+        path = _free_path(folder, ".".join(parts), suffix, taken=paths)
+        path.write_bytes(base64.b64decode(overlay.pop("data")))
+        paths.append(path)
+        described.append({**explanation, "overlay": {**overlay, "file": path.name}})
+    text = json.dumps({**result, "explanations": described}, indent=2, ensure_ascii=False)
     (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-    return overlays
+    return paths
 
 
-def _write_picture(
-    picture: Mapping[str, Any], folder: Path, stem: str, taken: list[Path]
-) -> tuple[Path, dict[str, Any]]:
-    suffix = SUFFIX_BY_MEDIA_TYPE[picture["media_type"]]
+def slug(text: str) -> str:
+    """Turn a label or layer name into a part of a file name: `Egyptian cat` → `Egyptian_cat`."""
+    return re.sub(r"[^\w.-]+", "_", text).strip("._") or "_"
+
+
+def _free_path(folder: Path, stem: str, suffix: str, *, taken: list[Path]) -> Path:
+    """The path of this name, or with a number: two targets may have the same label."""
     path = folder / f"{stem}{suffix}"
     number = 2
-    while path in taken:  # two targets with one label, such as a class and its contrast
+    while path in taken:
         path = folder / f"{stem}-{number}{suffix}"
         number += 1
-    path.write_bytes(base64.b64decode(picture["data"]))
-    described = {key: value for key, value in picture.items() if key != "data"}
-    return path, {**described, "file": path.name}
+    return path

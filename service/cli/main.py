@@ -1,7 +1,6 @@
 """The command line: `heatlens serve`, `heatlens explain`, `heatlens models`, `heatlens bench`.
 
-Torch is imported by the device only, when there is something to run: `heatlens --help` answers at
-once.
+Each command imports what it needs when it runs, so that `heatlens --help` is fast.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import msgspec
 import typer
@@ -22,16 +21,18 @@ from models.errors import HeatlensError
 from models.imaging.colormaps import Colormap
 from models.methods import METHODS
 from service.cli.bench.command import bench
-from service.cli.explain import Explained, Failed, explain_files, load_models
 from service.cli.files import ImageFile, find_images
-from service.cli.tables import failures_table, models_list, predictions_table
+from service.cli.tables import failures_list, models_list, predictions_list
 from service.configuration import ConfigurationError, load_settings
 from service.settings import Settings
+
+if TYPE_CHECKING:
+    from service.cli.explain import Explained, Failed
 
 EXIT_SOME_FAILED = 1
 
 FLAG_BY_OPTION = {"methods": "--method", "targets": "--target", "layers": "--layer"}
-"""Flags that are called otherwise than the option of the API which they set."""
+"""Flags with another name than the option of the API that they set."""
 
 app = typer.Typer(
     name="heatlens",
@@ -46,7 +47,7 @@ app.command()(bench)
 Config = Annotated[
     Path | None,
     typer.Option(
-        "--config", "-c", exists=True, dir_okay=False, help="TOML file; the built-in model without."
+        "--config", "-c", exists=True, dir_okay=False, help="TOML file. [default: built-in model]"
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")]
@@ -90,8 +91,8 @@ def serve(
 ) -> None:
     """Serve over HTTP until SIGTERM or Ctrl-C.
 
-    Options win over the environment (`HEATLENS_SERVER__PORT=9000`), the environment over the file.
-    SIGHUP reads the configuration again.
+    Options override the environment (`HEATLENS_SERVER__PORT=9000`), which overrides the file.
+    SIGHUP reloads the configuration.
 
     For example:
 
@@ -120,9 +121,8 @@ def serve(
 
 @app.command()
 def explain(
-    pictures: Annotated[
-        list[Path],
-        typer.Argument(help="Files, or folders with pictures in them.", metavar="PICTURE"),
+    images: Annotated[
+        list[Path], typer.Argument(help="Image files, or folders of images.", metavar="IMAGE")
     ],
     *,
     output: Annotated[
@@ -153,14 +153,14 @@ def explain(
     ] = None,
     alpha: Annotated[float | None, typer.Option(help="Opacity of the overlay, 0 to 1.")] = None,
     canvas: Annotated[
-        str | None, typer.Option(help="input (what the model saw) or original (the whole picture).")
+        str | None, typer.Option(help="input (what the model saw) or original (the whole image).")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Explain pictures without a server.
+    """Explain images without a server.
 
-    Writes an overlay `NAME.METHOD.CLASS.jpg` for each method and class and everything else as
-    `NAME.json`. A picture that fails does not stop the others; the exit code is then 1.
+    Writes an overlay `NAME.METHOD.CLASS.jpg` for each method and class, and everything else as
+    `NAME.json`. An image that fails does not stop the others, but the exit code is 1.
 
     For example:
 
@@ -178,9 +178,9 @@ def explain(
         "canvas": canvas,
     }
     options = {key: value for key, value in given.items() if value is not None}
-    files = find_images(pictures)
+    files = find_images(images)
     if not files:
-        raise typer.BadParameter("There is no picture in these folders.", param_hint="PICTURE")
+        raise typer.BadParameter("There are no images in these folders.", param_hint="IMAGE")
     settings = _settings(config)
     output.mkdir(parents=True, exist_ok=True)
     try:
@@ -188,13 +188,12 @@ def explain(
             _explain(files, options=options, settings=settings, folder=output, as_json=as_json)
         )
     except HeatlensError as error:
-        raise _bad_option(error) from None
+        raise _bad_parameter(error) from None
     if explained and not as_json:
-        console = Console()
-        console.print(predictions_table(explained))
-        console.print(f"written to {output}", highlight=False, markup=False)
+        Console(soft_wrap=True).print(predictions_list(explained))
+        typer.echo(f"written to {output}")
     if failed:
-        Console(stderr=True).print(failures_table(failed))
+        Console(stderr=True, soft_wrap=True).print(failures_list(failed), end="")
         raise typer.Exit(EXIT_SOME_FAILED)
 
 
@@ -206,12 +205,14 @@ async def _explain(
     folder: Path,
     as_json: bool,
 ) -> tuple[list[Explained], list[Failed]]:
-    """Explain under a progress bar; what ended well and what did not, each in the order of the files."""
+    """Explain under a progress bar; returns successes and failures, each in the order of files."""
+    from service.cli.explain import Explained, Failed, explain_files
+
     reports: dict[str, Explained | Failed] = {}
     with _progress() as progress:
         task = progress.add_task("loading the model", total=len(files))
         async for report in explain_files(files, options=options, settings=settings, folder=folder):
-            reports[report.picture.name] = report
+            reports[report.image.name] = report
             progress.update(task, advance=1, description="explaining")
             if as_json and isinstance(report, Explained):
                 typer.echo(json.dumps(report.summary(), ensure_ascii=False))
@@ -224,9 +225,9 @@ async def _explain(
 
 @app.command()
 def models(*, config: Config = None, as_json: AsJson = False) -> None:
-    """Load the configured models, verify them, and list what was found.
+    """Load and check the configured models and list their properties.
 
-    The exit code is 1 if one of them cannot be used; the list says why.
+    The exit code is 1 if a model is unavailable; the list has the reason.
 
     For example:
 
@@ -234,9 +235,10 @@ def models(*, config: Config = None, as_json: AsJson = False) -> None:
     - `heatlens models --config heatlens.toml`
     """
     settings = _settings(config)
+    from service.cli.explain import load_models
+
     with Console(stderr=True).status("loading the models"):
-        infos = asyncio.run(load_models(settings))
-    cards = [info.card for info in infos]
+        cards = [model.card for model in asyncio.run(load_models(settings))]
     if as_json:
         for card in cards:
             typer.echo(json.dumps(msgspec.to_builtins(card), ensure_ascii=False))
@@ -253,8 +255,8 @@ def _settings(config: Path | None, server: Mapping[str, Any] | None = None) -> S
         raise typer.BadParameter(str(error), param_hint="configuration") from None
 
 
-def _bad_option(error: HeatlensError) -> Exception:
-    """A request that no picture can answer: an unknown method, label, layer or model."""
+def _bad_parameter(error: HeatlensError) -> typer.BadParameter:
+    """The error of the API as one of the command line, about the flag that sets its field."""
     if error.field is None:
         return typer.BadParameter(error.message)
     option = error.field.split(".")[0]
@@ -262,7 +264,7 @@ def _bad_option(error: HeatlensError) -> Exception:
 
 
 def _progress() -> Progress:
-    """A bar on stderr, so that what is printed can be piped; nothing where nobody watches."""
+    """A progress bar on stderr, if that is a terminal."""
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),

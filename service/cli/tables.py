@@ -1,54 +1,52 @@
-"""What the command line prints: predictions, failures, models."""
+"""The lists that the command line prints: predictions, failures, models."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
 
 from models.types import ModelCard
-from service.cli.explain import Explained, Failed
+
+if TYPE_CHECKING:
+    from service.cli.explain import Explained, Failed
 
 
-def predictions_table(reports: Iterable[Explained]) -> Table:
-    """One row for each picture: its most probable class, the runner-up, and the overlays written."""
-    table = Table(
-        Column("picture", overflow="fold"),
-        "prediction",
-        "runner-up",
-        Column("written", overflow="fold"),
-    )
+def predictions_list(reports: Iterable[Explained]) -> Text:
+    """Each image with its two most probable classes and its overlays.
+
+    Every file name is a line of its own, so that narrow terminals do not break it.
+    """
+    text = Text()
     for report in reports:
-        ranks = [
-            f"{escape(row['label'])} [dim]{row['probability']:.1%}[/]"
-            for row in report.result["predictions"][:2]
-        ]
-        table.add_row(
-            escape(str(report.picture.path)),
-            ranks[0],
-            "".join(ranks[1:]),
-            "\n".join(escape(path.name) for path in report.overlays),
-        )
-    return table
+        classes = report.result["predictions"][:2]
+        text.append(f"{report.image.path}\n", "bold")
+        text.append("  " + ", ".join(f"{c['label']} {c['probability']:.1%}" for c in classes))
+        for path in report.overlays:
+            text.append(f"\n  {path.name}", "dim")
+        text.append("\n")
+    return text
 
 
-def failures_table(reports: Iterable[Failed]) -> Table:
-    """One row for each picture that could not be explained."""
-    picture = Column("picture", overflow="fold")
-    table = Table(picture, "code", "reason", title="failed", title_style="bold red")
+def failures_list(reports: Iterable[Failed]) -> Text:
+    """Each image that could not be explained, with the reason."""
+    text = Text()
     for report in reports:
-        table.add_row(escape(str(report.picture.path)), report.code, escape(report.message))
-    return table
+        text.append(f"{report.image.path}\n", "bold red")
+        text.append(f"  {report.code}: {report.message}\n")
+    return text
 
 
 def models_list(cards: Sequence[ModelCard], *, default: str) -> RenderableType:
-    """A block for each model version; an unavailable one says why."""
-    return Group(*(_block(card, is_default=card.name == default) for card in cards))
+    """A block for each model version; an unavailable one has its reason."""
+    return Group(*(_model_block(card, is_default=card.name == default) for card in cards))
 
 
-def _block(card: ModelCard, *, is_default: bool) -> Table:
+def _model_block(card: ModelCard, *, is_default: bool) -> Table:
     grid = Table.grid(Column(style="dim", min_width=13), Column(overflow="fold"), padding=(0, 2))
     state = f"[green]{card.state}[/]" if card.ready else f"[red]{card.state}[/]"
     name = f"[bold]{escape(card.name)}@{escape(card.version)}[/]"
@@ -61,13 +59,13 @@ def _block(card: ModelCard, *, is_default: bool) -> Table:
 
 
 def _facts(card: ModelCard) -> dict[str, str]:
-    """What is known of a model, by label; unknown facts are empty."""
+    """The rows of a model by label; unknown values are empty."""
     facts = {"reason": card.reason or "", "source": card.source}
     if not card.ready:
         return facts
     crop = card.input.crop if card.input else None
     head = f"{card.head}, closed form" if card.closed_form else card.head
-    refused = (f"{row.name}: {row.reason}" for row in card.methods if not row.applicable)
+    impossible = (f"{row.name}: {row.reason}" for row in card.methods if not row.applicable)
     return facts | {
         "device": ", ".join(card.devices),
         "precision": card.precision,
@@ -76,7 +74,7 @@ def _facts(card: ModelCard) -> dict[str, str]:
         "target layer": card.target_layer or "none",
         "head": head or "",
         "methods": ", ".join(row.name for row in card.methods if row.applicable),
-        "not possible": "\n".join(refused),
+        "not possible": "\n".join(impossible),
         "best batch": str(card.best_batch),
         "latency": ", ".join(f"{n}: {ms:.1f} ms" for n, ms in card.latency_ms.items()),
     }

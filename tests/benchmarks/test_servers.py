@@ -48,7 +48,7 @@ def test_ready_when_nothing_is_missing_and_nothing_outlives_it() -> None:
         assert len(processes) == 2
         assert usage.total_cpu_s > 0
         assert 5 < usage.largest_mb["other"] <= usage.rss_mb
-        assert server.address.port == server.port
+        assert server.url("/x") == f"http://127.0.0.1:{server.port}/x"
     until = time.monotonic() + 5
     while any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes):
         assert time.monotonic() < until

@@ -13,22 +13,20 @@ from benchmarks.resources import Process, Sample, slope, slope_per_10k
 from benchmarks.soak import _COUNTED
 from benchmarks.soak_client import Ledger, Soaker
 from benchmarks.soak_requests import Kind, Leaving, draw, mixture
-from service.cli.bench.address import Address
-from service.cli.bench.connection import Completions
-from service.cli.bench.requests import make_request
+from service.cli.bench.client import Response
+from service.cli.bench.requests import Request
 
-HERE = Address(host="127.0.0.1", ip="127.0.0.1", port=80)
 TYPED = {"error": "-", "code": "overloaded", "request_id": "r", "retryable": True}
 
 
-def kind(*statuses: int, leaving: Leaving = Leaving.STAYS, address: Address = HERE) -> Kind:
-    request = make_request(address, "/v1/explain", b"picture")
+def kind(*statuses: int, leaving: Leaving = Leaving.STAYS) -> Kind:
+    request = Request(path="/v1/explain", body=b"an image")
     return Kind("explain", 1.0, request, frozenset(statuses), leaving)
 
 
-def answer(status: int, body: object = None, *, request_id: str = "id") -> Completions:
+def answer(status: int, body: object = None, *, request_id: str = "id") -> Response:
     content = b"<html>" if body is None else json.dumps(body).encode()
-    return Completions(status=status, headers={"x-request-id": request_id}, body=content)
+    return Response(status=status, headers={"x-request-id": request_id}, body=content)
 
 
 # ---------------------------------------------------------------- ledger
@@ -59,7 +57,7 @@ def test_an_error_that_is_not_typed_is_a_lost_request() -> None:
         (answer(200, request_id="another"), 200),
     ],
 )
-def test_what_makes_the_ledger_fail(found: Completions, allowed: int) -> None:
+def test_what_makes_the_ledger_fail(found: Response, allowed: int) -> None:
     ledger = Ledger(sent=1)
     ledger.enter(kind(allowed), found, "id")
     assert not ledger.balances
@@ -82,7 +80,7 @@ def test_counts_of_the_service_leave_out_the_administration() -> None:
 
 
 def test_the_mixture_is_drawn_by_weight_and_seed() -> None:
-    kinds = mixture(HERE, [b"first" * 10, b"second" * 10])
+    kinds = mixture([b"first" * 10, b"second" * 10])
     drawn = draw(kinds, 5000, seed=1)
     assert drawn == draw(kinds, 5000, seed=1)
     assert drawn != draw(kinds, 5000, seed=2)
@@ -122,30 +120,31 @@ async def test_clients_enter_every_end() -> None:
             writer.close()
 
     server = await asyncio.start_server(misbehave, "127.0.0.1", 0)
-    address = Address(host="h", ip="127.0.0.1", port=server.sockets[0].getsockname()[1])
-    stays = kind(200, address=address)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     kinds = [
-        stays,
-        kind(200, leaving=Leaving.IN_BODY, address=address),
-        stays,
-        stays,
-        kind(200, leaving=Leaving.WAITING, address=address),
+        kind(200),
+        kind(200, leaving=Leaving.IN_BODY),
+        kind(200),
+        kind(200),
+        kind(200, leaving=Leaving.WAITING),
     ]
     seen: list[int] = []
-    soaker = Soaker(address, kinds, end=time.monotonic() + 30, watch=seen.append)
+    soaker = Soaker(url, kinds, end=time.monotonic() + 30, watch=seen.append)
     ledger = await soaker.run(1)
     server.close()
     await asyncio.sleep(0.05)
     assert (ledger.sent, ledger.answered, ledger.gone, ledger.lost.total()) == (5, 2, 2, 1)
     assert not ledger.balances
     assert seen == [1, 2, 3, 4, 5]
-    half = next(body for body in bodies if body != b"picture" and body)
-    assert b"picture".startswith(half)
+    half = next(body for body in bodies if body != b"an image" and body)
+    assert b"an image".startswith(half)
 
 
 @pytest.mark.anyio
 async def test_time_ends_a_soak() -> None:
-    soaker = Soaker(HERE, [kind(200)] * 5, end=time.monotonic() - 1, watch=lambda _: None)
+    soaker = Soaker(
+        "http://127.0.0.1:80", [kind(200)] * 5, end=time.monotonic() - 1, watch=lambda _: None
+    )
     assert (await soaker.run(2)).sent == 0
 
 

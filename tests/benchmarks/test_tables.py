@@ -11,7 +11,7 @@ from benchmarks.growth import AXES, Row, growth_table
 from benchmarks.load import findings
 from benchmarks.loading import Measured
 from benchmarks.servers import Usage
-from service.cli.bench.summary import Latency, Summary
+from service.cli.bench.load import Latency, Summary
 from service.hardware import available_cores
 
 
@@ -66,11 +66,8 @@ def test_every_axis_of_the_design_is_there() -> None:
 
 def test_an_axis_makes_its_points(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import growth
-    from service.cli.bench.address import Address
 
     class Running:
-        address = Address(host="h", ip="127.0.0.1", port=1)
-
         def url(self, path: str = "") -> str:
             return path
 
@@ -85,13 +82,13 @@ def test_an_axis_makes_its_points(monkeypatch: pytest.MonkeyPatch) -> None:
         "/v1/models/m/layers": layers,
     }
     monkeypatch.setattr(growth.httpx, "get", lambda url, **_: Answered(answers[url]))
-    asking = growth.Asking(Running(), [b"picture"])
+    asking = growth.Asking(Running(), [b"image"])
     assert [point.clients for point in asking.clients()] == [1, 2, 4, 8, 16, 32, 64]
-    last = asking.methods()[-1].requests[0].before.decode()
-    assert last.startswith("POST /v1/explain?methods=gradcam%2Clayercam%2Chirescam%2Cxgradcam")
+    last = asking.methods()[-1].requests[0].path
+    assert last.startswith("/v1/explain?methods=gradcam,layercam,hirescam,xgradcam")
     assert [point.label for point in asking.methods()] == ["1", "2", "3", "4", "5"]
-    assert asking.targets()[-1].requests[0].before.count(b"top") == 10
-    assert [p.requests[0].before.count(b"block") for p in asking.layers()] == [1, 2, 5, 10, 20]
+    assert asking.targets()[-1].requests[0].path.count("top") == 10
+    assert [p.requests[0].path.count("block") for p in asking.layers()] == [1, 2, 5, 10, 20]
     assert [p.label for p in asking.depth()] == [
         "block0",
         "block7",

@@ -1,1 +1,1 @@
-"""The load generator behind `heatlens bench`: real requests, counted and timed, at little cost to the client."""
+"""The load generator behind `heatlens bench`."""

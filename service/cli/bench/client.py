@@ -1,172 +1,191 @@
-"""Sends requests one by one and makes a sample of what became of each."""
+"""The HTTP client of a benchmark: sends requests in turn and times each of them."""
 
 from __future__ import annotations
 
-import asyncio
+import io
+import ipaddress
+import math
+import socket
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Self
+from urllib.parse import urlsplit
 
+import aiohttp
 import msgspec
 
 from models.types import Struct
-from service.cli.bench.address import Address
-from service.cli.bench.connection import Completions, Connection, ConnectionLost
-from service.cli.bench.requests import Request
-
-Check = Callable[[int, bytes], bool]
-"""Whether this body answers the picture of this number."""
+from service.cli.bench.load import Sample
+from service.cli.bench.requests import BenchError, Request
 
 TIMEOUT = "client_timeout"
 CONNECTION_LOST = "connection_lost"
 WRONG_ANSWER = "wrong_answer"
 FOREIGN_ANSWER = "foreign_answer"
 
-_IDLE_S = 2.0  # servers commonly close a connection after 5 idle seconds
+# Servers commonly close a connection after 5 idle seconds.
+KEEPALIVE_S = 2.0
+
+Check = Callable[[int, bytes], bool]
+"""Tells whether a body is the response to the image of this number."""
 
 
-class Sample(Struct):
-    """One request: what it was due, and what became of it. Times are of the monotonic clock, in seconds.
+class NoResponse(Exception):
+    """A request without a complete response; `code` is the sample's."""
 
-    Attributes:
-        due: when it should have been sent; latency counts from here.
-        sent: when it was.
-        ended: when its answer was whole, or given up.
-        status: of the answer; 0 without one.
-        code: empty if it is answered; else the service's error code, `http_STATUS` of an answer
-            that has none, or `client_timeout`, `connection_lost`, `wrong_answer` (of another
-            picture), `foreign_answer` (of another request, by its id).
-        size: bytes of the answer's body.
-    """
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
 
-    due: float
-    sent: float
-    ended: float
+
+class Response(Struct):
+    """A complete response; header names are case-insensitive."""
+
     status: int
-    code: str
-    size: int
+    headers: Mapping[str, str]
+    body: bytes
 
-    @property
-    def latency(self) -> float:
-        """Seconds from the due time to the end."""
-        return self.ended - self.due
-
-    @property
-    def ok(self) -> bool:
-        """Whether it got its answer."""
-        return not self.code
-
-
-class Client:
-    """Cycles through requests, over connections that are kept for the next one.
-
-    Args:
-        address: where to.
-        requests: sent in turn, again and again.
-        timeout_s: time after which an answer is given up.
-        check: called with each good answer.
-    """
-
-    def __init__(
-        self,
-        address: Address,
-        requests: Sequence[Request],
-        *,
-        timeout_s: float,
-        check: Check | None = None,
-    ) -> None:
-        self._address = address
-        self._requests = requests
-        self._timeout_s = timeout_s
-        self._check = check
-        self._idle: list[Connection] = []
-        self._run = uuid.uuid4().hex[:12]
-        self._count = 0
-
-    async def call(self, due: float | None = None) -> Sample:
-        """Send the next request and wait for its answer."""
-        number = self._count
-        self._count += 1
-        request = self._requests[number % len(self._requests)]
-        request_id = f"bench-{self._run}-{number}"
-        connection = self._connection()
-        sent = time.monotonic()
-        status, size = 0, 0
+    def error_code(self) -> str:
+        """The service's code of a failed request, or `http_STATUS` if the body has none."""
         try:
-            async with asyncio.timeout(self._timeout_s):
-                answer = await connection.exchange(request.with_id(request_id))
-        except TimeoutError:
-            code = TIMEOUT
-            connection.close()
-        except ConnectionLost:
-            code = CONNECTION_LOST
-            connection.close()
-        else:
-            status, size = answer.status, len(answer.body)
-            code = self._judge(answer, request, request_id)
-            self._keep(connection)
-        return Sample(
-            due=sent if due is None else due,
-            sent=sent,
-            ended=time.monotonic(),
-            status=status,
-            code=code,
-            size=size,
-        )
-
-    async def ask(self, request: Request) -> Completions:
-        """Send one request out of turn.
-
-        Raises:
-            ConnectionLost: there is no answer in time.
-        """
-        connection = Connection(self._address)
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                return await connection.exchange(request.with_id(f"bench-{self._run}-alone"))
-        except TimeoutError:
-            raise ConnectionLost("no answer in time") from None
-        finally:
-            connection.close()
-
-    def close(self) -> None:
-        """Close the connections that are kept."""
-        for connection in self._idle:
-            connection.close()
-        self._idle.clear()
-
-    def _connection(self) -> Connection:
-        now = time.monotonic()
-        while self._idle:
-            connection = self._idle.pop()
-            if now - connection.last_used < _IDLE_S:
-                return connection
-            connection.close()
-        return Connection(self._address)
-
-    def _keep(self, connection: Connection) -> None:
-        if connection.reusable:
-            self._idle.append(connection)
-        else:
-            connection.close()
-
-    def _judge(self, answer: Completions, request: Request, request_id: str) -> str:
-        if answer.headers.get("x-request-id", request_id) != request_id:
-            return FOREIGN_ANSWER
-        if not 200 <= answer.status < 300:
-            return error_code(answer)
-        if self._check is not None and not self._check(request.picture, answer.body):
-            return WRONG_ANSWER
-        return ""
+            return msgspec.json.decode(self.body, type=_ErrorBody).code
+        except msgspec.DecodeError:
+            return f"http_{self.status}"
 
 
 class _ErrorBody(msgspec.Struct):
     code: str
 
 
-def error_code(answer: Completions) -> str:
-    """The service's own code of a failed request, or `http_STATUS`."""
+class Client:
+    """Sends requests in turn over kept-alive connections, within `async with`.
+
+    Args:
+        url: base URL without a slash at its end, see `parse_url`.
+        requests: repeated from the start when all are sent.
+        timeout_s: time limit of a whole request.
+        check: called with each good response.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        requests: Sequence[Request] = (),
+        *,
+        timeout_s: float,
+        check: Check | None = None,
+    ) -> None:
+        self.requests = requests
+        self.check = check
+        self._url = url
+        # The default rounds timeouts of 5 s and more up to whole seconds.
+        self._timeout = aiohttp.ClientTimeout(total=timeout_s, ceil_threshold=math.inf)
+        self._run = uuid.uuid4().hex[:12]
+        self._count = 0
+
+    async def __aenter__(self) -> Self:
+        """Open the connection pool."""
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
+            timeout=self._timeout,
+            auto_decompress=False,
+            skip_auto_headers=("Accept-Encoding",),
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close all connections."""
+        await self._session.close()
+
+    async def check_service(self) -> None:
+        """Send the first request out of turn.
+
+        Raises:
+            BenchError: it does not succeed.
+        """
+        try:
+            response = await self.send(self.requests[0])
+        except NoResponse as error:
+            raise BenchError(f"The service does not respond: {error}.") from None
+        if response.status != 200:
+            code = response.error_code()
+            raise BenchError(f"The service responds with {response.status} {code}.")
+
+    async def call(self, due: float | None = None) -> Sample:
+        """Send the next request and wait for its response; `due` is now if not given."""
+        number = self._count
+        self._count += 1
+        request = self.requests[number % len(self.requests)]
+        request_id = f"bench-{self._run}-{number}"
+        sent = time.monotonic()
+        status, size = 0, 0
+        try:
+            response = await self.send(request, request_id=request_id)
+        except NoResponse as error:
+            ended, code = time.monotonic(), error.code
+        else:
+            ended, code = time.monotonic(), self._code(response, request, request_id)
+            status, size = response.status, len(response.body)
+        return Sample(
+            due=sent if due is None else due,
+            sent=sent,
+            ended=ended,
+            status=status,
+            code=code,
+            size=size,
+        )
+
+    async def send(self, request: Request, *, request_id: str = "bench") -> Response:
+        """Send one request; redirects are not followed.
+
+        Raises:
+            NoResponse: the connection failed, or the time is over.
+        """
+        try:
+            async with self._session.request(
+                request.method,
+                self._url + request.path,
+                data=io.BytesIO(request.body),
+                headers={**request.headers, "X-Request-ID": request_id},
+                allow_redirects=False,
+            ) as response:
+                body = await response.read()
+        except TimeoutError:
+            raise NoResponse(TIMEOUT, "no response in time") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise NoResponse(CONNECTION_LOST, str(error) or type(error).__name__) from None
+        return Response(status=response.status, headers=response.headers, body=body)
+
+    def _code(self, response: Response, request: Request, request_id: str) -> str:
+        if response.headers.get("X-Request-ID", request_id) != request_id:
+            return FOREIGN_ANSWER
+        if not 200 <= response.status < 300:
+            return response.error_code()
+        if self.check is not None and not self.check(request.image, response.body):
+            return WRONG_ANSWER
+        return ""
+
+
+def parse_url(text: str, *, allow_remote: bool = False) -> str:
+    """Complete and check a base URL such as `http://127.0.0.1:8000` or `localhost:8000`.
+
+    Raises:
+        BenchError: it is not an HTTP URL, its host is unknown, or its host is not this machine
+            and `allow_remote` is off.
+    """
     try:
-        return msgspec.json.decode(answer.body, type=_ErrorBody).code
-    except msgspec.DecodeError:
-        return f"http_{answer.status}"
+        parts = urlsplit(text if "://" in text else f"http://{text}")
+        host, port = parts.hostname, parts.port or parts.scheme
+    except ValueError:
+        host, port = None, ""
+    if not host or parts.scheme not in {"http", "https"}:
+        raise BenchError("The URL must look like http://HOST:PORT.")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError:
+        raise BenchError(f"{host} cannot be resolved.") from None
+    if not allow_remote and not all(ipaddress.ip_address(row[4][0]).is_loopback for row in found):
+        raise BenchError(f"{host} is not this machine; --allow-remote permits it.")
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"

@@ -1,22 +1,45 @@
-"""`heatlens bench`: the generator on the command line."""
+"""`heatlens bench`: load a running service from the command line."""
 
 from __future__ import annotations
 
-import asyncio
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
-from rich.console import Console
+from rich import box
+from rich.console import Console, Group, RenderableType
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 
-from service.cli.bench.requests import BenchOperation
+from models.types import Operation
+from service.cli.bench.load import (
+    SWEEP_STAGES,
+    Bounds,
+    Closed,
+    Latency,
+    Load,
+    Open,
+    Sample,
+    Summary,
+    run_in_loop,
+    run_load,
+    run_sweep,
+    summarise,
+)
+from service.cli.bench.requests import BenchError, draw_images, image_requests, read_images
 
 if TYPE_CHECKING:
-    from service.cli.bench.session import BenchPlan
+    from service.cli.bench.client import Client
 
 EXIT_FAILED = 1
+EXTRA_MISSING = "heatlens bench needs aiohttp: pip install 'heatlens[bench]'"
+
+_BUSY_CORES = 0.7
+_LATE_MS = 20.0
 
 
 def bench(
@@ -24,13 +47,11 @@ def bench(
     *,
     clients: Annotated[
         int | None,
-        typer.Option(
-            min=1, max=1024, help="Closed loop: callers that wait for their answers. [default: 8]"
-        ),
+        typer.Option(min=1, max=1024, help="Closed loop of so many clients. [default: 8]"),
     ] = None,
     rate: Annotated[
         float | None,
-        typer.Option(min=0.01, max=100_000, help="Open loop: Poisson arrivals a second."),
+        typer.Option(min=0.01, max=100_000, help="Open loop: Poisson arrivals per second."),
     ] = None,
     sweep: Annotated[
         bool,
@@ -40,17 +61,15 @@ def bench(
         ),
     ] = False,
     duration: Annotated[
-        float, typer.Option(min=0.1, max=3600, help="Seconds that each load is measured.")
+        float, typer.Option(min=0.1, max=3600, help="Measured seconds of each load.")
     ] = 10.0,
     warmup: Annotated[
-        float, typer.Option(min=0, max=600, help="Seconds before that which do not count.")
+        float, typer.Option(min=0, max=600, help="Seconds before them that do not count.")
     ] = 1.0,
     requests: Annotated[
-        int | None, typer.Option(min=1, help="End each load after so many requests, if earlier.")
+        int | None, typer.Option(min=1, help="Maximum number of requests of each load.")
     ] = None,
-    operation: Annotated[
-        BenchOperation, typer.Option(help="What is asked for each picture.")
-    ] = BenchOperation.EXPLAIN,
+    operation: Annotated[Operation, typer.Option(help="Endpoint to load.")] = "explain",
     option: Annotated[
         list[str] | None,
         typer.Option(
@@ -60,24 +79,24 @@ def bench(
     pictures: Annotated[
         Path | None,
         typer.Option(
-            exists=True, file_okay=False, help="Folder with pictures; drawn ones without."
+            exists=True, file_okay=False, help="Folder of images to send. [default: drawn images]"
         ),
     ] = None,
     verify: Annotated[
         bool,
         typer.Option(
-            "--verify", help="Check each answer against the one that its picture gets alone."
+            "--verify", help="Compare each response with the one that its image gets alone."
         ),
     ] = False,
     tolerance: Annotated[
-        float, typer.Option(min=0, max=1, help="Relative difference that --verify lets pass.")
+        float, typer.Option(min=0, max=1, help="Relative difference that --verify accepts.")
     ] = 0.01,
     timeout: Annotated[
-        float, typer.Option(min=0.1, max=600, help="Seconds after which an answer is given up.")
+        float, typer.Option(min=0.1, max=600, help="Seconds to wait for a response.")
     ] = 35.0,
     key: Annotated[str | None, typer.Option(envvar="HEATLENS_API_KEY", help="API key.")] = None,
     allow_remote: Annotated[
-        bool, typer.Option("--allow-remote", help="Load another machine than this one.")
+        bool, typer.Option("--allow-remote", help="Permit a URL of another machine.")
     ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", dir_okay=False, help="Write the numbers to a file.")
@@ -85,9 +104,9 @@ def bench(
 ) -> None:
     """Load a running service and report throughput, latency and failures.
 
-    With `--rate` and in the second half of `--sweep` requests are sent when they are due, whatever
-    became of those before them, and latency counts from the due time. The exit code is 1 if nothing
-    was answered, or if any answer belonged to another request.
+    `--rate` and the second half of `--sweep` send requests when they are due, regardless of those
+    in flight, and latency counts from the due time. The exit code is 1 if no request succeeded, or
+    if a response belonged to another request.
 
     For example:
 
@@ -100,71 +119,165 @@ def bench(
     """
     if sum((clients is not None, rate is not None, sweep)) > 1:
         raise typer.BadParameter("Choose one of --clients, --rate and --sweep.")
-    from service.cli.bench.address import AddressRefused, parse_url
-    from service.cli.bench.loops import Bounds, Closed, Open
-    from service.cli.bench.session import BenchPlan, parse_options
-
-    load: Closed | Open | None = None
-    if rate is not None:
-        load = Open(rate=rate)
-    elif not sweep:
-        load = Closed(clients=clients or 8)
     try:
-        address = parse_url(url, allow_remote=allow_remote)
-    except AddressRefused as error:
+        from service.cli.bench.client import FOREIGN_ANSWER, WRONG_ANSWER, Client, parse_url
+    except ModuleNotFoundError:
+        raise _failure(EXTRA_MISSING) from None
+
+    options = _parse_options(option or [])
+    try:
+        base = parse_url(url, allow_remote=allow_remote)
+    except BenchError as error:
         raise typer.BadParameter(str(error), param_hint="URL") from None
+    load = None if sweep else Open(rate=rate) if rate else Closed(clients=clients or 8)
+    bounds = Bounds(warmup_s=warmup, duration_s=duration, requests=requests)
+    console = Console(stderr=True)
+    longest_s = (warmup + duration + timeout) * (SWEEP_STAGES if sweep else 1)
+    console.print(f"at most {longest_s:.0f} s", style="dim", highlight=False)
     try:
-        options = parse_options(option or [])
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--option") from None
-    plan = BenchPlan(
-        address=address,
-        load=load,
-        bounds=Bounds(warmup_s=warmup, duration_s=duration, requests=requests),
-        operation=operation,
-        options=options,
-        folder=pictures,
-        key=key,
-        timeout_s=timeout,
-        verify=verify,
-        tolerance=tolerance,
-    )
-    _run(plan, url=url, json_file=json_file)
-
-
-def _run(plan: BenchPlan, *, url: str, json_file: Path | None) -> None:
-    from service.cli.bench.client import FOREIGN_ANSWER, WRONG_ANSWER
-    from service.cli.bench.pictures import NoPictures
-    from service.cli.bench.session import NotAnswering, loop_factory, run_plan
-    from service.cli.bench.tables import summaries_table
-    from service.cli.bench.verify import CannotVerify
-
-    watched = Console(stderr=True)
-    watched.print(f"at most {plan.longest_s():.0f} s", style="dim", highlight=False)
-    try:
-        with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            report = runner.run(run_plan(plan, console=watched))
-    except (NoPictures, NotAnswering, CannotVerify) as error:
-        watched.print(f"[red]{escape(str(error))}[/]", highlight=False)
-        raise typer.Exit(EXIT_FAILED) from None
-    console = Console()
-    console.print(summaries_table(report.summaries))
-    sizes = [row.megabytes for row in report.summaries if row.answered]
-    mean = f", answers of {1000 * max(sizes):.0f} kB" if sizes else ""
-    console.print(f"{plan.operation}, {report.pictures} pictures in turn{mean}", highlight=False)
-    if report.twins:
-        console.print(
-            f"[yellow]{report.twins} pairs of pictures have answers that are the same.[/]"
-        )
+        images = read_images(pictures) if pictures else draw_images()
+        bodies = image_requests(images, operation=operation, options=options, key=key)
+        client = Client(base, bodies, timeout_s=timeout)
+        work = _measure(client, load, bounds, tolerance if verify else None, console)
+        summaries, twins = run_in_loop(work)
+    except BenchError as error:
+        raise _failure(str(error)) from None
+    _print_report(summaries, title=f"{operation}, {len(images)} images in turn", twins=twins)
     if json_file is not None:
-        document = {
+        report = {
             "url": url,
-            "operation": plan.operation,
-            "options": plan.options,
-            "pictures": report.pictures,
-            "runs": report.summaries,
+            "operation": operation,
+            "options": options,
+            "pictures": len(images),
+            "runs": summaries,
         }
-        json_file.write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=2))
-    codes = {code for row in report.summaries for code in row.codes}
-    if not any(row.answered for row in report.summaries) or codes & {WRONG_ANSWER, FOREIGN_ANSWER}:
+        json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
+    codes = {code for row in summaries for code in row.codes}
+    if not any(row.answered for row in summaries) or codes & {WRONG_ANSWER, FOREIGN_ANSWER}:
         raise typer.Exit(EXIT_FAILED)
+
+
+def _parse_options(pairs: Sequence[str]) -> dict[str, str]:
+    options = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            raise typer.BadParameter(f"{pair} is not NAME=VALUE.", param_hint="--option")
+        options[name] = value
+    return options
+
+
+def _failure(message: str) -> typer.Exit:
+    Console(stderr=True, soft_wrap=True).print(message, style="red", markup=False, highlight=False)
+    return typer.Exit(EXIT_FAILED)
+
+
+async def _measure(
+    client: Client,
+    load: Load | None,
+    bounds: Bounds,
+    tolerance: float | None,
+    console: Console,
+) -> tuple[list[Summary], int | None]:
+    """Measure one load, or the sweep if there is none.
+
+    Returns:
+        The summaries and, if responses are verified with a tolerance, the number of twins.
+
+    Raises:
+        BenchError: the service does not respond as it should before it is under load.
+    """
+    from service.cli.bench.verify import learn
+
+    async with client:
+        await client.check_service()
+        twins = None
+        if tolerance is not None:
+            with console.status(f"sending {len(client.requests)} requests one by one"):
+                verifier = await learn(client, tolerance=tolerance)
+            client.check, twins = verifier.is_right, verifier.twins()
+        with _progress(console) as progress:
+
+            async def measure(load: Load) -> Summary:
+                return await _measure_load(client, load, bounds, progress)
+
+            if load is not None:
+                return [await measure(load)], twins
+            return [summary async for summary in run_sweep(measure)], twins
+
+
+async def _measure_load(client: Client, load: Load, bounds: Bounds, progress: Progress) -> Summary:
+    total_s = bounds.warmup_s + bounds.duration_s
+    task = progress.add_task(str(load), total=total_s, answers=0)
+    begun, answers = time.monotonic(), 0
+
+    def watch(sample: Sample) -> None:
+        nonlocal answers
+        answers += sample.ok
+        progress.update(task, completed=time.monotonic() - begun, answers=answers)
+
+    run = await run_load(client.call, load, bounds, watch=watch)
+    progress.update(task, completed=total_s)
+    return summarise(run)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:>12}"),
+        BarColumn(),
+        TextColumn("{task.fields[answers]} answers"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def _print_report(summaries: Sequence[Summary], *, title: str, twins: int | None) -> None:
+    console = Console()
+    console.print(summaries_table(summaries))
+    sizes = [row.megabytes for row in summaries if row.answered]
+    size = f", answers of {1000 * max(sizes):.0f} kB" if sizes else ""
+    console.print(f"{title}{size}", highlight=False)
+    if twins:
+        console.print(f"[yellow]{twins} pairs of images have the same answer.[/]")
+
+
+def summaries_table(summaries: Sequence[Summary]) -> RenderableType:
+    """One row for each run, then its failures and what makes its numbers doubtful.
+
+    The column `client` is the processor cores that the load generator used.
+    """
+    names = ("answers/s", "p50 ms", "p95 ms", "p99 ms", "max ms", "answered", "failed", "client")
+    columns = [Column(name, justify="right", no_wrap=True) for name in names]
+    table = Table(Column("load", no_wrap=True), *columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for row in summaries:
+        table.add_row(
+            row.load,
+            f"{row.throughput:.1f}",
+            *_latency_cells(row.latency),
+            str(row.answered),
+            f"[red]{row.failed}[/]" if row.failed else "0",
+            f"{row.client_cores:.2f}",
+        )
+    failures = [_failures(row) for row in summaries if row.failed]
+    doubts = [f"[yellow]{doubt}[/]" for row in summaries for doubt in _doubts(row)]
+    return Group(table, *failures, *doubts)
+
+
+def _latency_cells(latency: Latency | None) -> list[str]:
+    if latency is None:
+        return ["-"] * 4
+    return [f"{value:.1f}" for value in (latency.p50, latency.p95, latency.p99, latency.max)]
+
+
+def _failures(row: Summary) -> str:
+    codes = ", ".join(f"{count} {escape(code)}" for code, count in row.codes.items())
+    p99 = f", p99 {row.refused_latency.p99:.0f} ms" if row.refused_latency else ""
+    return f"{row.load}: {codes}{p99}"
+
+
+def _doubts(row: Summary) -> Iterator[str]:
+    if row.client_cores > _BUSY_CORES:
+        yield f"{row.load}: the load generator used {row.client_cores:.2f} cores itself."
+    if row.lag_ms > _LATE_MS:
+        yield f"{row.load}: 1 % of the requests were sent {row.lag_ms:.0f} ms late or more."

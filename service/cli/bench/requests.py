@@ -1,84 +1,103 @@
-"""The requests that are sent, ready as bytes: nothing is encoded while the clock runs."""
+"""The requests of a benchmark: images from a folder or drawn here, each as one raw body."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
+from pathlib import Path
 from urllib.parse import urlencode
 
-from models.types import Struct
-from service.cli.bench.address import Address
+import numpy as np
+from PIL import Image
+
+from models.types import Operation, Struct
+from service.cli.files import find_images
+
+_GRAIN = 20
+_JPEG_QUALITY = 85
 
 
-class BenchOperation(StrEnum):
-    """An endpoint below `/v1` that takes pictures."""
-
-    EXPLAIN = "explain"
-    PREDICT = "predict"
-    FEATURES = "features"
+class BenchError(Exception):
+    """The benchmark cannot run; the text says why."""
 
 
 class Request(Struct):
-    """An HTTP/1.1 request in two parts, between which the request's id is put.
+    """One HTTP request.
 
     Attributes:
-        picture: number of the picture that it carries.
-        before: request line and headers up to the value of `X-Request-ID`.
-        after: the rest, body included.
+        path: path and query, beginning with a slash.
+        headers: in addition to those that every request has.
+        image: number of the image in the body.
     """
 
-    picture: int
-    before: bytes
-    after: bytes
-
-    def with_id(self, request_id: str) -> bytes:
-        """The bytes to send."""
-        return b"".join((self.before, request_id.encode("ascii"), self.after))
+    path: str
+    body: bytes = b""
+    headers: Mapping[str, str] = {}
+    method: str = "POST"
+    image: int = 0
 
 
-def make_request(
-    address: Address,
-    path: str,
-    body: bytes,
+def image_requests(
+    images: Sequence[bytes],
     *,
-    picture: int = 0,
-    content_type: str = "application/octet-stream",
-    headers: Mapping[str, str] | None = None,
-    method: str = "POST",
-) -> Request:
-    """Lay out one request; `path` begins with a slash and may hold a query."""
-    lines = [
-        f"{method} {address.path}{path} HTTP/1.1",
-        f"Host: {address.authority}",
-        f"Content-Type: {content_type}",
-        f"Content-Length: {len(body)}",
-        *(f"{name}: {value}" for name, value in (headers or {}).items()),
-        "X-Request-ID: ",
-    ]
-    before = "\r\n".join(lines).encode("latin-1")
-    return Request(picture=picture, before=before, after=b"\r\n\r\n" + body)
-
-
-def picture_requests(
-    address: Address,
-    pictures: Sequence[bytes],
-    *,
-    operation: BenchOperation = BenchOperation.EXPLAIN,
+    operation: Operation = "explain",
     options: Mapping[str, str] | None = None,
     key: str | None = None,
 ) -> list[Request]:
-    """One request for each encoded picture, sent as a raw body with its options in the query.
+    """Make one request for each image.
 
     Args:
-        address: the service.
-        pictures: encoded pictures of any kind that the service reads.
+        images: image files of any kind that the service reads.
         operation: endpoint below `/v1`.
-        options: of the API, such as `{"methods": "gradcam,layercam"}`.
-        key: sent as a bearer token.
+        options: options of the API, such as `{"methods": "gradcam,layercam"}`.
+        key: API key, sent as a bearer token.
     """
-    query = f"?{urlencode(options)}" if options else ""
+    query = f"?{urlencode(options, safe=',')}" if options else ""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     return [
-        make_request(address, f"/v1/{operation}{query}", data, picture=i, headers=headers)
-        for i, data in enumerate(pictures)
+        Request(path=f"/v1/{operation}{query}", body=data, headers=headers, image=number)
+        for number, data in enumerate(images)
     ]
+
+
+def read_images(folder: Path, *, limit: int = 1000) -> list[bytes]:
+    """Read the image files in a folder and its subfolders, sorted by path.
+
+    Raises:
+        BenchError: the folder has no images.
+    """
+    files = find_images([folder])[:limit]
+    if not files:
+        raise BenchError(f"There are no images in {folder}.")
+    return [file.path.read_bytes() for file in files]
+
+
+def draw_images(
+    count: int = 64, *, size: tuple[int, int] = (500, 375), seed: int = 0
+) -> list[bytes]:
+    """Draw different JPEG images of `size` (width, height), about as large as photographs.
+
+    The same seed draws the same images.
+    """
+    random = np.random.default_rng(seed)
+    return [_draw(random, size) for _ in range(count)]
+
+
+def _draw(random: np.random.Generator, size: tuple[int, int]) -> bytes:
+    """One JPEG image: smooth waves of colour, a disc, and grain."""
+    width, height = size
+    waves = np.full((max(1, height // 4), max(1, width // 4), 3), 128, np.float32)
+    y, x = np.mgrid[0 : waves.shape[0], 0 : waves.shape[1]].astype(np.float32) / max(waves.shape)
+    for _ in range(6):
+        along_x, along_y = random.uniform(-60, 60, 2)
+        wave = np.sin(along_x * x + along_y * y + random.uniform(0, 2 * np.pi))
+        waves += wave[..., None] * random.uniform(-25, 25, 3).astype(np.float32)
+    centre = random.uniform(0.2, 0.6, 2)
+    disc = (x - centre[0]) ** 2 + (y - centre[1]) ** 2 < random.uniform(0.01, 0.04)
+    waves[disc] = random.uniform(0, 255, 3)
+    smooth = Image.fromarray(np.clip(waves, 0, 255).astype(np.uint8)).resize(size)
+    grain = random.integers(-_GRAIN, _GRAIN + 1, (height, width, 1), dtype=np.int16)
+    pixels = np.clip(np.asarray(smooth) + grain, 0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=_JPEG_QUALITY)
+    return buffer.getvalue()

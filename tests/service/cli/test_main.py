@@ -1,4 +1,4 @@
-"""The command line, end to end in this process: a tiny network, drawn pictures, real files."""
+"""The command line, end to end in this process: a tiny network, drawn images, real files."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ weights = "none"
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    module = f"network_{abs(hash(tmp_path))}"  # every test imports its own
+    # Every test imports a module of its own.
+    module = f"network_{abs(hash(tmp_path))}"
     (tmp_path / f"{module}.py").write_text(NETWORK)
     monkeypatch.syspath_prepend(tmp_path)
     path = tmp_path / "heatlens.toml"
@@ -65,9 +66,9 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """A folder with three pictures."""
-    folder = tmp_path / "pictures"
+def images(tmp_path: Path) -> Path:
+    """A folder with three images."""
+    folder = tmp_path / "images"
     folder.mkdir()
     noise = np.random.default_rng(0)
     for name, size in (("a.jpg", (50, 40)), ("b.png", (40, 64)), ("c.webp", (33, 33))):
@@ -76,13 +77,13 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-def run(*arguments: object) -> Result:
-    wide = {"COLUMNS": "400"}
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], env=wide)
+def run(*arguments: object, columns: int = 400) -> Result:
+    env = {"COLUMNS": str(columns)}
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], env=env)
 
 
 def said(result: Result) -> str:
-    """What was printed for a person, without boxes and line breaks."""
+    """The printed text, without boxes and line breaks."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", result.stdout + result.stderr)
     return re.sub(r"[\s│╭╮╰╯─]+", " ", plain)
 
@@ -90,9 +91,9 @@ def said(result: Result) -> str:
 # ---------------------------------------------------------------- explain
 
 
-def test_explain_writes_overlays_and_numbers(config: Path, pictures: Path, tmp_path: Path) -> None:
+def test_explain_writes_overlays_and_numbers(config: Path, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = run("explain", pictures, "-o", out, "-c", config, "-m", "gradcam", "-m", "layercam",
+    result = run("explain", images, "-o", out, "-c", config, "-m", "gradcam", "-m", "layercam",
                  "-t", "cat", "-t", "Egyptian cat")  # fmt: skip
     assert result.exit_code == 0, said(result)
     overlays = {
@@ -113,8 +114,8 @@ def test_explain_writes_overlays_and_numbers(config: Path, pictures: Path, tmp_p
     assert "%" in said(result)
 
 
-def test_json_is_one_line_a_picture(config: Path, pictures: Path, tmp_path: Path) -> None:
-    result = run("explain", pictures, "-o", tmp_path / "out", "-c", config, "--json")
+def test_json_has_one_line_per_image(config: Path, images: Path, tmp_path: Path) -> None:
+    result = run("explain", images, "-o", tmp_path / "out", "-c", config, "--json")
     assert result.exit_code == 0, said(result)
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert sorted(Path(line["picture"]).name for line in lines) == ["a.jpg", "b.png", "c.webp"]
@@ -123,21 +124,33 @@ def test_json_is_one_line_a_picture(config: Path, pictures: Path, tmp_path: Path
         assert all(Path(path).is_file() for path in line["overlays"])
 
 
-def test_the_whole_picture_as_canvas(config: Path, pictures: Path, tmp_path: Path) -> None:
-    result = run("explain", pictures / "b.png", "-o", tmp_path, "-c", config, "-t", "dog",
+@pytest.mark.parametrize("columns", [20, 80])
+def test_file_names_are_not_broken_into_lines(
+    config: Path, images: Path, tmp_path: Path, columns: int
+) -> None:
+    long = (images / "a.jpg").rename(images / f"{'long-name-' * 9}.jpg")
+    missing = tmp_path / f"{'missing-' * 12}.jpg"
+    result = run("explain", long, missing, "-o", tmp_path, "-c", config, "-t", "dog",
+                 columns=columns)  # fmt: skip
+    lines = (result.stdout + result.stderr).splitlines()
+    assert str(long) in lines
+    assert f"  {long.stem}.gradcam.dog.jpg" in lines
+    assert str(missing) in lines
+
+
+def test_the_whole_image_as_canvas(config: Path, images: Path, tmp_path: Path) -> None:
+    result = run("explain", images / "b.png", "-o", tmp_path, "-c", config, "-t", "dog",
                  "--canvas", "original", "--alpha", "0.3", "--colormap", "viridis")  # fmt: skip
     assert result.exit_code == 0, said(result)
     with Image.open(tmp_path / "b.gradcam.dog.jpg") as overlay:
         assert overlay.size == (40, 64)
 
 
-def test_a_bad_picture_does_not_stop_the_others(
-    config: Path, pictures: Path, tmp_path: Path
-) -> None:
-    (pictures / "b.png").write_bytes(b"not a picture")
+def test_a_bad_image_does_not_stop_the_others(config: Path, images: Path, tmp_path: Path) -> None:
+    (images / "b.png").write_bytes(b"not an image")
     missing = tmp_path / "missing.jpg"
     out = tmp_path / "out"
-    result = run("explain", missing, pictures, "-o", out, "-c", config)
+    result = run("explain", missing, images, "-o", out, "-c", config)
     assert result.exit_code == cli.EXIT_SOME_FAILED
     assert {path.name for path in out.glob("*.json")} == {"a.json", "c.json"}
     failures = said(result)
@@ -161,25 +174,25 @@ def test_a_bad_picture_does_not_stop_the_others(
     ],
 )
 def test_wrong_options_say_what_is_allowed(
-    config: Path, pictures: Path, arguments: tuple[str, str], flag: str, hint: str
+    config: Path, images: Path, arguments: tuple[str, str], flag: str, hint: str
 ) -> None:
-    result = run("explain", pictures, "-o", pictures / "out", "-c", config, *arguments)
+    result = run("explain", images, "-o", images / "out", "-c", config, *arguments)
     assert result.exit_code == 2
     assert flag in said(result)
     assert hint in said(result)
     assert "Traceback" not in said(result)
-    assert not list((pictures / "out").glob("*"))
+    assert not list((images / "out").glob("*"))
 
 
-def test_a_folder_without_pictures(tmp_path: Path) -> None:
+def test_a_folder_without_images(tmp_path: Path) -> None:
     result = run("explain", tmp_path)
     assert result.exit_code == 2
-    assert "no picture" in said(result)
+    assert "no images" in said(result)
 
 
-def test_a_broken_model_says_why(config: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_broken_model_says_why(config: Path, images: Path, tmp_path: Path) -> None:
     config.write_text(config.read_text() + BROKEN)
-    result = run("explain", pictures, "-o", tmp_path, "-c", config, "--model", "broken")
+    result = run("explain", images, "-o", tmp_path, "-c", config, "--model", "broken")
     assert result.exit_code == 2
     assert "could not be loaded" in said(result)
     assert "no_such_network" in said(result)
@@ -254,12 +267,12 @@ def test_a_wrong_config_names_the_key(tmp_path: Path) -> None:
     assert "limits.max_imagess" in said(result)
 
 
-def test_python_dash_m_service_is_heatlens_without_torch() -> None:
+def test_python_dash_m_service_is_heatlens_and_imports_little() -> None:
     program = (
         "import runpy, sys; sys.argv = ['service', '--version']\n"
         "try: runpy.run_module('service', run_name='__main__')\n"
         "except SystemExit as end: assert not end.code\n"
-        "assert 'torch' not in sys.modules"
+        "assert not {'torch', 'fastapi', 'aiohttp'} & set(sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""A small HTTP server whose every answer the test writes."""
+"""A small HTTP server whose responses each test writes itself."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import pytest
 
-from service.cli.bench.address import Address
-
-Answering = Callable[["Seen"], Awaitable[bytes]]
+Handler = Callable[["Seen"], Awaitable[bytes]]
 
 
 class Seen:
@@ -28,7 +26,7 @@ class Seen:
 def http(
     body: bytes | dict, *, status: int = 200, headers: str = "", seen: Seen | None = None
 ) -> bytes:
-    """An answer with its length, that echoes the request's id if it is given one."""
+    """A response with its length; echoes the id of the request `seen`."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     echo = f"X-Request-ID: {seen.headers['x-request-id']}\r\n" if seen else ""
     head = f"HTTP/1.1 {status} Fine\r\nContent-Length: {len(content)}\r\n{echo}{headers}\r\n"
@@ -36,11 +34,11 @@ def http(
 
 
 class Server:
-    """Answers as it is told; an empty answer closes the connection."""
+    """Sends what the handler returns; an empty response closes the connection."""
 
-    def __init__(self, answering: Answering) -> None:
+    def __init__(self, handler: Handler) -> None:
         self.seen: list[Seen] = []
-        self._answering = answering
+        self._handler = handler
         self._writers: list[asyncio.StreamWriter] = []
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -52,15 +50,15 @@ class Server:
                 length = int(head.lower().partition("content-length: ")[2].split("\r\n")[0])
                 seen = Seen(head, await reader.readexactly(length), number)
                 self.seen.append(seen)
-                answer = await self._answering(seen)
-                writer.write(answer)
+                response = await self._handler(seen)
+                writer.write(response)
                 await writer.drain()
-                if not answer or b"connection: close" in answer.lower():
+                if not response or b"connection: close" in response.lower():
                     break
         writer.close()
 
     async def end(self) -> None:
-        """Close what clients left open."""
+        """Close the connections that clients left open."""
         for writer in self._writers:
             writer.close()
             with contextlib.suppress(ConnectionError):
@@ -68,37 +66,36 @@ class Server:
 
 
 @contextlib.asynccontextmanager
-async def running(answering: Answering) -> AsyncIterator[tuple[Server, Address]]:
-    server = Server(answering)
+async def running(handler: Handler) -> AsyncIterator[tuple[Server, str]]:
+    server = Server(handler)
     listening = await asyncio.start_server(server, "127.0.0.1", 0)
     try:
         port = listening.sockets[0].getsockname()[1]
-        yield server, Address(host="127.0.0.1", ip="127.0.0.1", port=port)
+        yield server, f"http://127.0.0.1:{port}"
     finally:
         listening.close()
         await server.end()
 
 
 @pytest.fixture
-def serve() -> Callable[[Answering], contextlib.AbstractAsyncContextManager]:
-    """Start a server in the test's own loop."""
+def serve() -> Callable[[Handler], contextlib.AbstractAsyncContextManager]:
+    """Start a server in the test's own loop; gives it and its URL."""
     return running
 
 
 @pytest.fixture
-def serve_apart() -> Iterator[Callable[[Answering], tuple[Server, str]]]:
-    """Start a server in a thread of its own, for code that runs a loop itself; gives its URL."""
+def serve_apart() -> Iterator[Callable[[Handler], tuple[Server, str]]]:
+    """Start a server in a thread of its own, for code that runs a loop itself."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     stack = contextlib.AsyncExitStack()
 
-    def start(answering: Answering) -> tuple[Server, str]:
+    def start(handler: Handler) -> tuple[Server, str]:
         entered = asyncio.run_coroutine_threadsafe(
-            stack.enter_async_context(running(answering)), loop
+            stack.enter_async_context(running(handler)), loop
         )
-        server, address = entered.result(5)
-        return server, f"http://127.0.0.1:{address.port}"
+        return entered.result(5)
 
     yield start
     asyncio.run_coroutine_threadsafe(stack.aclose(), loop).result(5)
@@ -108,6 +105,6 @@ def serve_apart() -> Iterator[Callable[[Answering], tuple[Server, str]]]:
 
 
 @pytest.fixture
-def answer() -> Callable[..., bytes]:
-    """Build an HTTP answer."""
+def respond() -> Callable[..., bytes]:
+    """Build an HTTP response."""
     return http

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from service.cli import main as cli
-from service.cli.bench.pictures import NoPictures, draw_pictures, read_pictures
-from service.cli.bench.sweep import CLIENTS, SHARES
+from service.cli.bench.load import SWEEP_CLIENTS, SWEEP_SHARES
+from service.cli.bench.requests import BenchError, draw_images, read_images
 
 
 def run(*arguments: object):
@@ -27,33 +29,33 @@ def said(result) -> str:
 
 
 @pytest.fixture
-def classifier(serve_apart, answer):
-    """Answers with the mean brightness of the picture as its score; `spoil(number)` spoils an answer."""
-    spoilt: set[int] = set()
+def classifier(serve_apart, respond):
+    """Takes the mean colour of an image for its scores; refuses the requests numbered in `refused`."""
+    refused: set[int] = set()
 
-    async def classify_exception(seen):
-        if len(server.seen) in spoilt:
-            return answer({"code": "overloaded"}, status=429, seen=seen)
+    async def classify(seen):
+        if len(server.seen) in refused:
+            return respond({"code": "overloaded"}, status=429, seen=seen)
         pixels = Image.open(io.BytesIO(seen.body)).convert("RGB").resize((1, 1)).getpixel((0, 0))
         predictions = [{"class_id": i, "score": float(value)} for i, value in enumerate(pixels)]
         image = {"width": 1, "height": 1}
-        return answer({"results": [{"image": image, "predictions": predictions}]}, seen=seen)
+        return respond({"results": [{"image": image, "predictions": predictions}]}, seen=seen)
 
-    server, url = serve_apart(classify_exception)
-    server.spoilt = spoilt
+    server, url = serve_apart(classify)
+    server.refused = refused
     return server, url
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for i, data in enumerate(draw_pictures(4, size=(60, 40))):
+    for i, data in enumerate(draw_images(4, size=(60, 40))):
         (tmp_path / f"{i}.jpg").write_bytes(data)
     return tmp_path
 
 
 def test_closed_loop_to_a_file(classifier, folder: Path, tmp_path: Path) -> None:
     server, url = classifier
-    server.spoilt.add(20)
+    server.refused.add(20)
     out = tmp_path / "report.json"
     result = run(
         url, "--clients", 3, "--requests", 40, "--warmup", 0, "--pictures", folder, "--verify",
@@ -68,17 +70,18 @@ def test_closed_loop_to_a_file(classifier, folder: Path, tmp_path: Path) -> None
     assert (row["answered"], row["failed"], row["codes"]) == (39, 1, {"overloaded": 1})
     assert row["throughput"] > 0
     assert {seen.line for seen in server.seen} == {"POST /v1/predict?top_k=3 HTTP/1.1"}
-    assert len(server.seen) == 1 + 4 + 40  # the first look, the answers alone, the load
+    # One checks the service, one for each image is to compare with, and the load.
+    assert len(server.seen) == 1 + 4 + 40
 
 
-def test_wrong_answers_make_it_fail(serve_apart, answer, folder: Path) -> None:
+def test_wrong_responses_are_a_failure(serve_apart, respond, folder: Path) -> None:
     async def changing(seen):
         score = 1.0 if len(server.seen) < 11 else 2.0
         result = {
             "image": {"width": 1, "height": 1},
             "predictions": [{"class_id": 1, "score": score}],
         }
-        return answer({"results": [result]}, seen=seen)
+        return respond({"results": [result]}, seen=seen)
 
     server, url = serve_apart(changing)
     result = run(url, "--requests", 8, "--warmup", 0, "--pictures", folder, "--verify")
@@ -86,13 +89,14 @@ def test_wrong_answers_make_it_fail(serve_apart, answer, folder: Path) -> None:
     assert "3 wrong_answer" in said(result)
 
 
-def test_open_loop_with_drawn_pictures(classifier, monkeypatch) -> None:
-    monkeypatch.setattr("service.cli.bench.pictures.DRAWN_SIZE", (64, 48))
+def test_open_loop_with_drawn_images(classifier, monkeypatch) -> None:
+    small = functools.partial(draw_images, size=(64, 48))
+    monkeypatch.setattr("service.cli.bench.command.draw_images", small)
     _, url = classifier
     result = run(url, "--rate", 50, "--duration", 0.4, "--warmup", 0.1)
     assert result.exit_code == 0, said(result)
     assert "50.0/s" in said(result)
-    assert "64 pictures" in said(result)
+    assert "64 images" in said(result)
 
 
 def test_the_sweep_finds_its_rates(classifier, folder: Path, tmp_path: Path) -> None:
@@ -103,14 +107,15 @@ def test_the_sweep_finds_its_rates(classifier, folder: Path, tmp_path: Path) -> 
     )
     assert result.exit_code == 0, said(result)
     rows = json.loads(out.read_text())["runs"]
-    assert [row["clients"] for row in rows if row["clients"]] == list(CLIENTS)
+    assert [row["clients"] for row in rows if row["clients"]] == list(SWEEP_CLIENTS)
     best = max(row["throughput"] for row in rows if row["clients"])
-    assert [row["rate"] for row in rows if row["rate"]] == pytest.approx([s * best for s in SHARES])
+    rates = [row["rate"] for row in rows if row["rate"]]
+    assert rates == pytest.approx([share * best for share in SWEEP_SHARES])
 
 
-def test_a_service_that_refuses_is_not_loaded(serve_apart, answer) -> None:
+def test_a_service_that_refuses_is_not_loaded(serve_apart, respond) -> None:
     async def refuse(_seen):
-        return answer({"code": "unauthorized"}, status=401)
+        return respond({"code": "unauthorized"}, status=401)
 
     server, url = serve_apart(refuse)
     result = run(url)
@@ -123,13 +128,13 @@ def test_a_service_that_refuses_is_not_loaded(serve_apart, answer) -> None:
     ("arguments", "text"),
     [
         (["http://192.0.2.7"], "not this machine"),
-        (["http://127.0.0.1:9"], "no service that answers"),
+        (["http://127.0.0.1:9"], "does not respond"),
         (["http://127.0.0.1:9", "--rate", 1, "--sweep"], "Choose one"),
         (["http://127.0.0.1:9", "-O", "methods"], "NAME=VALUE"),
         (["http://127.0.0.1:9", "--operation", "paint"], "paint"),
     ],
 )
-def test_what_cannot_be_done_is_said(arguments: list, text: str) -> None:
+def test_mistakes_are_explained(arguments: list, text: str) -> None:
     result = run(*arguments)
     assert result.exit_code in {1, 2}
     assert text in said(result)
@@ -139,15 +144,24 @@ def test_what_cannot_be_done_is_said(arguments: list, text: str) -> None:
 def test_an_empty_folder(classifier, tmp_path: Path) -> None:
     result = run(classifier[1], "--pictures", tmp_path)
     assert result.exit_code == 1
-    assert "There is no picture" in said(result)
-    with pytest.raises(NoPictures):
-        read_pictures(tmp_path)
+    assert "There are no images" in said(result)
+    with pytest.raises(BenchError):
+        read_images(tmp_path)
 
 
-def test_drawn_pictures_are_different_and_the_same_again() -> None:
-    pictures = draw_pictures(5, size=(500, 375))
-    assert len(set(pictures)) == 5
-    assert pictures == draw_pictures(5, size=(500, 375))
-    with Image.open(io.BytesIO(pictures[0])) as picture:
-        assert (picture.format, picture.size) == ("JPEG", (500, 375))
-    assert 40_000 < len(pictures[0]) < 250_000  # as heavy as photographs of this size
+def test_without_aiohttp_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    monkeypatch.delitem(sys.modules, "service.cli.bench.client", raising=False)
+    result = run("http://127.0.0.1:9")
+    assert result.exit_code == 1
+    assert "pip install 'heatlens[bench]'" in said(result)
+
+
+def test_drawn_images_are_different_and_the_same_again() -> None:
+    images = draw_images(5, size=(500, 375))
+    assert len(set(images)) == 5
+    assert images == draw_images(5, size=(500, 375))
+    with Image.open(io.BytesIO(images[0])) as image:
+        assert (image.format, image.size) == ("JPEG", (500, 375))
+    # Photographs of this size are as large.
+    assert 40_000 < len(images[0]) < 250_000

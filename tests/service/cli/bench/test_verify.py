@@ -1,4 +1,4 @@
-"""Fingerprints tell pictures apart, and let pass what rounding and near ties do."""
+"""Fingerprints tell images apart and tolerate rounding and near ties."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import json
 import pytest
 
 from service.cli.bench.client import Client
-from service.cli.bench.requests import picture_requests
-from service.cli.bench.verify import CannotVerify, Fingerprint, fingerprint, learn, same
+from service.cli.bench.requests import BenchError, image_requests
+from service.cli.bench.verify import Fingerprint, fingerprint, learn, same
 
 
 def body(scores: dict[int, float], *, size=(50, 40), maps=((3, 0.0, 2.0),)) -> bytes:
@@ -29,8 +29,10 @@ BASE = {3: 9.0, 5: 4.0, 7: 3.99}
     ("other", "agrees"),
     [
         (body(BASE), True),
-        (body({3: 9.01, 7: 4.0, 5: 3.99}), True),  # a near tie changed places
-        (body({3: 9.0, 5: 4.0, 8: 3.98}), True),  # the last one fell off the list
+        # A near tie swapped places.
+        (body({3: 9.01, 7: 4.0, 5: 3.99}), True),
+        # The last class fell off the list.
+        (body({3: 9.0, 5: 4.0, 8: 3.98}), True),
         (body({3: 9.5, 5: 4.0, 7: 3.99}), False),
         (body({3: 9.0, 5: 4.0, 8: 5.0}), False),
         (body(BASE, size=(40, 50)), False),
@@ -52,33 +54,34 @@ def test_a_constant_map_is_a_map() -> None:
 
 
 @pytest.mark.parametrize(
-    "answer", [b"", b"[]", b"{}", b'{"results": []}', b'{"results": [{"error": {}}]}', b"\xff"]
+    "other", [b"", b"[]", b"{}", b'{"results": []}', b'{"results": [{"error": {}}]}', b"\xff"]
 )
-def test_what_is_no_answer_has_no_fingerprint(answer: bytes) -> None:
-    assert fingerprint(answer) is None
+def test_other_bodies_have_no_fingerprint(other: bytes) -> None:
+    assert fingerprint(other) is None
 
 
 @pytest.mark.anyio
-async def test_answers_are_learnt_one_by_one(serve, answer) -> None:
-    async def classify_exception(seen):
-        return answer(body({1: float(seen.body[0])}))
+async def test_responses_are_learnt_one_by_one(serve, respond) -> None:
+    async def classify(seen):
+        return respond(body({1: float(seen.body[0])}))
 
-    async with serve(classify_exception) as (server, address):
-        requests = picture_requests(address, [b"a", b"b", b"b"])
-        verifier = await learn(Client(address, requests, timeout_s=2), requests)
+    requests = image_requests([b"a", b"b", b"b"])
+    async with serve(classify) as (server, url), Client(url, requests, timeout_s=2) as client:
+        verifier = await learn(client)
     assert [seen.body for seen in server.seen] == [b"a", b"b", b"b"]
     assert verifier.is_right(0, body({1: 97.0}))
     assert not verifier.is_right(0, body({1: 98.5}))
     assert not verifier.is_right(0, b"nonsense")
-    assert verifier.twins() == 1  # the two that are one picture
+    # Two of the three images are the same.
+    assert verifier.twins() == 1
 
 
 @pytest.mark.anyio
-async def test_without_an_answer_there_is_nothing_to_compare(serve, answer) -> None:
+async def test_a_failure_cannot_be_learnt(serve, respond) -> None:
     async def refuse(_seen):
-        return answer({"code": "not_ready"}, status=503)
+        return respond({"code": "not_ready"}, status=503)
 
-    async with serve(refuse) as (_, address):
-        requests = picture_requests(address, [b"a"])
-        with pytest.raises(CannotVerify, match="503"):
-            await learn(Client(address, requests, timeout_s=2), requests)
+    requests = image_requests([b"a"])
+    async with serve(refuse) as (_, url), Client(url, requests, timeout_s=2) as client:
+        with pytest.raises(BenchError, match="503"):
+            await learn(client)
