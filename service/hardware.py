@@ -1,4 +1,4 @@
-"""How many processor cores this process may really use."""
+"""The processor cores and devices of this machine, found without torch."""
 
 from __future__ import annotations
 
@@ -8,33 +8,15 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
+MAX_AUTO_CPU_DEVICES = 4
+
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_UNLIMITED_CORES = 1 << 20
 
 
 def available_cores(quota_file: Path = _CGROUP_QUOTA) -> int:
-    """Cores by affinity mask and by container quota, whichever is less; at least 1."""
-    return max(1, min(_affinity(), _quota(quota_file)))
-
-
-def _affinity() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _quota(quota_file: Path) -> int:
-    """Whole cores of a `QUOTA PERIOD` file; a very large number when there is no limit."""
-    try:
-        quota, period = quota_file.read_text().split()
-        return int(quota) // int(period)
-    except (OSError, ValueError, ZeroDivisionError):
-        return 1 << 20
-
-
-# ---------------------------------------------------------------- devices
-
-
-MAX_AUTO_CPU_DEVICES = 4
+    """Cores that this process may use: by affinity mask or container quota, at least 1."""
+    return max(1, min(_affinity_cores(), _quota_cores(quota_file)))
 
 
 def resolve_devices(
@@ -42,38 +24,35 @@ def resolve_devices(
 ) -> tuple[str, ...]:
     """Turn the configured names into devices, each once.
 
-    `auto` is every GPU; without one, the cores as up to four CPU devices, for several workers of
-    few threads serve more than one worker of many (see `benchmarks/README.md`).
+    `auto` is every GPU. Without a GPU it is up to four CPU devices that share the cores, because
+    several workers with few threads serve more requests than one worker with many
+    (see `benchmarks/README.md`).
 
     Args:
         names: `auto`, `cpu`, `cpu:N`, `cuda` or `cuda:N`.
-        cores: that the service may use.
-        count_gpus: finds the number of usable GPUs.
+        cores: number of cores that the service may use.
+        count_gpus: counts the usable GPUs; None = `count_cuda_devices`.
     """
-    found: list[str] = []
+    devices: list[str] = []
     for name in names:
-        if name != "auto":
-            found.append(name)
-            continue
-        gpus = (count_gpus or count_cuda_devices)()
-        if gpus:
-            found += [f"cuda:{index}" for index in range(gpus)]
+        if name == "auto":
+            devices += _auto_devices(cores, (count_gpus or count_cuda_devices)())
         else:
-            workers = min(cores, MAX_AUTO_CPU_DEVICES)
-            found += [f"cpu:{index}" for index in range(workers)] if workers > 1 else ["cpu"]
-    return tuple(dict.fromkeys(found))
+            devices.append(name)
+    return tuple(dict.fromkeys(devices))
 
 
 def threads_per_device(devices: Sequence[str], *, cores: int) -> int:
-    """Torch threads of each CPU device: the cores, shared out."""
-    cpus = sum(device.startswith("cpu") for device in devices)
-    return max(1, cores // max(1, cpus))
+    """Torch threads of each CPU device when they share the cores."""
+    cpu_devices = sum(device.startswith("cpu") for device in devices)
+    return max(1, cores // max(1, cpu_devices))
 
 
 def count_cuda_devices() -> int:
-    """GPUs that a worker could use: what the driver shows (by `CUDA_VISIBLE_DEVICES`), if torch is built for it.
+    """Number of GPUs that a worker could use; 0 if torch is built without CUDA.
 
-    The driver is asked for a number only; that opens no context and holds no device memory.
+    The driver respects `CUDA_VISIBLE_DEVICES`. Counting opens no context and takes no device
+    memory.
     """
     if metadata.version("torch").endswith("+cpu"):
         return 0
@@ -85,3 +64,25 @@ def count_cuda_devices() -> int:
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return 0
     return count.value
+
+
+def _affinity_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _quota_cores(quota_file: Path) -> int:
+    """Whole cores of a `QUOTA PERIOD` file; a very large number when there is no limit."""
+    try:
+        quota, period = quota_file.read_text().split()
+        return int(quota) // int(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        return _UNLIMITED_CORES
+
+
+def _auto_devices(cores: int, gpus: int) -> list[str]:
+    if gpus:
+        return [f"cuda:{index}" for index in range(gpus)]
+    workers = min(cores, MAX_AUTO_CPU_DEVICES)
+    return [f"cpu:{index}" for index in range(workers)] if workers > 1 else ["cpu"]

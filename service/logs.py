@@ -1,4 +1,4 @@
-"""Logs as JSON lines, one object per event, with the request's id wherever there is one."""
+"""Logs as JSON lines, one object per event, and the request ids that they carry."""
 
 from __future__ import annotations
 
@@ -16,9 +16,27 @@ import msgspec
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 """Id of the request that the running task answers; empty outside of requests."""
 
+_SAFE_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}", re.ASCII)
+_CROCKFORD_BASE32 = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+
+
+def request_id_of(inbound: str | None) -> str:
+    """Keep an inbound id that is safe in a header and a log line; otherwise make a new one."""
+    return inbound if inbound and _SAFE_ID.fullmatch(inbound) else new_id()
+
+
+def new_id() -> str:
+    """A ULID: 48 bits of milliseconds and 80 random bits as 26 characters."""
+    number = (time.time_ns() // 1_000_000) << 80 | secrets.randbits(80)
+    return "".join(_CROCKFORD_BASE32[number >> shift & 31] for shift in range(125, -1, -5))
+
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object per record: its time, level, logger, message, request id, and what `extra={"fields": …}` adds."""
+    """One JSON object per record.
+
+    It has the time, level, logger, process, message, request id, exception, and the entries of
+    `extra={"fields": …}`.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         """Encode a record."""
@@ -39,11 +57,11 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_logging(level: str, *, stream: TextIO | None = None) -> None:
-    """Send all logs of this process to `stream` (standard error) as JSON lines.
+    """Write all logs of this process as JSON lines.
 
     Args:
         level: `debug`, `info`, `warning` or `error`.
-        stream: where to.
+        stream: destination; None = standard error.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter())
@@ -53,21 +71,3 @@ def configure_logging(level: str, *, stream: TextIO | None = None) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).handlers.clear()
-
-
-# ---------------------------------------------------------------- request_ids
-
-
-_SANE = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}", re.ASCII)
-_ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
-
-
-def request_id_of(inbound: str | None) -> str:
-    """Keep an inbound id that can stand in a header and a log line; otherwise make one."""
-    return inbound if inbound and _SANE.fullmatch(inbound) else new_id()
-
-
-def new_id() -> str:
-    """A ULID: 48 bits of milliseconds and 80 random bits, as 26 characters of Crockford's base 32."""
-    number = (time.time_ns() // 1_000_000) << 80 | secrets.randbits(80)
-    return "".join(_ALPHABET[number >> shift & 31] for shift in range(125, -1, -5))

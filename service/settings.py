@@ -1,22 +1,15 @@
-"""What the operator configures: a TOML file and `HEATLENS_*` variables, checked once at the start.
+"""The settings of the service, by the sections of its configuration file.
 
-Sources, the first one wins: arguments of `load_settings`, environment, file, defaults. Nested keys
-are written with `__` in the environment (`HEATLENS_LIMITS__MAX_IMAGES=8`), lists as JSON or
-separated by commas. Of other variables only `HEATLENS_DEFAULT_MODEL` and `HEATLENS_MODELS` are
-read: orchestrators set some, such as `HEATLENS_PORT`, by themselves.
+`service.configuration` reads them from the file and the environment.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tomllib
-from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -24,25 +17,19 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
-    model_validator,
+    ValidationInfo,
+    field_validator,
 )
+from pydantic_settings import NoDecode
 
 from models.catalog import ModelSpec, default_spec
 from service.hardware import available_cores
 
-ENV_PREFIX = "HEATLENS_"
-ENV_DELIMITER = "__"
-
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
-class ConfigurationError(ValueError):
-    """The configuration is wrong; the text names the key and never repeats a secret."""
-
-
 def _split(value: object) -> object:
-    """Let `a,b` stand for a list where the environment or a flag gives text."""
+    """Turn `a,b`, or the JSON of a list, into a list; other values stay as they are."""
     if not isinstance(value, str):
         return value
     if value.lstrip().startswith("["):
@@ -63,19 +50,18 @@ def _hash_key(value: object) -> object:
     return value.lower()
 
 
-Names = Annotated[list[str], BeforeValidator(_split)]
+def _known_device(name: str) -> str:
+    if not re.fullmatch(r"auto|(cpu|cuda)(:[0-9]{1,3})?", name):
+        raise ValueError("allowed are auto, cpu, cpu:N, cuda and cuda:N")
+    return name
 
 
-def _known_devices(names: list[str]) -> list[str]:
-    for name in names:
-        if not re.fullmatch(r"auto|(cpu|cuda)(:[0-9]{1,3})?", name):
-            raise ValueError("allowed are auto, cpu, cpu:N, cuda and cuda:N")
-    return names
-
-
-Devices = Annotated[Names, AfterValidator(_known_devices), Field(min_length=1)]
-KeyHash = Annotated[str, BeforeValidator(_hash_key)]
-KeyHashes = Annotated[list[KeyHash], BeforeValidator(_split)]
+T = TypeVar("T")
+CommaList = Annotated[list[T], NoDecode, BeforeValidator(_split)]
+Names = CommaList[str]
+Devices = Annotated[CommaList[Annotated[str, AfterValidator(_known_device)]], Field(min_length=1)]
+KeyHashes = CommaList[Annotated[str, BeforeValidator(_hash_key)]]
+Models = Annotated[CommaList[ModelSpec], Field(validate_default=True)]
 
 
 class _Section(BaseModel):
@@ -193,17 +179,6 @@ class WorkerSettings(_Section):
     keep_heap: bool = True
 
 
-class MetricsSettings(_Section):
-    """`[metrics]`.
-
-    Attributes:
-        nv_aliases: whether `/metrics` also has the main names of Triton, `nv_inference_*`, for
-            dashboards made for it.
-    """
-
-    nv_aliases: bool = False
-
-
 class TracingSettings(_Section):
     """`[tracing]`: OpenTelemetry; needs the extra `otel`.
 
@@ -218,189 +193,40 @@ class TracingSettings(_Section):
 
 
 class Settings(_Section):
-    """The whole configuration, valid and complete; `load_settings` makes it for the service.
+    """All settings, valid and complete; `load_settings` makes them for the service.
 
-    It reads neither environment nor file by itself, so that it can travel to other processes as
-    JSON (`model_dump_json`, `model_validate_json`).
+    They read neither environment nor file, so that they can travel to other processes as JSON
+    (`model_dump_json`, `model_validate_json`).
 
     Attributes:
+        models: the catalog; the embedded default model when none is configured.
         default_model: name of the model that answers requests naming none; the first one unless
             configured.
-        models: the catalog; the embedded default model when none is configured.
-        base_dir: folder against which relative paths of the catalog are meant.
+        base_dir: folder against which relative paths of the catalog are resolved.
     """
 
-    default_model: str = ""
     server: ServerSettings = ServerSettings()
     limits: LimitSettings = LimitSettings()
     security: SecuritySettings = SecuritySettings()
     workers: WorkerSettings = WorkerSettings()
-    metrics: MetricsSettings = MetricsSettings()
     tracing: TracingSettings = TracingSettings()
-    models: Annotated[list[ModelSpec], BeforeValidator(_split)] = []
+    models: Models = []
+    default_model: Annotated[str, Field(validate_default=True)] = ""
     base_dir: Path = Field(default_factory=Path.cwd)
 
-    @model_validator(mode="before")
+    @field_validator("models")
     @classmethod
-    def _fill_in(cls, values: Any) -> Any:
-        """Put the embedded model into an empty catalog, and name the default model."""
-        if not isinstance(values, dict):
-            return values
-        filled = dict(values)
-        filled["models"] = values.get("models") or [default_spec()]
-        if isinstance(
-            filled["models"], str
-        ):  # the environment's JSON; nonsense is left to the field
-            with suppress(ValueError):
-                filled["models"] = _split(filled["models"])
-        if not filled.get("default_model") and isinstance(filled["models"], list):
-            filled["default_model"] = _name(filled["models"][0])
-        return filled
+    def _check_models(cls, models: list[ModelSpec]) -> list[ModelSpec]:
+        names = [f"{spec.name}@{spec.version}" for spec in models]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"Model {name} is configured twice.")
+        return models or [default_spec()]
 
-    @model_validator(mode="after")
-    def _agree(self) -> Self:
-        seen = set()
-        for spec in self.models:
-            if (spec.name, spec.version) in seen:
-                raise ValueError(f"Model {spec.name}@{spec.version} is configured twice.")
-            seen.add((spec.name, spec.version))
-        names = list(dict.fromkeys(spec.name for spec in self.models))
-        if self.default_model not in names:
-            raise ValueError(f"default_model must be one of: {', '.join(names)}.")
-        return self
-
-
-def _name(spec: object) -> object:
-    return spec.get("name", "") if isinstance(spec, Mapping) else getattr(spec, "name", "")
-
-
-def load_settings(
-    config: Path | None = None,
-    *,
-    overrides: Mapping[str, Any] | None = None,
-    environ: Mapping[str, str] | None = None,
-) -> Settings:
-    """Read, merge and check the configuration.
-
-    Args:
-        config: a TOML file; None = none.
-        overrides: nested values that win over everything, such as `{"server": {"port": 9000}}`.
-        environ: variables to read instead of the process's own.
-
-    Raises:
-        ConfigurationError: a file that cannot be read, an unknown key or a wrong value; the text
-            names it.
-    """
-    values: dict[str, Any] = {"base_dir": (config.parent if config else Path()).resolve()}
-    values = _merge(values, _read_file(config) if config else {})
-    values = _merge(values, _read_environment(os.environ if environ is None else environ))
-    values = _merge(values, overrides or {})
-    values["base_dir"] = _absolute(values["base_dir"], config)
-    try:
-        return Settings.model_validate(values)
-    except ValidationError as error:
-        raise ConfigurationError(_describe(error)) from None
-
-
-def _read_file(config: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(config.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigurationError(f"{config}: {error.strerror or 'cannot be read'}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{config} is not valid TOML: {error}") from None
-
-
-def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for name, value in environ.items():
-        path = name.removeprefix(ENV_PREFIX).lower().split(ENV_DELIMITER)
-        if not name.startswith(ENV_PREFIX):
-            continue
-        if len(path) == 1 and path[0] not in {"default_model", "models"}:
-            continue
-        if path[0] not in Settings.model_fields:
-            raise ConfigurationError(f"{name}: there is no section {path[0]}.")
-        nested: Any = value
-        for key in reversed(path):
-            nested = {key: nested}
-        values = _merge(values, nested)
-    return values
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        below = merged.get(key)
-        nested = isinstance(below, Mapping) and isinstance(value, Mapping)
-        merged[key] = _merge(below or {}, value) if nested else value
-    return merged
-
-
-def _absolute(folder: Path | str, config: Path | None) -> Path:
-    return ((config.parent if config else Path()) / folder).resolve()
-
-
-def _describe(error: ValidationError) -> str:
-    lines = []
-    for item in error.errors(include_url=False, include_input=False):
-        key = ".".join(map(str, item["loc"]))
-        text = "unknown key" if item["type"] == "extra_forbidden" else item["msg"]
-        text = text.removeprefix("Value error, ")
-        lines.append(f"{key}: {text}" if key else text)
-    return "; ".join(lines)
-
-
-# ---------------------------------------------------------------- configuration
-
-
-M = TypeVar("M", bound=BaseModel)
-
-_FIXED_SERVER = ("host", "port", "http_workers", "devices")
-_FIXED_LIMITS = ("max_wait_s",)
-_FIXED = ("workers", "tracing", "base_dir")
-
-
-class ConfigurationSource(BaseModel):
-    """A file and what was said on the command line; the environment is read by whoever reads them.
-
-    Attributes:
-        path: the TOML file, absolute; None = none.
-        overrides: nested values that win over file and environment.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    path: Path | None = None
-    overrides: dict[str, Any] = {}
-
-    def read(self) -> Settings:
-        """Read the configuration as it is now.
-
-        Raises:
-            ConfigurationError: it is wrong, or the file is gone.
-        """
-        return load_settings(self.path, overrides=self.overrides)
-
-
-def reloaded(running: Settings, read: Settings) -> tuple[Settings, tuple[str, ...]]:
-    """What a running service takes over of a new configuration.
-
-    Sockets, processes and devices stay as they are until the service is started again.
-
-    Returns:
-        The configuration from now on, and the keys whose change has to wait for a restart.
-    """
-    server, late_server = _keep(running.server, read.server, names=_FIXED_SERVER)
-    limits, late_limits = _keep(running.limits, read.limits, names=_FIXED_LIMITS)
-    partly = read.model_copy(update={"server": server, "limits": limits})
-    settings, late = _keep(running, partly, names=_FIXED)
-    late_keys = [f"server.{name}" for name in late_server]
-    late_keys += [f"limits.{name}" for name in late_limits]
-    return settings, (*late_keys, *late)
-
-
-def _keep(running: M, read: M, *, names: tuple[str, ...]) -> tuple[M, list[str]]:
-    """`read`, but with the running values of `names`; and those of them that differ."""
-    late = [name for name in names if getattr(running, name) != getattr(read, name)]
-    return read.model_copy(update={name: getattr(running, name) for name in names}), late
+    @field_validator("default_model")
+    @classmethod
+    def _check_default_model(cls, name: str, info: ValidationInfo) -> str:
+        names = list(dict.fromkeys(spec.name for spec in info.data.get("models", [])))
+        if names and name and name not in names:
+            raise ValueError(f"must be one of: {', '.join(names)}.")
+        return name or next(iter(names), "")

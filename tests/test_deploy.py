@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import yaml
+
+from models.errors import HeatlensError
+from service.api.metrics import Metrics, Served
+from service.devices.pool import DeviceStatus
+from service.devices.status import BatchCount
+from tests.fakes import FakePool
+from tests.recording_rules import RULES, evaluate, recorded, samples_of
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -71,3 +80,83 @@ def test_every_panel_says_what_it_shows() -> None:
         for target in panel["targets"]:
             assert balanced(target["expr"])
             assert 'job=~"$job"' in target["expr"]
+
+
+# ---------------------------------------------------------------- Triton's names
+
+BATCHES = (
+    BatchCount(model="m", version="1", reason="full", batches=3, images=9),
+    BatchCount(model="m", version="1", reason="idle", batches=2, images=2),
+)
+STAGES = {"decode": 0.001, "queue": 0.002, "device": 0.004, "render": 0.008}
+
+
+class BusyPool(FakePool):
+    def devices(self) -> list[DeviceStatus]:
+        return [
+            DeviceStatus(device=f"cpu:{index}", state="ready", batches=BATCHES) for index in (0, 1)
+        ]
+
+
+def error_codes(base: type[HeatlensError] = HeatlensError) -> Iterator[str]:
+    yield base.code
+    for error in base.__subclasses__():
+        yield from error_codes(error)
+
+
+@pytest.fixture
+def exposition() -> str:
+    """Two requests of each kind that succeed, one of each error, and five images."""
+    metrics = Metrics(BusyPool(), ready_within_s=30)
+    for operation in ("predict", "explain"):
+        served = Served(model="m", version="1", operation=operation)
+        metrics.observe_request(served, code="", seconds=0.25)
+        metrics.observe_request(served, code="", seconds=0.25)
+    for code in set(error_codes()):
+        metrics.observe_request(served, code=code, seconds=0.5)
+    for stage, seconds in STAGES.items():
+        for _ in range(5):
+            metrics.stage_seconds.labels(stage, "m", "1", "predict").observe(seconds)
+    return metrics.exposition().decode()
+
+
+def test_rules_give_triton_s_names() -> None:
+    stages = ("queue", "compute_input", "compute_infer", "compute_output")
+    assert {rule["record"] for rule in RULES} == {
+        "nv_inference_request_success",
+        "nv_inference_request_failure",
+        "nv_inference_count",
+        "nv_inference_exec_count",
+        "nv_inference_request_duration_us",
+        *(f"nv_inference_{stage}_duration_us" for stage in stages),
+    }
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["expr"])
+def test_rules_use_metrics_and_labels_that_exist(rule: dict, exposition: str) -> None:
+    assert balanced(rule["expr"])
+    (labels,) = evaluate(rule, samples_of(exposition))
+    assert dict(labels) == {"model": "m", "version": "1", **rule.get("labels", {})}
+
+
+def test_rules_add_up(exposition: str) -> None:
+    found = recorded(exposition)
+    failures = {
+        dict(labels)["reason"]: value
+        for labels, value in found.pop("nv_inference_request_failure").items()
+    }
+    codes = len(set(error_codes()))
+    assert failures == {"REJECTED": 1, "CANCELED": 1, "BACKEND": 3, "OTHER": codes - 5}
+    values = {name: value for name, by_labels in found.items() for value in by_labels.values()}
+    assert values == pytest.approx(
+        {
+            "nv_inference_request_success": 4,
+            "nv_inference_count": 5,
+            "nv_inference_exec_count": 10,
+            "nv_inference_request_duration_us": 1e6 * (4 * 0.25 + codes * 0.5),
+            "nv_inference_compute_input_duration_us": 5000,
+            "nv_inference_queue_duration_us": 10_000,
+            "nv_inference_compute_infer_duration_us": 20_000,
+            "nv_inference_compute_output_duration_us": 40_000,
+        }
+    )

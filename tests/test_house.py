@@ -179,6 +179,7 @@ def test_ci_runs_make_check() -> None:
     assert os.access(script, os.X_OK)
     assert "make check" in script.read_text()
 
+
 # ---------------------------------------------------------------- documentation
 
 

@@ -59,8 +59,8 @@ def create_app(
             changes.
         limiter: the limiter of the process; None makes one for this application alone.
     """
-    metrics = metrics or Metrics(pool, nv_aliases=settings.metrics.nv_aliases)
-    metrics.ready_within_s = settings.server.ready_within_s
+    metrics = metrics or Metrics(pool)
+    metrics.devices.ready_within_s = settings.server.ready_within_s
     limiter = limiter or ConcurrencyLimiter(None)
 
     @asynccontextmanager

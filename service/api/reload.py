@@ -19,13 +19,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from models.catalog import ModelSpec
 from models.errors import HeatlensError
 from models.types import ModelInfo
+from service.configuration import ConfigurationError, reloaded
 from service.devices.messages import Completion, Submission
 from service.devices.model_state import model_key
 from service.devices.pool import DevicePool, DeviceStatus
 from service.devices.runtime_dir import RuntimeDir, SettingsLease
 from service.devices.socket_pool import SocketPool
 from service.logs import configure_logging
-from service.settings import ConfigurationError, Settings, reloaded
+from service.settings import Settings
 
 MakeApp = Callable[[Settings, DevicePool], ASGIApp]
 """Makes an ASGI application whose lifespan starts and closes the pool."""

@@ -23,7 +23,8 @@ from models.methods import METHODS
 from service.cli.bench.command import bench
 from service.cli.files import ImageFile, find_images
 from service.cli.tables import failures_list, models_list, predictions_list
-from service.settings import ConfigurationError, Settings, load_settings
+from service.configuration import ConfigurationError, load_settings
+from service.settings import Settings
 
 if TYPE_CHECKING:
     from service.cli.explain import Explained, Failed
@@ -107,8 +108,8 @@ def serve(
     }
     server = {key: value for key, value in given.items() if value is not None}
     settings = _settings(config, server)
+    from service.configuration import ConfigurationSource
     from service.logs import configure_logging
-    from service.settings import ConfigurationSource
     from service.supervisor.supervisor import Supervisor
 
     configure_logging(settings.server.log_level)

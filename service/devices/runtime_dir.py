@@ -14,7 +14,8 @@ from pathlib import Path
 import msgspec
 
 from models.catalog import ModelSpec
-from service.settings import ConfigurationSource, Settings
+from service.configuration import ConfigurationSource
+from service.settings import Settings
 
 _SOCKET_PATH_LIMIT = 107
 """Maximum length of a Unix socket's path on Linux, in bytes."""

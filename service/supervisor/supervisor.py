@@ -16,11 +16,12 @@ from collections.abc import Iterator, Sequence
 from enum import Enum
 
 from service import tracing
+from service.configuration import ConfigurationSource
 from service.devices.runtime_dir import RuntimeDir
 from service.devices.status import MAX_QUARANTINED, DeviceStates, DeviceStatesFile
 from service.hardware import available_cores, resolve_devices, threads_per_device
 from service.logs import configure_logging
-from service.settings import ConfigurationSource, Settings
+from service.settings import Settings
 from service.supervisor.child import Child
 from service.supervisor.device_process import DeviceProcess
 from service.supervisor.http_process import HttpLaunch, HttpProcess

@@ -19,12 +19,12 @@ from models.types import Failure, ModelInfo, Outcome
 from service.devices.messages import Completion, Submission
 from service.devices.model_state import loading_model, model_key, with_fingerprint
 from service.devices.status import WorkerStatus
-from service.tracing import DeviceTracing
 from service.worker.backend import Backend, DeviceLost, Result, load_model
 from service.worker.batcher import Batcher
 from service.worker.queue import Batch, Decision, Entry, ModelKey
 from service.worker.runner import Runner
 from service.worker.tasks import Done, LoadTask, Task, TaskQueue, UnloadTask
+from service.worker.tracing import DeviceTracing
 
 log = logging.getLogger("heatlens.compute")
 

@@ -28,11 +28,11 @@ from service.devices.pool import DeviceHealth, DeviceStatus
 from service.devices.status import WorkerStatus
 from service.hardware import available_cores, resolve_devices
 from service.settings import Settings
-from service.tracing import device_tracing
 from service.worker.backend import Backend, make_engine_backend
 from service.worker.batcher import Batcher
 from service.worker.compute import ComputeThread, JobResult
 from service.worker.tasks import Done
+from service.worker.tracing import device_tracing
 
 log = logging.getLogger("heatlens.local")
 

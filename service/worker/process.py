@@ -49,11 +49,11 @@ from service.devices.runtime_dir import RuntimeDir, die_with_parent, holds
 from service.devices.status import EXIT_DEVICE_LOST, DeviceStatesFile, WorkerStatusFile
 from service.logs import configure_logging
 from service.settings import Settings
-from service.tracing import device_tracing
 from service.worker.backend import Backend, make_engine_backend
 from service.worker.batcher import Batcher
 from service.worker.compute import ComputeThread, JobResult
 from service.worker.tasks import Done
+from service.worker.tracing import device_tracing
 
 log = logging.getLogger("heatlens.worker")
 

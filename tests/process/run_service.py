@@ -9,7 +9,8 @@ import logging
 import sys
 from pathlib import Path
 
-from service.settings import ConfigurationSource, Settings
+from service.configuration import ConfigurationSource
+from service.settings import Settings
 from service.supervisor.supervisor import HTTP_COMMAND, WORKER_COMMAND, Supervisor
 
 HERE = Path(__file__).parent

@@ -1,4 +1,4 @@
-"""What a real service tells of itself: traces across processes, logs with request ids, every metric that is used."""
+"""Observability of a real service: traces across processes, request ids in logs, metrics."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from fake_engine import Fault, picture
 from running import until
 from traffic import png
 
+from tests.recording_rules import recorded
+
 pytestmark = pytest.mark.process
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("decode", "queue", "batch", "device", "render")
 INBOUND = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
-NAME = re.compile(r"\b(?:heatlens|http|request|nv_inference|process|up)_[a-z_]+\b")
+NAME = re.compile(r"\b(?:heatlens|http|request|process|up)_[a-z_]+\b")
 
 
 def ask(running, pixels, **headers: str) -> httpx.Response:
@@ -100,7 +102,7 @@ def test_log_lines_of_a_job_carry_its_request_in_every_process(configured):
 
 
 def expressions() -> Iterable[str]:
-    """Every query in the dashboard and the alert rules."""
+    """Every query in the dashboard, the alerts and the recording rules."""
     board = json.loads((ROOT / "deploy/grafana/heatlens.json").read_text())
     for panel in board["panels"]:
         yield from (target["expr"] for target in panel.get("targets", []))
@@ -109,8 +111,9 @@ def expressions() -> Iterable[str]:
         for variable in board["templating"]["list"]
         if variable["type"] == "query"
     )
-    rules = yaml.safe_load((ROOT / "deploy/prometheus/alerts.yml").read_text())
-    yield from (rule["expr"] for group in rules["groups"] for rule in group["rules"])
+    for name in ("alerts.yml", "triton.yml"):
+        rules = yaml.safe_load((ROOT / "deploy/prometheus" / name).read_text())
+        yield from (rule["expr"] for group in rules["groups"] for rule in group["rules"])
 
 
 def metrics(text: str) -> dict[str, float]:
@@ -120,7 +123,7 @@ def metrics(text: str) -> dict[str, float]:
 
 
 def test_every_metric_that_is_used_is_there_and_adds_up(configured):
-    running = configured(metrics={"nv_aliases": True}, limits={"max_images": 2})
+    running = configured(limits={"max_images": 2})
     for number in range(20):  # each on a connection of its own: both HTTP processes get some
         assert ask(running, picture(number)).status_code == 200
     assert ask(running, picture(1, Fault.RAISE)).status_code == 500
@@ -149,11 +152,13 @@ def test_every_metric_that_is_used_is_there_and_adds_up(configured):
     assert found['heatlens_model_ready{model="fake",version="1"}'] == 1
     alone = 'heatlens_batches_total{device="cpu",model="fake",reason="alone",version="1"}'
     assert found[alone] == 1, "the job that was in a death ran alone"
-    assert found['nv_inference_request_success{model="fake",version="1"}'] == 21
-    failed = 'nv_inference_request_failure{model="fake",reason="BACKEND",version="1"}'
-    assert found[failed] == 1
-    assert found['nv_inference_count{model="fake",version="1"}'] == 21
-    assert found['nv_inference_compute_infer_duration_us{model="fake",version="1"}'] > 21 * 2000
+    as_triton = recorded(scrapes[-1])
+    model = frozenset({("model", "fake"), ("version", "1")})
+    assert as_triton["nv_inference_request_success"][model] == 21
+    failed = as_triton["nv_inference_request_failure"]
+    assert failed == {model | {("reason", "BACKEND")}: 1}
+    assert as_triton["nv_inference_count"][model] == 21
+    assert as_triton["nv_inference_compute_infer_duration_us"][model] > 21 * 2000
     routes = {name for name in found if name.startswith("http_request_duration_seconds_count")}
     assert any('route="/v1/predict"' in name for name in routes)
 
@@ -162,7 +167,7 @@ def test_every_metric_that_is_used_is_there_and_adds_up(configured):
 
 
 def test_sigterm_with_real_requests(configured):
-    """Not ready at once, the last answer on a connection says so, what was accepted is answered, exit 0."""
+    """Readiness ends at once, connections are closed by a response, accepted requests finish."""
 
     server = {**BASE["server"], "http_workers": 1}
     running = configured(server=server)

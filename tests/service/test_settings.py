@@ -1,15 +1,23 @@
-"""The configuration: sources and their order, clear errors, secrets kept."""
+"""Settings and their sources: precedence, clear errors, secrets, reloads."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from models.catalog import DEFAULT_MODEL
+from service.configuration import (
+    ConfigurationError,
+    ConfigurationSource,
+    load_settings,
+    reloaded,
+)
 from service.hardware import available_cores
-from service.settings import ConfigurationError, Settings, load_settings
+from service.settings import Settings
 
 CONFIG = """
 default_model = "b"
@@ -33,6 +41,20 @@ crop = 96
 """
 
 
+@pytest.fixture(autouse=True)
+def set_variables(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets variables of the process, which has none of ours at first."""
+
+    def set_all(**variables: str) -> None:
+        for name in [name for name in os.environ if name.startswith("HEATLENS_")]:
+            monkeypatch.delenv(name)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    set_all()
+    return set_all
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     path = tmp_path / "conf" / "heatlens.toml"
@@ -43,12 +65,12 @@ def config(tmp_path: Path) -> Path:
 
 def wrong(**kwargs: object) -> str:
     with pytest.raises(ConfigurationError) as caught:
-        load_settings(**{"environ": {}, **kwargs})
+        load_settings(**kwargs)
     return str(caught.value)
 
 
 def test_nothing_configured_is_the_embedded_model() -> None:
-    settings = load_settings(environ={})
+    settings = load_settings()
     assert settings.default_model == DEFAULT_MODEL
     assert [spec.name for spec in settings.models] == [DEFAULT_MODEL]
     assert settings.limits.max_body_bytes == 20_000_000
@@ -60,7 +82,7 @@ def test_nothing_configured_is_the_embedded_model() -> None:
 
 
 def test_file(config: Path) -> None:
-    settings = load_settings(config, environ={})
+    settings = load_settings(config)
     assert settings.default_model == "b"
     assert settings.server.port == 9000
     assert settings.models[1].version == "2"
@@ -68,15 +90,17 @@ def test_file(config: Path) -> None:
     assert settings.base_dir == config.parent
 
 
-def test_arguments_beat_environment_beats_file(config: Path) -> None:
-    environ = {
-        "HEATLENS_SERVER__PORT": "9001",
-        "HEATLENS_LIMITS__MAX_IMAGES": "5",
-        "HEATLENS_SERVER__DEVICES": "cuda:0, cuda:1",
-        "HEATLENS_SECURITY__CORS_ORIGINS": '["https://a.example"]',
-        "HEATLENS_DEFAULT_MODEL": "a",
-    }
-    settings = load_settings(config, environ=environ, overrides={"server": {"port": 9002}})
+def test_arguments_beat_environment_beats_file(
+    config: Path, set_variables: Callable[..., None]
+) -> None:
+    set_variables(
+        HEATLENS_SERVER__PORT="9001",
+        HEATLENS_LIMITS__MAX_IMAGES="5",
+        HEATLENS_SERVER__DEVICES="cuda:0, cuda:1",
+        HEATLENS_SECURITY__CORS_ORIGINS='["https://a.example"]',
+        HEATLENS_DEFAULT_MODEL="a",
+    )
+    settings = load_settings(config, overrides={"server": {"port": 9002}})
     assert settings.server.port == 9002
     assert settings.limits.max_images == 5
     assert settings.server.devices == ["cuda:0", "cuda:1"]
@@ -84,24 +108,46 @@ def test_arguments_beat_environment_beats_file(config: Path) -> None:
     assert settings.default_model == "a"
 
 
-def test_models_from_the_environment() -> None:
-    environ = {"HEATLENS_MODELS": '[{"name": "x", "source": "timm:resnet10t"}]'}
-    settings = load_settings(environ=environ)
+def test_models_from_the_environment(set_variables: Callable[..., None]) -> None:
+    set_variables(HEATLENS_MODELS='[{"name": "x", "source": "timm:resnet10t"}]')
+    settings = load_settings()
     assert (settings.default_model, settings.models[0].source) == ("x", "timm:resnet10t")
+    set_variables(HEATLENS_MODELS="", HEATLENS_DEFAULT_MODEL="")
+    assert load_settings().default_model == DEFAULT_MODEL
 
 
-def test_variables_of_an_orchestrator_do_no_harm() -> None:
-    environ = {"HEATLENS_PORT": "tcp://10.0.0.1:8000", "HEATLENS_SERVICE_HOST": "10.0.0.1"}
-    assert load_settings(environ=environ).server.port == 8000
+def test_variables_of_an_orchestrator_do_no_harm(set_variables: Callable[..., None]) -> None:
+    set_variables(HEATLENS_PORT="tcp://10.0.0.1:8000", HEATLENS_SERVICE_HOST="10.0.0.1")
+    assert load_settings().server.port == 8000
 
 
-def test_unknown_keys_are_named(config: Path) -> None:
+def test_broken_json_in_the_environment_is_named(set_variables: Callable[..., None]) -> None:
+    set_variables(HEATLENS_MODELS='[{"name"')
+    assert "models: A list is JSON" in wrong()
+    set_variables(HEATLENS_SECURITY='{"api_keys": "hunter2"')
+    assert '"security"' in wrong()
+    assert "hunter2" not in wrong()
+
+
+def test_a_removed_section_names_its_replacement(
+    config: Path, set_variables: Callable[..., None]
+) -> None:
+    config.write_text("[metrics]\nnv_aliases = true")
+    assert "metrics: metrics.nv_aliases was removed" in wrong(config=config)
+    set_variables(HEATLENS_METRICS__NV_ALIASES="true")
+    assert "deploy/prometheus/triton.yml" in wrong()
+
+
+def test_unknown_keys_are_named(config: Path, set_variables: Callable[..., None]) -> None:
     assert "limits.max_image: unknown key" in wrong(overrides={"limits": {"max_image": 1}})
     assert "models.0.wieghts: unknown key" in wrong(
         overrides={"models": [{"name": "a", "source": "timm:x", "wieghts": "w"}]}
     )
-    assert "limits.nope: unknown key" in wrong(environ={"HEATLENS_LIMITS__NOPE": "1"})
-    assert "HEATLENS_LIMIT__NOPE" in wrong(environ={"HEATLENS_LIMIT__NOPE": "1"})
+    set_variables(HEATLENS_LIMITS__NOPE="1")
+    assert "limits.nope: unknown key" in wrong()
+    set_variables(HEATLENS_LIMIT__NOPE="1")
+    assert "HEATLENS_LIMIT__NOPE" in wrong()
+    set_variables()
     config.write_text("serve = 1")
     assert "serve: unknown key" in wrong(config=config)
 
@@ -116,7 +162,7 @@ def test_unknown_keys_are_named(config: Path) -> None:
         ({"models": [3]}, "models.0"),
         ({"models": "[{"}, "models"),
         ({"models": [{"name": "a/b", "source": "timm:x"}]}, "models.0.name"),
-        ({"default_model": "nope"}, "default_model must be one of: efficientnet_lite0"),
+        ({"default_model": "nope"}, "default_model: must be one of: efficientnet_lite0"),
         ({"models": [{"name": "a", "source": "timm:x"}] * 2}, "a@1 is configured twice"),
     ],
 )
@@ -125,7 +171,8 @@ def test_wrong_values_are_named(overrides: dict[str, object], key: str) -> None:
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
-    assert "missing.toml" in wrong(config=tmp_path / "missing.toml")
+    assert "missing.toml is not a file" in wrong(config=tmp_path / "missing.toml")
+    assert "is not a file" in wrong(config=tmp_path)
     broken = tmp_path / "broken.toml"
     broken.write_text("a = = 1")
     assert "not valid TOML" in wrong(config=broken)
@@ -135,10 +182,10 @@ def test_unreadable_files(tmp_path: Path) -> None:
 
 def test_keys_are_kept_as_digests_only(config: Path) -> None:
     digest = "sha256:" + hashlib.sha256(b"open sesame").hexdigest()
-    settings = load_settings(config, environ={})
+    settings = load_settings(config)
     assert settings.security.api_keys == [digest]
     assert "open sesame" not in repr(settings) + settings.model_dump_json()
-    again = load_settings(environ={}, overrides={"security": {"api_keys": [digest.upper()[6:]]}})
+    again = load_settings(overrides={"security": {"api_keys": [digest.upper()[6:]]}})
     assert again.security.api_keys != [digest]
     assert Settings(security={"api_keys": [digest]}).security.api_keys == [digest]
 
@@ -150,7 +197,7 @@ def test_errors_do_not_repeat_a_key() -> None:
 
 
 def test_travels_as_json(config: Path) -> None:
-    settings = load_settings(config, environ={})
+    settings = load_settings(config)
     assert Settings.model_validate_json(settings.model_dump_json()) == settings
 
 
@@ -179,5 +226,60 @@ def test_cores_respect_the_container(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["tpu", "cpu:x", "cuda:", "cpu:0:1", "CPU"])
 def test_a_device_that_there_is_not_is_refused_with_those_that_there_are(name):
     with pytest.raises(ConfigurationError, match="cpu, cpu:N, cuda and cuda:N") as caught:
-        load_settings(overrides={"server": {"devices": ["cpu:0", name]}}, environ={})
+        load_settings(overrides={"server": {"devices": ["cpu:0", name]}})
     assert "devices" in str(caught.value)
+
+
+# ---------------------------------------------------------------- reading again
+
+
+def test_a_source_travels_and_reads_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "heatlens.toml"
+    path.write_text("[limits]\nmax_images = 4\n")
+    source = ConfigurationSource(path=path, overrides={"server": {"port": 9000}})
+    there = ConfigurationSource.model_validate_json(source.model_dump_json())
+    assert there.read() == source.read()
+    assert there.read().server.port == 9000
+    assert there.read().limits.max_images == 4
+    path.write_text("[limits]\nmax_images = 5\n[server]\nport = 1\n")
+    assert there.read().limits.max_images == 5
+    assert there.read().server.port == 9000, "what the command line says still wins"
+
+
+def test_what_is_taken_over() -> None:
+    running = Settings()
+    read = Settings(
+        limits={"max_images": 4, "timeout_s": 5},
+        security={"api_keys": ["k"]},
+        server={"grace_s": 3, "log_level": "debug", "ready_within_s": 7},
+        models=[{"name": "m", "source": "timm:resnet10t"}],
+    )
+    taken, late = reloaded(running, read)
+    assert taken == read
+    assert late == ()
+
+
+def test_what_has_to_wait() -> None:
+    running = Settings()
+    read = Settings(
+        server={"host": "::1", "port": 1, "http_workers": 3, "devices": ["cpu:7"], "grace_s": 3},
+        limits={"max_wait_s": 1, "max_images": 4},
+        workers={"threads": 3},
+        tracing={"enabled": True},
+        base_dir="/elsewhere",
+    )
+    taken, late = reloaded(running, read)
+    assert set(late) == {
+        "server.host",
+        "server.port",
+        "server.http_workers",
+        "server.devices",
+        "limits.max_wait_s",
+        "workers",
+        "tracing",
+        "base_dir",
+    }
+    assert taken.server == running.server.model_copy(update={"grace_s": 3.0})
+    assert taken.limits == running.limits.model_copy(update={"max_images": 4})
+    assert (taken.workers, taken.tracing) == (running.workers, running.tracing)
+    assert taken.base_dir == running.base_dir

@@ -1,4 +1,4 @@
-"""Spans as OpenTelemetry's own in-memory exporter sees them; nothing of it is imported where tracing is off."""
+"""Spans as an in-memory exporter sees them; no SDK is imported where tracing is off."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from service import tracing
 from service.devices.messages import Submission
 from service.settings import Settings, TracingSettings
 from service.supervisor import supervisor
-from service.worker.queue import Batch, Entry
-from service.worker.tracing import OtelDeviceTracing, OtelHttpTracing, make_provider
+from service.tracing import HttpTracing, make_provider
+from service.worker.queue import Batch, BatchReason, Entry
+from service.worker.tracing import DeviceTracing
 
 INBOUND = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
@@ -64,8 +65,7 @@ async def live():
     async with app.router.lifespan_context(app):
         assert app.state.tracing is None
 asyncio.run(live())
-# Its small API package may come with others; what makes and sends spans does not.
-heavy = ("opentelemetry.sdk", "opentelemetry.exporter", "service.worker.tracing")
+heavy = ("opentelemetry.sdk", "opentelemetry.exporter")
 sys.exit(any(name.startswith(heavy) for name in sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
@@ -85,8 +85,12 @@ sys.exit(any(name.startswith(heavy) for name in sys.modules))
         ({}, {"OTEL_EXPORTER_OTLP_ENDPOINT": ""}, False),
     ],
 )
-def test_when_it_is_on(settings: dict, environ: dict, on: bool) -> None:
-    assert tracing.is_on(TracingSettings(**settings), environ) is on
+def test_when_it_is_on(
+    monkeypatch: pytest.MonkeyPatch, settings: dict, environ: dict, on: bool
+) -> None:
+    for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"):
+        monkeypatch.setenv(name, environ.get(name, ""))
+    assert tracing.is_on(TracingSettings(**settings)) is on
 
 
 def test_without_the_extra_only_an_explicit_wish_is_an_error(
@@ -95,8 +99,8 @@ def test_without_the_extra_only_an_explicit_wish_is_an_error(
     monkeypatch.setattr(tracing, "is_installed", lambda: False)
     monkeypatch.setattr(supervisor, "configure_logging", lambda _: None)
     monkeypatch.setattr(supervisor, "_listen", lambda *_: pytest.fail("it started"))
-    by_others = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318"}
-    assert not tracing.is_on(TracingSettings(), by_others)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318")
+    assert not tracing.is_on(TracingSettings())
     settings = Settings(tracing={"enabled": True}, server={"devices": ["cpu"]})
     assert supervisor.Supervisor(settings).run() == 1
     assert "pip install 'heatlens[otel]'" in caplog.text
@@ -104,7 +108,7 @@ def test_without_the_extra_only_an_explicit_wish_is_an_error(
 
 def test_the_service_is_named_unless_a_variable_does(monkeypatch: pytest.MonkeyPatch) -> None:
     def name() -> object:
-        provider = make_provider("http://127.0.0.1:9", process="http")
+        provider = make_provider(TracingSettings(endpoint="http://127.0.0.1:9"), process="http")
         provider.shutdown()
         assert provider.resource.attributes["heatlens.process"] == "http"
         return provider.resource.attributes["service.name"]
@@ -120,7 +124,7 @@ def test_the_service_is_named_unless_a_variable_does(monkeypatch: pytest.MonkeyP
 
 
 def test_a_request_is_part_of_the_trace_it_names(memory: Memory) -> None:
-    http = OtelHttpTracing(memory.provider)
+    http = HttpTracing(memory.provider)
     now = time.monotonic()
     request = http.request({"traceparent": INBOUND})
     request.stage("decode", began=now - 0.5, ended=now - 0.2)
@@ -139,7 +143,7 @@ def test_a_request_is_part_of_the_trace_it_names(memory: Memory) -> None:
 
 @pytest.mark.parametrize("header", ["", "nonsense", INBOUND.replace("4bf9", "zzzz")])
 def test_a_wrong_header_begins_a_trace_of_its_own(memory: Memory, header: str) -> None:
-    request = OtelHttpTracing(memory.provider).request({"traceparent": header})
+    request = HttpTracing(memory.provider).request({"traceparent": header})
     request.end(method="GET", route="/", status=200, code="")
     assert memory.spans[0].parent is None
     assert memory.spans[0].status.is_unset
@@ -169,7 +173,7 @@ def entry(number: int, *, traced: bool = True, arrived: float = 0.0) -> Entry:
     return made
 
 
-def batch(*entries: Entry, started: float) -> Batch:
+def batch(*entries: Entry, started: float, reason: BatchReason = "full") -> Batch:
     return Batch(
         key=("m", "1"),
         job_class="interactive",
@@ -177,14 +181,14 @@ def batch(*entries: Entry, started: float) -> Batch:
         images=len(entries),
         predicted_s=0.01,
         started=started,
-        reason="full",
+        reason=reason,
     )
 
 
 def test_each_job_of_a_batch_has_its_spans_and_links_to_the_others(memory: Memory) -> None:
     now = time.monotonic()
     entries = [entry(n, traced=n != 2, arrived=now - 1) for n in range(4)]
-    device = OtelDeviceTracing(memory.provider, device="cpu:1")
+    device = DeviceTracing(memory.provider, device="cpu:1")
     device.ran(batch(*entries, started=now - 0.4), began=now - 0.3, ended=now - 0.1, done=now)
     queues, batches = memory.named("queue"), memory.named("batch")
     devices = memory.named("device")
@@ -208,32 +212,26 @@ def test_images_of_one_request_do_not_link_to_it(memory: Memory) -> None:
     first, second = entry(0), entry(1)
     second.submission = structs.replace(second.submission, traceparent=first.submission.traceparent)
     now = time.monotonic()
-    device = OtelDeviceTracing(memory.provider, device="cpu")
+    device = DeviceTracing(memory.provider, device="cpu")
     device.ran(batch(first, second, started=now), began=now, ended=now, done=now)
     assert [span.links for span in memory.named("batch")] == [(), ()]
 
 
 def test_a_long_job_does_not_bury_its_trace(memory: Memory) -> None:
-    class Step:
-        cost = 1
-
-        def __init__(self, job: Job) -> None:
-            self.job = job
-
     item = entry(0)
-    device = OtelDeviceTracing(memory.provider, device="cpu")
+    device = DeviceTracing(memory.provider, device="cpu")
     now = time.monotonic()
     for number in range(1, 100):
         item.batches = number
-        device.ran(batch(item, started=now), began=now, ended=now, done=now)
-        item.pending = Step(item.job)
+        reason = "full" if number == 1 else "step"
+        device.ran(batch(item, started=now, reason=reason), began=now, ended=now, done=now)
     assert len(memory.named("batch")) == 16
     assert len(memory.named("queue")) == 1
 
 
 def test_who_expires_in_the_queue_shows_how_long_it_waited(memory: Memory) -> None:
     now = time.monotonic()
-    device = OtelDeviceTracing(memory.provider, device="cpu")
+    device = DeviceTracing(memory.provider, device="cpu")
     device.expired(entry(0, arrived=now - 2), now=now)
     between = entry(1)
     between.started = now
@@ -247,7 +245,7 @@ def test_what_is_not_sampled_is_not_recorded(memory: Memory) -> None:
     item = entry(0)
     unsampled = traceparent(0).removesuffix("01") + "00"
     item.submission = structs.replace(item.submission, traceparent=unsampled)
-    device = OtelDeviceTracing(memory.provider, device="cpu")
+    device = DeviceTracing(memory.provider, device="cpu")
     now = time.monotonic()
     device.ran(batch(item, started=now), began=now, ended=now, done=now)
     assert memory.spans == []

@@ -17,7 +17,7 @@ from service.api.dependencies import Service, ServiceDep
 from service.api.handler import json_response
 from service.api.openapi import ADMIN, array_of, repository_body, responses
 from service.api.schemas import RepositoryModel
-from service.settings import ConfigurationError
+from service.configuration import ConfigurationError
 
 log = logging.getLogger("heatlens.models")
 

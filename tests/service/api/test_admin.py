@@ -10,7 +10,8 @@ import pytest
 
 from models.catalog import ModelSpec
 from models.errors import ModelLoadFailed
-from service.settings import ConfigurationError, Settings
+from service.configuration import ConfigurationError
+from service.settings import Settings
 from tests.fakes import FakePool, fake_info
 
 pytestmark = pytest.mark.anyio

@@ -1,0 +1,158 @@
+"""The configuration: a TOML file and `HEATLENS_*` variables, read again on reload.
+
+The first source that sets a key wins: arguments of `load_settings`, environment, file, defaults.
+Variables separate nested keys by `__` (`HEATLENS_LIMITS__MAX_IMAGES=8`). A list is separated by
+commas, or JSON. Other variables, such as an orchestrator's `HEATLENS_PORT`, are ignored.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from service.settings import Settings
+
+_ENV_PREFIX = "HEATLENS_"
+_ENV_DELIMITER = "__"
+
+_REMOVED_SECTIONS = {
+    "metrics": "metrics.nv_aliases was removed: the recording rules in deploy/prometheus/triton.yml"
+    " provide Triton's metric names",
+}
+
+# What a reload leaves as it is: sockets, processes and devices.
+_FIXED_KEYS = (
+    "server.host",
+    "server.port",
+    "server.http_workers",
+    "server.devices",
+    "limits.max_wait_s",
+    "workers",
+    "tracing",
+    "base_dir",
+)
+
+
+class ConfigurationError(ValueError):
+    """The configuration is wrong; the text names the key and never repeats a secret."""
+
+
+def load_settings(
+    config: Path | None = None, *, overrides: Mapping[str, Any] | None = None
+) -> Settings:
+    """Read, merge and check the configuration.
+
+    Args:
+        config: a TOML file; None = none.
+        overrides: nested values that win over everything, such as `{"server": {"port": 9000}}`.
+
+    Raises:
+        ConfigurationError: a file that cannot be read, an unknown key or a wrong value; the text
+            names it.
+    """
+    _check_variables()
+    if config is not None and not config.is_file():
+        raise ConfigurationError(f"{config} is not a file.")
+    try:
+        sourced = _sources(config)(**overrides or {})
+    except OSError as error:
+        raise ConfigurationError(f"{config}: {error.strerror or 'cannot be read'}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{config} is not valid TOML: {error}") from None
+    except SettingsError as error:
+        raise ConfigurationError(str(error)) from None
+    except ValidationError as error:
+        raise ConfigurationError(_describe(error)) from None
+    folder = config.parent if config else Path()
+    return Settings(**{**dict(sourced), "base_dir": (folder / sourced.base_dir).resolve()})
+
+
+def _sources(config: Path | None) -> type[Settings]:
+    """Settings that, when made, are read from their arguments, the environment and `config`."""
+
+    class Sources(Settings, BaseSettings):
+        model_config = SettingsConfigDict(
+            env_prefix=_ENV_PREFIX, env_nested_delimiter=_ENV_DELIMITER, toml_file=config
+        )
+        # Relative to the folder of the file.
+        base_dir: Path = Path()
+
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+            file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+    return Sources
+
+
+def _check_variables() -> None:
+    """Refuse variables of sections that do not exist, which pydantic-settings would ignore."""
+    for name in os.environ:
+        section, nested, _ = name.removeprefix(_ENV_PREFIX).lower().partition(_ENV_DELIMITER)
+        if name.startswith(_ENV_PREFIX) and nested and section not in Settings.model_fields:
+            text = _REMOVED_SECTIONS.get(section, f"there is no section {section}")
+            raise ConfigurationError(f"{name}: {text}.")
+
+
+def _describe(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors(include_url=False, include_input=False):
+        key = ".".join(map(str, item["loc"]))
+        text = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            text = _REMOVED_SECTIONS.get(key, "unknown key")
+        lines.append(f"{key}: {text}")
+    return "; ".join(lines)
+
+
+class ConfigurationSource(BaseModel):
+    """A file and the flags of the command line, from which any process can read the settings.
+
+    Attributes:
+        path: the TOML file, absolute; None = none.
+        overrides: nested values that win over file and environment.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    path: Path | None = None
+    overrides: dict[str, Any] = {}
+
+    def read(self) -> Settings:
+        """Read the configuration as it is now; see `load_settings`."""
+        return load_settings(self.path, overrides=self.overrides)
+
+
+def reloaded(running: Settings, read: Settings) -> tuple[Settings, tuple[str, ...]]:
+    """Merge a new configuration into that of a running service.
+
+    Returns:
+        The configuration from now on, and the keys whose change has to wait for a restart.
+    """
+    old, new = running.model_dump(), read.model_dump()
+    late = []
+    for key in _FIXED_KEYS:
+        section, _, name = key.rpartition(".")
+        before, after = (old[section], new[section]) if section else (old, new)
+        if before[name] != after[name]:
+            after[name] = before[name]
+            late.append(key)
+    return Settings.model_validate(new), tuple(late)
