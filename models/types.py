@@ -311,6 +311,9 @@ class LayerInfo(Struct):
             one.
         parameters: number of parameters in the module and below.
         recommended: whether this is the model's `auto` target layer.
+        calls: how often it is called in a pass.
+        usable: whether it was proved that it can be described and changed.
+        reason: why it is not usable, or not spatial; empty if it is both.
     """
 
     name: str
@@ -319,6 +322,9 @@ class LayerInfo(Struct):
     spatial: bool
     parameters: int
     recommended: bool = False
+    calls: int = 1
+    usable: bool = True
+    reason: str = ""
 
 
 class ModelCard(Struct):
