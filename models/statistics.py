@@ -15,6 +15,7 @@ from itertools import groupby
 
 import numpy as np
 import torch
+from msgspec import UNSET
 from torch import Tensor
 
 from models.types import ChannelStatistics, Kind, LayerFeatures, Quantiles
@@ -174,7 +175,7 @@ def describe(
             ChannelStatistics(index=index, mean=m, max=high, weight=share)
             for index, m, high, share in zip(*chosen, shares, strict=True)
         ),
-        target=target,
+        target=UNSET if target is None else target,
         grid=summary.maps[chosen[0]].cpu().numpy() if grid and summary.maps is not None else None,
     )
 

@@ -347,7 +347,9 @@ class ModelCard(Struct):
     precision: Precision = "fp32"
     preparation: tuple[str, ...] = ()
     best_batch: int = 1
-    latency_ms: dict[int, float] = {}
+    latency_ms: Annotated[
+        dict[int, float], Meta(description="Measured milliseconds by batch size.")
+    ] = {}
     fingerprint: str = ""
 
 

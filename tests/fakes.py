@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from msgspec import UNSET
 
 from models.catalog import ModelSpec, default_spec
 from models.errors import Draining, HeatlensError, UnknownModel
@@ -17,8 +18,8 @@ from models.types import (
     Explanation,
     Faithfulness,
     Job,
-    LayerInfo,
     LayerFeatures,
+    LayerInfo,
     MethodSupport,
     ModelCard,
     ModelInfo,
@@ -27,6 +28,7 @@ from models.types import (
     Quantiles,
 )
 from service.devices.messages import Completion, Submission
+from service.devices.model_state import merge
 from service.devices.pool import DeviceStatus
 
 LABELS = ("tabby", "tiger cat", "golden retriever", "goldfish", "Egyptian cat")
@@ -141,8 +143,8 @@ class FakePool:
         return answer(job, info)
 
     def models(self) -> Sequence[ModelInfo]:
-        """What `infos` says."""
-        return self.infos
+        """What `infos` says, merged as the real pools merge it."""
+        return merge({"cpu": self.infos}, connected={"cpu"}, coming={"cpu"})
 
     def devices(self) -> Sequence[DeviceStatus]:
         """What `statuses` says."""
@@ -264,6 +266,6 @@ def _layer(job: Job, layer: str, *, kind: str, target: int | None) -> LayerFeatu
             ChannelStatistics(index=i, mean=float(values.mean()), max=float(values.max()))
             for i in range(top)
         ),
-        target=target,
+        target=UNSET if target is None else target,
         grid=np.repeat(values[None], top, axis=0) if job.options.grid else None,
     )

@@ -17,9 +17,9 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from models.types import Operation, Struct
 from service.api.pipeline import Reply
 from service.api.readiness import is_up
+from service.api.record import Served
 from service.devices.pool import DevicePool, DeviceStatus
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -36,14 +36,6 @@ _DEVICE_GAUGES = {
     "device_wait_seconds": "Estimated wait of a new job for the device.",
     "device_memory_bytes": "Memory of the device worker: on its GPU, or of its process on a CPU.",
 }
-
-
-class Served(Struct):
-    """Model and operation of a request, known once its options are resolved."""
-
-    model: str
-    version: str
-    operation: Operation
 
 
 class Metrics:
@@ -120,18 +112,18 @@ class Metrics:
     def observe(self, reply: Reply, served: Served) -> None:
         """Record the stage durations and batch sizes of a reply's images."""
         model = served.model
-        run = self._model_seconds["explain" if served.operation == "explain" else "predict"]
+        computing = self._model_seconds["explain" if served.operation == "explain" else "predict"]
         by_stage = [
             (stage, self.stage_seconds.labels(stage, model, served.version, served.operation))
             for stage in _STAGES
         ]
-        for image in reply.images:
+        for run in reply.runs:
             for stage, seconds in by_stage:
-                seconds.observe(getattr(image, stage) / 1000)
-            self.batch_size.observe(image.batch_size)
-            self._model_seconds["preprocess"].labels(model).observe(image.decode / 1000)
-            run.labels(model).observe((image.queue + image.device) / 1000)
-            self._model_seconds["postprocess"].labels(model).observe(image.render / 1000)
+                seconds.observe(getattr(run.timings, stage) / 1000)
+            self.batch_size.observe(run.batch_size)
+            self._model_seconds["preprocess"].labels(model).observe(run.timings.decode / 1000)
+            computing.labels(model).observe((run.timings.queue + run.timings.device) / 1000)
+            self._model_seconds["postprocess"].labels(model).observe(run.timings.render / 1000)
 
     def observe_request(self, served: Served, *, code: str, seconds: float) -> None:
         """Record a finished image request; `code` is its error code, empty if there is none."""

@@ -1,4 +1,4 @@
-"""What surrounds every request: its id, its timings, its line in the log, its place in the metrics."""
+"""The outermost middleware: request id, timings, access log, metrics and trace of every request."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service import logs, tracing
 from service.api.errors import CLIENT_GONE, error_response, internal_error
 from service.api.metrics import Metrics
+from service.api.record import RequestRecord
 from service.api.schemas import Timings
 from service.logs import request_id_of
 from service.tracing import HttpTracing, RequestTrace
@@ -26,11 +27,7 @@ _STAGES = ("decode", "queue", "device", "render")
 
 
 class RequestContext:
-    """The outermost middleware (pure ASGI); nothing but typed errors gets past it.
-
-    It puts `request_id` into the scope's state and reads from there what the request left:
-    `timings`, `error_code`, `served` (by whom) and `log` (fields for the access log).
-    """
+    """Pure ASGI middleware that records every request; only typed errors leave it."""
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
         self._app = app
@@ -41,9 +38,9 @@ class RequestContext:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        state = scope.setdefault("state", {})
-        state["request_id"] = request_id_of(Headers(scope=scope).get("x-request-id"))
-        token = logs.request_id.set(state["request_id"])
+        record = RequestRecord(request_id_of(Headers(scope=scope).get("x-request-id")))
+        record.attach(scope)
+        token = logs.request_id.set(record.request_id)
         trace = _trace(scope)
         traced = tracing.current.set(trace)
         started = time.perf_counter()
@@ -54,8 +51,8 @@ class RequestContext:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
-                headers["X-Request-ID"] = state["request_id"]
-                headers["Server-Timing"] = _server_timing(state.get("timings"), _since(started))
+                headers["X-Request-ID"] = record.request_id
+                headers["Server-Timing"] = _server_timing(record.timings, _since(started))
                 if trace is not None:
                     headers["traceparent"] = trace.traceparent
             await send(message)
@@ -65,31 +62,37 @@ class RequestContext:
             await self._app(scope, receive, send_with_headers)
         except ClientDisconnect:
             status = CLIENT_GONE
-        except Exception:  # noqa: BLE001 - the last line of defence
+        except Exception:  # noqa: BLE001 # the last line of defence
             _log.exception("A request failed unexpectedly.")
-            state["error_code"] = "internal"
+            record.error_code = "internal"
             if status is None:
-                response = error_response(internal_error(), request_id=state["request_id"])
+                response = error_response(internal_error(), request_id=record.request_id)
                 await response(scope, receive, send_with_headers)
         finally:
             self._metrics.inflight.dec()
-            self._record(scope, CLIENT_GONE if status is None else status, _since(started), trace)
+            if status in (None, CLIENT_GONE):
+                status, record.error_code = CLIENT_GONE, "cancelled"
+            self._finish(scope, record, status=status, duration_ms=_since(started), trace=trace)
             tracing.current.reset(traced)
             logs.request_id.reset(token)
 
-    def _record(
-        self, scope: Scope, status: int, duration_ms: float, trace: RequestTrace | None
+    def _finish(
+        self,
+        scope: Scope,
+        record: RequestRecord,
+        *,
+        status: int,
+        duration_ms: float,
+        trace: RequestTrace | None,
     ) -> None:
-        state = scope["state"]
         route = getattr(scope.get("route"), "path", "unmatched")
-        code = "cancelled" if status == CLIENT_GONE else state.get("error_code", "")
+        code, seconds = record.error_code, duration_ms / 1000
         # Clients choose the method's name: only known ones may become a label.
         method = scope["method"] if scope["method"] in _METHODS else "other"
-        seconds = duration_ms / 1000
         if trace is not None:
             trace.end(method=method, route=route, status=status, code=code)
-        if "served" in state:
-            self._metrics.observe_request(state["served"], code=code, seconds=seconds)
+        if record.served is not None:
+            self._metrics.observe_request(record.served, code=code, seconds=seconds)
         self._metrics.request_seconds.labels(method, route, str(status)).observe(seconds)
         if status == CLIENT_GONE:
             self._metrics.cancelled.inc()
@@ -101,15 +104,14 @@ class RequestContext:
             "route": route,
             "status": status,
             "duration_ms": round(duration_ms, 3),
-            **({"code": code} if code else {}),
-            **state.get("log", {}),
+            **record.log_fields(),
         }
         level = logging.DEBUG if route in _QUIET else logging.INFO
         _access.log(level, "request", extra={"fields": fields})
 
 
 def _trace(scope: Scope) -> RequestTrace | None:
-    """The request's span, where the application that answers it makes traces; probes and scrapes have none."""
+    """The request's span if tracing is on; probes and scrapes have none."""
     maker: HttpTracing | None = getattr(scope["app"].state, "tracing", None)
     return None if maker is None or scope["path"] in _QUIET else maker.request(Headers(scope=scope))
 

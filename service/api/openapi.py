@@ -12,8 +12,9 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from models.imaging.decode import FORMATS
+from models.imaging.locate import Box
 from models.methods.table import Method
-from models.types import ChannelStatistics, Faithfulness, LayerInfo, Quantiles
+from models.types import ChannelStatistics, Faithfulness, LayerInfo, Quantiles, Region
 from service.api import schemas
 from service.api.body import BYTES, FORM, JSON
 from service.api.errors import CODES
@@ -27,7 +28,6 @@ from service.api.options import (
     properties,
 )
 from service.api.schemas import (
-    Box,
     ErrorResponse,
     ExplainResponse,
     ExplainResult,
@@ -37,7 +37,6 @@ from service.api.schemas import (
     ImageData,
     ImageInfo,
     ModelUsed,
-    Region,
     Point,
     Prediction,
     PredictResponse,
@@ -281,9 +280,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
 
 _REQUEST_ID = "01JZ8Q4M7V9WK3T5R2XN6B1C0D"
 _MODEL_USED = ModelUsed(name="efficientnet_lite0", version="1", device="cpu", precision="fp32")
-_IMAGE = ImageInfo(
-    width=500, height=375, region=Region(x=85.9, y=23.4, width=328.1, height=328.1)
-)
+_IMAGE = ImageInfo(width=500, height=375, region=Region(x=85.9, y=23.4, width=328.1, height=328.1))
 _TABBY = Prediction(class_id=281, label="tabby", score=9.21, probability=0.61)
 _TIMINGS = Timings(decode=2.1, queue=0.4, device=21.7, render=1.2, total=26.0)
 _STATISTICS = StatisticsResponse(

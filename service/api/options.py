@@ -161,7 +161,9 @@ class FeaturesOptions(CommonOptions):
 
     operation: ClassVar[Operation] = "features"
 
-    targets: Annotated[Targets, Field(description="Classes whose scores are differentiated.")] = ["top1"]
+    targets: Annotated[Targets, Field(description="Classes whose scores are differentiated.")] = [
+        "top1"
+    ]
     layers: Annotated[
         list[Name],
         Field(

@@ -115,7 +115,9 @@ class Pipeline:
         self._refuse_excess(plan)
         try:
             async with asyncio.timeout(plan.deadline - time.monotonic()):
-                outcomes = await asyncio.gather(*(self._try_image(image, plan) for image in plan.images))
+                outcomes = await asyncio.gather(
+                    *(self._try_image(image, plan) for image in plan.images)
+                )
         except TimeoutError:
             raise DeadlineExceeded("The deadline passed before the answer was ready.") from None
         for outcome in outcomes:
@@ -171,9 +173,7 @@ class Pipeline:
             render=_ms(rendered - answered),
             total=_ms(rendered - decoding),
         )
-        run = ImageRun(
-            timings=timings, batch_size=completion.batch_size, device=completion.device
-        )
+        run = ImageRun(timings=timings, batch_size=completion.batch_size, device=completion.device)
         return result, run
 
     async def _submit(
@@ -206,11 +206,13 @@ class Pipeline:
         if spec is None:
             raise NotReady("The model is not ready yet.", field="model")
         whole = plan.operation == "explain" and plan.render.canvas == "original"
-        picture = decode(
+        original = decode(
             image.input.data, limits=self._limits, preprocess=spec, keep_original=whole
         )
-        model_input, geometry = preprocess(picture, spec)
-        view = DecodedInput(input=model_input, geometry=geometry, original=image if whole else None)
+        model_input, geometry = preprocess(original, spec)
+        decoded = DecodedInput(
+            input=model_input, geometry=geometry, original=original if whole else None
+        )
         return decoded, digest_of(model_input, plan.info)
 
 

@@ -12,17 +12,16 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from models.catalog import ModelSpec
 from models.errors import HeatlensError
-from models.types import ModelInfo
 from service.configuration import ConfigurationError, reloaded
-from service.devices.messages import Completion, Submission
 from service.devices.model_state import model_key
-from service.devices.pool import DevicePool, DeviceStatus
+from service.devices.pool import DevicePool
 from service.devices.runtime_dir import RuntimeDir, SettingsLease
 from service.devices.socket_pool import SocketPool
 from service.logs import configure_logging
@@ -39,8 +38,8 @@ _POLL_S = 0.02
 _RELEASE_S = 5.0
 
 
-class BorrowedPool:
-    """A pool that outlives the application that uses it: start and close do nothing."""
+class _BorrowedPool:
+    """A pool whose start and close do nothing: it outlives the application that uses it."""
 
     def __init__(self, pool: DevicePool) -> None:
         self._pool = pool
@@ -49,27 +48,10 @@ class BorrowedPool:
         """Do nothing: the pool has been started."""
 
     async def close(self) -> None:
-        """Do nothing: another application uses the pool."""
+        """Do nothing: the next application uses the pool."""
 
-    async def submit(self, submission: Submission) -> Completion:
-        """See `DevicePool.submit`."""
-        return await self._pool.submit(submission)
-
-    def models(self) -> Sequence[ModelInfo]:
-        """See `DevicePool.models`."""
-        return self._pool.models()
-
-    def devices(self) -> Sequence[DeviceStatus]:
-        """See `DevicePool.devices`."""
-        return self._pool.devices()
-
-    async def load(self, spec: ModelSpec) -> None:
-        """See `DevicePool.load`."""
-        await self._pool.load(spec)
-
-    async def unload(self, name: str, version: str | None = None) -> None:
-        """See `DevicePool.unload`."""
-        await self._pool.unload(name, version)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pool, name)
 
 
 class _Generation:
@@ -185,7 +167,7 @@ class Reload:
         """Build an application from the published settings and start it."""
         lease = SettingsLease(self._runtime)
         try:
-            app = self._make_app(lease.settings, BorrowedPool(self.pool))
+            app = self._make_app(lease.settings, cast("DevicePool", _BorrowedPool(self.pool)))
             generation = _Generation(app, lease)
             await generation.start()
         except BaseException:

@@ -11,7 +11,7 @@ from msgspec import UNSET, UnsetType
 
 from models.imaging.decode import DecodedImage
 from models.imaging.grid import grid_png
-from models.imaging.locate import Location, locate
+from models.imaging.locate import locate
 from models.imaging.render import (
     Canvas,
     encode_values,

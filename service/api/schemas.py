@@ -149,13 +149,13 @@ class StatisticsResponse(LayerStatistics):
 class _Result(Struct):
     image: ImageInfo | UnsetType = UNSET
     predictions: tuple[Prediction, ...] | UnsetType = UNSET
-    error: ImageError | UnsetType = UNSET
 
 
 class PredictResult(_Result):
     """One image; `error` replaces the rest where one of several images is bad."""
 
     statistics: tuple[StatisticsResponse, ...] | UnsetType = UNSET
+    error: ImageError | UnsetType = UNSET
 
 
 class ExplainResult(_Result):
@@ -163,12 +163,14 @@ class ExplainResult(_Result):
 
     explanations: tuple[ExplanationResponse, ...] | UnsetType = UNSET
     statistics: tuple[StatisticsResponse, ...] | UnsetType = UNSET
+    error: ImageError | UnsetType = UNSET
 
 
 class FeaturesResult(_Result):
     """One image; `error` replaces the rest where one of several images is bad."""
 
     features: tuple[StatisticsResponse, ...] | UnsetType = UNSET
+    error: ImageError | UnsetType = UNSET
 
 
 Result = PredictResult | ExplainResult | FeaturesResult
@@ -184,35 +186,42 @@ class Timings(Struct):
     total: Milliseconds
 
 
+BatchSize = Annotated[int, Meta(description="Images in the device's batch.")]
+
+
 class _Response(Struct):
     request_id: str
     model: ModelUsed
-    timings_ms: Timings
-    batch_size: Annotated[int, Meta(description="Images in the device's batch.")]
 
 
 class PredictResponse(_Response):
     """Predictions, one result per image in order."""
 
     results: tuple[PredictResult, ...]
+    timings_ms: Timings
+    batch_size: BatchSize
 
 
 class ExplainResponse(_Response):
     """Predictions and explanations, one result per image in order."""
 
     results: tuple[ExplainResult, ...]
+    timings_ms: Timings
+    batch_size: BatchSize
 
 
 class FeaturesResponse(_Response):
     """Statistics of layers, one result per image in order."""
 
     results: tuple[FeaturesResult, ...]
+    timings_ms: Timings
+    batch_size: BatchSize
 
 
 # ---------------------------------------------------------------- models
 
 
-class InputResponse(Preprocess):
+class InputResponse(Preprocess, kw_only=True):
     """The preprocessing of images, and the size of the model's input."""
 
     height: int
@@ -222,10 +231,7 @@ class InputResponse(Preprocess):
 class CardResponse(ModelCard):
     """A model card; a model that is not ready says why in `reason`."""
 
-    input: InputResponse | None = None  # type: ignore[assignment] # narrower: the size is added
-    latency_ms: Annotated[  # type: ignore[assignment] # JSON has only text as keys
-        dict[str, float], Meta(description="Measured milliseconds by batch size.")
-    ] = {}
+    input: InputResponse | None = None
 
 
 class ModelsResponse(Struct):
@@ -248,7 +254,7 @@ class AliveResponse(Struct, kw_only=True):
     docs: str = "/docs"
 
 
-class DeviceReadiness(DeviceReport):
+class DeviceReadiness(DeviceReport, kw_only=True):
     """The readiness of one device."""
 
     ready: bool

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from msgspec import structs
+from msgspec import UNSET, structs
 
 from models.engine import Engine, Suspended
 from models.hooks import HookStack
@@ -260,7 +260,7 @@ def test_all_kinds_of_features_on_a_model_that_works_in_place(flat_net, flat_eng
     for statistic, tensor in zip(found, [out, into, *grads], strict=True):
         assert statistic.l2 == pytest.approx(tensor.norm().item(), rel=1e-4)
         assert statistic.mean == pytest.approx(tensor.mean().item(), rel=1e-3, abs=1e-6)
-    assert [s.target for s in found] == [None, None, 2, 2]
+    assert [s.target for s in found] == [UNSET, UNSET, 2, 2]
 
 
 def test_statistics_carry_the_weights_of_the_method(flat_net, flat_engine):

@@ -30,18 +30,14 @@ _STATES: Mapping[ModelState, str] = {
     "unavailable": "UNAVAILABLE",
     "unloading": "UNLOADING",
 }
-_DONE = responses(
-    {"type": "object"}, "Done; the body is an empty object.", errors=ADMIN
-)
+_DONE = responses({"type": "object"}, "Done; the body is an empty object.", errors=ADMIN)
 
 
 @router.post(
     "/index",
     summary="List what is, or could be, loaded",
     response_class=Response,
-    responses=admin_responses(
-        {"type": "array", "items": ref("RepositoryModel")}, "Model versions."
-    ),
+    responses=responses(array_of(RepositoryModel), "Model versions.", errors=ADMIN),
     openapi_extra=repository_body(ready={"type": "boolean"}),
 )
 async def index(request: Request, service: ServiceDep) -> Response:

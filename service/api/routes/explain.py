@@ -24,8 +24,8 @@ router = APIRouter(prefix="/v1", tags=["explain"])
 
 _FORMATS: Mapping[str, OverlayFormat] = {f"image/{name}": name for name in get_args(OverlayFormat)}
 _DOCUMENT = openapi.responses(
-        ExplainResponse, "Predictions and explanations.", errors=openapi.INPUT, example=openapi.EXPLAIN
-    )
+    ExplainResponse, "Predictions and explanations.", errors=openapi.INPUT, example=openapi.EXPLAIN
+)
 _DOCUMENT[200]["content"] |= {
     media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in _FORMATS
 }

@@ -9,7 +9,7 @@ from service.api.dependencies import ServiceDep
 from service.api.handler import json_response
 from service.api.openapi import OPEN, responses
 from service.api.readiness import readiness
-from service.api.schemas import AliveResponse
+from service.api.schemas import AliveResponse, ReadyResponse
 
 router = APIRouter(tags=["health"])
 

@@ -83,8 +83,7 @@ async def list_methods() -> Response:
 
 def card_response(card: ModelCard) -> CardResponse:
     """A card as the API shows it."""
-    latency_ms = {str(batch): ms for batch, ms in card.latency_ms.items()}
-    return extend(CardResponse, card, input=_input(card.input), latency_ms=latency_ms)
+    return extend(CardResponse, card, input=_input(card.input))
 
 
 def _input(spec: Preprocess | None) -> InputResponse | None:

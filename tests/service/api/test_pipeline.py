@@ -100,7 +100,7 @@ async def test_images_are_submitted_together() -> None:
         started = time.monotonic()
         reply = await made.run(plan_of(*images))
     assert time.monotonic() - started < 1.5
-    assert len(reply.results) == len(reply.images) == 10
+    assert len(reply.results) == len(reply.runs) == 10
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ async def test_timings_are_the_slowest_images() -> None:
     async with pipeline(Slow()) as made:
         reply = await made.run(plan_of(*images))
     assert (reply.timings.queue, reply.timings.device, reply.batch_size) == (3, 9, 3)
-    assert sorted(image.batch_size for image in reply.images) == [1, 2, 3]
+    assert sorted(run.batch_size for run in reply.runs) == [1, 2, 3]
     assert reply.device == "cpu:0,cpu:1"
     assert reply.timings.total >= reply.timings.decode > 0
 
