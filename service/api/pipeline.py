@@ -194,7 +194,7 @@ class Pipeline:
                 digest=digest,
                 traceparent=tracing.traceparent(),
                 request_id=logs.request_id.get(),
-                fingerprint=card.fingerprint,
+                fingerprint=plan.info.fingerprint,
             )
         )
 

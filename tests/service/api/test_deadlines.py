@@ -173,10 +173,8 @@ async def test_a_request_whose_model_was_replaced_is_asked_again(
 ) -> None:
     """Options are resolved anew, against the labels of the model that answers."""
     (old,) = pool.infos
-    new = structs.replace(
-        old, labels=("a", "b", "c", "d", "e"), card=structs.replace(old.card, fingerprint="new")
-    )
-    pool.infos = [structs.replace(old, card=structs.replace(old.card, fingerprint="old"))]
+    new = structs.replace(old, labels=("a", "b", "c", "d", "e"), fingerprint="new")
+    pool.infos = [structs.replace(old, fingerprint="old")]
 
     def replaced(job: Job) -> ModelReplaced | None:
         (submission,) = (s for s in pool.submissions if s.job is job)
