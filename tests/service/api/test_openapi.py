@@ -98,6 +98,30 @@ async def test_the_check_above_can_fail(
         conforms(document, answer, "/v1/predict", "post")
 
 
+@pytest.mark.parametrize(
+    ("name", "optional"),
+    [
+        ("CardResponse", set()),
+        ("Method", set()),
+        ("LayerInfo", set()),
+        ("DeviceReadiness", set()),
+        ("StatisticsResponse", {"target", "grid"}),
+        ("ExplanationResponse", {"heatmap", "overlay", "values"}),
+        ("ErrorResponse", {"field"}),
+    ],
+)
+async def test_fields_that_are_always_sent_are_required(
+    document: dict[str, Any], name: str, optional: set[str]
+) -> None:
+    schema = document["components"]["schemas"][name]
+    assert set(schema["required"]) == set(schema["properties"]) - optional
+    assert not any("default" in field for field in schema["properties"].values())
+
+
+async def test_descriptions_are_for_clients(document: dict[str, Any]) -> None:
+    assert "Attributes:" not in json.dumps(document)
+
+
 async def test_examples_are_valid(document: dict[str, Any]) -> None:
     found = 0
     for path in document["paths"].values():
