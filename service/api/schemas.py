@@ -246,7 +246,7 @@ class ModelsResponse(Struct):
 
 
 class AliveResponse(Struct, kw_only=True):
-    """The process answers."""
+    """The process is alive."""
 
     status: Annotated[str, Meta(examples=["alive"])]
     name: str = "heatlens"
