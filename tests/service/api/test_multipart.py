@@ -41,7 +41,7 @@ def parse(body: bytes, content_type: str, *, cuts: list[int] | None = None) -> F
 def test_what_was_sent_arrives(
     images: list[bytes], fields: list[tuple[str, bytes]], cuts: list[int]
 ) -> None:
-    parts = [("image", ("picture.png", data)) for data in images]
+    parts = [("image", ("image.png", data)) for data in images]
     parts += [(name, (None, data)) for name, data in fields]
     if not parts:
         return
