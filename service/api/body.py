@@ -27,7 +27,7 @@ from models.errors import (
     UrlInputDisabled,
 )
 from models.imaging.decode import FORMATS, sniff
-from service.api.multipart import IMAGE_PART, OPTIONS_PART, FormLimits, read_form
+from service.api.multipart import IMAGE_PART, OPTIONS_PART, read_form
 from service.api.options import ImageOption, OptionsT, list_options, validate
 from service.settings import LimitSettings
 
@@ -126,12 +126,7 @@ class BodyReader:
     async def _read_form(
         self, body: AsyncIterator[bytes], content_type: str, options: type[OptionsT]
     ) -> tuple[tuple[ImageInput, ...], dict[str, Any]]:
-        limits = FormLimits(
-            max_image_bytes=self._limits.max_image_bytes,
-            max_options_bytes=self._limits.max_options_bytes,
-            max_images=self._limits.max_images,
-        )
-        form = await read_form(body, content_type=content_type, limits=limits)
+        form = await read_form(body, content_type=content_type, limits=self._limits)
         if not form.images:
             raise MalformedBody(f"The form has no `{IMAGE_PART}` part.")
         images = tuple(

@@ -15,6 +15,7 @@ from models.errors import (
     MalformedBody,
     TooManyImages,
 )
+from service.settings import LimitSettings
 
 IMAGE_PART = "image"
 OPTIONS_PART = "options"
@@ -22,15 +23,6 @@ OPTIONS_PART = "options"
 _MAX_FIELDS = 64
 _MAX_NAME = 64
 _MAX_BOUNDARY = 200
-
-
-@dataclass(frozen=True, slots=True)
-class FormLimits:
-    """Caps of a form: bytes of an image, bytes of all other parts together, number of images."""
-
-    max_image_bytes: int
-    max_options_bytes: int
-    max_images: int
 
 
 @dataclass(slots=True)
@@ -41,7 +33,9 @@ class Form:
     fields: list[tuple[str, bytes]] = field(default_factory=list)
 
 
-async def read_form(chunks: AsyncIterator[bytes], *, content_type: str, limits: FormLimits) -> Form:
+async def read_form(
+    chunks: AsyncIterator[bytes], *, content_type: str, limits: LimitSettings
+) -> Form:
     """Parse a form chunk by chunk.
 
     An image over its cap is dropped while it arrives; its error takes its place.
@@ -83,7 +77,7 @@ async def read_form(chunks: AsyncIterator[bytes], *, content_type: str, limits: 
 class _Reader:
     """Collects the parts; its methods are the callbacks of the parser."""
 
-    def __init__(self, limits: FormLimits) -> None:
+    def __init__(self, limits: LimitSettings) -> None:
         self.form = Form()
         self.complete = False
         self._limits = limits

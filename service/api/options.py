@@ -63,6 +63,8 @@ Targets = Annotated[
     list[TargetOption],
     Field(min_length=1, max_length=MAX_TARGETS, examples=[["top1", 281]]),
 ]
+Layers = Annotated[list[Name], Field(min_length=1, max_length=64, examples=[["auto"]])]
+TopK = Annotated[int, Field(ge=1, le=100, description="Number of predictions.")]
 MethodOption = Annotated[Name, WithJsonSchema({"type": "string", "enum": list(METHODS)})]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -107,7 +109,7 @@ class PredictOptions(CommonOptions):
 
     operation: ClassVar[Operation] = "predict"
 
-    top_k: Annotated[int, Field(ge=1, le=100, description="Number of predictions.")] = 5
+    top_k: TopK = 5
     statistics: Annotated[
         bool, Field(description="Whether to add statistics of the model's recommended layer.")
     ] = False
@@ -118,20 +120,14 @@ class ExplainOptions(CommonOptions):
 
     operation: ClassVar[Operation] = "explain"
 
-    top_k: Annotated[int, Field(ge=1, le=100, description="Number of predictions.")] = 5
+    top_k: TopK = 5
     methods: Annotated[
         list[MethodOption],
         Field(min_length=1, max_length=len(METHODS), description="See `/v1/methods`."),
     ] = ["gradcam"]
     targets: Annotated[Targets, Field(description="Classes to explain.")] = ["top1"]
     layers: Annotated[
-        list[Name],
-        Field(
-            min_length=1,
-            max_length=64,
-            description="Dotted module names or globs; `auto` is the recommended layer.",
-            examples=[["auto"]],
-        ),
+        Layers, Field(description="Dotted module names or globs; `auto` is the recommended layer.")
     ] = ["auto"]
     fuse: Annotated[
         Fuse, Field(description="How the maps of several layers are fused into one.")
@@ -169,13 +165,7 @@ class FeaturesOptions(CommonOptions):
         "top1"
     ]
     layers: Annotated[
-        list[Name],
-        Field(
-            min_length=1,
-            max_length=64,
-            description="Dotted module names or globs; `auto` spreads over the depth.",
-            examples=[["auto"]],
-        ),
+        Layers, Field(description="Dotted module names or globs; `auto` spreads over the depth.")
     ] = ["auto"]
     kinds: Annotated[
         list[Kind], Field(min_length=1, max_length=4, description="Tensors of each layer.")
@@ -224,7 +214,7 @@ def validate(model: type[OptionsT], values: Mapping[str, Any], *, prefix: str = 
         prefix: path of `values` in the request, for errors.
 
     Raises:
-        InvalidOption: a value is wrong; the error names the first such field and what is allowed.
+        InvalidOption: a value is wrong; the error names the first field and its allowed values.
     """
     try:
         return model.model_validate(values)

@@ -141,7 +141,8 @@ def _statistics(item: LayerFeatures, options: RenderOptions) -> StatisticsRespon
     grid: ImageData | UnsetType = UNSET
     if item.grid is not None and item.grid.size:
         data = grid_png(item.grid, colormap=options.colormap)
-        width, height = struct.unpack_from(">II", data, 16)  # the PNG's own header
+        # The size in the header of the PNG.
+        width, height = struct.unpack_from(">II", data, 16)
         grid = ImageData(media_type="image/png", width=width, height=height, data=_base64(data))
     return derive(StatisticsResponse, item, grid=grid)
 
