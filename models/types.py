@@ -328,12 +328,7 @@ class LayerInfo(Struct):
 
 
 class ModelCard(Struct):
-    """What is known of one model version; unready models carry `reason` and few other fields.
-
-    Attributes:
-        fingerprint: digest of what requests are resolved against (labels, layers, input, …); it
-            changes when a version is replaced by another model.
-    """
+    """What is known of one model version; unready models carry `reason` and few other fields."""
 
     name: str
     version: str
@@ -356,13 +351,18 @@ class ModelCard(Struct):
     latency_ms: Annotated[
         dict[int, float], Meta(description="Measured milliseconds by batch size.")
     ] = {}
-    fingerprint: str = ""
 
 
 class ModelInfo(Struct):
-    """A card with the lists that are too long for it."""
+    """A card with everything that is not part of it.
+
+    Attributes:
+        fingerprint: digest of what requests are resolved against (labels, layers, input, …); it
+            changes when a version is replaced by another model.
+    """
 
     card: ModelCard
     labels: tuple[str, ...] = ()
     layers: tuple[LayerInfo, ...] = ()
     feature_layers: tuple[str, ...] = ()
+    fingerprint: str = ""

@@ -1,4 +1,4 @@
-"""The ASGI application: everything is built here and hangs on nothing but its arguments."""
+"""The ASGI application, built from the settings and a pool, without global state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from models.imaging.decode import DecodeLimits
 from service.api import errors, openapi
-from service.api.body import InputReader
+from service.api.body import BodyReader
 from service.api.dependencies import Service
 from service.api.limiter import ConcurrencyLimiter
 from service.api.metrics import Metrics
@@ -49,12 +49,12 @@ def create_app(
     read_settings: Callable[[], Settings] | None = None,
     limiter: ConcurrencyLimiter | None = None,
 ) -> FastAPI:
-    """Build the application; its lifespan starts and closes `pool`, and may be entered again after it ended.
+    """Build the application; its lifespan starts and closes `pool`, and may be entered repeatedly.
 
     Args:
         settings: the configuration.
         pool: the devices, not yet started.
-        metrics: those of the process; None makes new ones.
+        metrics: the metrics of the process; None makes new ones.
         read_settings: reads the configuration again, for models to be loaded; None = it never
             changes.
         limiter: the limiter of the process; None makes one for this application alone.
@@ -66,7 +66,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            threads = ThreadPoolExecutor(max(2, available_cores()), "pictures")
+            threads = ThreadPoolExecutor(max(2, available_cores()), "images")
             stack.callback(threads.shutdown, wait=False, cancel_futures=True)
             fetcher = _fetcher(settings)
             if fetcher is not None:
@@ -80,7 +80,7 @@ def create_app(
                 settings=settings,
                 read_settings=read_settings or (lambda: settings),
                 pool=pool,
-                reader=InputReader(settings.limits, threads=threads, fetcher=fetcher),
+                reader=BodyReader(settings.limits, threads=threads, fetcher=fetcher),
                 pipeline=_pipeline(settings, pool=pool, threads=threads),
                 metrics=metrics,
                 limiter=limiter,
@@ -97,7 +97,8 @@ def create_app(
     errors.install(app)
     openapi.install(app)
     _add_cors(app, settings)
-    app.add_middleware(RequestContext, metrics=metrics)  # last added = outermost
+    # Added last, so it is the outermost.
+    app.add_middleware(RequestContext, metrics=metrics)
     _add_routes(app, settings)
     return app
 
@@ -106,7 +107,8 @@ def _fetcher(settings: Settings) -> UrlFetcher | None:
     hosts = settings.security.allowed_url_hosts
     if not hosts:
         return None
-    from service.api.fetch import UrlFetcher  # an HTTP client costs memory: only where needed
+    # Imported only where needed: an HTTP client costs memory.
+    from service.api.fetch import UrlFetcher
 
     return UrlFetcher(hosts)
 
@@ -130,12 +132,12 @@ def _add_cors(app: FastAPI, settings: Settings) -> None:
 
 
 def _add_routes(app: FastAPI, settings: Settings) -> None:
-    known = [Depends(require_api_key)]
-    limited = known
+    keyed = [Depends(require_api_key)]
+    limited = keyed
     if settings.limits.max_concurrent_per_key is not None:
-        limited = [*known, Depends(limit_key)]
+        limited = [*keyed, Depends(limit_key)]
     for module in (predict, explain, features):
         app.include_router(module.router, dependencies=limited)
-    app.include_router(models.router, dependencies=known)
+    app.include_router(models.router, dependencies=keyed)
     app.include_router(admin.router, dependencies=[Depends(require_admin_key)])
     app.include_router(health.router)

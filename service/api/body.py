@@ -1,4 +1,4 @@
-"""The three forms in which images and options arrive, read into one shape under caps."""
+"""Reading a request body: three forms of images and options become one, within caps."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from models.errors import (
     UrlInputDisabled,
 )
 from models.imaging.decode import FORMATS, sniff
-from service.api.multipart import IMAGE_PART, OPTIONS_PART, FormLimits, read_form
+from service.api.multipart import IMAGE_PART, OPTIONS_PART, read_form
 from service.api.options import ImageOption, OptionsT, list_options, validate
 from service.settings import LimitSettings
 
@@ -41,7 +41,7 @@ _CONCURRENT_FETCHES = 4
 
 @dataclass(frozen=True, slots=True)
 class ImageInput:
-    """One encoded image as it was sent, or why it cannot be had; `targets` override the common ones."""
+    """One encoded image, or the error in its place; `targets` override the common ones."""
 
     data: bytes = b""
     targets: list[Any] | None = None
@@ -57,20 +57,24 @@ class RequestBody(Generic[OptionsT]):
 
 
 class Fetcher(Protocol):
-    """Gets the bytes behind an image URL."""
+    """Fetches images by URL."""
 
     async def fetch(self, url: str, *, max_bytes: int) -> bytes:
-        """Raises `UrlInputDisabled`, `ImageTooLarge` or `ImageUndecodable`, without a field."""
+        """Fetch an image.
+
+        Raises:
+            HeatlensError: `UrlInputDisabled`, `ImageTooLarge` or `ImageUndecodable`, no field.
+        """
         ...
 
 
-class InputReader:
-    """Reads submissions.
+class BodyReader:
+    """Reads request bodies.
 
     Args:
         limits: caps.
-        threads: where base64 is decoded.
-        fetcher: gets image URLs; None = they are not allowed.
+        threads: the pool that decodes base64.
+        fetcher: fetches image URLs; None = they are not allowed.
     """
 
     def __init__(
@@ -81,10 +85,10 @@ class InputReader:
         self._fetcher = fetcher
 
     async def read(self, request: Request, options: type[OptionsT]) -> RequestBody[OptionsT]:
-        """Read the body in whichever form it comes, and check the options.
+        """Read the body in any of its forms, and check the options.
 
         Raises:
-            HeatlensError: what is wrong with the body as a whole, or with an option.
+            HeatlensError: the body as a whole or an option is wrong.
         """
         if request.headers.get("content-encoding", "identity").lower() != "identity":
             raise UnsupportedMediaType("Compressed bodies are not accepted.")
@@ -102,7 +106,7 @@ class InputReader:
         return RequestBody(images=images, options=validate(options, {**given, **more}))
 
     async def _body(self, request: Request) -> AsyncIterator[bytes]:
-        """The body's chunks; stops as soon as they are, or announce to be, too many."""
+        """The chunks of the body; stops as soon as they exceed the cap, or are announced to."""
         cap = self._limits.max_body_bytes
         announced = request.headers.get("content-length", "")
         size = int(announced) if announced.isascii() and announced.isdecimal() else 0
@@ -115,19 +119,14 @@ class InputReader:
                         break
                     yield chunk
         except ClientDisconnect:
-            raise Cancelled("The client left while sending.") from None
+            raise Cancelled("The client disconnected while sending.") from None
         if size > cap:
             raise BodyTooLarge(f"The body has more than {cap} bytes.")
 
     async def _read_form(
         self, body: AsyncIterator[bytes], content_type: str, options: type[OptionsT]
     ) -> tuple[tuple[ImageInput, ...], dict[str, Any]]:
-        limits = FormLimits(
-            max_image_bytes=self._limits.max_image_bytes,
-            max_options_bytes=self._limits.max_options_bytes,
-            max_images=self._limits.max_images,
-        )
-        form = await read_form(body, content_type=content_type, limits=limits)
+        form = await read_form(body, content_type=content_type, limits=self._limits)
         if not form.images:
             raise MalformedBody(f"The form has no `{IMAGE_PART}` part.")
         images = tuple(
@@ -138,7 +137,7 @@ class InputReader:
         given = parse_query(texts, options)
         for name, data in form.fields:
             if name == OPTIONS_PART:
-                given |= _json_object(data)
+                given |= json_object(data)
         return images, given
 
     async def _read_whole(
@@ -152,7 +151,7 @@ class InputReader:
             raise ImageTooLarge(f"The image has more than {self._limits.max_image_bytes} bytes.")
         if sniff(body) is None:
             raise UnsupportedMediaType(
-                f"The body is of no known picture format. Allowed: {', '.join(FORMATS)}."
+                f"The body is not an image of a known format. Allowed: {', '.join(FORMATS)}."
             )
         return (ImageInput(data=body),), {}
 
@@ -164,7 +163,7 @@ class InputReader:
     def _parse_json(
         self, body: bytes
     ) -> tuple[list[ImageOption], list[ImageInput], dict[str, Any]]:
-        options = _json_object(body)
+        options = json_object(body)
         raw = options.pop("images", None)
         if not isinstance(raw, list) or not raw:
             raise InvalidOption("Must be a list of at least one image.", field="images")
@@ -175,13 +174,15 @@ class InputReader:
             if (item.b64 is None) == (item.url is None):
                 raise InvalidOption("Either `b64` or `url` is required.", field=f"images.{i}")
             if item.url is not None and self._fetcher is None:
-                raise UrlInputDisabled("Image URLs are not allowed here.", field=f"images.{i}.url")
+                raise UrlInputDisabled(
+                    "Image URLs are not enabled on this server.", field=f"images.{i}.url"
+                )
         return items, [_from_base64(item, f"images.{i}") for i, item in enumerate(items)], options
 
     async def _fetch_all(
         self, items: list[ImageOption], images: list[ImageInput]
     ) -> tuple[ImageInput, ...]:
-        """Fetch the images that are given by URL, a few at a time, within the cap of a body."""
+        """Fetch the images given by URL, a few at a time, together within the cap on bodies."""
         if self._fetcher is None:
             return tuple(images)
         fetcher, slots = self._fetcher, asyncio.Semaphore(_CONCURRENT_FETCHES)
@@ -198,7 +199,7 @@ class InputReader:
                     return ImageInput(targets=items[i].targets, error=error)
             room -= len(data)
             if room < 0:
-                raise BodyTooLarge("The images behind the URLs are too large together.")
+                raise BodyTooLarge("The images at the URLs are too large together.")
             return ImageInput(data=data, targets=items[i].targets)
 
         wanted = [(i, item.url) for i, item in enumerate(items) if item.url is not None]
@@ -211,22 +212,23 @@ class InputReader:
 
 
 def parse_query(pairs: Iterable[tuple[str, str]], options: type[OptionsT]) -> dict[str, Any]:
-    """Options from texts: lists are comma-separated or repeated, everything else is given once.
+    """Read options from text: lists are comma-separated or repeated, other options occur once.
 
     Raises:
-        InvalidOption: an option that is repeated or needs JSON; unknown ones are left to
-            `validate`.
+        InvalidOption: an option is repeated or needs JSON; unknown ones are left to `validate`.
     """
     lists = list_options(options)
     values: dict[str, Any] = {}
     for name, text in pairs:
         if name == "interventions":
-            raise InvalidOption("Send this as JSON, in the body or the options part.", field=name)
+            raise InvalidOption(
+                "Only possible as JSON, in the body or in the options part.", field=name
+            )
         if name in lists:
             items = [item.strip() for item in text.split(",") if item.strip()]
             values[name] = [*values.get(name, []), *items]
         elif name in values:
-            raise InvalidOption("This is given more than once.", field=name[:64])
+            raise InvalidOption("The option is given more than once.", field=name[:64])
         else:
             values[name] = text
     return values
@@ -243,13 +245,18 @@ def _text(data: bytes) -> str:
         raise MalformedBody("A part of the form is not UTF-8 text.") from None
 
 
-def _json_object(data: bytes) -> dict[str, Any]:
+def json_object(data: bytes) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Raises:
+        MalformedBody: the text is not a JSON object.
+    """
     try:
         document = msgspec.json.decode(data)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, ValueError) as error:
         raise MalformedBody("The JSON is malformed.") from error
     if not isinstance(document, dict):
-        raise MalformedBody("The JSON must be an object.")
+        raise MalformedBody("The JSON is not an object.")
     return document
 
 
@@ -258,10 +265,12 @@ def _from_base64(item: ImageOption, field: str) -> ImageInput:
     if text is None:
         return ImageInput(targets=item.targets)
     prefix = _DATA_URL.match(text[:256])
-    digits = "".join(text[prefix.end() if prefix else 0 :].split())  # encoders like to break lines
+    # Encoders may break the text into lines.
+    digits = "".join(text[prefix.end() if prefix else 0 :].split())
     try:
         data = binascii.a2b_base64(digits, strict_mode=True)
-    except ValueError:  # covers binascii.Error and text that is not ASCII
+    # Covers binascii.Error and text that is not ASCII.
+    except ValueError:
         error = ImageUndecodable("The text is not base64.", field=f"{field}.b64")
         return ImageInput(targets=item.targets, error=error)
     return ImageInput(data=data, targets=item.targets)

@@ -111,7 +111,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise Cancelled("The client left before the answer.")
+        raise Cancelled("The client disconnected before the response was ready.")
     finally:
         working.cancel()
         leaving.cancel()

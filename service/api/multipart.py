@@ -1,4 +1,4 @@
-"""`multipart/form-data` read as it arrives, within caps, into memory only."""
+"""Reading `multipart/form-data` as it arrives, within caps, into memory only."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from models.errors import (
     MalformedBody,
     TooManyImages,
 )
+from service.settings import LimitSettings
 
 IMAGE_PART = "image"
 OPTIONS_PART = "options"
@@ -24,37 +25,30 @@ _MAX_NAME = 64
 _MAX_BOUNDARY = 200
 
 
-@dataclass(frozen=True, slots=True)
-class FormLimits:
-    """Caps of a form: bytes of an image, bytes of all other parts together, number of images."""
-
-    max_image_bytes: int
-    max_options_bytes: int
-    max_images: int
-
-
 @dataclass(slots=True)
 class Form:
-    """What a form held: images in order (or why one is refused), and the other parts as (name, bytes)."""
+    """A form: images in order, each or its error, and the other parts as (name, bytes)."""
 
     images: list[bytes | HeatlensError] = field(default_factory=list)
     fields: list[tuple[str, bytes]] = field(default_factory=list)
 
 
-async def read_form(chunks: AsyncIterator[bytes], *, content_type: str, limits: FormLimits) -> Form:
+async def read_form(
+    chunks: AsyncIterator[bytes], *, content_type: str, limits: LimitSettings
+) -> Form:
     """Parse a form chunk by chunk.
 
-    An image over its cap is dropped while it arrives and leaves its error in its place.
+    An image over its cap is dropped while it arrives; its error takes its place.
 
     Raises:
-        MalformedBody: not a form, truncated, or too many parts.
-        TooManyImages: more image parts than allowed.
+        MalformedBody: the body is not a form, is truncated or has too many parts.
+        TooManyImages: there are more image parts than allowed.
         BodyTooLarge: the other parts are too large.
     """
     _, parameters = parse_options_header(content_type)
     boundary = parameters.get(b"boundary", b"")
     if not 0 < len(boundary) <= _MAX_BOUNDARY:
-        raise MalformedBody("The multipart body names no boundary.")
+        raise MalformedBody("The content type of the multipart body lacks a valid boundary.")
     reader = _Reader(limits)
     parser = MultipartParser(
         boundary,
@@ -81,9 +75,9 @@ async def read_form(chunks: AsyncIterator[bytes], *, content_type: str, limits: 
 
 
 class _Reader:
-    """Gathers one part after the other; the parser calls it."""
+    """Collects the parts; its methods are the callbacks of the parser."""
 
-    def __init__(self, limits: FormLimits) -> None:
+    def __init__(self, limits: LimitSettings) -> None:
         self.form = Form()
         self.complete = False
         self._limits = limits

@@ -1,8 +1,8 @@
-"""The OpenAPI document: routes from FastAPI, answers from `schemas`, options from `options`."""
+"""The OpenAPI document: routes from FastAPI, responses from `schemas`, options from `options`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -26,24 +26,6 @@ from service.api.options import (
     ImageOption,
     PredictOptions,
     properties,
-)
-from service.api.schemas import (
-    ErrorResponse,
-    ExplainResponse,
-    ExplainResult,
-    ExplanationResponse,
-    FeaturesResponse,
-    FeaturesResult,
-    ImageData,
-    ImageInfo,
-    ModelUsed,
-    Point,
-    Prediction,
-    PredictResponse,
-    PredictResult,
-    StatisticsResponse,
-    Timings,
-    ValueRange,
 )
 
 _REF = "#/components/schemas/{model}"
@@ -80,7 +62,7 @@ _RETRY_AFTER: dict[str, Any] = {
 
 
 def array_of(kind: type[Any]) -> dict[str, Any]:
-    """The schema of a list of a response."""
+    """The schema of a list of a component."""
     return {"type": "array", "items": _ref(kind.__name__)}
 
 
@@ -100,9 +82,7 @@ def responses(
         example: a response.
     """
     shape = dict(schema) if isinstance(schema, Mapping) else _ref(schema.__name__)
-    content: dict[str, Any] = {"schema": shape}
-    if example is not None:
-        content["example"] = example
+    content = {"schema": shape} if example is None else {"schema": shape, "example": example}
     found: dict[int | str, dict[str, Any]] = {
         200: {"description": description, "content": {JSON: content}}
     }
@@ -119,18 +99,17 @@ def _ref(name: str) -> dict[str, Any]:
 
 
 def repository_body(**fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The `openapi_extra` of a route of the model repository: an object of these fields, or nothing.
+    """The `openapi_extra` of a route of the model repository, whose body is optional.
 
     Args:
-        fields: schema of each field beside `parameters`.
+        fields: schema of each field of the body in addition to `parameters`.
     """
-    properties = {"parameters": {"type": "object"}, **fields}
-    schema = {"type": "object", "properties": properties}
+    schema = {"type": "object", "properties": {"parameters": {"type": "object"}, **fields}}
     return {"requestBody": {"required": False, "content": {JSON: {"schema": schema}}}}
 
 
 def image_input(options: type[AnyOptions]) -> dict[str, Any]:
-    """The `openapi_extra` of a route that takes images: query parameters and the three input forms."""
+    """The `openapi_extra` of a route that takes images: query parameters and three body forms."""
     name = options.__name__
     image = {"type": "string", "format": "binary"}
     form = {
@@ -149,10 +128,7 @@ def image_input(options: type[AnyOptions]) -> dict[str, Any]:
         "requestBody": {
             "required": True,
             "content": {
-                FORM: {
-                    "schema": form,
-                    "encoding": {OPTIONS_PART: {"contentType": JSON}},
-                },
+                FORM: {"schema": form, "encoding": {OPTIONS_PART: {"contentType": JSON}}},
                 JSON: json_body,
                 **{media_type: {"schema": image} for media_type in (*FORMATS, BYTES)},
             },
@@ -179,7 +155,8 @@ def _query_parameters(options: type[BaseModel]) -> list[dict[str, Any]]:
             described |= _QUERY_TARGETS
         if described.get("type") == "array":
             parameter |= {"style": "form", "explode": False}
-        if "anyOf" in described:  # optional: absent, never null, in a query
+        if "anyOf" in described:
+            # Optional: absent, never null, in a query.
             described |= described.pop("anyOf")[0]
             del described["default"]
         if text := described.pop("description", None):
@@ -205,12 +182,21 @@ RESPONSES: tuple[type[Any], ...] = (
     schemas.ReadyResponse,
     schemas.RepositoryModel,
 )
-"""Answers that are documented; what they contain follows by itself."""
+"""The documented responses; the structs that they contain are found through them."""
 
 
 def _response_schemas() -> dict[str, Any]:
-    """JSON schemas of all answers, by name."""
+    """JSON schemas of all responses, by name."""
     _, found = msgspec.json.schema_components(RESPONSES, ref_template=_REF.format(model="{name}"))
+    for schema in found.values():
+        schema["description"] = schema["description"].partition("\n\n")[0]
+        # A field with a default is sent like any other; only a field that is `UNSET` is absent.
+        sent = {name for name, field in schema["properties"].items() if "default" in field}
+        schema["required"] = [
+            name for name in schema["properties"] if name in sent.union(schema["required"])
+        ]
+        for name in sent:
+            del schema["properties"][name]["default"]
     for result in (schemas.PredictResult, schemas.ExplainResult, schemas.FeaturesResult):
         whole = [field for field in result.__struct_fields__ if field != "error"]
         found[result.__name__]["oneOf"] = [{"required": whole}, {"required": ["error"]}]
@@ -243,14 +229,14 @@ def _components() -> dict[str, Any]:
 
 
 def install(app: FastAPI) -> None:
-    """Let the application describe itself by this document, made when it is first asked for."""
+    """Make this the application's OpenAPI document, generated on its first use."""
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
             app.openapi_schema = _document(app)
         return app.openapi_schema
 
-    app.openapi = document  # type: ignore[method-assign] # FastAPI's own way to replace it
+    app.openapi = document  # type: ignore[method-assign] # as FastAPI documents it
 
 
 def _document(app: FastAPI) -> dict[str, Any]:
@@ -268,7 +254,8 @@ def _document(app: FastAPI) -> dict[str, Any]:
     for path in document["paths"].values():
         for operation in path.values():
             if "HTTPValidationError" in str(operation["responses"].get("422")):
-                del operation["responses"]["422"]  # the framework's guess: a path is any text here
+                # The framework's guess, but no path parameter is refused here.
+                del operation["responses"]["422"]
             for status, response in operation["responses"].items():
                 retry = _RETRY_AFTER if status in ("429", "503") else {}
                 response["headers"] = {**_HEADERS, **retry}
@@ -277,13 +264,15 @@ def _document(app: FastAPI) -> dict[str, Any]:
 
 # ---------------------------------------------------------------- examples
 
-
 _REQUEST_ID = "01JZ8Q4M7V9WK3T5R2XN6B1C0D"
-_MODEL_USED = ModelUsed(name="efficientnet_lite0", version="1", device="cpu", precision="fp32")
-_IMAGE = ImageInfo(width=500, height=375, region=Region(x=85.9, y=23.4, width=328.1, height=328.1))
-_TABBY = Prediction(class_id=281, label="tabby", score=9.21, probability=0.61)
-_TIMINGS = Timings(decode=2.1, queue=0.4, device=21.7, render=1.2, total=26.0)
-_STATISTICS = StatisticsResponse(
+_MODEL_USED = schemas.ModelUsed(
+    name="efficientnet_lite0", version="1", device="cpu", precision="fp32"
+)
+_REGION = Region(x=85.9, y=23.4, width=328.1, height=328.1)
+_IMAGE = schemas.ImageInfo(width=500, height=375, region=_REGION)
+_TABBY = schemas.Prediction(class_id=281, label="tabby", score=9.21, probability=0.61)
+_TIMINGS = schemas.Timings(decode=2.1, queue=0.4, device=21.7, render=1.2, total=26.0)
+_STATISTICS = schemas.StatisticsResponse(
     layer="bn2",
     kind="output",
     shape=(1280, 7, 7),
@@ -297,69 +286,56 @@ _STATISTICS = StatisticsResponse(
     quantiles=Quantiles(p01=0.0, p25=0.0, p50=0.0, p75=0.4, p99=3.2),
     top_channels=(ChannelStatistics(index=711, mean=4.2, max=6.0, weight=0.031),),
 )
-_EXPLANATION = ExplanationResponse(
+_EXPLANATION = schemas.ExplanationResponse(
     method="gradcam",
     layer="bn2",
     target=_TABBY,
-    heatmap=ImageData(media_type="image/png", width=224, height=224, data="iVBORw0KGgo="),
-    overlay=ImageData(media_type="image/jpeg", width=224, height=224, data="/9j/4AAQSkY="),
-    range=ValueRange(min=0.0, max=3.7),
+    heatmap=schemas.ImageData(media_type="image/png", width=224, height=224, data="iVBORw0KGgo="),
+    overlay=schemas.ImageData(media_type="image/jpeg", width=224, height=224, data="/9j/4AAQSkY="),
+    range=schemas.ValueRange(min=0.0, max=3.7),
     signed=False,
     degenerate=False,
-    peak=Point(x=241.0, y=180.5),
+    peak=schemas.Point(x=241.0, y=180.5),
     box=Box(x=120, y=60, width=260, height=290),
     faithfulness={"deletion": Faithfulness(value=0.11, random=0.32)},
 )
 
 
-def _builtins(answer: msgspec.Struct) -> dict[str, Any]:
-    built: dict[str, Any] = msgspec.to_builtins(answer)
-    return built
+def _example(kind: Callable[..., msgspec.Struct], result: schemas.Result) -> Any:
+    response = kind(
+        request_id=_REQUEST_ID,
+        model=_MODEL_USED,
+        results=(result,),
+        timings_ms=_TIMINGS,
+        batch_size=4,
+    )
+    return msgspec.to_builtins(response)
 
 
-PREDICT = _builtins(
-    PredictResponse(
-        request_id=_REQUEST_ID,
-        model=_MODEL_USED,
-        results=(PredictResult(image=_IMAGE, predictions=(_TABBY,), statistics=()),),
-        timings_ms=_TIMINGS,
-        batch_size=4,
-    )
+PREDICT = _example(
+    schemas.PredictResponse,
+    schemas.PredictResult(image=_IMAGE, predictions=(_TABBY,), statistics=()),
 )
-EXPLAIN = _builtins(
-    ExplainResponse(
-        request_id=_REQUEST_ID,
-        model=_MODEL_USED,
-        results=(
-            ExplainResult(
-                image=_IMAGE,
-                predictions=(_TABBY,),
-                explanations=(_EXPLANATION,),
-                statistics=(_STATISTICS,),
-            ),
-        ),
-        timings_ms=_TIMINGS,
-        batch_size=4,
-    )
+EXPLAIN = _example(
+    schemas.ExplainResponse,
+    schemas.ExplainResult(
+        image=_IMAGE,
+        predictions=(_TABBY,),
+        explanations=(_EXPLANATION,),
+        statistics=(_STATISTICS,),
+    ),
 )
-FEATURES = _builtins(
-    FeaturesResponse(
-        request_id=_REQUEST_ID,
-        model=_MODEL_USED,
-        results=(FeaturesResult(image=_IMAGE, predictions=(_TABBY,), features=(_STATISTICS,)),),
-        timings_ms=_TIMINGS,
-        batch_size=4,
-    )
+FEATURES = _example(
+    schemas.FeaturesResponse,
+    schemas.FeaturesResult(image=_IMAGE, predictions=(_TABBY,), features=(_STATISTICS,)),
 )
-ERROR = _builtins(
-    ErrorResponse(
-        error="Unknown method. Allowed: gradcam, layercam.",
-        code="invalid_option",
-        request_id=_REQUEST_ID,
-        retryable=False,
-        field="methods.0",
-    )
-)
+ERROR: dict[str, Any] = {
+    "error": "Unknown method. Allowed: gradcam, layercam.",
+    "code": "invalid_option",
+    "request_id": _REQUEST_ID,
+    "retryable": False,
+    "field": "methods.0",
+}
 EXPLAIN_REQUEST: dict[str, Any] = {
     "images": [{"b64": "iVBORw0KGgo=", "targets": ["tabby"]}],
     "methods": ["gradcam", "layercam"],

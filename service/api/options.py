@@ -1,6 +1,6 @@
-"""The options of a request: names, ranges, defaults and words, one model per operation.
+"""The options of a request: names, ranges, defaults and descriptions, one model per operation.
 
-What depends on the model that answers (labels, layers, methods that apply) is resolved in
+Options that depend on the network (labels, layers, applicable methods) are resolved in
 `service.api.plan`.
 """
 
@@ -50,7 +50,7 @@ _TARGET_SCHEMA: dict[str, Any] = {
 
 
 def _check_target(value: object) -> object:
-    """Bound what `models.resolve` will look at."""
+    """Bound the size of a contrast, which `models.resolve` checks later."""
     against = value.get("against") if isinstance(value, Mapping) else None
     if isinstance(against, list) and len(against) > _MAX_AGAINST:
         raise ValueError(f"A contrast has at most {_MAX_AGAINST} classes.")
@@ -63,6 +63,8 @@ Targets = Annotated[
     list[TargetOption],
     Field(min_length=1, max_length=MAX_TARGETS, examples=[["top1", 281]]),
 ]
+Layers = Annotated[list[Name], Field(min_length=1, max_length=64, examples=[["auto"]])]
+TopK = Annotated[int, Field(ge=1, le=100, description="Number of predictions.")]
 MethodOption = Annotated[Name, WithJsonSchema({"type": "string", "enum": list(METHODS)})]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -79,7 +81,7 @@ class InterventionOption(_Model):
         tuple[Annotated[int, Field(ge=0, le=1_000_000)], ...],
         Field(min_length=1, max_length=4096, examples=[[3, 17]]),
     ]
-    op: Annotated[InterventionOp, Field(description="What happens to them.")]
+    op: Annotated[InterventionOp, Field(description="The operation on these channels.")]
     value: Annotated[Finite, Field(description="Factor of `scale`.")] = 1.0
 
 
@@ -107,9 +109,9 @@ class PredictOptions(CommonOptions):
 
     operation: ClassVar[Operation] = "predict"
 
-    top_k: Annotated[int, Field(ge=1, le=100, description="Number of predictions.")] = 5
+    top_k: TopK = 5
     statistics: Annotated[
-        bool, Field(description="Statistics of the model's recommended layer.")
+        bool, Field(description="Whether to add statistics of the model's recommended layer.")
     ] = False
 
 
@@ -118,32 +120,30 @@ class ExplainOptions(CommonOptions):
 
     operation: ClassVar[Operation] = "explain"
 
-    top_k: Annotated[int, Field(ge=1, le=100, description="Number of predictions.")] = 5
+    top_k: TopK = 5
     methods: Annotated[
         list[MethodOption],
         Field(min_length=1, max_length=len(METHODS), description="See `/v1/methods`."),
     ] = ["gradcam"]
     targets: Annotated[Targets, Field(description="Classes to explain.")] = ["top1"]
     layers: Annotated[
-        list[Name],
-        Field(
-            min_length=1,
-            max_length=64,
-            description="Dotted module names or globs; `auto` is the recommended layer.",
-            examples=[["auto"]],
-        ),
+        Layers, Field(description="Dotted module names or globs; `auto` is the recommended layer.")
     ] = ["auto"]
-    fuse: Annotated[Fuse, Field(description="How maps of several layers become one.")] = "none"
+    fuse: Annotated[
+        Fuse, Field(description="How the maps of several layers are fused into one.")
+    ] = "none"
     outputs: Annotated[list[Output], Field(min_length=1, max_length=3)] = ["heatmap", "overlay"]
     canvas: Annotated[
-        CanvasName, Field(description="`input` is the model's crop, `original` the whole picture.")
+        CanvasName, Field(description="`input` is the model's crop, `original` the whole image.")
     ] = "input"
     colormap: Annotated[Colormap, Field(description="`coolwarm` suits signed maps.")] = "turbo"
     alpha: Annotated[Finite, Field(ge=0, le=1, description="Opacity of the overlay.")] = 0.5
     overlay_format: OverlayFormat = "jpeg"
-    statistics: Annotated[bool, Field(description="Statistics of the explained layers.")] = True
+    statistics: Annotated[
+        bool, Field(description="Whether to add statistics of the explained layers.")
+    ] = True
     faithfulness: Annotated[
-        list[Measure], Field(max_length=5, description="Measures, each beside a random map's.")
+        list[Measure], Field(max_length=5, description="Measures, each also of a random map.")
     ] = []
     samples: Annotated[
         int | None, Field(ge=1, le=10_000, description="Samples of a stochastic method.")
@@ -165,19 +165,13 @@ class FeaturesOptions(CommonOptions):
         "top1"
     ]
     layers: Annotated[
-        list[Name],
-        Field(
-            min_length=1,
-            max_length=64,
-            description="Dotted module names or globs; `auto` is a spread over the depth.",
-            examples=[["auto"]],
-        ),
+        Layers, Field(description="Dotted module names or globs; `auto` spreads over the depth.")
     ] = ["auto"]
     kinds: Annotated[
         list[Kind], Field(min_length=1, max_length=4, description="Tensors of each layer.")
     ] = ["output"]
     channels: Annotated[int, Field(ge=1, le=4096, description="Top channels to list.")] = 16
-    grid: Annotated[bool, Field(description="Whether to return them as a picture.")] = False
+    grid: Annotated[bool, Field(description="Whether to return them as one image.")] = False
     colormap: Annotated[Colormap, Field(description="Colours of the grid.")] = "turbo"
 
 
@@ -185,13 +179,13 @@ class ImageOption(_Model):
     """One image of a JSON request."""
 
     b64: Annotated[
-        str | None, Field(description="Base64 of the encoded picture, or a `data:` URL.")
+        str | None, Field(description="Base64 of the encoded image, or a `data:` URL.")
     ] = None
     url: Annotated[
         Annotated[str, Field(max_length=4096)] | None,
-        Field(description="Where to fetch it; only if the operator allows it."),
+        Field(description="URL of the image; only if the operator allows it."),
     ] = None
-    targets: Annotated[Targets | None, Field(description="Instead of the common targets.")] = None
+    targets: Annotated[Targets | None, Field(description="Override the common targets.")] = None
 
 
 AnyOptions = PredictOptions | ExplainOptions | FeaturesOptions
@@ -200,7 +194,7 @@ OptionsT = TypeVar("OptionsT", bound=BaseModel)
 
 @lru_cache
 def list_options(model: type[BaseModel]) -> frozenset[str]:
-    """Options that hold a list, which a query may give comma-separated or repeated."""
+    """Names of list options, which a query may give comma-separated or repeated."""
     found = properties(model).items()
     return frozenset(name for name, schema in found if schema.get("type") == "array")
 
@@ -215,12 +209,12 @@ def validate(model: type[OptionsT], values: Mapping[str, Any], *, prefix: str = 
     """Check options.
 
     Args:
-        model: what they must be.
-        values: what was sent.
+        model: the options of the operation.
+        values: the values sent.
         prefix: path of `values` in the request, for errors.
 
     Raises:
-        InvalidOption: the first thing that is wrong, naming the field and what is allowed.
+        InvalidOption: a value is wrong; the error names the first field and its allowed values.
     """
     try:
         return model.model_validate(values)
@@ -256,7 +250,7 @@ _SENTENCES: Mapping[str, str] = {
 
 
 def _explain(error: ErrorDetails, model: type[BaseModel]) -> str:
-    """Say in our words what a validator found."""
+    """Describe a validation error in our own words."""
     kind, context = error["type"], error.get("ctx", {})
     if kind == "literal_error":
         allowed = re.findall(r"'([^']*)'", context["expected"])
@@ -265,6 +259,7 @@ def _explain(error: ErrorDetails, model: type[BaseModel]) -> str:
         if len(error["loc"]) > 1:
             return "Unknown key."
         return f"Unknown option. Allowed: {', '.join(model.model_fields)}."
-    if kind == "value_error":  # raised by a validator of this file
+    # Raised by a validator of this file.
+    if kind == "value_error":
         return str(context["error"])
     return _SENTENCES.get(kind, "The value has the wrong type.").format(**context)

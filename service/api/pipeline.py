@@ -1,7 +1,7 @@
 """Decode, run on a device, render: the work of a request, independent of HTTP.
 
-Used by the routes and by the command line. Decoding and rendering run in a thread pool (Pillow, zlib
-and numpy release the interpreter), all images of a request at once.
+Used by the routes and by the command line. Decoding and rendering run in a thread pool (Pillow,
+zlib and numpy release the interpreter), all images of a request at once.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _RESULTS: dict[str, type[PredictResult | ExplainResult | FeaturesResult]] = {
 
 
 class ImageRun(Struct):
-    """The way of one image: its timings, its batch size and its device."""
+    """The run of one image: timings, batch size and device."""
 
     timings: Timings
     batch_size: int
@@ -119,7 +119,7 @@ class Pipeline:
                     *(self._try_image(image, plan) for image in plan.images)
                 )
         except TimeoutError:
-            raise DeadlineExceeded("The deadline passed before the answer was ready.") from None
+            raise DeadlineExceeded("The deadline passed before the response was ready.") from None
         for outcome in outcomes:
             # Not the fault of this image: the plan has to be made again for all of them.
             if isinstance(outcome, ModelReplaced):
@@ -127,9 +127,9 @@ class Pipeline:
         return _reply(outcomes, plan)
 
     def _refuse_excess(self, plan: Plan) -> None:
-        """Refuse what the devices would refuse, before it costs the time of decoding it.
+        """Refuse a plan that the devices would refuse, before spending time on decoding it.
 
-        Long jobs have a share of the devices of their own, of whose queue only the devices know.
+        Long jobs have their own share of a device, and only the device knows its queue.
         """
         if any(is_long(image.options) for image in plan.images):
             return
@@ -194,7 +194,7 @@ class Pipeline:
                 digest=digest,
                 traceparent=tracing.traceparent(),
                 request_id=logs.request_id.get(),
-                fingerprint=card.fingerprint,
+                fingerprint=plan.info.fingerprint,
             )
         )
 

@@ -1,16 +1,18 @@
-"""From a submission to a plan: options resolved against one model, ready to run."""
+"""Plans: a request body whose options are resolved against one model, ready to run."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
+from msgspec import structs
+
+from models.catalog import ModelSpec
 from models.errors import InvalidOption, NotReady, UnknownLayer, UnknownModel
 from models.imaging.colormaps import Colormap
 from models.imaging.render import OverlayFormat
 from models.resolve import resolve_layers, resolve_methods, resolve_targets
-from models.types import Intervention, JobOptions, ModelInfo, Operation, Struct, Target
+from models.types import Intervention, JobOptions, ModelCard, ModelInfo, Operation, Struct
 from service.api.body import ImageInput
 from service.api.options import (
     AnyOptions,
@@ -27,7 +29,7 @@ _UNREADY = {"unavailable": "could not be loaded", "unloading": "is being unloade
 
 
 class RenderOptions(Struct):
-    """How maps become pictures."""
+    """Options of drawing maps."""
 
     outputs: tuple[Output, ...] = ("heatmap", "overlay")
     canvas: CanvasName = "input"
@@ -37,17 +39,17 @@ class RenderOptions(Struct):
 
 
 class PlannedImage(Struct):
-    """One image and what is asked of it."""
+    """One image with the options of its job."""
 
     input: ImageInput
     options: JobOptions
 
 
 class Plan(Struct):
-    """A request, resolved.
+    """A resolved request.
 
     Attributes:
-        info: the model that answers.
+        info: the model that runs it.
         started: monotonic time at which the request arrived.
         deadline: monotonic time by which it is answered or failed.
     """
@@ -64,43 +66,42 @@ def find_model(reference: str, infos: Sequence[ModelInfo], settings: Settings) -
     """Find `name` (its newest ready version) or `name@version`, ready or not.
 
     Raises:
-        UnknownModel: none of that name is configured.
-        NotReady: it is configured, but nothing is known of it yet.
+        UnknownModel: no such model is configured.
+        NotReady: it is configured, but nothing is known about it yet.
     """
-    name, _, version = reference.partition("@")
-    found = [
-        info
-        for info in infos
-        if info.card.name == name and (not version or info.card.version == version)
-    ]
+    found = [info for info in infos if names(reference, info.card)]
     if found:
         return max(found, key=lambda info: (info.card.ready, _natural(info.card.version)))
-    if any(s.name == name and (not version or s.version == version) for s in settings.models):
+    if any(names(reference, spec) for spec in settings.models):
         raise NotReady("The model is not loaded yet.", field="model")
     known = ", ".join(dict.fromkeys(info.card.name for info in infos))
     raise UnknownModel(f"There is no such model. Known: {known}.", field="model")
 
 
+def names(reference: str, model: ModelCard | ModelSpec) -> bool:
+    """Whether `name` or `name@version` names a model version."""
+    name, _, version = reference.partition("@")
+    return model.name == name and version in ("", model.version)
+
+
 def choose_model(
     reference: str | None, infos: Sequence[ModelInfo], settings: Settings
 ) -> ModelInfo:
-    """Find the model that a request names, or the default one, ready to answer.
+    """Find the model that a request names, or the default one, if it is ready.
 
     Raises:
-        UnknownModel: none of that name is configured.
+        UnknownModel: no such model is configured.
         NotReady: it is not warm, or could not be loaded.
     """
     info = find_model(reference or settings.default_model, infos, settings)
     if not info.card.ready:
         text = _UNREADY.get(info.card.state, "is not ready yet")
-        raise NotReady(
-            f"The model {text}; GET /v1/models/{info.card.name} says more.", field="model"
-        )
+        raise NotReady(f"The model {text}; see GET /v1/models/{info.card.name}.", field="model")
     return info
 
 
 def timeout_s(options: AnyOptions, header: str | None, limits: LimitSettings) -> float:
-    """Seconds that a request may take: its option, else its header (milliseconds), else the default; capped.
+    """Seconds that a request may take, capped: its option, its header (in ms) or the default.
 
     Raises:
         InvalidOption: the header is not a positive number.
@@ -127,16 +128,18 @@ def make_plan(
     """Resolve labels, ranks, layers and methods against the model.
 
     Raises:
-        HeatlensError: what does not fit the model, naming the option.
+        HeatlensError: an option does not fit the model; the error names it.
     """
     common = job_options(options, info)
     planned = []
     for i, image in enumerate(images):
-        its = common
+        resolved = common
         if image.targets is not None:
             targets = resolve_targets(image.targets, info, field=f"images.{i}.targets")
-            its = _with_targets(options, common, targets)
-        planned.append(PlannedImage(input=image, options=its))
+            # A prediction has no targets; they are only checked.
+            if options.operation != "predict":
+                resolved = structs.replace(common, targets=targets)
+        planned.append(PlannedImage(input=image, options=resolved))
     results = sum(_count(options.operation, image.options) for image in planned)
     if results > limits.max_results:
         raise InvalidOption(
@@ -153,10 +156,10 @@ def make_plan(
 
 
 def job_options(options: AnyOptions, info: ModelInfo) -> JobOptions:
-    """What a job asks of the device.
+    """The options of a job, resolved against the model.
 
     Raises:
-        HeatlensError: what does not fit the model, naming the option.
+        HeatlensError: an option does not fit the model; the error names it.
     """
     changes = _interventions(options.interventions, info)
     classes = max(1, info.card.num_classes)
@@ -197,7 +200,7 @@ def job_options(options: AnyOptions, info: ModelInfo) -> JobOptions:
 
 
 def render_options(options: AnyOptions) -> RenderOptions:
-    """How the answer's pictures are drawn."""
+    """The options of drawing the maps of a response."""
     if isinstance(options, ExplainOptions):
         return RenderOptions(
             outputs=tuple(dict.fromkeys(options.outputs)),
@@ -209,15 +212,6 @@ def render_options(options: AnyOptions) -> RenderOptions:
     if isinstance(options, FeaturesOptions):
         return RenderOptions(colormap=options.colormap)
     return RenderOptions()
-
-
-def _with_targets(
-    options: AnyOptions, common: JobOptions, targets: tuple[Target, ...]
-) -> JobOptions:
-    if isinstance(options, PredictOptions):
-        return common  # predictions have no targets
-    values: dict[str, Any] = {name: getattr(common, name) for name in common.__struct_fields__}
-    return JobOptions(**{**values, "targets": targets})
 
 
 def _interventions(
@@ -234,7 +228,7 @@ def _interventions(
 
 
 def _count(operation: Operation, options: JobOptions) -> int:
-    """Explanations, or statistics, that one image's answer holds at most."""
+    """Maximum number of explanations or statistics in the result of one image."""
     if operation == "explain":
         layers = len(options.layers) if options.fuse == "none" else 1
         return len(options.methods) * len(options.targets) * layers
@@ -244,6 +238,6 @@ def _count(operation: Operation, options: JobOptions) -> int:
 
 
 def _natural(version: str) -> list[tuple[int, int | str]]:
-    """Sort key by which version 10 comes after version 9."""
+    """A sort key: version 10 comes after version 9."""
     parts = re.findall(r"[0-9]+|[A-Za-z]+|[^0-9A-Za-z]+", version)
     return [(1, int(part)) if part.isdecimal() else (0, part) for part in parts]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from models.types import ModelInfo
-from service.api.schemas import DeviceReadiness, ModelReadiness, ReadyResponse
-from service.devices.pool import DevicePool, DeviceReport, DeviceStatus
+from service.api.schemas import DeviceReadiness, ModelReadiness, ReadyResponse, derive
+from service.devices.pool import DevicePool, DeviceStatus
 from service.settings import Settings
 
 
@@ -23,8 +22,10 @@ def readiness(pool: DevicePool, settings: Settings) -> ReadyResponse:
     statuses = pool.devices()
     infos = pool.models()
     within = settings.server.ready_within_s
-    devices = tuple(_device(status, within) for status in statuses)
-    models = tuple(_model(info) for info in infos)
+    devices = tuple(
+        derive(DeviceReadiness, status, ready=is_up(status, within_s=within)) for status in statuses
+    )
+    models = tuple(derive(ModelReadiness, info.card) for info in infos)
     missing = [*map(_missing_device, devices), *map(_missing_model, models)]
     known = {model.name for model in models}
     missing += [f"model {s.name}: not loaded" for s in settings.models if s.name not in known]
@@ -37,22 +38,6 @@ def readiness(pool: DevicePool, settings: Settings) -> ReadyResponse:
         missing=tuple(text for text in missing if text),
         devices=devices,
         models=models,
-    )
-
-
-def _device(status: DeviceStatus, within_s: float) -> DeviceReadiness:
-    report = {name: getattr(status, name) for name in DeviceReport.__struct_fields__}
-    return DeviceReadiness(**report, ready=is_up(status, within_s=within_s))
-
-
-def _model(info: ModelInfo) -> ModelReadiness:
-    card = info.card
-    return ModelReadiness(
-        name=card.name,
-        version=card.version,
-        state=card.state,
-        ready=card.ready,
-        reason=card.reason,
     )
 
 

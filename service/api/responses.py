@@ -36,7 +36,7 @@ from service.api.schemas import (
     StatisticsResponse,
     ValueRange,
     Values,
-    extend,
+    derive,
 )
 
 
@@ -134,16 +134,17 @@ def _explanation(
 def _prediction(item: ClassScore, labels: tuple[str, ...]) -> Prediction:
     known = 0 <= item.class_id < len(labels)
     label = labels[item.class_id] if known else f"class {item.class_id}"
-    return extend(Prediction, item, label=label)
+    return derive(Prediction, item, label=label)
 
 
 def _statistics(item: LayerFeatures, options: RenderOptions) -> StatisticsResponse:
     grid: ImageData | UnsetType = UNSET
     if item.grid is not None and item.grid.size:
         data = grid_png(item.grid, colormap=options.colormap)
-        width, height = struct.unpack_from(">II", data, 16)  # the PNG's own header
+        # The size in the header of the PNG.
+        width, height = struct.unpack_from(">II", data, 16)
         grid = ImageData(media_type="image/png", width=width, height=height, data=_base64(data))
-    return extend(StatisticsResponse, item, grid=grid)
+    return derive(StatisticsResponse, item, grid=grid)
 
 
 def _values(values: np.ndarray) -> Values:

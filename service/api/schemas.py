@@ -31,10 +31,10 @@ Base64 = Annotated[str, Meta(description="Base64 of the bytes.")]
 S = TypeVar("S", bound=Struct)
 
 
-def extend(kind: type[S], base: Struct, **fields: Any) -> S:
-    """Make a response from the struct that it extends: its fields, and those given here."""
-    inherited = {name: getattr(base, name) for name in base.__struct_fields__}
-    return kind(**{**inherited, **fields})
+def derive(kind: type[S], source: Struct, **fields: Any) -> S:
+    """Make a response from the fields that it shares with another struct, and those given here."""
+    shared = set(kind.__struct_fields__).intersection(source.__struct_fields__)
+    return kind(**{**{name: getattr(source, name) for name in shared}, **fields})
 
 
 # ---------------------------------------------------------------- errors
@@ -246,7 +246,7 @@ class ModelsResponse(Struct):
 
 
 class AliveResponse(Struct, kw_only=True):
-    """The process answers."""
+    """The process is alive."""
 
     status: Annotated[str, Meta(examples=["alive"])]
     name: str = "heatlens"

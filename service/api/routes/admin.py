@@ -7,15 +7,16 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter, Request, Response
 
 from models.catalog import ModelSpec
-from models.errors import BodyTooLarge, InternalError, InvalidOption, MalformedBody, UnknownModel
+from models.errors import BodyTooLarge, InternalError, InvalidOption, UnknownModel
 from models.types import ModelCard, ModelState
+from service.api.body import json_object
 from service.api.dependencies import Service, ServiceDep
 from service.api.handler import json_response
 from service.api.openapi import ADMIN, array_of, repository_body, responses
+from service.api.plan import names
 from service.api.schemas import RepositoryModel
 from service.configuration import ConfigurationError
 
@@ -23,7 +24,7 @@ log = logging.getLogger("heatlens.models")
 
 router = APIRouter(prefix="/v2/repository", tags=["admin"])
 
-_MOST_BYTES = 64_000
+_MAX_BYTES = 64_000
 _STATES: Mapping[ModelState, str] = {
     "loading": "LOADING",
     "ready": "READY",
@@ -35,13 +36,13 @@ _DONE = responses({"type": "object"}, "Done; the body is an empty object.", erro
 
 @router.post(
     "/index",
-    summary="List what is, or could be, loaded",
+    summary="List the models of the repository",
     response_class=Response,
     responses=responses(array_of(RepositoryModel), "Model versions.", errors=ADMIN),
     openapi_extra=repository_body(ready={"type": "boolean"}),
 )
 async def index(request: Request, service: ServiceDep) -> Response:
-    """Every model version that is loaded or configured; with `{"ready": true}` only those that answer requests."""
+    """Every model version that is loaded or configured; with `{"ready": true}`, the ready ones."""
     body = await _body(request)
     only_ready = body.get("ready", False)
     if not isinstance(only_ready, bool):
@@ -66,19 +67,14 @@ async def index(request: Request, service: ServiceDep) -> Response:
     openapi_extra=repository_body(),
 )
 async def load(model: str, request: Request, service: ServiceDep) -> Response:
-    """Load `name` (every configured version of it) or `name@version`, as the configuration file says now.
+    """Load `name` (every configured version) or `name@version` from the current configuration file.
 
-    A version that is loaded is replaced once the new one is warm; requests are answered by the one
-    or the other, whole. Models come from the configuration only: a configuration or files in
+    A loaded version is replaced once the new one is warm; each request is answered entirely by the
+    one or the other. Models come only from the configuration file: a configuration or files in
     `parameters` are refused.
     """
     _refuse_files(await _body(request))
-    name, _, version = model.partition("@")
-    specs = [
-        spec
-        for spec in await _configured(service)
-        if spec.name == name and (not version or spec.version == version)
-    ]
+    specs = [spec for spec in await _configured(service) if names(model, spec)]
     if not specs:
         raise UnknownModel("The configuration has no such model.")
     for spec in specs:
@@ -95,10 +91,10 @@ async def load(model: str, request: Request, service: ServiceDep) -> Response:
     openapi_extra=repository_body(),
 )
 async def unload(model: str, request: Request, service: ServiceDep) -> Response:
-    """Let `name` (every version of it) or `name@version` finish its jobs, then drop it.
+    """Let `name` (every version) or `name@version` finish its jobs, then drop it.
 
     It stays unloaded until it is loaded again, the configuration is reloaded or the service is
-    started again.
+    restarted.
     """
     _refuse_files(await _body(request))
     name, _, version = model.partition("@")
@@ -121,36 +117,31 @@ def _listed(card: ModelCard) -> RepositoryModel:
 
 
 async def _configured(service: Service) -> list[ModelSpec]:
-    """The catalog as the configuration has it now.
+    """The models of the current configuration.
 
     Raises:
-        InternalError: the configuration is wrong now.
+        InternalError: the configuration has become invalid.
     """
     try:
         return (await asyncio.to_thread(service.read_settings)).models
     except ConfigurationError as error:
         log.error("the configuration is wrong: %s", error)  # noqa: TRY400 # no trace needed
-        raise InternalError("The configuration is wrong; the service's log says where.") from None
+        raise InternalError("The configuration is invalid; see the service's log.") from None
 
 
 async def _body(request: Request) -> dict[str, Any]:
     """The JSON object of a request; an empty body is an empty object, whatever its content type.
 
     Raises:
-        BodyTooLarge: it is far longer than it could need to be.
+        BodyTooLarge: it exceeds a fixed cap.
         MalformedBody: it is not a JSON object.
     """
     content = b""
     async for chunk in request.stream():
         content += chunk
-        if len(content) > _MOST_BYTES:
+        if len(content) > _MAX_BYTES:
             raise BodyTooLarge("The body of an administrative request has at most 64,000 bytes.")
-    if not content.strip():
-        return {}
-    try:
-        return msgspec.json.decode(content, type=dict[str, Any])
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        raise MalformedBody("The body is not a JSON object.") from None
+    return json_object(content) if content.strip() else {}
 
 
 def _refuse_files(body: Mapping[str, Any]) -> None:

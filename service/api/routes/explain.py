@@ -42,8 +42,8 @@ async def explain(request: Request, service: ServiceDep) -> Response:
     """Predictions with heatmaps, and statistics of the explained layers.
 
     With `Accept: image/png`, `image/jpeg` or `image/webp`, and one image, method, target and layer,
-    the answer is the overlay itself; `X-Class-Id`, `X-Label` (percent-encoded) and `X-Probability`
-    tell what it shows.
+    the response is the overlay itself; `X-Class-Id`, `X-Label` (percent-encoded) and
+    `X-Probability` describe its target.
     """
     accept = request.headers.get("accept", "")
 

@@ -22,5 +22,5 @@ router = APIRouter(prefix="/v1", tags=["features"])
     openapi_extra=openapi.image_input(FeaturesOptions),
 )
 async def features(request: Request, service: ServiceDep) -> Response:
-    """Statistics of activations, inputs and gradients of any layers, and their strongest channels."""
+    """Statistics of activations, inputs and gradients of any layers, with their top channels."""
     return await handler.respond(request, service, FeaturesOptions, FeaturesResponse)

@@ -1,4 +1,4 @@
-"""`/`, health and metrics: open to all."""
+"""`/`, health and metrics: no key is required."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from service.api.schemas import AliveResponse, ReadyResponse
 
 router = APIRouter(tags=["health"])
 
-_ALIVE = responses(AliveResponse, "The process answers.", errors=OPEN)
+_ALIVE = responses(AliveResponse, "The process is alive.", errors=OPEN)
 _READY = responses(ReadyResponse, "Requests can be answered.", errors=OPEN)
 _READY[503] = {**_READY[200], "description": "Requests cannot be answered yet; see `missing`."}
 
@@ -22,7 +22,7 @@ def _alive(request: Request) -> Response:
     return json_response(AliveResponse(status="alive", version=request.app.version))
 
 
-@router.get("/", summary="Say who answers", response_class=Response, responses=_ALIVE)
+@router.get("/", summary="Name and version", response_class=Response, responses=_ALIVE)
 async def index(request: Request) -> Response:
     """Name and version; also KServe's liveness call."""
     return _alive(request)
@@ -30,14 +30,17 @@ async def index(request: Request) -> Response:
 
 @router.get("/livez", summary="Liveness", response_class=Response, responses=_ALIVE)
 async def livez(request: Request) -> Response:
-    """Answers as long as the process does."""
+    """200 as long as the process is alive."""
     return _alive(request)
 
 
 @router.get("/readyz", summary="Readiness", response_class=Response, responses=_READY)
 @router.get("/healthz", summary="Readiness", response_class=Response, responses=_READY)
 async def readyz(service: ServiceDep) -> Response:
-    """200 if a device completed a real pass recently and a model is warm, else 503; the body names what is missing."""
+    """200 if a device completed a real pass recently and a model is warm, else 503.
+
+    The body lists what is missing.
+    """
     found = readiness(service.pool, service.settings)
     return json_response(found, status=200 if found.ready else 503)
 

@@ -12,7 +12,7 @@ from service.api.dependencies import Service, ServiceDep
 from service.api.handler import json_response
 from service.api.openapi import MODEL, array_of, responses
 from service.api.plan import find_model
-from service.api.schemas import CardResponse, InputResponse, ModelsResponse, extend
+from service.api.schemas import CardResponse, InputResponse, ModelsResponse, derive
 
 router = APIRouter(prefix="/v1", tags=["models"])
 
@@ -83,14 +83,14 @@ async def list_methods() -> Response:
 
 def card_response(card: ModelCard) -> CardResponse:
     """A card as the API shows it."""
-    return extend(CardResponse, card, input=_input(card.input))
+    return derive(CardResponse, card, input=_input(card.input))
 
 
 def _input(spec: Preprocess | None) -> InputResponse | None:
     if spec is None:
         return None
     height, width = spec.crop
-    return extend(InputResponse, spec, height=height, width=width)
+    return derive(InputResponse, spec, height=height, width=width)
 
 
 def _info(name: str, service: Service) -> ModelInfo:
