@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from models.statistics import Reductions, reduce
 from models.targets import ScoreWeights, class_scores, coded
 from models.types import Job, Kind
 from models.warm_model import WarmModel
+
+logger = logging.getLogger("heatlens.engine")
 
 Place = tuple[str, Kind]
 
@@ -62,6 +66,10 @@ class _Kept:
     reductions: Reductions | None
 
 
+class ClosedFormRefuted(Exception):
+    """The scores of a batch are not what the closed form gives."""
+
+
 _Catches = dict[Place, _Kept | None]
 
 
@@ -73,12 +81,35 @@ def run_shared_pass(
     `module` is the one of the model's modules that serves the layers of all jobs; `images` are the
     jobs' inputs, (N, H, W, 3) uint8 on any device.
     """
-    wishes = _wishes(warm, jobs)
     inputs = warm.normalise(images)
+    closed = _closed_form_layers(warm, jobs)
     try:
-        return _run(warm, jobs, module, (inputs, wishes))
+        return _run_either(warm, jobs, module, (inputs, _wishes(jobs, closed)))
+    except ClosedFormRefuted:
+        _warn_once(warm.name, warm.version)
+        return _run_either(warm, jobs, module, (inputs, _wishes(jobs, ())))
+
+
+@cache
+def _warn_once(name: str, version: str) -> None:
+    logger.warning(
+        "%s@%s: the scores of some images are not what pooling and one linear layer give; "
+        "their gradients are computed by autograd",
+        name,
+        version,
+    )
+
+
+def _run_either(
+    warm: WarmModel,
+    jobs: Sequence[Job],
+    module: nn.Module,
+    wanted: tuple[Tensor, dict[Place, _Wish]],
+) -> SharedPass:
+    try:
+        return _run(warm, jobs, module, wanted)
     except InplaceConflict:
-        return _run(warm, jobs, module, (inputs, wishes), tensor_hooks_only=True)
+        return _run(warm, jobs, module, wanted, tensor_hooks_only=True)
 
 
 def _run(
@@ -123,8 +154,7 @@ def differentiates_layers(methods: Sequence[str]) -> bool:
     return any(METHODS[name].needs_gradients and not METHODS[name].of_input for name in methods)
 
 
-def _wishes(warm: WarmModel, jobs: Sequence[Job]) -> dict[Place, _Wish]:
-    closed = _closed_form_layers(warm, jobs)
+def _wishes(jobs: Sequence[Job], closed: Collection[str]) -> dict[Place, _Wish]:
     wishes: dict[Place, _Wish] = {}
 
     def wish(layer: str, kind: Kind) -> _Wish:
@@ -200,6 +230,8 @@ def _captures(
                 [_maps(target, layer) for target in by_target], kept.maps, wish, differentiated
             )
         elif warm.head.weight is not None and layer == warm.target_layer:
+            if not warm.head.reproduces(kept.maps, logits[rows], dtype=warm.dtype):
+                raise ClosedFormRefuted
             pixels = kept.maps.shape[-2] * kept.maps.shape[-1]
             gradient = (weights.of_rows(warm.head.weight)[rows] / pixels)[..., None, None]
         capture = Capture(layer, kept.maps, gradient, weights.of(logits)[rows])

@@ -318,6 +318,8 @@ class ModelCard(Struct):
     """What is known of one model version; unready models carry `reason` and few other fields.
 
     Attributes:
+        cause: what made the load fail, for the operator alone; it may quote the operator's code.
+        notes: what the network does other than usual, and what was done about it, as sentences.
         fingerprint: digest of what requests are resolved against (labels, layers, input, …); it
             changes when a version is replaced by another model.
     """
@@ -330,6 +332,7 @@ class ModelCard(Struct):
     devices: tuple[str, ...] = ()
     versions: tuple[str, ...] = ()
     reason: str | None = None
+    cause: str | None = None
     num_classes: int = 0
     task: Task = "single_label"
     input: Preprocess | None = None
@@ -339,6 +342,7 @@ class ModelCard(Struct):
     methods: tuple[MethodSupport, ...] = ()
     precision: Precision = "fp32"
     preparation: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     best_batch: int = 1
     latency_ms: dict[int, float] = {}
     fingerprint: str = ""

@@ -271,6 +271,7 @@ class CardResponse(Struct):
     methods: tuple[MethodSupport, ...]
     precision: Precision
     preparation: tuple[str, ...]
+    notes: tuple[str, ...]
     best_batch: int
     latency_ms: Annotated[
         dict[str, float], Meta(description="Measured milliseconds by batch size.")

@@ -223,7 +223,10 @@ def _for_one_model(settings: Settings, reference: str | None) -> Settings:
 
 def _usable(reference: str | None, infos: Sequence[ModelInfo], settings: Settings) -> ModelInfo:
     """The model that answers; when it is broken the error says why, for nobody can ask the API."""
-    reasons = [info.card.reason for info in infos if info.card.reason]
-    if reasons and not any(info.card.ready for info in infos):
-        raise ModelLoadFailed(f"The model could not be loaded: {reasons[0]}", field="model")
+    broken = [info.card for info in infos if info.card.reason]
+    if broken and not any(info.card.ready for info in infos):
+        cause = f" Cause: {broken[0].cause}" if broken[0].cause else ""
+        raise ModelLoadFailed(
+            f"The model could not be loaded: {broken[0].reason}{cause}", field="model"
+        )
     return choose_model(reference, infos, settings)

@@ -119,6 +119,7 @@ def card_answer(card: ModelCard, infos: Sequence[ModelInfo]) -> CardResponse:
         methods=card.methods,
         precision=card.precision,
         preparation=card.preparation,
+        notes=card.notes,
         best_batch=card.best_batch,
         latency_ms={str(batch): ms for batch, ms in card.latency_ms.items()},
     )
