@@ -274,8 +274,14 @@ def cause_of(error: BaseException) -> str | None:
 
 
 def _is_library(filename: str) -> bool:
-    places = (Path(__file__).parent, *map(Path, sysconfig.get_paths().values()))
-    return filename.startswith("<") or any(map(Path(filename).is_relative_to, places))
+    """Whether a file belongs to this package, to Python, or to an installed distribution."""
+    path = Path(filename)
+    own = (Path(__file__).parent, Path(sysconfig.get_path("stdlib")))
+    return (
+        filename.startswith("<")
+        or any(map(path.is_relative_to, own))
+        or any(next(parent.glob("*.dist-info"), None) for parent in path.parents)
+    )
 
 
 def _leaves(root: type[HeatlensError]) -> list[type[HeatlensError]]:

@@ -90,10 +90,10 @@ def _run(module: nn.Module, images: Tensor) -> Any:
         size = " x ".join(map(str, images.shape[1:]))
         where = entered[-1] if entered else module
         if isinstance(where, nn.Conv2d) and where.in_channels != images.shape[1]:
+            channels = f"{where.in_channels} channel{'s' if where.in_channels > 1 else ''}"
             raise ModelLoadFailed(
-                f"The network takes images of {where.in_channels} channels, but is given the 3 of "
-                "RGB. Make them within the network: a grey network may begin with "
-                "x = x.mean(1, keepdim=True)."
+                f"The network takes images of {channels}, but is given the 3 of RGB. Make them "
+                "within the network: a grey one may begin with x = x.mean(1, keepdim=True)."
             ) from error
         name = next((n for n, child in module.named_modules() if child is where and n), "")
         place = f" in its layer {name} ({type(where).__name__})" if name else ""
@@ -276,9 +276,9 @@ def _state(module: nn.Module) -> dict[str, object]:
 def _checksum(tensor: Tensor) -> object:
     """The shape of a tensor, and the sum of its bits."""
     plain = tensor.detach()
-    plain = (plain.int_repr() if plain.is_quantized else plain).contiguous()
+    plain = (plain.int_repr() if plain.is_quantized else plain).flatten().contiguous()
     bits = plain.view(torch.int32) if plain.element_size() == 4 else plain.view(torch.uint8)
-    return tuple(plain.shape), int(bits.sum(dtype=torch.int64))
+    return tuple(tensor.shape), int(bits.sum(dtype=torch.int64))
 
 
 def _same(found: Tensor, expected: Tensor, scores: Tensor) -> bool:

@@ -71,6 +71,8 @@ class ClosedFormRefuted(Exception):
 
 
 _Catches = dict[Place, _Kept | None]
+_Wanted = tuple[Tensor, dict[Place, _Wish], Collection[str]]
+"""A batch, the wishes, and the layers whose gradient has the closed form."""
 
 
 def run_shared_pass(
@@ -84,10 +86,10 @@ def run_shared_pass(
     inputs = warm.normalise(images)
     closed = _closed_form_layers(warm, jobs)
     try:
-        return _run_either(warm, jobs, module, (inputs, _wishes(jobs, closed)))
+        return _run_either(warm, jobs, module, (inputs, _wishes(jobs, closed), closed))
     except ClosedFormRefuted:
         _warn_once(warm.name, warm.version)
-        return _run_either(warm, jobs, module, (inputs, _wishes(jobs, ())))
+        return _run_either(warm, jobs, module, (inputs, _wishes(jobs, ()), ()))
 
 
 @cache
@@ -104,7 +106,7 @@ def _run_either(
     warm: WarmModel,
     jobs: Sequence[Job],
     module: nn.Module,
-    wanted: tuple[Tensor, dict[Place, _Wish]],
+    wanted: _Wanted,
 ) -> SharedPass:
     try:
         return _run(warm, jobs, module, wanted)
@@ -116,11 +118,11 @@ def _run(
     warm: WarmModel,
     jobs: Sequence[Job],
     module: nn.Module,
-    wanted: tuple[Tensor, dict[Place, _Wish]],
+    wanted: _Wanted,
     *,
     tensor_hooks_only: bool = False,
 ) -> SharedPass:
-    inputs, wishes = wanted
+    inputs, wishes, closed = wanted
     taps = [_tap(warm, place, wish) for place, wish in wishes.items()]
     changes = changes_for(warm.layouts, [job.options.interventions for job in jobs])
     gradients = [place for place in wishes if place[1].startswith("grad_")]
@@ -143,7 +145,7 @@ def _run(
         logits=logits,
         probabilities=probabilities,
         order=ranked.indices,
-        captures=_captures(warm, wishes, caught, by_target, (weights, logits)),
+        captures=_captures(warm, (wishes, closed), caught, by_target, (weights, logits)),
         reductions=_reductions(wishes, caught, by_target),
     )
 
@@ -181,6 +183,8 @@ def _wishes(jobs: Sequence[Job], closed: Collection[str]) -> dict[Place, _Wish]:
 
 def _closed_form_layers(warm: WarmModel, jobs: Sequence[Job]) -> tuple[str, ...]:
     """Layers whose gradient this batch gets without differentiating."""
+    if not any(differentiates_layers(job.options.methods) for job in jobs):
+        return ()
     changed = any(job.options.interventions for job in jobs)
     if changed or not warm.head.closed_form or warm.target_layer is None:
         return ()
@@ -211,12 +215,12 @@ def _tap(warm: WarmModel, place: Place, wish: _Wish) -> Tap:
 
 def _captures(
     warm: WarmModel,
-    wishes: dict[Place, _Wish],
+    wanted: tuple[dict[Place, _Wish], Collection[str]],
     caught: _Catches,
     by_target: list[_Catches],
     scored: tuple[ScoreWeights, Tensor],
 ) -> dict[str, tuple[Capture, list[int]]]:
-    weights, logits = scored
+    (wishes, closed), (weights, logits) = wanted, scored
     captures = {}
     for (layer, kind), wish in wishes.items():
         kept = caught.get((layer, kind))
@@ -229,7 +233,7 @@ def _captures(
             gradient = _spread(
                 [_maps(target, layer) for target in by_target], kept.maps, wish, differentiated
             )
-        elif warm.head.weight is not None and layer == warm.target_layer:
+        elif layer in closed and warm.head.weight is not None:
             if not warm.head.reproduces(kept.maps, logits[rows], dtype=warm.dtype):
                 raise ClosedFormRefuted
             pixels = kept.maps.shape[-2] * kept.maps.shape[-1]
