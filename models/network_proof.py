@@ -213,6 +213,21 @@ def _alone(module: nn.Module, image: Tensor) -> Tensor:
     return scores
 
 
+def reaches_input(scores: Tensor) -> bool:
+    """Whether the recorded graph of a frozen network's scores goes back to its input."""
+    nodes, seen = [scores.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        # Quantised operations are recorded, but not differentiated.
+        if node is None or node in seen or "NotImplemented" in node.name():
+            continue
+        if node.name().endswith("AccumulateGrad"):
+            return True
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
+    return False
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Fingerprint:
     """What a network is and answers, to prove that checks left it as it was.

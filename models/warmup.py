@@ -25,7 +25,7 @@ from models.layers import (
     layer_infos,
 )
 from models.methods.applicability import ModelFacts, supported_methods, try_methods
-from models.network_proof import Fingerprint
+from models.network_proof import Fingerprint, reaches_input
 from models.preparation.optimise import Findings, optimise
 from models.preparation.precision import DTYPES
 from models.preparation.variant import Needs, Variant
@@ -65,7 +65,7 @@ def warm_up(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARM
         target_layer=target,
         head=None if target is None else head.kind,
         closed_form=head.closed_form,
-        differentiable=traced.scores.requires_grad,
+        differentiable=reaches_input(traced.scores),
         refusals=try_methods(loaded.module, traced, layouts, task=task, probe=probe),
     )
     before.check(loaded.module, probe)
@@ -156,7 +156,10 @@ def _target_layer(configured: str, traced: Trace, layouts: Layouts) -> str | Non
     if configured not in layouts:
         raise ModelLoadFailed(f"The output of target_layer {configured} is not a map of the image.")
     if not has_gradient(traced, layouts, configured):
-        raise ModelLoadFailed(f"The scores do not depend on the map at target_layer {configured}.")
+        raise ModelLoadFailed(
+            f"No gradient of the scores reaches the map at target_layer {configured}: they do not "
+            "depend on it, or what follows it computes under torch.no_grad() or detaches it."
+        )
     return configured
 
 

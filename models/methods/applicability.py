@@ -34,7 +34,7 @@ class ModelFacts(Struct):
         target_layer: its `auto` layer; None if no map of it has a gradient.
         head: what follows that layer.
         closed_form: whether the gradient there was proved to be W[c]/Z.
-        differentiable: whether the scores have any gradient.
+        differentiable: whether gradients of the scores reach the image.
         refusals: by name of a method that was tried on it and refused, the reason.
     """
 
@@ -82,13 +82,14 @@ def try_methods(
 
 def _obstacle(method: Method, facts: ModelFacts) -> str | None:
     """Why a method cannot explain the model, by what it needs and by its trial."""
-    if method.needs_gradients and not facts.differentiable:
-        return (
-            "the scores have no gradient: the network computes under torch.no_grad() or "
-            "inference_mode(), detaches what it computes, or is quantised"
-        )
     needs_map = method.family == "gradient" or not method.of_input
-    if needs_map and facts.target_layer is None:
+    mapless = needs_map and facts.target_layer is None
+    if not facts.differentiable and (mapless or (method.needs_gradients and method.of_input)):
+        return (
+            "no gradient of the scores reaches the image: the network computes under "
+            "torch.no_grad() or inference_mode(), detaches what it computes, or is quantised"
+        )
+    if mapless:
         return "no layer of the model is a map of the image that the scores depend on"
     if method.name == "cam" and not facts.closed_form:
         return (

@@ -149,8 +149,27 @@ class Inference(PoolNet):
 def test_without_gradients_methods_that_need_them_are_refused_for_that_reason(kind):
     rows = support(warm(frozen(kind(inplace=False))))
     for name in ("gradcam", "saliency", "smoothgrad"):
-        assert "the scores have no gradient" in rows[name].reason
+        assert "no gradient of the scores reaches the image" in rows[name].reason
     assert rows["occlusion"].applicable
+    assert rows["rise"].applicable
+
+
+def test_a_detached_stem_leaves_no_gradient_of_the_image():
+    class Detached(PoolNet):
+        def forward(self, x: Tensor) -> Tensor:
+            maps = self.act(self.stem(x)).detach()
+            return self.fc(self.pool(self.out(self.body(maps))).flatten(1))
+
+    rows = support(warm(frozen(Detached())))
+    assert "no gradient of the scores reaches the image" in rows["saliency"].reason
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantised_network_predicts_and_says_why_it_has_no_gradient():
+    quantise = torch.ao.quantization.quantize_dynamic
+    rows = support(warm(quantise(frozen(PoolNet()), {nn.Linear}, dtype=torch.qint8)))
+    for name in ("gradcam", "cam", "saliency"):
+        assert "quantised" in rows[name].reason
     assert rows["rise"].applicable
 
 

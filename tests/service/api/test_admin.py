@@ -6,10 +6,12 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from models.catalog import ModelSpec
 from models.errors import ModelLoadFailed
+from models.types import ModelInfo
 from service.settings import ConfigurationError, Settings
 from tests.fakes import FakePool, fake_info
 
@@ -100,6 +102,24 @@ async def test_index_lists_what_is_loaded_and_what_could_be(admin: httpx.AsyncCl
 
 
 @pytest.mark.parametrize("body", [b"", b"{}", b' {"parameters": {}} '])
+async def test_index_says_what_caused_a_failure_and_public_answers_do_not(
+    admin: httpx.AsyncClient, pool: FakePool
+) -> None:
+    card = msgspec.structs.replace(
+        pool.infos[0].card,
+        state="unavailable",
+        ready=False,
+        reason="The factory raised.",
+        cause="OSError: secret (net.py:2)",
+    )
+    pool.infos[0] = ModelInfo(card=card)
+    listed = (await admin.post("/v2/repository/index", json={})).json()
+    assert listed[0]["reason"] == "The factory raised. Cause: OSError: secret (net.py:2)"
+    for path in ("/v1/models", "/v1/models/m", "/readyz"):
+        answer = await admin.get(path)
+        assert "secret" not in answer.text
+
+
 async def test_load_reads_the_file_of_this_moment(
     admin: httpx.AsyncClient, pool: FakePool, file: File, body: bytes
 ) -> None:
