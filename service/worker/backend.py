@@ -135,7 +135,7 @@ def load_model(backend: Backend, spec: ModelSpec) -> ModelCard | HeatlensError:
         return with_fingerprint(backend.registry.load(spec)).card
     except ModelLoadFailed as error:
         if error.__cause__ is not None:
-            log.error("loading %s@%s failed", spec.name, spec.version, exc_info=error)
+            log.exception("loading %s@%s failed", spec.name, spec.version)
         return ModelLoadFailed(error.message, field=error.field, cause=cause_of(error))
     except HeatlensError as error:
         return type(error)(error.message, field=error.field)

@@ -101,7 +101,6 @@ async def test_index_lists_what_is_loaded_and_what_could_be(admin: httpx.AsyncCl
     assert await index(admin, ready=True) == {"m@1": "READY", "other@1": "READY"}
 
 
-@pytest.mark.parametrize("body", [b"", b"{}", b' {"parameters": {}} '])
 async def test_index_says_what_caused_a_failure_and_public_answers_do_not(
     admin: httpx.AsyncClient, pool: FakePool
 ) -> None:
@@ -120,6 +119,7 @@ async def test_index_says_what_caused_a_failure_and_public_answers_do_not(
         assert "secret" not in answer.text
 
 
+@pytest.mark.parametrize("body", [b"", b"{}", b' {"parameters": {}} '])
 async def test_load_reads_the_file_of_this_moment(
     admin: httpx.AsyncClient, pool: FakePool, file: File, body: bytes
 ) -> None:
