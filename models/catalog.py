@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 from msgspec import structs
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -27,6 +28,16 @@ class PreprocessSpec(BaseModel):
     interpolation: Interpolation | None = None
     mean: Triple | None = None
     std: Triple | None = None
+
+    @field_validator("mean", "std", mode="before")
+    @classmethod
+    def _is_of_three_channels(cls, values: object) -> object:
+        if isinstance(values, (list, tuple)) and len(values) != 3:
+            raise ValueError(
+                "There are three values, for red, green and blue; images are served in RGB, and "
+                "for grey ones the same value is given three times."
+            )
+        return values
 
     def over(self, base: Preprocess) -> Preprocess:
         """Return `base` with every field that is set here put in its place; a crop is square."""
@@ -54,8 +65,8 @@ class ModelSpec(BaseModel):
         target_layer: dotted module name, or `auto`.
         precision: what the model computes in, if that passes a check of its scores.
         runtime: what runs the part up to the target layer on a CPU, if the model's head allows it.
-        compile: whether to compile that part with `torch.compile`; starts then take minutes.
-        cuda_graphs: whether CUDA devices replay recorded passes; other devices do not ask.
+        cuda_graphs: whether CUDA devices replay recorded passes.
+        copy_stream: whether images reach CUDA devices on a stream of their own.
         devices: devices that hold the model; None = all of the service's.
     """
 
@@ -71,8 +82,8 @@ class ModelSpec(BaseModel):
     target_layer: str = "auto"
     precision: Precision = "fp32"
     runtime: Runtime = "torch"
-    compile: bool = False
-    cuda_graphs: bool = True
+    cuda_graphs: bool = False
+    copy_stream: bool = False
     devices: list[str] | None = None
     preprocess: PreprocessSpec = PreprocessSpec()
 
@@ -81,11 +92,15 @@ class ModelSpec(BaseModel):
     def _version_is_text(cls, version: object) -> object:
         return str(version) if isinstance(version, int) else version
 
-    @model_validator(mode="after")
-    def _compile_is_torch(self) -> Self:
-        if self.compile and self.runtime != "torch":
-            raise ValueError("compile = true is for the runtime torch.")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _compile_was_removed(cls, fields: object) -> object:
+        if isinstance(fields, Mapping) and "compile" in fields:
+            raise ValueError(
+                "The key compile was removed: torch.compile was slower than the fused network in "
+                "every measurement, and took minutes at each start. Delete it."
+            )
+        return fields
 
 
 def default_spec() -> ModelSpec:

@@ -37,6 +37,9 @@ what a third-party library said. Statuses live in one table in `service/api/erro
 
 from __future__ import annotations
 
+import sysconfig
+import traceback
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -225,9 +228,24 @@ class WorkerLost(HeatlensError):
 
 
 class ModelLoadFailed(HeatlensError):
-    """The model could not be loaded or failed its verification; the text says why."""
+    """The model could not be loaded or failed its verification; the text says why.
+
+    Attributes:
+        cause: what was raised, and where, in words that only the operator may read.
+    """
 
     code = "model_load_failed"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str | None = None,
+        retry_after_s: float | None = None,
+        cause: str | None = None,
+    ) -> None:
+        super().__init__(message, field=field, retry_after_s=retry_after_s)
+        self.cause = cause
 
 
 class InputQuarantined(HeatlensError):
@@ -238,6 +256,32 @@ class InputQuarantined(HeatlensError):
 
 class InternalError(HeatlensError):
     """A fault of the service itself; details are in its logs."""
+
+
+def cause_of(error: BaseException) -> str | None:
+    """What an error was raised from: type, text, and the place in the operator's own code.
+
+    That place is the innermost frame outside of this package and of installed libraries. None for
+    errors that were raised from nothing.
+    """
+    cause = error.__cause__
+    if cause is None:
+        return None
+    frames = traceback.extract_tb(cause.__traceback__)
+    own = [frame for frame in frames if not _is_library(frame.filename)]
+    text = f"{type(cause).__name__}: {cause}".removesuffix(": ")
+    return f"{text} ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else text
+
+
+def _is_library(filename: str) -> bool:
+    """Whether a file belongs to this package, to Python, or to an installed distribution."""
+    path = Path(filename)
+    own = (Path(__file__).parent, Path(sysconfig.get_path("stdlib")))
+    return (
+        filename.startswith("<")
+        or any(map(path.is_relative_to, own))
+        or any(next(parent.glob("*.dist-info"), None) for parent in path.parents)
+    )
 
 
 def _leaves(root: type[HeatlensError]) -> list[type[HeatlensError]]:

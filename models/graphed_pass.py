@@ -80,6 +80,8 @@ def run_graphed(
     if explained:
         assert warm.target_layer is not None
         activation, score, *_ = explained
+        if not warm.head.reproduces(activation, logits, dtype=warm.dtype):
+            return None
         capture = Capture(warm.target_layer, activation, None, score)
         captures[warm.target_layer] = (capture, list(range(len(jobs))))
     return SharedPass(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,15 +11,18 @@ from torch import Tensor, nn
 
 from models.hooks import HookStack
 from models.layers import TokenLayout, to_map
+from models.probe import probe_batch
 from models.targets import class_scores
-from models.types import HeadKind, Task
+from models.types import HeadKind, Preprocess, Task
 
 PROBED_CLASSES = 8
+STRONG = 5.0
 TOLERANCE = 1e-5
 SCORE_TOLERANCE = 1e-4
+HALF_SCORE_TOLERANCE = 2e-2
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class HeadProbe:
     """What is known of the part of a model that follows its target layer.
 
@@ -38,6 +42,28 @@ class HeadProbe:
     weight: Tensor | None = None
     bias: Tensor | None = None
 
+    def reproduces(self, maps: Tensor, logits: Tensor, *, dtype: torch.dtype) -> bool:
+        """Whether the closed form gives a batch's scores (N, classes) from its maps (N, C, h, w).
+
+        It was proved on a few images; others may be bent by what follows the layer. `dtype` is what
+        the model computes in.
+        """
+        if self.weight is None:
+            return False
+        pooled = maps.float().mean((2, 3))
+        error = (nn.functional.linear(pooled, self.weight, self.bias) - logits).abs().amax(1)
+        # Scores may be small where their terms cancel, and are then no measure of rounding.
+        size = logits.abs().amax(1) + self._steepness * pooled.norm(dim=1)
+        tolerance = SCORE_TOLERANCE if dtype == torch.float32 else HALF_SCORE_TOLERANCE
+        # Written so that scores that are not finite, which are refused elsewhere, pass.
+        return not bool((error > tolerance * size).any())
+
+    @cached_property
+    def _steepness(self) -> float:
+        """Largest norm of a class's weights."""
+        assert self.weight is not None
+        return float(self.weight.norm(dim=1).max())
+
     def to(self, device: torch.device) -> HeadProbe:
         """Return the same with its tensors on a device."""
         return replace(
@@ -56,6 +82,14 @@ class _Cut:
     last_linear: nn.Module | None
 
 
+def head_batch(preprocess: Preprocess) -> Tensor:
+    """Return (5, 3, H, W): noise twice, strong noise, a black image and a white one."""
+    noise = probe_batch(preprocess)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (preprocess.mean, preprocess.std))
+    flat = [(level - mean) / std + torch.zeros_like(noise[0]) for level in (0.0, 1.0)]
+    return torch.stack([*noise, STRONG * noise[0], *flat])
+
+
 def probe_head(
     module: nn.Module, layer_name: str, *, layout: TokenLayout | None, task: Task, probe: Tensor
 ) -> HeadProbe:
@@ -63,7 +97,8 @@ def probe_head(
 
     The closed form is granted when for several classes and all images the gradient at every
     position is W[c]/Z within 1e-5 of the largest one, and for *all* classes W·mean(A) + b gives the
-    scores. The module is frozen and float32; the probe holds at least two images.
+    scores. The module is frozen and float32. The probe holds images of every kind (`head_batch`),
+    since bounds within a head (a clamp) show only for some.
     """
     cut = _run(module, layer_name, task, probe)
     maps = to_map(cut.activation.detach(), layout)

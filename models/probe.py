@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.errors import ModelLoadFailed
 from models.hooks import HookStack
 from models.targets import class_scores
 from models.types import Preprocess, Task
@@ -85,32 +84,6 @@ def probe_batch(
     return torch.randn(images, 3, *preprocess.crop, generator=generator).to(device)
 
 
-def check_answer(module: nn.Module, preprocess: Preprocess) -> int:
-    """Check that a model on the CPU gives one finite row of scores per image; return its length.
-
-    Raises:
-        ModelLoadFailed: it does not; the text says how.
-    """
-    probe = probe_batch(preprocess)
-    size = f"3 x {preprocess.crop[0]} x {preprocess.crop[1]}"
-    try:
-        with torch.no_grad():
-            scores: object = module(probe)
-    except Exception as error:
-        raise ModelLoadFailed(f"The model fails on an input of {size}.") from error
-    if not isinstance(scores, Tensor):
-        raise ModelLoadFailed("The model does not return one tensor of scores.")
-    if scores.ndim != 2 or scores.shape[0] != len(probe):
-        shape = " x ".join(map(str, scores.shape))
-        raise ModelLoadFailed(
-            f"The model answers {len(probe)} images with a tensor of {shape}, "
-            "not with one row of scores per image."
-        )
-    if not bool(torch.isfinite(scores).all()):
-        raise ModelLoadFailed("The model's scores are not finite; its weights may be damaged.")
-    return scores.shape[1]
-
-
 def trace(module: nn.Module, task: Task, probe: Tensor) -> Trace:
     """Run a frozen model once with a hook on every module.
 
@@ -169,4 +142,4 @@ def _values(tensor: Tensor) -> tuple[int, ...]:
 
 def _version(tensor: Tensor) -> int:
     """How often the tensor was changed in place; torch has no public name for it."""
-    return int(tensor._version)  # noqa: SLF001
+    return 0 if tensor.is_inference() else int(tensor._version)  # noqa: SLF001

@@ -66,8 +66,13 @@ class ModelRegistry:
             self._warm.pop(key, None)
             self._unavailable.pop(key, None)
 
-    def mark_unavailable(self, spec: ModelSpec, reason: str) -> ModelInfo:
-        """List a model that failed to load, with the reason; a warm version stays as it is."""
+    def mark_unavailable(
+        self, spec: ModelSpec, reason: str, *, cause: str | None = None
+    ) -> ModelInfo:
+        """List a model that failed to load, with the reason; a warm version stays as it is.
+
+        `cause` is for the operator: what was raised.
+        """
         key = (spec.name, spec.version)
         if key in self._warm:
             return self._warm[key].info
@@ -79,6 +84,7 @@ class ModelRegistry:
             source=spec.source,
             devices=(str(self.device),),
             reason=reason,
+            cause=cause,
             task=spec.task,
         )
         self._unavailable[key] = ModelInfo(card=card)

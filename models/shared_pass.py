@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from models.statistics import Reductions, reduce
 from models.targets import ScoreWeights, class_scores, coded
 from models.types import Job, Kind
 from models.warm_model import WarmModel
+
+logger = logging.getLogger("heatlens.engine")
 
 Place = tuple[str, Kind]
 
@@ -62,7 +66,13 @@ class _Kept:
     reductions: Reductions | None
 
 
+class ClosedFormRefuted(Exception):
+    """The scores of a batch are not what the closed form gives."""
+
+
 _Catches = dict[Place, _Kept | None]
+_Wanted = tuple[Tensor, dict[Place, _Wish], Collection[str]]
+"""A batch, the wishes, and the layers whose gradient has the closed form."""
 
 
 def run_shared_pass(
@@ -73,23 +83,46 @@ def run_shared_pass(
     `module` is the one of the model's modules that serves the layers of all jobs; `images` are the
     jobs' inputs, (N, H, W, 3) uint8 on any device.
     """
-    wishes = _wishes(warm, jobs)
     inputs = warm.normalise(images)
+    closed = _closed_form_layers(warm, jobs)
     try:
-        return _run(warm, jobs, module, (inputs, wishes))
+        return _run_either(warm, jobs, module, (inputs, _wishes(jobs, closed), closed))
+    except ClosedFormRefuted:
+        _warn_once(warm.name, warm.version)
+        return _run_either(warm, jobs, module, (inputs, _wishes(jobs, ()), ()))
+
+
+@cache
+def _warn_once(name: str, version: str) -> None:
+    logger.warning(
+        "%s@%s: the scores of some images are not what pooling and one linear layer give; "
+        "their gradients are computed by autograd",
+        name,
+        version,
+    )
+
+
+def _run_either(
+    warm: WarmModel,
+    jobs: Sequence[Job],
+    module: nn.Module,
+    wanted: _Wanted,
+) -> SharedPass:
+    try:
+        return _run(warm, jobs, module, wanted)
     except InplaceConflict:
-        return _run(warm, jobs, module, (inputs, wishes), tensor_hooks_only=True)
+        return _run(warm, jobs, module, wanted, tensor_hooks_only=True)
 
 
 def _run(
     warm: WarmModel,
     jobs: Sequence[Job],
     module: nn.Module,
-    wanted: tuple[Tensor, dict[Place, _Wish]],
+    wanted: _Wanted,
     *,
     tensor_hooks_only: bool = False,
 ) -> SharedPass:
-    inputs, wishes = wanted
+    inputs, wishes, closed = wanted
     taps = [_tap(warm, place, wish) for place, wish in wishes.items()]
     changes = changes_for(warm.layouts, [job.options.interventions for job in jobs])
     gradients = [place for place in wishes if place[1].startswith("grad_")]
@@ -112,7 +145,7 @@ def _run(
         logits=logits,
         probabilities=probabilities,
         order=ranked.indices,
-        captures=_captures(warm, wishes, caught, by_target, (weights, logits)),
+        captures=_captures(warm, (wishes, closed), caught, by_target, (weights, logits)),
         reductions=_reductions(wishes, caught, by_target),
     )
 
@@ -123,8 +156,7 @@ def differentiates_layers(methods: Sequence[str]) -> bool:
     return any(METHODS[name].needs_gradients and not METHODS[name].of_input for name in methods)
 
 
-def _wishes(warm: WarmModel, jobs: Sequence[Job]) -> dict[Place, _Wish]:
-    closed = _closed_form_layers(warm, jobs)
+def _wishes(jobs: Sequence[Job], closed: Collection[str]) -> dict[Place, _Wish]:
     wishes: dict[Place, _Wish] = {}
 
     def wish(layer: str, kind: Kind) -> _Wish:
@@ -151,6 +183,8 @@ def _wishes(warm: WarmModel, jobs: Sequence[Job]) -> dict[Place, _Wish]:
 
 def _closed_form_layers(warm: WarmModel, jobs: Sequence[Job]) -> tuple[str, ...]:
     """Layers whose gradient this batch gets without differentiating."""
+    if not any(differentiates_layers(job.options.methods) for job in jobs):
+        return ()
     changed = any(job.options.interventions for job in jobs)
     if changed or not warm.head.closed_form or warm.target_layer is None:
         return ()
@@ -182,12 +216,12 @@ def _tap(warm: WarmModel, place: Place, wish: _Wish) -> Tap:
 
 def _captures(
     warm: WarmModel,
-    wishes: dict[Place, _Wish],
+    wanted: tuple[dict[Place, _Wish], Collection[str]],
     caught: _Catches,
     by_target: list[_Catches],
     scored: tuple[ScoreWeights, Tensor],
 ) -> dict[str, tuple[Capture, list[int]]]:
-    weights, logits = scored
+    (wishes, closed), (weights, logits) = wanted, scored
     captures = {}
     for (layer, kind), wish in wishes.items():
         kept = caught.get((layer, kind))
@@ -200,7 +234,9 @@ def _captures(
             gradient = _spread(
                 [_maps(target, layer) for target in by_target], kept.maps, wish, differentiated
             )
-        elif warm.head.weight is not None and layer == warm.target_layer:
+        elif layer in closed and warm.head.weight is not None:
+            if not warm.head.reproduces(kept.maps, logits[rows], dtype=warm.dtype):
+                raise ClosedFormRefuted
             pixels = kept.maps.shape[-2] * kept.maps.shape[-1]
             gradient = (weights.of_rows(warm.head.weight)[rows] / pixels)[..., None, None]
         capture = Capture(layer, kept.maps, gradient, weights.of(logits)[rows])

@@ -153,11 +153,14 @@ class Subject:
     def linear_head(self) -> Tensor | None:
         """Weight (classes, K) of a head that is exactly pooling and one linear layer.
 
-        None for other heads and layers, and where interventions may change what follows the layer.
+        None for other heads and layers, where interventions may change what follows the layer, and
+        for images whose scores such a head does not give.
         """
         if self.interventions or self.layer != self.warm.target_layer:
             return None
-        return self.warm.head.weight
+        head, maps = self.warm.head, self.captured.activation
+        holds = head.reproduces(maps, self.logits[None], dtype=self.warm.dtype)
+        return head.weight if holds else None
 
     def changes(self, images: int) -> list[tuple[str, ForwardHook]]:
         """The interventions as the `changes` of an `Extractor` pass over a batch of `images`."""

@@ -26,11 +26,11 @@ def class_scores(output: Tensor, task: Task) -> tuple[Tensor, Tensor]:
     """Scores and probabilities of every class, float32 (N, classes) each, from the model's output.
 
     Softmax for single-label models, a sigmoid of each class for multi-label ones. A binary model
-    with a single logit z scores its two classes (-z, z), with probabilities sigmoid(-z) and
-    sigmoid(z).
+    has a single logit z and scores its two classes (-z, z), with probabilities sigmoid(-z) and
+    sigmoid(z); one with two logits is loaded as a single-label model.
     """
     logits = output.float()
-    if task == "binary" and logits.shape[1] == 1:
+    if task == "binary":
         logits = torch.cat([-logits, logits], 1)
         return logits, logits.detach().sigmoid()
     if task == "multi_label":
@@ -39,25 +39,20 @@ def class_scores(output: Tensor, task: Task) -> tuple[Tensor, Tensor]:
 
 
 def probabilities(scores: Tensor, task: Task) -> Tensor:
-    """Probabilities (N, classes) of scores that `class_scores` returned.
-
-    The two scores of a single logit, (-z, z), are told from those of two logits by their being
-    opposite.
-    """
-    return scores.sigmoid() if _independent(scores, task) else scores.softmax(1)
+    """Probabilities (N, classes) of scores that `class_scores` returned."""
+    return scores.sigmoid() if _independent(task) else scores.softmax(1)
 
 
 def log_probabilities(scores: Tensor, task: Task) -> Tensor:
     """Logarithms of `probabilities`, finite and with a gradient however small the probability."""
-    if _independent(scores, task):
+    if _independent(task):
         return nn.functional.logsigmoid(scores)
     return scores.log_softmax(1)
 
 
-def _independent(scores: Tensor, task: Task) -> bool:
-    """Whether each class has a probability of its own."""
-    single_logit = task == "binary" and torch.equal(scores[:, 0], -scores[:, 1])
-    return single_logit or task == "multi_label"
+def _independent(task: Task) -> bool:
+    """Whether the probability of a class is the sigmoid of its own score."""
+    return task != "single_label"
 
 
 def resolve_ranks(targets: Sequence[Target], order: Sequence[int]) -> tuple[ResolvedTarget, ...]:

@@ -328,7 +328,12 @@ class LayerInfo(Struct):
 
 
 class ModelCard(Struct):
-    """What is known of one model version; unready models carry `reason` and few other fields."""
+    """What is known of one model version; unready models carry `reason` and few other fields.
+
+    Attributes:
+        cause: the cause of a failed load, for the operator alone; it may quote the operator's code.
+        notes: what the network does other than usual, and what was done about it, as sentences.
+    """
 
     name: str
     version: str
@@ -338,6 +343,7 @@ class ModelCard(Struct):
     devices: tuple[str, ...] = ()
     versions: tuple[str, ...] = ()
     reason: str | None = None
+    cause: str | None = None
     num_classes: int = 0
     task: Task = "single_label"
     input: Preprocess | None = None
@@ -347,6 +353,7 @@ class ModelCard(Struct):
     methods: tuple[MethodSupport, ...] = ()
     precision: Precision = "fp32"
     preparation: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     best_batch: int = 1
     latency_ms: Annotated[
         dict[int, float], Meta(description="Measured milliseconds by batch size.")

@@ -15,13 +15,14 @@ from models.cuda.graphs import Graphs
 from models.cuda.recorder import GraphRecorder
 from models.cuda.staging import CopyStream
 from models.errors import ModelLoadFailed
-from models.head import HeadProbe, probe_head
+from models.head import HeadProbe, head_batch, probe_head
 from models.layers import (
     choose_target_layer,
     feature_layers,
     has_gradient,
 )
 from models.methods.applicability import ModelFacts, supported_methods, try_methods
+from models.network_proof import Fingerprint, reaches_input
 from models.preparation.optimise import Findings, optimise
 from models.preparation.precision import DTYPES
 from models.preparation.variant import Needs, Variant
@@ -47,22 +48,26 @@ def warm_up(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARM
         ModelLoadFailed: the configured target layer cannot be explained, or scores on the device
             are not finite.
     """
-    spec = loaded.spec
+    spec, task = loaded.spec, loaded.task
     probe = probe_batch(loaded.preprocess)
-    traced = trace(loaded.module, spec.task, probe)
+    before = Fingerprint.of(loaded.module, probe)
+    traced = trace(loaded.module, task, probe)
     proofs = prove_layers(traced)
     layouts = layouts_of(proofs)
     target = _target_layer(spec.target_layer, traced, proofs)
     layout = None if target is None else layouts[target]
     head = HeadProbe(kind="flatten")
     if target is not None:
-        head = probe_head(loaded.module, target, layout=layout, task=spec.task, probe=probe)
+        images = head_batch(loaded.preprocess)
+        head = probe_head(loaded.module, target, layout=layout, task=task, probe=images)
     facts = ModelFacts(
         target_layer=target,
         head=None if target is None else head.kind,
         closed_form=head.closed_form,
-        refusals=try_methods(loaded.module, traced, layouts, task=spec.task, probe=probe),
+        differentiable=reaches_input(traced.scores),
+        refusals=try_methods(loaded.module, traced, layouts, task=task, probe=probe),
     )
+    before.check(loaded.module, probe)
 
     def choose_features(fused: Variant | None) -> tuple[str, ...]:
         # Layers of the faster module, so that describing them costs no other pass.
@@ -73,6 +78,7 @@ def warm_up(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARM
     optimised = optimise(loaded.module, probe, spec=spec, device=device, findings=findings)
     dtype = DTYPES[optimised.precision]
     graphs = _graphs(device, dtype) if spec.cuda_graphs else None
+    uploads = CopyStream(device) if spec.copy_stream and device.type == "cuda" else None
     steps = optimised.steps if graphs is None else (*optimised.steps, "CUDA graphs")
     card = _card(loaded, device, facts)
     card = structs.replace(card, precision=optimised.precision, preparation=steps)
@@ -86,7 +92,7 @@ def warm_up(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARM
         dtype=dtype,
         scale=scale.to(device),
         shift=shift.to(device),
-        task=spec.task,
+        task=task,
         target_layer=target,
         head=head.to(device),
         layouts=layouts,
@@ -97,7 +103,7 @@ def warm_up(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARM
             layers=layer_infos(traced, proofs, target_layer=target),
             feature_layers=optimised.features,
         ),
-        uploads=CopyStream(device) if device.type == "cuda" else None,
+        uploads=uploads,
         graphs=graphs,
     )
     return _timed(warm, warmup_s)
@@ -152,7 +158,10 @@ def _target_layer(configured: str, traced: Trace, proofs: Proofs) -> str | None:
         reason = proofs[configured].reason
         raise ModelLoadFailed(f"target_layer {configured} cannot be explained: {reason}.")
     if not has_gradient(traced, layouts, configured):
-        raise ModelLoadFailed(f"The scores do not depend on the map at target_layer {configured}.")
+        raise ModelLoadFailed(
+            f"No gradient of the scores reaches the map at target_layer {configured}: they do not "
+            "depend on it, or what follows it computes under torch.no_grad() or detaches it."
+        )
     return configured
 
 
@@ -172,6 +181,7 @@ def _card(loaded: LoadedModel, device: torch.device, facts: ModelFacts) -> Model
         head=facts.head,
         closed_form=facts.closed_form,
         methods=supported_methods(facts),
+        notes=loaded.notes,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,14 +72,12 @@ def read_state_dict(weights: str, *, base_dir: Path) -> dict[str, Tensor]:
             "nor a .safetensors, .pth or .pt file."
         )
     if not path.is_file():
-        raise ModelLoadFailed(f"The weights file {weights} does not exist.")
+        missing = FileNotFoundError(str(path.resolve()))
+        raise ModelLoadFailed(f"The weights file {weights} does not exist.") from missing
     try:
         content = _read(path)
     except Exception as error:
-        raise ModelLoadFailed(
-            f"The weights file {weights} cannot be read: it is damaged or holds more than tensors. "
-            "Save the model's state_dict()."
-        ) from error
+        raise ModelLoadFailed(f"The weights file {weights} {_fault(error)}.") from error
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
@@ -99,6 +98,19 @@ def _read(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def _fault(error: Exception) -> str:
+    """What is wrong with a file, by what torch said of it."""
+    if "TorchScript" in str(error):
+        return "is a TorchScript archive: save the state_dict() of the network that it was made of"
+    # Torch names what it does not load, and so tells a whole pickled network from a damaged file.
+    if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+        return (
+            "holds more than tensors, such as a whole pickled network, which would run code of "
+            "its own: save the model's state_dict()"
+        )
+    return "cannot be read: it is damaged, or no checkpoint of torch or safetensors"
+
+
 def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for _ in range(len(_PREFIXES)):
         for prefix in _PREFIXES:
@@ -111,10 +123,14 @@ def _check_fit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], weig
     # Counters of batches that older checkpoints lack; nothing but training reads them.
     missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in expected]
-    reshaped = [
-        f"{key} ({_shape(state[key])} instead of {_shape(expected[key])})"
+    shapes = {
+        key: (state[key].shape, expected[key].shape)
         for key in expected
         if key in state and state[key].shape != expected[key].shape
+    }
+    reshaped = [
+        f"{key} ({_shape(found)} instead of {_shape(wanted)})"
+        for key, (found, wanted) in shapes.items()
     ]
     problems = [
         f"{kind}: {', '.join(keys[:_NAMED_KEYS])}"
@@ -127,11 +143,19 @@ def _check_fit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], weig
         if keys
     ]
     if problems:
-        hint = " Is num_classes right?" if reshaped and not (missing or unexpected) else ""
+        hint = ""
+        if reshaped and not (missing or unexpected):
+            # Only the classes of the last layer: everything else of it has its size.
+            heads = all(found[1:] == wanted[1:] for found, wanted in shapes.values())
+            hint = (
+                " Is num_classes right?"
+                if heads
+                else " Was it trained at another input size, or in another variant?"
+            )
         raise ModelLoadFailed(
             f"The weights file {weights} does not fit the model: {'; '.join(problems)}.{hint}"
         )
 
 
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "scalar"
+def _shape(shape: torch.Size) -> str:
+    return "x".join(map(str, shape)) or "scalar"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +21,8 @@ from models.probe import Trace
 from models.targets import ResolvedTarget, class_scores
 from models.types import HeadKind, MethodSupport, Struct, Task
 
+logger = logging.getLogger("heatlens.models")
+
 _SMALL_SIDE = 96
 """Side of the image on which LRP is tried: an input's size does not change what a model does."""
 
@@ -29,12 +34,14 @@ class ModelFacts(Struct):
         target_layer: its `auto` layer; None if no map of it has a gradient.
         head: what follows that layer.
         closed_form: whether the gradient there was proved to be W[c]/Z.
+        differentiable: whether gradients of the scores reach the image.
         refusals: by name of a method that was tried on it and refused, the reason.
     """
 
     target_layer: str | None
     head: HeadKind | None
     closed_form: bool
+    differentiable: bool = True
     refusals: dict[str, str] = {}
 
 
@@ -58,13 +65,15 @@ def try_methods(
     (on a small image where the model takes one), attention methods for attention that they
     reproduce, FullGrad for biases that it cannot account for.
 
-    The module is frozen and float32, `traced` its trace on the probe. Returns the reason, as a
-    clause, by name of each method that cannot explain the model.
+    The module is frozen and float32, `traced` its trace on the probe; trials run on copies of it. A
+    trial that fails refuses its methods. Returns the reason, as a clause, by name of each method
+    that cannot explain the model.
     """
     image = probe[:1]
+    fresh = partial(copy.deepcopy, module)
     guided = _refusal(lambda: relus(traced.scores))
-    conserving = _refusal(lambda: relevance(_explained(module, task, image), [ResolvedTarget(0)]))
-    attentive = _refusal(lambda: verify_transformer(module, layouts, image))
+    conserving = _refusal(lambda: relevance(_explained(fresh(), task, image), [ResolvedTarget(0)]))
+    attentive = _refusal(lambda: verify_transformer(fresh(), layouts, image))
     reasons = {"guided_backprop": guided, "guided_gradcam": guided, "lrp": conserving}
     reasons["fullgrad"] = obstacle(module)
     reasons |= {name: attentive for name, row in METHODS.items() if row.family == "transformer"}
@@ -74,7 +83,13 @@ def try_methods(
 def _obstacle(method: Method, facts: ModelFacts) -> str | None:
     """Why a method cannot explain the model, by what it needs and by its trial."""
     needs_map = method.family == "gradient" or not method.of_input
-    if needs_map and facts.target_layer is None:
+    mapless = needs_map and facts.target_layer is None
+    if not facts.differentiable and (mapless or (method.needs_gradients and method.of_input)):
+        return (
+            "no gradient of the scores reaches the image: the network computes under "
+            "torch.no_grad() or inference_mode(), detaches what it computes, or is quantised"
+        )
+    if mapless:
         return "no layer of the model is a map of the image that the scores depend on"
     if method.name == "cam" and not facts.closed_form:
         return (
@@ -108,4 +123,7 @@ def _refusal(attempt: Callable[[], object]) -> str | None:
         attempt()
     except MethodNotApplicable as error:
         return error.message[0].lower() + error.message[1:].rstrip(".")
+    except Exception as error:
+        logger.warning("the trial of a method fails on the network", exc_info=True)
+        return f"its trial on the network fails ({type(error).__name__}); the log says more"
     return None

@@ -10,7 +10,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-logger = logging.getLogger("heatlens.models")
+logger = logging.getLogger("heatlens.preparation")
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class _Packing:
     pads: tuple[int, int, int, int] | None
 
 
+_Case = tuple[tuple[int, ...], bool]
 _PACKABLE = (torch.float32, torch.bfloat16)
 RELU = Activation("relu", (), nn.functional.relu)
 
@@ -80,17 +81,22 @@ class FusedConv2d(nn.Module):
         self.groups = conv.groups
         self.kernel = _pair(conv.kernel_size)
         self._packings: dict[tuple[int, int], _Packing] = {}
-        self._unpackable = not torch.backends.mkldnn.is_available()
+        self._unpackable: set[_Case] = set()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(N, C, H, W) → (N, K, h, w); `residual` is added before the activation."""
-        if self._packable(x, residual):
-            try:
-                return self._run_packed(x, residual)
-            except RuntimeError as error:
-                # oneDNN has no kernel for some shapes and dtypes (small grouped bfloat16 sums).
-                logger.warning("a fused convolution runs unpacked from now on: %s", error)
-                self._unpackable = True
+        if not self._packable(x, residual):
+            return self._run_plain(x, residual)
+        try:
+            return self._run_packed(x, residual)
+        except RuntimeError:
+            out = self._run_plain(x, residual)
+            # oneDNN has no kernel for some shapes and dtypes (small grouped bfloat16 sums).
+            logger.warning("oneDNN does not run a convolution; torch does", exc_info=True)
+            self._unpackable.add(_case(x, residual))
+            return out
+
+    def _run_plain(self, x: Tensor, residual: Tensor | None) -> Tensor:
         if self.same:
             x = nn.functional.pad(x, self._same_padding(x))
         out = nn.functional.conv2d(
@@ -102,8 +108,7 @@ class FusedConv2d(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast; weights are packed anew for what comes."""
-        self._packings = {}
-        self._unpackable = not torch.backends.mkldnn.is_available()
+        self._packings, self._unpackable = {}, set()
         # Torch's own method is not annotated.
         return cast("Self", super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
@@ -111,7 +116,8 @@ class FusedConv2d(nn.Module):
         # A graph may begin at either operand, at the residual alone where that layer is explained.
         recorded = x.requires_grad or (residual is not None and residual.requires_grad)
         return (
-            not self._unpackable
+            torch.backends.mkldnn.is_available()
+            and _case(x, residual) not in self._unpackable
             and x.is_cpu
             and x.dtype in _PACKABLE
             and not (recorded and torch.is_grad_enabled())
@@ -165,6 +171,11 @@ class FusedConv2d(nn.Module):
             total = max((-(-size // stride) - 1) * stride + reach - size, 0)
             pads += [total // 2, total - total // 2]
         return pads[0], pads[1], pads[2], pads[3]
+
+
+def _case(x: Tensor, residual: Tensor | None) -> _Case:
+    """What oneDNN may have no kernel for."""
+    return tuple(x.shape), residual is not None
 
 
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +14,22 @@ from torch import Tensor, nn
 from models.catalog import ModelSpec
 from models.head import HeadProbe
 from models.layers import TokenLayout
-from models.preparation.compiled import compiled_variant
 from models.preparation.openvino import openvino_variants
 from models.preparation.precision import (
     DTYPES,
     LEAST_COSINE,
+    alike,
     cast,
     cosine,
     has_instructions,
 )
 from models.preparation.replay import PooledHead, Reference, Refused
-from models.preparation.variant import Variant, fused_variant
+from models.preparation.variant import Variant, close, fused_variant
 from models.types import Precision
+
+T = TypeVar("T")
+
+logger = logging.getLogger("heatlens.preparation")
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,44 +74,43 @@ def optimise(
     The module is frozen, float32 and on the CPU, and is moved; the probe (N, 3, H, W) is of the
     size that will be served.
     """
-    # The stub lacks this overload.
-    module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    probe = probe.contiguous(memory_format=torch.channels_last)
+    steps: list[str] = []
     with torch.inference_mode():
         expected = module(probe)
-    steps = ["channels_last"]
+    probe = probe.contiguous(memory_format=torch.channels_last)
+    probed = probe, expected
+    moved = _attempt("channels_last", steps, lambda: _channels_last(module, probed))
+    if moved is not None:
+        module = moved
+        steps.append("channels_last")
     fused = fused_variant(module, probe)
     steps.append("fusion skipped: nothing to fuse" if fused is None else fused.step)
     features = findings.choose_features(fused)
-    precision = spec.precision
-    if not has_instructions(device, precision):
-        steps.append(f"{precision} skipped: the device has no instructions for it")
-        precision = "fp32"
-    precision = _precision(precision, module, (probe, expected), steps)
+    precision = _precision(spec.precision, module, probed, device, steps)
     replays: list[Variant] = []
-    reference: Reference | None = None
-    runtime = "torch.compile" if spec.compile else spec.runtime
-    if runtime != "torch":
-        with _skipping(runtime, steps):
+    if spec.runtime == "openvino":
+
+        def convert() -> tuple[list[Variant], Precision]:
             head = _head(findings, device, outputs=expected.shape[1])
-            reference = Reference(module, probe, head=head, features=features)
-    if reference and runtime == "openvino":
-        with _skipping(runtime, steps):
-            replays, served = openvino_variants(module, reference, precision=precision)
-            if served != precision:
-                reason = f"OpenVINO has no {precision} on this CPU"
-                steps.append(f"{served} instead of {precision}: {reason}")
-            precision = served
+            # A copy: converting it runs it in ways of its own.
+            copied = copy.deepcopy(module)
+            reference = Reference(copied, probe, head=head, features=features)
+            return openvino_variants(copied, reference, precision=precision)
+
+        replays, served = _attempt("openvino", steps, convert) or ([], precision)
+        if served != precision:
+            reason = f"OpenVINO has no {precision} on this CPU"
+            steps.append(f"{served} instead of {precision}: {reason}")
+        precision = served
+        steps += [variant.step for variant in replays]
     dtype, outputs = DTYPES[precision], expected.shape[1]
-    placed = cast(module.to(device), dtype, outputs=outputs)
-    if reference and runtime == "torch.compile":
-        with _skipping(runtime, steps):
-            replays = [compiled_variant(placed, reference, dtype=dtype)]
-    steps += [variant.step for variant in replays]
+    if fused is not None and dtype != torch.float32:
+        whole = fused
+        fused = _attempt("fusion", steps, lambda: _in_half(whole, dtype, probed))
     if fused is not None:
-        fused = replace(fused, module=cast(fused.module.to(device), dtype, outputs=outputs))
+        fused = replace(fused, module=fused.module.to(device))
     return Optimised(
-        module=placed,
+        module=cast(module.to(device), dtype, outputs=outputs),
         variants=(*replays, *([fused] if fused else [])),
         features=features,
         precision=precision,
@@ -114,13 +118,30 @@ def optimise(
     )
 
 
-@contextmanager
-def _skipping(step: str, steps: list[str]) -> Iterator[None]:
-    """Go on without a step that is refused, and say why."""
+def _attempt(step: str, steps: list[str], work: Callable[[], T]) -> T | None:
+    """What a step makes; None, and the reason among the steps, where it is refused or fails."""
     try:
-        yield
+        return work()
     except Refused as reason:
         steps.append(f"{step} skipped: {reason}")
+    except Exception as error:
+        logger.warning("%s fails on the network", step, exc_info=True)
+        steps.append(f"{step} skipped: it fails ({type(error).__name__}); the log says more")
+    return None
+
+
+def _channels_last(module: nn.Module, probed: tuple[Tensor, Tensor]) -> nn.Module:
+    """A copy of the module in channels_last memory, if it gives the same."""
+    probe, expected = probed
+    moved = copy.deepcopy(module)
+    for tensor in (*moved.parameters(), *moved.buffers()):
+        # Torch's own conversion refuses tensors of five dimensions.
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        if not close(moved(probe), expected):
+            raise Refused("the scores differ")
+    return moved
 
 
 def _head(findings: Findings, device: torch.device, *, outputs: int) -> PooledHead:
@@ -135,18 +156,40 @@ def _head(findings: Findings, device: torch.device, *, outputs: int) -> PooledHe
 
 
 def _precision(
-    asked: Precision, module: nn.Module, probed: tuple[Tensor, Tensor], steps: list[str]
+    asked: Precision,
+    module: nn.Module,
+    probed: tuple[Tensor, Tensor],
+    device: torch.device,
+    steps: list[str],
 ) -> Precision:
-    """The precision asked for if its scores are good enough, else float32."""
+    """The precision asked for if the device has it and its scores are good enough, else float32."""
     if asked == "fp32":
         return asked
-    probe, expected = probed
-    half = cast(copy.deepcopy(module), DTYPES[asked], outputs=expected.shape[1])
-    with torch.inference_mode():
-        fidelity = cosine(half(probe.to(DTYPES[asked])), expected)
-    # Written so that NaN is refused, too.
-    if not fidelity >= LEAST_COSINE:
-        steps.append(f"{asked} skipped: its scores have cosine {fidelity:.3f} with float32's")
+
+    def fidelity() -> float:
+        if not has_instructions(device, asked):
+            raise Refused("the device has no instructions for it")
+        probe, expected = probed
+        half = cast(copy.deepcopy(module), DTYPES[asked], outputs=expected.shape[1])
+        with torch.inference_mode():
+            found = cosine(half(probe.to(DTYPES[asked])), expected)
+        # Written so that NaN is refused, too.
+        if not found >= LEAST_COSINE:
+            raise Refused(f"its scores have cosine {found:.3f} with float32's")
+        return found
+
+    found = _attempt(asked, steps, fidelity)
+    if found is None:
         return "fp32"
-    steps.append(f"{asked}, cosine of scores with float32's {fidelity:.4f}")
+    steps.append(f"{asked}, cosine of scores with float32's {found:.4f}")
     return asked
+
+
+def _in_half(fused: Variant, dtype: torch.dtype, probed: tuple[Tensor, Tensor]) -> Variant:
+    """The fused variant in half precision, if it answers there."""
+    probe, expected = probed
+    module = cast(fused.module, dtype, outputs=expected.shape[1])
+    with torch.inference_mode():
+        if not alike(module(probe.to(dtype)), expected):
+            raise Refused("its scores in half precision differ from float32's")
+    return replace(fused, module=module)

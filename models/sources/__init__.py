@@ -50,22 +50,26 @@ class Built:
         preprocess: the preprocessing that belongs to the weights.
         labels: names of the classes that the weights were trained on, if known.
         ignored_keys: prefixes of checkpoint keys that belong to parts which only training uses.
+        notes: what the operator should know of how it was built, as sentences.
     """
 
     module: nn.Module
     preprocess: Preprocess
     labels: tuple[str, ...] | None = None
     ignored_keys: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A model that answered a probe: in eval mode, parameters frozen, float32, on the CPU.
+    """A network that was proved to answer: in eval mode, frozen, float32, on the CPU.
 
     Attributes:
-        module: (N, 3, H, W) normalised float32 → (N, num_classes) scores (logits).
+        module: (N, 3, H, W) normalised float32 → (N, outputs) scores (logits).
         labels: `num_classes` names.
+        task: how the scores are read: `single_label` for binary models of two scores, too.
         preprocess: how an image becomes its input, the configuration's overrides applied.
+        notes: for the model card.
     """
 
     module: nn.Module
@@ -74,10 +78,11 @@ class LoadedModel:
     task: Task
     preprocess: Preprocess
     spec: ModelSpec
+    notes: tuple[str, ...] = ()
 
 
 def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
-    """Build the model that a catalog entry describes, load its weights, and check it on a probe.
+    """Build the model that a catalog entry describes, load its weights, and prove it.
 
     Relative paths of the entry start from `base_dir`.
 
@@ -86,7 +91,7 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
     """
     # Torch takes a second to import, which processes that only read SOURCES need not wait for.
     from models.compat import define_missing_operators
-    from models.probe import check_answer
+    from models.network_proof import prove_network
     from models.weights import fill_zero_heads, load_weights, seeded
 
     define_missing_operators()
@@ -106,21 +111,24 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
         load_weights(built.module, spec.weights, base_dir=base_dir, ignored=built.ignored_keys)
     module = built.module.eval().requires_grad_(requires_grad=False)
     preprocess = _preprocess(spec, built.preprocess)
-    scores = check_answer(module, preprocess)
-    if spec.num_classes not in (None, scores):
-        own = " The default weights come with their own head." if spec.weights == "default" else ""
-        raise ModelLoadFailed(
-            f"The model has {scores} classes, but num_classes is {spec.num_classes}.{own}"
-        )
+    proved = prove_network(module, preprocess, spec.task)
+    single_logit = spec.task == "binary" and proved.outputs == 1
     # A single logit tells two classes apart.
-    num_classes = 2 if spec.task == "binary" and scores == 1 else scores
+    num_classes = 2 if single_logit else proved.outputs
+    if spec.num_classes not in (None, num_classes, proved.outputs):
+        library = spec.weights == "default" and kind != "python"
+        own = " The default weights come with their own head." if library else ""
+        raise ModelLoadFailed(
+            f"The model has {num_classes} classes, but num_classes is {spec.num_classes}.{own}"
+        )
     return LoadedModel(
-        module=module,
+        module=proved.module,
         labels=_labels(labels, built.labels, num_classes),
         num_classes=num_classes,
-        task=spec.task,
+        task="single_label" if spec.task == "binary" and not single_logit else spec.task,
         preprocess=preprocess,
         spec=spec,
+        notes=(*built.notes, *proved.notes),
     )
 
 

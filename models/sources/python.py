@@ -49,9 +49,11 @@ def _factory(request: BuildRequest) -> Callable[..., Any]:
     try:
         module = import_from(request.base_dir, path)
     except ModuleNotFoundError as error:
-        raise ModelLoadFailed(
-            f"The module {path}, or one that it imports, is not found."
-        ) from error
+        if error.name and f"{path}.".startswith(f"{error.name}."):
+            raise ModelLoadFailed(
+                f"The module {path} is not found, neither installed nor beside the configuration."
+            ) from error
+        raise ModelLoadFailed(f"A module that {path} imports is not found.") from error
     except Exception as error:
         raise ModelLoadFailed(f"Importing the module {path} raised an error.") from error
     factory = getattr(module, attribute, None)

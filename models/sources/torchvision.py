@@ -13,13 +13,19 @@ from models.types import Preprocess
 
 _AUXILIARY = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}
 """Heads that only training reads, by architecture; they are left out."""
+_NOT_RESCALED = (
+    "torchvision's rescaling of the input (transform_input) is off, as for networks trained from "
+    "scratch. For weights fine-tuned from torchvision's own set preprocess.mean and "
+    "preprocess.std to [0.5, 0.5, 0.5], which has the same effect."
+)
 
 
 def build(request: BuildRequest) -> Built:
     """Build a classification model of torchvision.
 
-    Where other weights are loaded, preprocessing, labels and the rescaling within Inception and
-    GoogLeNet are still those of the default weights: most checkpoints were fine-tuned from them.
+    Where other weights are loaded, preprocessing and labels are still those of the default weights:
+    most checkpoints were fine-tuned from them. The rescaling of the input within Inception and
+    GoogLeNet belongs to the library's weights alone, as in torchvision.
 
     Raises:
         ModelLoadFailed: unknown name, or its weights can neither be found nor fetched.
@@ -36,6 +42,7 @@ def build(request: BuildRequest) -> Built:
         preprocess=_preprocess(weights.transforms()),
         labels=tuple(weights.meta["categories"]),
         ignored_keys=tuple(f"{head}." for head in auxiliary),
+        notes=(_NOT_RESCALED,) if auxiliary and not request.pretrained else (),
     )
 
 
@@ -58,7 +65,7 @@ def _random(request: BuildRequest) -> Any:
     if request.num_classes is not None:
         options["num_classes"] = request.num_classes
     if request.name in _AUXILIARY:
-        options |= {"aux_logits": False, "transform_input": True, "init_weights": True}
+        options |= {"aux_logits": False, "init_weights": True}
     return zoo.get_model(request.name, weights=None, **options)
 
 

@@ -206,7 +206,10 @@ def _choose_model(
     reference: str | None, models: Sequence[ModelInfo], settings: Settings
 ) -> ModelInfo:
     """Choose as the API does, but say why a model is broken: there is no server to ask."""
-    reasons = [model.card.reason for model in models if model.card.reason]
-    if reasons and not any(model.card.ready for model in models):
-        raise ModelLoadFailed(f"The model could not be loaded: {reasons[0]}", field="model")
+    broken = [model.card for model in models if model.card.reason]
+    if broken and not any(model.card.ready for model in models):
+        cause = f" Cause: {broken[0].cause}" if broken[0].cause else ""
+        raise ModelLoadFailed(
+            f"The model could not be loaded: {broken[0].reason}{cause}", field="model"
+        )
     return choose_model(reference, models, settings)

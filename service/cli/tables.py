@@ -60,7 +60,7 @@ def _model_block(card: ModelCard, *, is_default: bool) -> Table:
 
 def _facts(card: ModelCard) -> dict[str, str]:
     """The rows of a model by label; unknown values are empty."""
-    facts = {"reason": card.reason or "", "source": card.source}
+    facts = {"reason": card.reason or "", "cause": card.cause or "", "source": card.source}
     if not card.ready:
         return facts
     crop = card.input.crop if card.input else None
@@ -73,6 +73,7 @@ def _facts(card: ModelCard) -> dict[str, str]:
         "input": f"{crop[1]} x {crop[0]}" if crop else "",
         "target layer": card.target_layer or "none",
         "head": head or "",
+        "notes": "\n".join(card.notes),
         "methods": ", ".join(row.name for row in card.methods if row.applicable),
         "not possible": "\n".join(impossible),
         "best batch": str(card.best_batch),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from models.catalog import ModelSpec
-from models.errors import HeatlensError, ModelLoadFailed
+from models.errors import HeatlensError, ModelLoadFailed, cause_of
 from models.types import Failure, Job, ModelInfo, Outcome
 from service.devices.model_state import with_fingerprint
 from service.worker.queue import Suspended
@@ -67,8 +67,8 @@ class Registry(Protocol):
         """Every model version, unavailable ones included."""
         ...
 
-    def mark_unavailable(self, spec: ModelSpec, reason: str) -> object:
-        """List a model version that could not be loaded."""
+    def mark_unavailable(self, spec: ModelSpec, reason: str, *, cause: str | None) -> object:
+        """List a model version that could not be loaded; the cause is for the operator."""
         ...
 
 
@@ -125,13 +125,18 @@ def load_model(backend: Backend, spec: ModelSpec) -> ModelInfo | HeatlensError:
     """Load, verify and warm a model version, replacing the current one.
 
     Returns:
-        The model, or the error. The original exception, whose traceback holds tensors, is dropped.
+        The model, or the error with its cause as text. The original exception, whose traceback
+        holds tensors, is dropped.
 
     Raises:
         DeviceLost: the device needs a new process.
     """
     try:
         return with_fingerprint(backend.registry.load(spec))
+    except ModelLoadFailed as error:
+        if error.__cause__ is not None:
+            log.exception("loading %s@%s failed", spec.name, spec.version)
+        return ModelLoadFailed(error.message, field=error.field, cause=cause_of(error))
     except HeatlensError as error:
         return type(error)(error.message, field=error.field)
     except Exception as error:

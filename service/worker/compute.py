@@ -292,8 +292,10 @@ class ComputeThread:
         # The first pass of the engine, rather than of the warm-up, makes the device ready.
         self._canary_at = 0.0
         if error is not None and task.initial:
-            log.error("model %s is unavailable: %s", subject, error.message)
-            self._backend.registry.mark_unavailable(spec, error.message)
+            cause = error.cause if isinstance(error, ModelLoadFailed) else None
+            told = f" Cause: {cause}" if cause else ""
+            log.error("model %s is unavailable: %s%s", subject, error.message, told)
+            self._backend.registry.mark_unavailable(spec, error.message, cause=cause)
         self._refresh()
         self._fail_stale(stale)
         task.done(error)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import collections
 import os
+import warnings
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from models.errors import ModelLoadFailed
+from models.errors import ModelLoadFailed, cause_of
 from models.weights import fill_zero_heads, load_weights, read_state_dict, seeded
 
 
@@ -109,6 +110,30 @@ def test_a_checkpoint_never_runs_code(tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
+def test_a_whole_pickled_network_is_told_from_a_damaged_file(tmp_path):
+    torch.save(network(), tmp_path / "w.pth")
+    with pytest.raises(ModelLoadFailed, match=r"a whole pickled network.*state_dict"):
+        read_state_dict("w.pth", base_dir=tmp_path)
+
+
+def test_a_torchscript_archive_is_told_from_a_damaged_file(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "w.pt")
+        with pytest.raises(ModelLoadFailed, match="is a TorchScript archive: save the state_dict"):
+            read_state_dict("w.pt", base_dir=tmp_path)
+
+
+def test_positions_of_another_input_size_are_not_blamed_on_the_classes(tmp_path):
+    target = nn.ParameterDict({"positions": torch.zeros(1, 5, 2)})
+    torch.save({"positions": torch.zeros(1, 10, 2)}, tmp_path / "w.pth")
+    with pytest.raises(
+        ModelLoadFailed, match="another input size, or in another variant"
+    ) as caught:
+        load_weights(target, "w.pth", base_dir=tmp_path)
+    assert "num_classes" not in caught.value.message
+
+
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
 def test_a_damaged_file_is_said_to_be_damaged(tmp_path, name):
     (tmp_path / name).write_bytes(b"\x00" * 100)
@@ -127,6 +152,7 @@ def test_a_missing_file_is_named_as_configured(tmp_path):
     with pytest.raises(ModelLoadFailed, match=r"file sub/w\.pth does not exist") as caught:
         read_state_dict("sub/w.pth", base_dir=tmp_path)
     assert str(tmp_path) not in caught.value.message
+    assert cause_of(caught.value) == f"FileNotFoundError: {tmp_path / 'sub/w.pth'}"
 
 
 def test_other_suffixes_are_refused(tmp_path):

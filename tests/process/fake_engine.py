@@ -109,7 +109,7 @@ class FakeRegistry:
     def infos(self) -> list[ModelInfo]:
         return list(self._infos.values())
 
-    def mark_unavailable(self, spec: ModelSpec, reason: str) -> None:
+    def mark_unavailable(self, spec: ModelSpec, reason: str, *, cause: str | None = None) -> None:
         card = ModelCard(
             name=spec.name,
             version=spec.version,

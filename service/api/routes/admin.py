@@ -112,8 +112,14 @@ def _listed(card: ModelCard) -> RepositoryModel:
         name=card.name,
         version=card.version,
         state=_STATES[card.state],
-        reason="" if card.state == "ready" else card.reason or "",
+        reason="" if card.state == "ready" else _why(card),
     )
+
+
+def _why(card: ModelCard) -> str:
+    """The reason, and what caused it: only the operator reads this list."""
+    reason = card.reason or ""
+    return f"{reason} Cause: {card.cause}" if card.cause else reason
 
 
 async def _configured(service: Service) -> list[ModelSpec]:

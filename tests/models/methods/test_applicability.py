@@ -105,12 +105,19 @@ def test_transformers():
     assert "LayerNorm" in found["fullgrad"]
 
 
+class Shared(list):
+    """A list that copies of a network share."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
 class Seen(nn.Module):
     """Notes the sizes of the pictures that a network is given."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self.net, self.sides = net, []
+        self.net, self.sides = net, Shared()
 
     def forward(self, x):
         self.sides.append(x.shape[-1])

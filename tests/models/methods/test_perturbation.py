@@ -390,12 +390,18 @@ def test_rise_finds_the_pixels_that_count(drive, subject_of):
 
 
 @pytest.mark.parametrize(
-    ("task", "outputs"), [("binary", 1), ("binary", 2), ("multi_label", 3), ("single_label", 3)]
+    ("task", "outputs"),
+    [("binary", 1), ("single_label", 2), ("multi_label", 3), ("single_label", 3)],
 )
 def test_probabilities_of_scores(task, outputs):
     output = torch.randn(4, outputs, generator=torch.Generator().manual_seed(0))
     scores, expected = class_scores(output, task)
     torch.testing.assert_close(probabilities(scores, task), expected)
+
+
+def test_opposite_logits_of_two_classes_are_not_taken_for_a_single_logit():
+    scores, expected = class_scores(torch.tensor([[-1.0, 1.0]]), "single_label")
+    torch.testing.assert_close(probabilities(scores, "single_label"), expected)
 
 
 @pytest.mark.parametrize("name", OWN)

@@ -165,7 +165,7 @@ class ChannelsLast(PoolNet):
     ("net", "task", "classes"),
     [
         (blocks(outputs=1), "binary", 2),
-        (blocks(outputs=2), "binary", 2),
+        (blocks(outputs=2), "single_label", 2),
         (blocks(outputs=3), "multi_label", 3),
         (frozen(ChannelsLast()), "single_label", 5),
     ],

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from models.errors import ModelLoadFailed
+from models.errors import ModelLoadFailed, cause_of
 from models.sources import load
 
 SOURCE = """
@@ -109,7 +109,7 @@ def test_fewer_classes_than_configured(module_name, spec_of, tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("python:not_there_at_all:make", "module not_there_at_all, or one that it imports, is not"),
+        ("python:not_there_at_all:make", "module not_there_at_all is not found, neither installed"),
         ("python:no_factory", "written python:package.module:factory"),
         ("python::make", "written python:package.module:factory"),
     ],
@@ -117,6 +117,25 @@ def test_fewer_classes_than_configured(module_name, spec_of, tmp_path):
 def test_sources_that_name_nothing(module_name, spec_of, tmp_path, source, message):
     with pytest.raises(ModelLoadFailed, match=message):
         load(spec_of(source), tmp_path)
+
+
+def test_an_import_of_the_module_that_is_missing_is_told_from_the_module(
+    module_name, spec_of, tmp_path
+):
+    (tmp_path / f"needs_{module_name}.py").write_text("import not_there_at_all")
+    with pytest.raises(ModelLoadFailed, match=f"module that needs_{module_name} imports") as caught:
+        load(spec_of(f"python:needs_{module_name}:make"), tmp_path)
+    assert cause_of(caught.value) == (
+        f"ModuleNotFoundError: No module named 'not_there_at_all' (needs_{module_name}.py:1)"
+    )
+
+
+def test_what_a_factory_raised_is_kept_for_the_operator(module_name, spec_of, tmp_path):
+    with pytest.raises(ModelLoadFailed) as caught:
+        load(spec_of(f"python:{module_name}:raising"), tmp_path)
+    assert cause_of(caught.value) == (
+        f"ValueError: the secret path /srv/models ({module_name}.py:21)"
+    )
 
 
 def test_a_module_that_does_not_import(module_name, spec_of, tmp_path):

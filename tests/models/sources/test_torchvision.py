@@ -43,11 +43,18 @@ def test_auxiliary_heads_are_left_out_of_networks_and_checkpoints(name, spec_of,
     torch.save(with_heads.state_dict(), tmp_path / "w.pth")
     small = {"crop": 96, "resize": 96}
     entry = spec_of(f"torchvision:{name}", num_classes=4, weights="w.pth", preprocess=small)
-    module = load(entry, tmp_path).module
-    probe = torch.randn(1, 3, 96, 96)
-    # Fine-tuned from the library's weights, whose builder switches its rescaling of the input on.
-    with_heads.transform_input = True
+    loaded = load(entry, tmp_path)
+    module, probe = loaded.module, torch.randn(1, 3, 96, 96)
     assert torch.equal(module(probe), with_heads.eval()(probe))
+    # Only the library's weights are known to want its rescaling of the input.
+    assert not with_heads.transform_input
+    assert "transform_input" in loaded.notes[0]
+    # What the note names has the same effect.
+    mean, std = (
+        torch.tensor(v)[:, None, None] for v in (loaded.preprocess.mean, loaded.preprocess.std)
+    )
+    with_heads.transform_input = True
+    torch.testing.assert_close(module((probe * std + mean - 0.5) / 0.5), with_heads(probe))
     assert not any("aux" in key.lower() for key in module.state_dict())
 
 

@@ -6,10 +6,12 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from models.catalog import ModelSpec
 from models.errors import ModelLoadFailed
+from models.types import ModelInfo
 from service.configuration import ConfigurationError
 from service.settings import Settings
 from tests.fakes import FakePool, fake_info
@@ -98,6 +100,24 @@ async def test_only_an_admin_key_opens_it(
 async def test_index_lists_what_is_loaded_and_what_could_be(admin: httpx.AsyncClient) -> None:
     assert await index(admin) == {"m@1": "READY", "other@1": "READY", "m@2": "UNAVAILABLE"}
     assert await index(admin, ready=True) == {"m@1": "READY", "other@1": "READY"}
+
+
+async def test_index_says_what_caused_a_failure_and_public_answers_do_not(
+    admin: httpx.AsyncClient, pool: FakePool
+) -> None:
+    card = msgspec.structs.replace(
+        pool.infos[0].card,
+        state="unavailable",
+        ready=False,
+        reason="The factory raised.",
+        cause="OSError: secret (net.py:2)",
+    )
+    pool.infos[0] = ModelInfo(card=card)
+    listed = (await admin.post("/v2/repository/index", json={})).json()
+    assert listed[0]["reason"] == "The factory raised. Cause: OSError: secret (net.py:2)"
+    for path in ("/v1/models", "/v1/models/m", "/readyz"):
+        answer = await admin.get(path)
+        assert "secret" not in answer.text
 
 
 @pytest.mark.parametrize("body", [b"", b"{}", b' {"parameters": {}} '])

@@ -219,6 +219,15 @@ def test_models_says_what_is_broken(config: Path) -> None:
     assert "no_such_network" in cards["broken"]["reason"]
 
 
+def test_the_operator_reads_what_the_factory_raised(config: Path) -> None:
+    (config.parent / "failing_net.py").write_text("def build():\n    raise OSError('no disk')\n")
+    entry = '[[models]]\nname = "raises"\nsource = "python:failing_net:build"\n'
+    config.write_text(config.read_text() + entry)
+    result = run("models", "-c", config)
+    assert result.exit_code == cli.EXIT_SOME_FAILED
+    assert "OSError: no disk (failing_net.py:2)" in said(result)
+
+
 def test_serve_passes_its_options_on(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 

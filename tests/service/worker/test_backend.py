@@ -1,11 +1,18 @@
-"""The classes of exceptions."""
+"""The classes of exceptions, and what is kept of a failed load."""
 
 from __future__ import annotations
+
+import logging
+import re
 
 import pytest
 import torch
 
-from service.worker.backend import classify_exception
+from models.catalog import ModelSpec
+from models.errors import ModelLoadFailed
+from models.registry import ModelRegistry
+from models.types import Failure
+from service.worker.backend import Backend, classify_exception, load_model
 
 
 @pytest.mark.parametrize(
@@ -45,3 +52,23 @@ def test_torchs_own_exceptions_are_known():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**58, dtype=torch.uint8)
     assert classify_exception(caught.value) == "memory"
+
+
+def test_the_cause_of_a_failed_load_is_kept_for_the_operator_alone(tmp_path, monkeypatch, caplog):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "net_that_raises.py").write_text(
+        "def build():\n    raise FileNotFoundError('secret/backbone.pth')\n"
+    )
+    registry = ModelRegistry("cpu", tmp_path)
+    spec = ModelSpec(name="m", source="python:net_that_raises:build")
+    backend = Backend(registry=registry, engine=None, free_memory=lambda: None)
+    with caplog.at_level(logging.ERROR):
+        error = load_model(backend, spec)
+    assert isinstance(error, ModelLoadFailed)
+    assert error.cause == "FileNotFoundError: secret/backbone.pth (net_that_raises.py:2)"
+    # In the log with its traceback, in no answer.
+    assert re.search(r"Traceback(.|\n)*net_that_raises\.py(.|\n)*secret/backbone", caplog.text)
+    assert "secret" not in str(Failure.of("1", error))
+    assert error.__cause__ is None
+    card = registry.mark_unavailable(spec, error.message, cause=error.cause).card
+    assert (card.reason, card.cause) == (error.message, error.cause)

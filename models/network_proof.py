@@ -1,0 +1,307 @@
+"""The proof, made when a network is loaded, that its answers are one row of scores per image."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.errors import ModelLoadFailed
+from models.hooks import HookStack
+from models.outputs import Reading, adapt, describe, find_scores, undo_probabilities
+from models.probe import probe_batch
+from models.types import Preprocess, Task
+
+PROVED_IMAGES = 3
+ABSOLUTE = 1e-5
+RELATIVE = 1e-3
+
+_PLAIN = (bool, int, float, str, tuple, list, torch.Size, torch.dtype, type(None))
+_ONE_SCORE = (
+    "The model gives one score per image, which a softmax makes 1 for every image. "
+    'For a network with a single logit set task = "binary" (two labels, or none); '
+    'for a single class that may be absent set task = "multi_label".'
+)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Proved:
+    """A network that may answer.
+
+    Attributes:
+        module: (N, 3, H, W) → (N, outputs) scores; it leaves its input as it is.
+        outputs: scores per image.
+        notes: what was done to the network or its answers, as sentences for the model card.
+    """
+
+    module: nn.Module
+    outputs: int
+    notes: tuple[str, ...]
+
+
+def prove_network(module: nn.Module, preprocess: Preprocess, task: Task) -> Proved:
+    """Prove that a network on the CPU can be served, and adapt it where its answers need that.
+
+    The same image must get the same scores alone, in other company and at another place of the
+    batch. Single tensors within a tuple, dictionary or object are taken out, work on the input in
+    place happens on a copy, and probabilities become scores again.
+
+    Raises:
+        ModelLoadFailed: the network cannot be served; the text says why.
+    """
+    images = probe_batch(preprocess, images=PROVED_IMAGES)
+    given = images.clone()
+    answer = _run(module, given)
+    reading = _reading(answer, task, in_place=int(given._version) > 0)  # noqa: SLF001
+    module = adapt(module, reading)
+    scores = reading.scores(answer)
+    _check_finite(scores)
+    if scores.shape[1] == 1 and task == "single_label":
+        raise ModelLoadFailed(_ONE_SCORE)
+    if scores.shape[1] > 2 and task == "binary":
+        raise ModelLoadFailed(
+            f'The model has {scores.shape[1]} scores per image, but task = "binary" is for one '
+            'score, or two. Use "single_label" or "multi_label".'
+        )
+    module, laid_out = _independent(module, images, scores)
+    module, undone = undo_probabilities(module, images, scores, task=task)
+    notes = (*reading.notes(), *laid_out.notes(), *undone)
+    return Proved(module=module, outputs=scores.shape[1], notes=notes)
+
+
+@torch.no_grad()
+def _run(module: nn.Module, images: Tensor) -> Any:
+    """What the network returns.
+
+    Raises:
+        ModelLoadFailed: it raised; the text says what it takes instead, if that can be told.
+    """
+    _check_arguments(module)
+    entered: list[nn.Module] = []
+    try:
+        with _watching(module, entered):
+            return module(images)
+    except Exception as error:
+        size = " x ".join(map(str, images.shape[1:]))
+        where = entered[-1] if entered else module
+        if isinstance(where, nn.Conv2d) and where.in_channels != images.shape[1]:
+            channels = f"{where.in_channels} channel{'s' if where.in_channels > 1 else ''}"
+            raise ModelLoadFailed(
+                f"The network takes images of {channels}, but is given the 3 of RGB. Make them "
+                "within the network: a grey one may begin with x = x.mean(1, keepdim=True)."
+            ) from error
+        name = next((n for n, child in module.named_modules() if child is where and n), "")
+        place = f" in its layer {name} ({type(where).__name__})" if name else ""
+        raise ModelLoadFailed(f"The model fails on an input of {size}{place}.") from error
+
+
+def _check_arguments(module: nn.Module) -> None:
+    """Refuse networks that want more than images."""
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):
+        return
+    needed = [
+        parameter.name
+        for parameter in parameters
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    if len(needed) > 1:
+        raise ModelLoadFailed(
+            f"The network takes {len(needed)} inputs ({', '.join(needed)}); only images are "
+            "served. Give the others defaults, or wrap the network in one that fills them in."
+        )
+
+
+@contextmanager
+def _watching(module: nn.Module, entered: list[nn.Module]) -> Iterator[None]:
+    """Keep the modules that were entered and not left, the innermost last."""
+
+    def enter(child: nn.Module, _args: tuple[Any, ...]) -> None:
+        entered.append(child)
+
+    def leave(_child: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+        entered.pop()
+
+    with HookStack() as hooks:
+        for child in module.modules():
+            hooks.forward_pre(child, enter)
+            hooks.forward(child, leave)
+        yield
+
+
+def _reading(answer: Any, task: Task, *, in_place: bool) -> Reading:
+    """How the answer to a batch of `PROVED_IMAGES` is read."""
+    key, scores = find_scores(answer)
+    flat = task == "binary" and scores.shape == (PROVED_IMAGES,)
+    if not flat and (scores.ndim != 2 or scores.shape[0] != PROVED_IMAGES):
+        hint = ""
+        if scores.shape == (PROVED_IMAGES,):
+            hint = ' For a network with a single logit set task = "binary".'
+        raise ModelLoadFailed(
+            f"The model answers {PROVED_IMAGES} images with {describe(scores)}, "
+            f"not with one row of scores per image.{hint}"
+        )
+    return Reading(key=key, flat=flat, in_place=in_place)
+
+
+def _check_finite(scores: Tensor) -> None:
+    if not bool(torch.isfinite(scores).all()):
+        raise ModelLoadFailed("The model's scores are not finite; its weights may be damaged.")
+
+
+@torch.no_grad()
+def _independent(module: nn.Module, images: Tensor, scores: Tensor) -> tuple[nn.Module, Reading]:
+    """Refuse networks whose scores depend on chance, or on what else is in the batch.
+
+    The images come as they are served, channels_last; returns the network adapted to that.
+    """
+    order, reading = [2, 0, 1], Reading()
+    permuted = images[order].contiguous(memory_format=torch.channels_last)
+    if not _answers(module, permuted, scores[order]):
+        reading = Reading(contiguous=True)
+        if not _answers(module, images[order], scores[order]):
+            raise ModelLoadFailed(_dependence(module, images, scores))
+        module = adapt(module, reading)
+    if not _same(_alone(module, images[:1]), scores[:1], scores):
+        raise ModelLoadFailed(_dependence(module, images, scores))
+    return module, reading
+
+
+def _answers(module: nn.Module, images: Tensor, expected: Tensor) -> bool:
+    """Whether a network gives a whole batch's scores again."""
+    try:
+        return _same(module(images), expected, expected)
+    # A network that takes one layout of memory only says so in many ways.
+    except Exception:  # noqa: BLE001
+        return False
+
+
+def _dependence(module: nn.Module, images: Tensor, scores: Tensor) -> str:
+    """What the scores of an image depend on besides it, as a sentence."""
+    if not _answers(module, images, scores):
+        return (
+            "The model's scores change from pass to pass for the same image: something in it is "
+            "random or remembers earlier images. Functional dropout needs training=self.training."
+        )
+    return (
+        "The model's scores depend on the other images of a batch. Causes are batch normalisation "
+        "by the batch's own statistics (track_running_stats=False), and means or softmaxes over "
+        "dimension 0."
+    )
+
+
+def _alone(module: nn.Module, image: Tensor) -> Tensor:
+    try:
+        scores: Tensor = module(image)
+    except Exception as error:
+        raise ModelLoadFailed(
+            "The model answers several images, but fails on one alone. Often x.squeeze() also "
+            "drops the dimension of the batch: use x.flatten(1)."
+        ) from error
+    if scores.ndim != 2 or len(scores) != 1:
+        raise ModelLoadFailed(
+            f"The model answers one image alone with {describe(scores)}, not with one row of "
+            "scores. Often x.squeeze() also drops the dimension of the batch: use x.flatten(1)."
+        )
+    return scores
+
+
+def reaches_input(scores: Tensor) -> bool:
+    """Whether the recorded graph of a frozen network's scores goes back to its input."""
+    nodes, seen = [scores.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        # Quantised operations are recorded, but not differentiated.
+        if node is None or node in seen or "NotImplemented" in node.name():
+            continue
+        if node.name().endswith("AccumulateGrad"):
+            return True
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
+    return False
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Fingerprint:
+    """What a network is and answers, to prove that checks left it as it was.
+
+    Attributes:
+        state: checksums of its tensors, and its plain attributes, by name.
+        scores: of a probe, bit for bit.
+    """
+
+    state: Mapping[str, object]
+    scores: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, module: nn.Module, probe: Tensor) -> Fingerprint:
+        """Take the fingerprint of a network on the CPU; one pass fills what it may keep."""
+        scores = module(probe)
+        return cls(state=_state(module), scores=scores)
+
+    def check(self, module: nn.Module, probe: Tensor) -> None:
+        """Check that the network is still the same; counters of passes may go on.
+
+        Raises:
+            ModelLoadFailed: it is not.
+        """
+        now = Fingerprint.of(module, probe)
+        changed = _differences(self.state, now.state)
+        if not changed and torch.equal(now.scores, self.scores):
+            return
+        again = Fingerprint.of(module, probe)
+        # What another plain pass changes as well is the network's own.
+        changed -= _differences(now.state, again.state)
+        steady = torch.equal(now.scores, again.scores)
+        if changed or (steady and not torch.equal(now.scores, self.scores)):
+            names = f" ({', '.join(sorted(changed)[:3])})" if changed else ""
+            raise ModelLoadFailed(
+                f"The network keeps something of the images that it was checked with{names}, so "
+                "that its later scores would depend on earlier images."
+            )
+
+
+def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> set[str]:
+    """Names of what is not the same."""
+    names = before.keys() | now.keys()
+    return {name for name in names if before.get(name) != now.get(name)}
+
+
+def _state(module: nn.Module) -> dict[str, object]:
+    """Checksums of all tensors of a network, and its attributes of plain types, by name."""
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    state: dict[str, object] = {name: _checksum(tensor) for name, tensor in tensors}
+    for name, child in module.named_modules():
+        for attribute, value in vars(child).items():
+            if isinstance(value, Tensor):
+                state[f"{name}.{attribute}"] = _checksum(value)
+            elif isinstance(value, _PLAIN) and attribute != "_is_full_backward_hook":
+                state[f"{name}.{attribute}"] = str(value)
+    return state
+
+
+def _checksum(tensor: Tensor) -> object:
+    """The shape of a tensor, and the sum of its bits."""
+    plain = tensor.detach()
+    plain = (plain.int_repr() if plain.is_quantized else plain).flatten().contiguous()
+    bits = plain.view(torch.int32) if plain.element_size() == 4 else plain.view(torch.uint8)
+    return tuple(tensor.shape), int(bits.sum(dtype=torch.int64))
+
+
+def _same(found: Tensor, expected: Tensor, scores: Tensor) -> bool:
+    """Whether scores are equal but for rounding.
+
+    Rounding is judged by the size of all scores, and by how much they differ between images: a
+    network that hardly tells the images apart must not pass for that.
+    """
+    spread = (scores - scores.mean(0)).abs().max()
+    tolerance = ABSOLUTE * scores.abs().max() + RELATIVE * spread
+    return found.shape == expected.shape and bool((found - expected).abs().max() <= tolerance)

@@ -1,0 +1,275 @@
+"""From what a network returns to scores: single tensors unwrapped, probabilities undone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from models.errors import ModelLoadFailed
+from models.hooks import ForwardHook, HookStack
+from models.types import Task
+
+Ending = Literal["softmax", "log_softmax", "sigmoid"]
+
+TOLERANCE = 1e-4
+_SCORE_NAMES = ("logits", "out")
+_MODULES: dict[type[nn.Module], Ending] = {
+    nn.Softmax: "softmax",
+    nn.LogSoftmax: "log_softmax",
+    nn.Sigmoid: "sigmoid",
+}
+_NODES: dict[str, Ending] = {
+    "SoftmaxBackward0": "softmax",
+    "LogSoftmaxBackward0": "log_softmax",
+    "SigmoidBackward0": "sigmoid",
+}
+_IDLE_NODES = ("View", "Reshape", "Squeeze", "Unsqueeze", "Clone", "Alias", "ToCopy", "Slice")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How the scores lie in what a network returns.
+
+    Attributes:
+        key: index, key or attribute of the scores; None where they are what is returned.
+        flat: whether one score per image comes without a dimension of its own.
+        in_place: whether the network works on its input in place, and so is given a copy.
+        contiguous: whether the network takes images in contiguous memory only.
+        undo: what made probabilities of the scores, outside of any module.
+    """
+
+    key: int | str | None = None
+    flat: bool = False
+    in_place: bool = False
+    contiguous: bool = False
+    undo: Ending | None = None
+
+    def scores(self, answer: Any) -> Tensor:
+        """The scores, (N, outputs)."""
+        found: Any = answer
+        if isinstance(self.key, str) and not isinstance(answer, Mapping):
+            found = getattr(answer, self.key)
+        elif self.key is not None:
+            found = answer[self.key]
+        if self.flat:
+            found = found.reshape(-1, 1)
+        if self.undo is not None:
+            found = _UNDO[self.undo](found.float())
+        scores: Tensor = found
+        return scores
+
+    def notes(self) -> list[str]:
+        """What was adapted, as sentences."""
+        notes = []
+        if self.key is not None:
+            name = f"element {self.key}" if isinstance(self.key, int) else f"`{self.key}`"
+            notes.append(f"The scores are {name} of what the network returns.")
+        if self.in_place:
+            notes.append("The network works on its input in place, and is given a copy.")
+        if self.contiguous:
+            notes.append("The network does not take images channels_last, and is given a copy.")
+        return notes
+
+
+def find_scores(answer: Any) -> tuple[int | str | None, Tensor]:
+    """The one tensor of scores in what a network returned, and its key.
+
+    Raises:
+        ModelLoadFailed: there is none, or it is not clear which one it is.
+    """
+    if isinstance(answer, Tensor):
+        return None, answer
+    if isinstance(answer, Mapping):
+        tensors = {str(k): v for k, v in answer.items() if isinstance(v, Tensor)}
+    else:
+        tensors = {
+            name: value
+            for name in _SCORE_NAMES
+            if isinstance(value := getattr(answer, name, None), Tensor)
+        }
+    named = [name for name in _SCORE_NAMES if name in tensors] or list(tensors)
+    if len(named) == 1:
+        return named[0], tensors[named[0]]
+    if isinstance(answer, Sequence) and len(answer) == 1 and isinstance(answer[0], Tensor):
+        return 0, answer[0]
+    raise ModelLoadFailed(
+        f"The model returns {describe(answer)}, not one tensor of scores. "
+        "Return the scores alone from forward, or under the key `logits` of a dictionary."
+    )
+
+
+def describe(answer: Any) -> str:
+    """What a network returned, in words."""
+    if isinstance(answer, Tensor):
+        return f"a tensor of {' x '.join(map(str, answer.shape)) or 'no dimension'}"
+    if isinstance(answer, Mapping):
+        return f"a dictionary with the keys {', '.join(map(str, answer))}"
+    if isinstance(answer, (tuple, list)):
+        kind = type(answer).__name__
+        parts = ", ".join(describe(part) for part in answer[:4])
+        return f"a {kind} of {len(answer)} ({parts}{', …' if len(answer) > 4 else ''})"
+    return f"an object of type {type(answer).__name__}"
+
+
+def adapt(module: nn.Module, reading: Reading) -> nn.Module:
+    """Make a network return its scores, under the names that its layers have.
+
+    The network itself is changed, to a subclass of its own: a wrapper around it would change the
+    names of all layers.
+
+    Raises:
+        ModelLoadFailed: it is compiled, so that its forward cannot be extended.
+    """
+    if reading == Reading():
+        return module
+    if isinstance(module, (torch.jit.ScriptModule, fx.GraphModule)) or "forward" in vars(module):
+        raise ModelLoadFailed(
+            "The network does not return plain scores, and its forward is compiled or replaced, "
+            f"so that it cannot be adapted: {' '.join(reading.notes()) or 'it returns one value.'}"
+        )
+    kind = type(module)
+
+    def forward(self: nn.Module, images: Tensor) -> Tensor:
+        given = images.contiguous() if reading.contiguous else images
+        given = given.clone() if reading.in_place else given
+        return reading.scores(kind.forward(self, given))
+
+    module.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+    return module
+
+
+def undo_probabilities(
+    module: nn.Module, images: Tensor, scores: Tensor, *, task: Task
+) -> tuple[nn.Module, list[str]]:
+    """Find out whether a network returns probabilities, and make it return scores.
+
+    A softmax or sigmoid that is a module at the end is left out; otherwise the logarithm, or the
+    log-odds, of the probabilities is taken.
+
+    Returns:
+        The network, and what was done as sentences.
+
+    Raises:
+        ModelLoadFailed: the task does not read such probabilities.
+    """
+    if not bool(((scores >= 0) & (scores <= 1)).all() or (scores <= 0).all()):
+        return module, []
+    ending, layer = _ending(module, images[:2])
+    if ending is None and _are_distributions(scores):
+        ending = "softmax"
+    if ending is None:
+        return module, []
+    _check_task(ending, scores, task)
+    if layer and _leave_out(module, layer, (ending, images, scores)):
+        return module, [
+            f"The network's own {ending} at its end, {layer}, is left out: "
+            "the scores are what it is given."
+        ]
+    if ending == "log_softmax":
+        return module, ["The network returns logarithms of probabilities as its scores."]
+    what = "logarithms" if ending == "softmax" else "log-odds"
+    module = adapt(module, Reading(undo=ending))
+    return module, [f"The network returns probabilities ({ending}); the scores are their {what}."]
+
+
+def _ending(module: nn.Module, images: Tensor) -> tuple[Ending | None, str]:
+    """The operation that made the scores, and the name of its module, if one made them."""
+    last: list[tuple[Ending, str, Tensor]] = []
+
+    def note(ending: Ending, name: str) -> ForwardHook:
+        def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            if isinstance(output, Tensor):
+                last.append((ending, name, output))
+
+        return hook
+
+    with torch.enable_grad(), HookStack() as hooks:
+        for name, child in module.named_modules():
+            ending = _MODULES.get(type(child))
+            if ending is not None:
+                hooks.forward(child, note(ending, name))
+        scores: Tensor = module(images.clone().requires_grad_().clone())
+    for ending, name, output in reversed(last):
+        if output.numel() == scores.numel() and torch.equal(output.flatten(), scores.flatten()):
+            return ending, name
+    return _by_graph(scores), ""
+
+
+def _by_graph(scores: Tensor) -> Ending | None:
+    """The operation that made the scores, by the recorded graph."""
+    node = scores.grad_fn
+    while node is not None and node.name().startswith(_IDLE_NODES):
+        node = node.next_functions[0][0]
+    return None if node is None else _NODES.get(node.name())
+
+
+def _are_distributions(scores: Tensor) -> bool:
+    """Whether every row is a distribution over at least two classes."""
+    sums = scores.sum(1)
+    return (
+        scores.shape[1] > 1
+        and bool((scores >= 0).all())
+        and bool((sums - 1).abs().max() <= TOLERANCE)
+    )
+
+
+def _check_task(ending: Ending, scores: Tensor, task: Task) -> None:
+    """Refuse probabilities that the task would read as something else."""
+    outputs = scores.shape[1]
+    if ending != "sigmoid" and outputs == 1:
+        raise ModelLoadFailed(
+            f"The network ends in a {ending} over one score, which is the same for every image. "
+            "Leave it out of the network."
+        )
+    if ending != "sigmoid" and task == "multi_label":
+        raise ModelLoadFailed(
+            f"The network ends in a {ending}: its classes exclude each other. Set task = "
+            '"single_label", or leave it out of the network.'
+        )
+    if ending == "sigmoid" and task != "multi_label" and outputs > 1:
+        raise ModelLoadFailed(
+            "The network ends in a sigmoid: its classes have probabilities of their own. Set "
+            'task = "multi_label", or leave it out of the network.'
+        )
+
+
+@torch.no_grad()
+def _leave_out(module: nn.Module, layer: str, proof: tuple[Ending, Tensor, Tensor]) -> bool:
+    """Replace a layer by nothing, if it then gives the same scores again applied at the end."""
+    ending, images, scores = proof
+    parent, _, leaf = layer.rpartition(".")
+    holder, left_out = module.get_submodule(parent), module.get_submodule(layer)
+    setattr(holder, leaf, nn.Identity())
+    try:
+        found = _APPLY[ending](module(images))
+        same = bool((found - scores).abs().max() <= TOLERANCE * scores.abs().max())
+    # Whatever the network makes of the change, it is then taken back.
+    except Exception:  # noqa: BLE001
+        same = False
+    if not same:
+        setattr(holder, leaf, left_out)
+    return same
+
+
+def _logarithms(probabilities: Tensor) -> Tensor:
+    """Logarithms, finite for probabilities of 0."""
+    return probabilities.clamp_min(_LEAST).log()
+
+
+def _log_odds(probabilities: Tensor) -> Tensor:
+    """Log-odds, finite for probabilities of 0 and 1."""
+    return _logarithms(probabilities) - (1 - probabilities).clamp_min(_LEAST_BELOW_ONE).log()
+
+
+_LEAST = torch.finfo(torch.float32).tiny
+_LEAST_BELOW_ONE = torch.finfo(torch.float32).eps / 4
+_UNDO: dict[Ending, Callable[[Tensor], Tensor]] = {"softmax": _logarithms, "sigmoid": _log_odds}
+_APPLY: dict[Ending, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda scores: scores.softmax(1),
+    "log_softmax": lambda scores: scores.log_softmax(1),
+    "sigmoid": torch.sigmoid,
+}

@@ -1,0 +1,227 @@
+"""Networks are proved when they are loaded: those that cannot be served are told why."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models.errors import ModelLoadFailed, cause_of
+from models.network_proof import Fingerprint, prove_network
+from models.probe import probe_batch
+from models.types import Preprocess
+
+SIZE = Preprocess(resize=12, crop=(12, 12))
+
+
+class Net(nn.Module):
+    """A small network; `change` alters what lies between its maps and its classifier."""
+
+    def __init__(self, outputs: int = 4, channels: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(channels, 8, 3, stride=2)
+        self.fc = nn.Linear(8, outputs)
+
+    def maps(self, x: Tensor) -> Tensor:
+        return torch.relu(self.conv(x))
+
+    def change(self, maps: Tensor) -> Tensor:
+        return maps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.change(self.maps(x)).mean((2, 3)))
+
+
+class BatchStatistics(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8, track_running_stats=False)
+
+    def change(self, maps: Tensor) -> Tensor:
+        return self.norm(maps)
+
+
+class LessTheBatch(Net):
+    def change(self, maps: Tensor) -> Tensor:
+        return maps - maps.mean(0, keepdim=True)
+
+
+class FirstIsSpecial(Net):
+    def change(self, maps: Tensor) -> Tensor:
+        return maps + maps[:1]
+
+
+class Dropping(Net):
+    def change(self, maps: Tensor) -> Tensor:
+        return nn.functional.dropout(maps, 0.5)
+
+
+class Remembering(Net):
+    """Adds what the last pass saw."""
+
+    last: Tensor | float = 0.0
+
+    def change(self, maps: Tensor) -> Tensor:
+        before, self.last = self.last, maps.mean()
+        return maps + before
+
+
+class Squeezing(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(nn.functional.adaptive_avg_pool2d(self.maps(x), 1).squeeze())
+
+
+class TwoInputs(Net):
+    def forward(self, image: Tensor, metadata: Tensor) -> Tensor:
+        return super().forward(image) + metadata
+
+
+class OtherSize(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.maps(x).flatten(1))
+
+
+class Answer(Net):
+    """Returns whatever is made of its scores and maps."""
+
+    def __init__(self, made) -> None:
+        super().__init__()
+        self.made = made
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.made(super().forward(x), self.maps(x))
+
+
+def frozen(module: nn.Module) -> nn.Module:
+    return module.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (BatchStatistics(), "depend on the other images of a batch"),
+        (LessTheBatch(), "depend on the other images of a batch"),
+        (FirstIsSpecial(), "depend on the other images of a batch"),
+        (Dropping(), "change from pass to pass"),
+        (Remembering(), "change from pass to pass"),
+        (Squeezing(), r"one (alone|image alone).*x\.flatten\(1\)"),
+        (TwoInputs(), r"takes 2 inputs \(image, metadata\); only images are served"),
+        (Net(channels=1), r"takes images of 1 channel, but is given the 3 of RGB.*mean\(1"),
+        (Net(channels=4), "takes images of 4 channels"),
+        (OtherSize(), r"fails on an input of 3 x 12 x 12 in its layer fc \(Linear\)\.$"),
+        (Answer(lambda y, m: y * float("nan")), "not finite"),
+        (Answer(lambda y, m: y[:, :1]), 'set task = "binary"'),
+        (Answer(lambda y, m: y[:, 0]), 'tensor of 3, .* set task = "binary"'),
+        (Answer(lambda y, m: m), "with a tensor of 3 x 8 x 5 x 5"),
+        (Answer(lambda y, m: (y, m)), r"tuple of 2 \(a tensor of 3 x 4, a tensor of 3 x 8 x 5"),
+        (Answer(lambda y, m: {"a": y, "b": m}), "dictionary with the keys a, b"),
+        (Answer(lambda y, m: {"out": m}), "with a tensor of 3 x 8 x 5 x 5"),
+        (Answer(lambda y, m: "no"), "object of type str"),
+    ],
+)
+def test_networks_that_cannot_be_served(network, message):
+    with pytest.raises(ModelLoadFailed, match=message):
+        prove_network(frozen(network), SIZE, "single_label")
+
+
+def test_the_operator_learns_which_shapes_did_not_fit():
+    with pytest.raises(ModelLoadFailed) as caught:
+        prove_network(frozen(OtherSize()), SIZE, "single_label")
+    assert "mat1 and mat2" not in caught.value.message
+    cause = cause_of(caught.value)
+    assert "mat1 and mat2 shapes cannot be multiplied (3x200 and 8x4)" in cause
+    assert "(test_network_proof.py:" in cause
+
+
+def test_binary_is_for_one_score_or_two():
+    with pytest.raises(ModelLoadFailed, match='4 scores per image, but task = "binary"'):
+        prove_network(frozen(Net()), SIZE, "binary")
+
+
+def test_a_sound_network_is_left_as_it_is():
+    network = frozen(Net(7))
+    before = copy.deepcopy(network)
+    proved = prove_network(network, SIZE, "single_label")
+    assert (proved.module, proved.outputs, proved.notes) == (network, 7, ())
+    probe = probe_batch(SIZE)
+    assert Fingerprint.of(network, probe).state == Fingerprint.of(before, probe).state
+
+
+def test_a_network_that_hardly_tells_images_apart_is_judged_by_that_difference():
+    network = Dropping()
+    with torch.no_grad():
+        network.fc.weight.mul_(0.01)
+        network.fc.bias.fill_(10.0)
+    with pytest.raises(ModelLoadFailed, match="change from pass to pass"):
+        prove_network(frozen(network), SIZE, "single_label")
+
+
+class InPlace(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        x.sub_(0.5).mul_(2.0)
+        return super().forward(x)
+
+
+def test_work_on_the_input_in_place_is_done_on_a_copy():
+    images = probe_batch(SIZE)
+    expected = InPlace()(images.clone())
+    proved = prove_network(frozen(InPlace()), SIZE, "single_label")
+    given = images.clone()
+    assert torch.equal(proved.module(given), expected)
+    assert torch.equal(given, images)
+    assert proved.notes == ("The network works on its input in place, and is given a copy.",)
+    # Gradients of the input, too.
+    leaf = images.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(proved.module(leaf).sum(), leaf)
+    assert gradient.any()
+    assert [name for name, _ in proved.module.named_children()] == ["conv", "fc"]
+
+
+class Flat(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.maps(x).mean((2, 3))) + x.view(-1)[0] * 0
+
+
+def test_a_network_that_wants_contiguous_images_is_given_them():
+    images = probe_batch(SIZE).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match="view"):
+        Flat()(images)
+    proved = prove_network(frozen(Flat()), SIZE, "single_label")
+    torch.testing.assert_close(proved.module(images), Net()(images))
+    assert "channels_last" in proved.notes[0]
+
+
+class RemembersSize(Net):
+    size: tuple[int, ...] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.size = tuple(x.shape[2:])
+        return super().forward(x)
+
+
+def test_a_change_of_state_is_noticed():
+    network, probe = frozen(RemembersSize()), probe_batch(SIZE)
+    before = Fingerprint.of(network, probe)
+    before.check(network, probe)
+    network(probe[..., :8, :8])
+    before.check(network, probe)
+    with torch.no_grad():
+        network.fc.bias[0] += 1e-3
+    with pytest.raises(ModelLoadFailed, match=r"\(fc\.bias\)"):
+        before.check(network, probe)
+
+
+class Counting(Net):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_counters_may_go_on():
+    network, probe = frozen(Counting()), probe_batch(SIZE)
+    Fingerprint.of(network, probe).check(network, probe)
