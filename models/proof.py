@@ -29,6 +29,8 @@ _LEAST_CORRELATION = 0.6
 _LEAST_SLOPE = 0.3
 _FEW_POSITIONS = 16
 """Maps of so few positions see the whole image at each: their response cannot be measured."""
+_NOISE = 1e-11
+"""Energy of a response, relative to that of the map, that may be rounding."""
 _CHANNELS = 32
 """Channels that are looked at, evenly spread."""
 _COMPANY_TOLERANCE = 1e-3
@@ -250,7 +252,8 @@ def _locality(maps: Tensor, places: Tensor) -> _Locality:
     response = (maps[1:] - maps[:1]).square().sum(1)
     positions = response[0].numel()
     mean = response.mean(0)
-    if not bool((response.flatten(1).sum(1) > 0).all()) or not bool(mean.isfinite().all()):
+    felt, noise = response.sum((1, 2)), _NOISE * maps[0].square().sum()
+    if not bool((felt > noise).all()) or not bool(mean.isfinite().all()):
         return _Locality(positions)
     # Where a patch is felt more than patches are on average: global attention is felt everywhere.
     tiny = mean.mean() * 1e-12

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Response
+from msgspec import UNSET
 
 from models.errors import UnknownModel
 from models.methods import METHODS
@@ -83,7 +84,7 @@ async def list_methods() -> Response:
 
 def card_response(card: ModelCard) -> CardResponse:
     """A card as the API shows it."""
-    return derive(CardResponse, card, input=_input(card.input))
+    return derive(CardResponse, card, input=_input(card.input), cause=UNSET)
 
 
 def _input(spec: Preprocess | None) -> InputResponse | None:

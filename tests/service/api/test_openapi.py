@@ -101,7 +101,7 @@ async def test_the_check_above_can_fail(
 @pytest.mark.parametrize(
     ("name", "optional"),
     [
-        ("CardResponse", set()),
+        ("CardResponse", {"cause"}),
         ("Method", set()),
         ("LayerInfo", set()),
         ("DeviceReadiness", set()),
