@@ -17,7 +17,7 @@ from service.devices.messages import (
     Hello,
     MalformedMessage,
     ToWorker,
-    decode_from_worker,
+    decode,
     encode,
 )
 from service.devices.runtime_dir import RuntimeDir
@@ -96,7 +96,7 @@ class WorkerConnection:
         while True:
             frames = await self._socket.recv_multipart(copy=False)
             try:
-                message = decode_from_worker([frame.buffer for frame in frames])
+                message = decode([frame.buffer for frame in frames], FromWorker)
             except MalformedMessage:
                 log.exception("device %s sent a malformed message", self.device)
                 continue

@@ -6,15 +6,18 @@ notebooks, the command line and replicas of other serving frameworks).
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Sequence
 from typing import Annotated, Literal, Protocol
 
 from msgspec import Meta
 
 from models.catalog import ModelSpec
+from models.errors import DeadlineExceeded
 from models.methods import METHODS
-from models.types import JobOptions, ModelInfo, Struct
-from service.devices.messages import Completion, Submission
+from models.types import Failure, JobOptions, ModelInfo, Struct
+from service.devices.messages import Completion, JobResult, Submission, from_wire
 from service.devices.status import BatchCount
 
 DeviceHealth = Literal["starting", "ready", "lost", "draining"]
@@ -102,7 +105,24 @@ class DevicePool(Protocol):
         ...
 
 
+async def wait_for(result: asyncio.Future[JobResult], *, deadline: float) -> Completion:
+    """Wait for a job's result until its deadline, a time of `time.monotonic`.
+
+    Raises:
+        DeadlineExceeded: the deadline passed first.
+        HeatlensError: the job's failure.
+    """
+    try:
+        async with asyncio.timeout(deadline - time.monotonic()):
+            outcome = await result
+    except TimeoutError:
+        raise DeadlineExceeded("The deadline passed before the result was ready.") from None
+    if isinstance(outcome, Failure):
+        raise from_wire(outcome)
+    return outcome
+
+
 def is_long(options: JobOptions) -> bool:
-    """Whether a job takes more than its one pass and head passes."""
+    """Whether a job takes more passes than the one that an interactive job takes."""
     methods = (METHODS[name] for name in options.methods if name in METHODS)
     return bool(options.faithfulness) or any(m.cost in {"passes", "many"} for m in methods)

@@ -24,7 +24,7 @@ from service.logs import configure_logging
 from service.settings import Settings
 from service.supervisor.child import Child
 from service.supervisor.device_process import DeviceProcess
-from service.supervisor.http_process import HttpLaunch, HttpProcess
+from service.supervisor.http_process import HttpProcess
 
 log = logging.getLogger("heatlens.supervisor")
 
@@ -38,9 +38,11 @@ _WORKER_STOP_S = 5.0
 
 
 class _Phase(Enum):
+    """HTTP processes finish their requests while draining; then workers stop."""
+
     SERVING = "serving"
-    DRAINING = "draining"  # HTTP processes finish their requests
-    STOPPING = "stopping"  # workers stop
+    DRAINING = "draining"
+    STOPPING = "stopping"
     STOPPED = "stopped"
 
 
@@ -69,20 +71,10 @@ class Supervisor:
     ) -> None:
         self._settings = settings
         self._source = source or ConfigurationSource()
-        self._http_command = tuple(http_command)
-        cores = available_cores()
-        devices = resolve_devices(settings.server.devices, cores=cores)
-        threads = settings.workers.threads or threads_per_device(devices, cores=cores)
-        self._devices = [
-            DeviceProcess(
-                device, settings=settings.workers, command=worker_command, threads=threads
-            )
-            for device in devices
-        ]
-        self._http = [
-            HttpProcess(index, settings.workers)
-            for index in range(settings.server.http_worker_count())
-        ]
+        self._worker_command = worker_command
+        self._http_command = http_command
+        self._devices: list[DeviceProcess] = []
+        self._http: list[HttpProcess] = []
         self._phase = _Phase.SERVING
         self._phase_ends = 0.0
         self._exit_code = 0
@@ -100,7 +92,8 @@ class Supervisor:
         try:
             listener = _listen(self._settings.server.host, self._settings.server.port)
         except OSError as error:
-            log.error("cannot listen: %s", error.strerror)  # noqa: TRY400  # the trace adds nothing
+            # A traceback would add nothing.
+            log.error("cannot listen: %s", error.strerror)  # noqa: TRY400
             return 1
         runtime = RuntimeDir.create()
         try:
@@ -122,15 +115,37 @@ class Supervisor:
 
     def _prepare(self, runtime: RuntimeDir, listener: socket.socket) -> None:
         self._runtime, self._listener = runtime, listener
-        self._launch = HttpLaunch(self._http_command, runtime, listener.fileno())
-        runtime.write_settings(self._settings)
+        settings = self._settings
+        runtime.write_settings(settings)
         runtime.write_source(self._source)
-        runtime.write_catalog(self._settings.models)
+        runtime.write_catalog(settings.models)
+        cores = available_cores()
+        devices = resolve_devices(settings.server.devices, cores=cores)
+        self._devices = [
+            DeviceProcess(
+                device,
+                settings=settings.workers,
+                command=self._worker_command,
+                runtime=runtime,
+                threads=settings.workers.threads or threads_per_device(devices, cores=cores),
+            )
+            for device in devices
+        ]
+        self._http = [
+            HttpProcess(
+                index,
+                settings=settings.workers,
+                command=self._http_command,
+                runtime=runtime,
+                listener=listener.fileno(),
+            )
+            for index in range(settings.server.http_worker_count())
+        ]
         self._states_file = DeviceStatesFile.create(runtime.states_file)
         self._publish()
         host, port = listener.getsockname()[:2]
         log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-        if not self._settings.security.api_keys and not ipaddress.ip_address(host).is_loopback:
+        if not settings.security.api_keys and not ipaddress.ip_address(host).is_loopback:
             log.warning(
                 "anyone who can reach %s can use the service: no API key is configured", host
             )
@@ -140,16 +155,16 @@ class Supervisor:
     def _tick(self, now: float) -> None:
         self._handle_signals(now)
         for device in self._devices:
-            device.poll(self._runtime, now, restart=self._phase is not _Phase.STOPPING)
+            device.poll(now, restart=self._phase is not _Phase.STOPPING)
         self._quarantine()
         # Clients see the exit of a worker before they can see its successor.
         self._publish()
         for device in self._devices:
-            device.start_if_due(self._runtime, now)
+            device.start_if_due(now)
         self._publish()
         serving = self._phase is _Phase.SERVING
         for http in self._http:
-            http.poll(self._launch, now, restart=serving)
+            http.poll(now, restart=serving)
         if serving and self._reload_requested:
             self._forward_reload()
         if serving and self._is_hopeless():
