@@ -1,7 +1,7 @@
 """`DevicePool`, the interface between HTTP and devices.
 
-Two implementations: `SocketPool` (the service) and `LocalPool` (one device in this process, for
-notebooks, the command line and replicas of other serving frameworks).
+`SocketPool` implements it for the service; `LocalPool` runs one device in this process, for
+notebooks, the command line and replicas of other serving frameworks.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class DeviceReport(Struct):
     """The state of one device, as readiness reports it.
 
     Attributes:
-        last_pass_s: seconds since the device last completed a real pass; None if it never did.
+        last_pass_s: seconds since the last completed real pass; None before the first.
         queue_depth: jobs waiting or running.
         models: warm models, as `name@version`.
-        restarts: number of times the worker was restarted.
+        restarts: restarts of the worker.
     """
 
     device: str
@@ -64,11 +64,9 @@ class DevicePool(Protocol):
 
     async def start(self) -> None:
         """Connect; returns before any device is ready."""
-        ...
 
     async def close(self) -> None:
         """Refuse new jobs, fail the outstanding ones with `Draining`, release everything."""
-        ...
 
     async def submit(self, submission: Submission) -> Completion:
         """Run one job. Cancelling the awaiting task cancels the job.
@@ -78,23 +76,19 @@ class DevicePool(Protocol):
                 `Draining`, `WorkerLost`, `InputQuarantined`, `UnknownModel`, `ModelReplaced`, or
                 an error found by the engine.
         """
-        ...
 
     def models(self) -> Sequence[ModelInfo]:
         """Every configured model version, merged over the devices, with the reasons of failures."""
-        ...
 
     def devices(self) -> Sequence[DeviceStatus]:
         """Every configured device."""
-        ...
 
     async def load(self, spec: ModelSpec) -> None:
-        """Load or replace a model version on its devices; it answers requests once it is warm.
+        """Load or replace a model version on its devices; it serves requests once it is warm.
 
         Raises:
             HeatlensError: it could not be loaded; the old version keeps serving.
         """
-        ...
 
     async def unload(self, name: str, version: str | None = None) -> None:
         """Let a model (version) finish its jobs, then drop it.
@@ -102,7 +96,6 @@ class DevicePool(Protocol):
         Raises:
             UnknownModel: it is not loaded.
         """
-        ...
 
 
 async def wait_for(result: asyncio.Future[JobResult], *, deadline: float) -> Completion:

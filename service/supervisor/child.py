@@ -57,21 +57,27 @@ class RestartBudget:
 class Child:
     """A process and, after its exit, its successors.
 
-    Attributes:
+    Args:
         name: for logs.
+        command: program and first arguments.
+        settings: the restart budget.
+
+    Attributes:
+        name: see above.
         incarnation: number of the current or last process; 0 = none yet.
         started_at: start time of that process.
         start_at: due time of the next start; None if none is due.
         given_up: whether the restart budget is spent.
     """
 
-    def __init__(self, name: str, settings: WorkerSettings) -> None:
+    def __init__(self, name: str, *, command: Sequence[str], settings: WorkerSettings) -> None:
         self.name = name
         self.incarnation = 0
         self.started_at = 0.0
         self.start_at: float | None = 0.0
         self.given_up = False
         self._budget = RestartBudget(restarts=settings.restarts, window_s=settings.restart_window_s)
+        self._command = command
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -90,7 +96,6 @@ class Child:
 
     def start(
         self,
-        command: Sequence[str],
         arguments: Mapping[str, object],
         *,
         now: float,
@@ -100,8 +105,7 @@ class Child:
         """Start the next process.
 
         Args:
-            command: program and first arguments.
-            arguments: values of its options by name; `parent` is added.
+            arguments: values of the command's options by name; `parent` is added.
             now: `time.monotonic()`.
             environment: variables in addition to our own.
             inherit: file descriptors to pass on.
@@ -109,10 +113,11 @@ class Child:
         self.incarnation += 1
         self.start_at, self.started_at = None, now
         options = {**arguments, "parent": os.getpid()}
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         # Its own group: Ctrl-C in a terminal reaches only the supervisor, which stops the others
         # in order.
         self._process = subprocess.Popen(  # noqa: S603
-            [*command, *(word for name in options for word in (f"--{name}", str(options[name])))],
+            [*self._command, *words],
             env=os.environ | environment,
             stdin=subprocess.DEVNULL,
             pass_fds=tuple(inherit),

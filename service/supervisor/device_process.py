@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import signal
 from collections import Counter
-from collections.abc import Sequence
 
 from service.devices.runtime_dir import RuntimeDir
 from service.devices.status import (
@@ -33,30 +32,28 @@ class DeviceProcess:
 
     Args:
         device: `cuda:0`, `cpu:1`, …
-        settings: the restart budget and the limits of hangs.
-        command: program and first arguments.
+        child: its process.
+        settings: the limits of hangs.
         runtime: the supervisor's folder.
         threads: torch threads of a CPU worker.
 
     Attributes:
-        child: its process.
         refused_models: `name@version` of models whose loading ended workers twice.
     """
 
     def __init__(
         self,
         device: str,
+        child: Child,
         *,
         settings: WorkerSettings,
-        command: Sequence[str],
         runtime: RuntimeDir,
         threads: int,
     ) -> None:
         self.device = device
-        self.child = Child(f"device worker {device}", settings)
+        self.child = child
         self.refused_models: set[str] = set()
         self._settings = settings
-        self._command = command
         self._runtime = runtime
         self._threads = threads
         self._status: WorkerStatusFile | None = None
@@ -96,10 +93,8 @@ class DeviceProcess:
         incarnation = self.child.incarnation + 1
         self._status = WorkerStatusFile.create(self._runtime.status_file(self.device, incarnation))
         self._hung = False
-        names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-        environment = dict.fromkeys(names, str(self._threads))
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(self._threads))
         self.child.start(
-            self._command,
             {
                 "runtime": self._runtime.path,
                 "device": self.device,
@@ -107,11 +102,11 @@ class DeviceProcess:
                 "threads": self._threads,
             },
             now=now,
-            environment=environment if self.device.startswith("cpu") else {},
+            environment=threads if self.device.startswith("cpu") else {},
         )
 
     def take_quarantined(self) -> list[str]:
-        """Digests of inputs to quarantine since the last call."""
+        """The digests of inputs to quarantine that were found since the last call."""
         taken, self._quarantined = self._quarantined, []
         return taken
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Sequence
 
 from service.devices.runtime_dir import RuntimeDir
-from service.settings import WorkerSettings
 from service.supervisor.child import Child, describe_exit
 
 log = logging.getLogger("heatlens.supervisor")
@@ -19,27 +17,13 @@ class HttpProcess:
     """Keeps one HTTP process running.
 
     Args:
-        index: number of the process, for logs.
-        settings: the restart budget.
-        command: program and first arguments.
+        child: its process.
         runtime: the supervisor's folder.
         listener: descriptor of the listening socket.
-
-    Attributes:
-        child: its process.
     """
 
-    def __init__(
-        self,
-        index: int,
-        *,
-        settings: WorkerSettings,
-        command: Sequence[str],
-        runtime: RuntimeDir,
-        listener: int,
-    ) -> None:
-        self.child = Child(f"HTTP process {index}", settings)
-        self._command = command
+    def __init__(self, child: Child, *, runtime: RuntimeDir, listener: int) -> None:
+        self.child = child
         self._runtime = runtime
         self._listener = listener
 
@@ -66,7 +50,6 @@ class HttpProcess:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
         try:
             self.child.start(
-                self._command,
                 {"runtime": self._runtime.path, "socket": self._listener},
                 now=now,
                 environment={

@@ -1,4 +1,4 @@
-"""The supervisor: owns the listening socket; starts, watches and restarts all other processes."""
+"""The supervisor: owns the listening socket and starts, watches and restarts all processes."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ class _Phase(Enum):
 class Supervisor:
     """Runs the service until it is told to stop.
 
-    SIGTERM or SIGINT: the service is no longer ready, accepted requests finish or expire within the
-    grace period, exit code 0. A second signal stops at once. SIGHUP: one HTTP process reloads the
-    configuration for all; see `service.api.reload`. When the restart budget of all devices, or of an
-    HTTP process, is spent, everything is stopped and the exit code is 1.
+    SIGTERM or SIGINT: readiness ends, accepted requests finish or expire within the grace period,
+    and the exit code is 0. A second signal stops at once. SIGHUP: one HTTP process reloads the
+    configuration for all; see `service.api.reload`. When the restart budget of all devices, or of
+    an HTTP process, is spent, everything is stopped and the exit code is 1.
 
     Args:
         settings: the configuration.
-        source: where the configuration can be read again; None = the environment only.
+        source: the place to read the configuration again; None = the environment only.
         worker_command: program and first arguments of a device worker.
         http_command: the same for an HTTP process.
     """
@@ -121,34 +121,28 @@ class Supervisor:
         runtime.write_catalog(settings.models)
         cores = available_cores()
         devices = resolve_devices(settings.server.devices, cores=cores)
-        self._devices = [
-            DeviceProcess(
-                device,
-                settings=settings.workers,
-                command=self._worker_command,
-                runtime=runtime,
-                threads=settings.workers.threads or threads_per_device(devices, cores=cores),
+        threads = settings.workers.threads or threads_per_device(devices, cores=cores)
+        for device in devices:
+            child = self._child(f"device worker {device}", self._worker_command)
+            self._devices.append(
+                DeviceProcess(
+                    device, child, settings=settings.workers, runtime=runtime, threads=threads
+                )
             )
-            for device in devices
-        ]
-        self._http = [
-            HttpProcess(
-                index,
-                settings=settings.workers,
-                command=self._http_command,
-                runtime=runtime,
-                listener=listener.fileno(),
-            )
-            for index in range(settings.server.http_worker_count())
-        ]
+        for index in range(settings.server.http_worker_count()):
+            child = self._child(f"HTTP process {index}", self._http_command)
+            self._http.append(HttpProcess(child, runtime=runtime, listener=listener.fileno()))
         self._states_file = DeviceStatesFile.create(runtime.states_file)
         self._publish()
         host, port = listener.getsockname()[:2]
         log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
         if not settings.security.api_keys and not ipaddress.ip_address(host).is_loopback:
             log.warning(
-                "anyone who can reach %s can use the service: no API key is configured", host
+                "no API key is configured: anyone who can reach %s can use the service", host
             )
+
+    def _child(self, name: str, command: Sequence[str]) -> Child:
+        return Child(name, command=command, settings=self._settings.workers)
 
     # ---------------------------------------------------------------- the loop
 
@@ -182,7 +176,7 @@ class Supervisor:
     def _is_hopeless(self) -> bool:
         devices = all(device.child.given_up for device in self._devices)
         if devices:
-            log.error("no device is left within its restart budget: stopping")
+            log.error("the restart budget of every device is spent: stopping")
         return devices or any(process.child.given_up for process in self._http)
 
     # ---------------------------------------------------------------- stopping
@@ -207,7 +201,7 @@ class Supervisor:
         self._phase = _Phase.DRAINING
         self._phase_ends = now + self._grace_s + 1
         self._publish()
-        # New connections are refused once the HTTP processes have closed their copies, too.
+        # New connections are refused once the HTTP processes have closed their copies as well.
         self._listener.close()
         for process in self._http:
             process.stop()
@@ -235,12 +229,10 @@ class Supervisor:
     # ---------------------------------------------------------------- records
 
     def _quarantine(self) -> None:
-        """Refuse inputs from now on that were on a device in two worker exits."""
+        """Refuse inputs that were part of two worker exits from now on."""
         for device in self._devices:
             for digest in device.take_quarantined():
-                log.error(
-                    "an input was on a device in two worker exits and is quarantined: %s", digest
-                )
+                log.error("quarantined an input that was part of two worker exits: %s", digest)
                 others = tuple(d for d in self._quarantined if d != digest)
                 self._quarantined = (*others, digest)[-MAX_QUARANTINED:]
 

@@ -44,15 +44,12 @@ class Listener(Protocol):
 
     def on_results(self, results: Sequence[JobResult]) -> None:
         """Jobs have finished."""
-        ...
 
     def on_models(self, infos: Sequence[ModelInfo]) -> None:
         """Models were loaded, dropped or found broken."""
-        ...
 
     def on_device_lost(self, reason: str) -> None:
         """The device needs a new process; the thread has ended and its jobs are unanswered."""
-        ...
 
 
 class ComputeThread:

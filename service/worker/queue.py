@@ -33,12 +33,10 @@ class Suspended(Protocol):
     @property
     def job(self) -> Job:
         """The job."""
-        ...
 
     @property
     def cost(self) -> int:
         """Images in its next step."""
-        ...
 
 
 @dataclass(slots=True, eq=False)
