@@ -1,4 +1,4 @@
-"""The service's pipeline without a server: files in, files out, with the device in this process."""
+"""`heatlens explain` and `heatlens models`: the service's pipeline with a device in this process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from models.errors import HeatlensError, ModelLoadFailed, UnknownModel, WorkerLost
+from models.errors import HeatlensError, ModelLoadFailed, UnknownModel
 from models.imaging.decode import DecodeLimits
 from models.types import ModelInfo, Struct
 from service.api.body import ImageInput
@@ -28,7 +28,6 @@ from service.worker.local import LocalPool
 
 _TIMEOUT_S = 86_400.0
 _MAX_WAIT_S = 3600.0
-_POLL_S = 0.02
 _MIN_IN_FLIGHT = 4
 _MAX_IN_FLIGHT = 32
 
@@ -48,7 +47,7 @@ class Explained(Struct):
     def summary(self) -> dict[str, Any]:
         """The image, its predictions and its overlays, for a line of JSON."""
         return {
-            "picture": str(self.image.path),
+            "image": str(self.image.path),
             "predictions": self.result["predictions"],
             "overlays": [str(path) for path in self.overlays],
         }
@@ -69,7 +68,7 @@ class Failed(Struct):
 async def load_models(settings: Settings) -> Sequence[ModelInfo]:
     """Load every configured model once; broken ones have a reason."""
     async with _local_pool(settings) as pool:
-        return await _wait_for_models(pool, settings)
+        return pool.models()
 
 
 async def explain_files(
@@ -95,7 +94,7 @@ async def explain_files(
     chosen = validate(ExplainOptions, {**options, "outputs": ["overlay"]})
     settings = _with_one_model(settings, chosen.model)
     async with _local_pool(settings) as pool:
-        model = _choose_model(chosen.model, await _wait_for_models(pool, settings), settings)
+        model = _choose_model(chosen.model, pool.models(), settings)
         # Options that do not fit the model fail here, once for all images.
         job_options(chosen, model)
         in_flight = min(max(2 * model.card.best_batch, _MIN_IN_FLIGHT), _MAX_IN_FLIGHT)
@@ -170,25 +169,14 @@ async def _as_completed(
 
 @contextlib.asynccontextmanager
 async def _local_pool(settings: Settings) -> AsyncIterator[DevicePool]:
+    """A pool in which every configured model is ready or unavailable."""
     pool = LocalPool(settings)
     await pool.start()
     try:
+        await pool.wait_loaded()
         yield pool
     finally:
         await pool.close()
-
-
-async def _wait_for_models(pool: DevicePool, settings: Settings) -> Sequence[ModelInfo]:
-    """Wait until every configured model is ready or unavailable."""
-    wanted = {(spec.name, spec.version) for spec in settings.models}
-    while True:
-        models = pool.models()
-        cards = [model.card for model in models]
-        if wanted <= {(c.name, c.version) for c in cards if c.state in {"ready", "unavailable"}}:
-            return models
-        if any(device.state == "lost" for device in pool.devices()):
-            raise WorkerLost("The device was lost while the models were loaded.")
-        await asyncio.sleep(_POLL_S)
 
 
 def _with_one_model(settings: Settings, reference: str | None) -> Settings:
@@ -197,7 +185,7 @@ def _with_one_model(settings: Settings, reference: str | None) -> Settings:
     specs = [s for s in settings.models if s.name == name and version in {"", s.version}]
     if not specs:
         known = ", ".join(f"{spec.name}@{spec.version}" for spec in settings.models)
-        raise UnknownModel(f"There is no such model. Configured: {known}.", field="model")
+        raise UnknownModel(f"The model is not configured. Known are: {known}.", field="model")
     limits = settings.limits.model_copy(update={"max_wait_s": _MAX_WAIT_S})
     return settings.model_copy(update={"models": specs, "default_model": name, "limits": limits})
 
@@ -205,7 +193,7 @@ def _with_one_model(settings: Settings, reference: str | None) -> Settings:
 def _choose_model(
     reference: str | None, models: Sequence[ModelInfo], settings: Settings
 ) -> ModelInfo:
-    """Choose as the API does, but say why a model is broken: there is no server to ask."""
+    """Choose as the API does, but raise the reason why a model is broken."""
     reasons = [model.card.reason for model in models if model.card.reason]
     if reasons and not any(model.card.ready for model in models):
         raise ModelLoadFailed(f"The model could not be loaded: {reasons[0]}", field="model")

@@ -82,6 +82,18 @@ class LocalPool:
         self._loop = asyncio.get_running_loop()
         self._compute.start()
 
+    async def wait_loaded(self) -> None:
+        """Wait until every configured model was tried.
+
+        Raises:
+            WorkerLost: the device failed.
+        """
+        while not self._lost and any(info.card.state == "loading" for info in self._infos):
+            self._changed.clear()
+            await self._changed.wait()
+        if self._lost:
+            raise WorkerLost(_LOST)
+
     async def wait_ready(self) -> None:
         """Wait until every configured model was tried and a real pass succeeded.
 
@@ -89,15 +101,15 @@ class LocalPool:
             ModelLoadFailed: none of the models could be loaded; the text is the first one's reason.
             WorkerLost: the device failed.
         """
-        while not self._status.ready:
-            if self._lost:
-                raise WorkerLost(_LOST)
-            states = {info.card.state for info in self._infos}
-            if self._infos and states <= {"unavailable"}:
-                reason = self._infos[0].card.reason
-                raise ModelLoadFailed(reason or "The model could not be loaded.")
+        await self.wait_loaded()
+        if self._infos and all(info.card.state == "unavailable" for info in self._infos):
+            reason = self._infos[0].card.reason
+            raise ModelLoadFailed(reason or "The model could not be loaded.")
+        while not self._lost and not self._status.ready:
             self._changed.clear()
             await self._changed.wait()
+        if self._lost:
+            raise WorkerLost(_LOST)
 
     async def close(self) -> None:
         """Fail outstanding jobs with `Draining`, and end the compute thread after what it runs."""
