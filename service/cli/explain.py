@@ -8,6 +8,7 @@ import itertools
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from service.api.plan import choose_model, job_options, make_plan
 from service.cli.files import ImageFile, write_result
 from service.devices.pool import DevicePool
 from service.hardware import available_cores
-from service.settings import Settings
+from service.settings import LimitSettings, Settings
 from service.worker.local import LocalPool
 
 _TIMEOUT_S = 86_400.0
@@ -103,22 +104,20 @@ async def explain_files(
                 max_bytes=settings.limits.max_image_bytes, max_pixels=settings.limits.max_pixels
             )
             pipeline = Pipeline(pool, limits=caps, threads=threads)
-            runner = _Runner(pipeline, model=model, options=chosen, settings=settings)
+            runner = _Runner(pipeline, model, chosen, settings.limits)
             work = (runner.explain(file, folder) for file in files)
             async for report in _as_completed(work, limit=in_flight):
                 yield report
 
 
+@dataclass(frozen=True, slots=True)
 class _Runner:
     """Runs files through a pipeline, with the same model and options for all."""
 
-    def __init__(
-        self, pipeline: Pipeline, *, model: ModelInfo, options: ExplainOptions, settings: Settings
-    ) -> None:
-        self._pipeline = pipeline
-        self._model = model
-        self._options = options
-        self._limits = settings.limits
+    pipeline: Pipeline
+    model: ModelInfo
+    options: ExplainOptions
+    limits: LimitSettings
 
     async def explain(self, file: ImageFile, folder: Path) -> Explained | Failed:
         """Explain one file and write its result."""
@@ -127,13 +126,13 @@ class _Runner:
             now = time.monotonic()
             plan = make_plan(
                 [ImageInput(data=data)],
-                self._options,
-                self._model,
-                limits=self._limits,
+                self.options,
+                self.model,
+                limits=self.limits,
                 started=now,
                 deadline=now + _TIMEOUT_S,
             )
-            reply = await self._pipeline.run(plan)
+            reply = await self.pipeline.run(plan)
             result = msgspec.to_builtins(reply.results[0])
             overlays = await asyncio.to_thread(write_result, result, name=file.name, folder=folder)
         except HeatlensError as error:
@@ -145,7 +144,7 @@ class _Runner:
     def _read(self, path: Path) -> bytes:
         """Read at most one byte more than is allowed, which the decoder then refuses."""
         with path.open("rb") as stream:
-            return stream.read(self._limits.max_image_bytes + 1)
+            return stream.read(self.limits.max_image_bytes + 1)
 
 
 async def _as_completed(

@@ -35,11 +35,11 @@ class Hello(Message, frozen=True, kw_only=True):
 
 
 class Submission(Message, frozen=True, kw_only=True):
-    """A job with what the service needs to schedule, retry and trace it.
+    """A job with the data to schedule, retry and trace it.
 
     Attributes:
-        deadline: monotonic time after which nobody waits for the result.
-        digest: digest of model and input, by which an input is recognised after a worker's exit.
+        deadline: monotonic time after which the result is useless.
+        digest: digest of model and input, which identifies an input after a worker's exit.
         worker_exits: worker exits that this job was already part of; such a job runs alone.
         traceparent: W3C trace context, empty when tracing is off.
         request_id: id of the HTTP request, for logs.
@@ -108,7 +108,7 @@ class Results(Message, frozen=True, kw_only=True):
     """Results of jobs of the receiving client.
 
     Attributes:
-        others_ms: estimated device time of what other clients have queued on the device.
+        others_ms: estimated device time of the jobs that other clients have queued.
     """
 
     completions: tuple[Completion, ...] = ()

@@ -1,4 +1,4 @@
-"""`SocketPool`: the devices as seen by an HTTP process, over the workers' sockets."""
+"""`SocketPool`: gives an HTTP process access to the devices over the workers' sockets."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ class _InFlight:
 
 
 class SocketPool:
-    """Implements `DevicePool`: routes jobs to workers and outlives them.
+    """Implements `DevicePool`: routes jobs to workers and survives their exits.
 
     A job goes to the device with the least estimated work among those where its model is warm. When
-    a worker exits, its unanswered jobs go elsewhere or wait for its restart. Jobs that were on the
-    device are suspects: each is retried once, alone; if that ends a worker too, the input is
+    a worker exits, its unfinished jobs go to another one or wait for its restart. Jobs that were on
+    the device are suspects: each is retried once, alone; if that ends a worker again, the input is
     quarantined.
 
     Args:
@@ -93,7 +93,7 @@ class SocketPool:
         self._closed = False
 
     async def start(self) -> None:
-        """Read the device states and connect; returns once the ready devices sent their models."""
+        """Read the device states and connect; returns when the ready devices have sent their models."""
         self._context = zmq.asyncio.Context()
         self._states_file = DeviceStatesFile.open(self._runtime.states_file)
         specs = self._runtime.read_catalog()
@@ -150,7 +150,7 @@ class SocketPool:
                 request.connection.send(Cancel(job_id=job_id))
 
     def _dispatch(self, request: _InFlight) -> None:
-        """Send a job to a device, let it wait for one, or fail it if none can come."""
+        """Send a job to a device, let it wait for one, or fail it if waiting is pointless."""
         submission, job = request.submission, request.submission.job
         if submission.digest and submission.digest in self._quarantined:
             request.fail(InputQuarantined(_QUARANTINED))
@@ -329,6 +329,6 @@ class SocketPool:
 
 
 def _awaits_models(connection: WorkerConnection) -> bool:
-    """Whether a ready device has not sent its models yet: they would seem to be loading."""
+    """Whether a ready device has not sent its models yet, so that they seem to be loading."""
     status = connection.status()
     return status is not None and status.ready and not connection.infos

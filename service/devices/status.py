@@ -1,8 +1,7 @@
-"""Shared records of the state of the device workers.
+"""The state of the device workers, in files that all processes read.
 
-A record, not messages: a process that starts late or was busy reads the same truth as the others
-and cannot have missed anything. Each worker writes its own `WorkerStatus`; the supervisor writes
-`DeviceStates` for all of them.
+Files rather than messages, so that a process that starts late or was busy misses nothing. Each
+worker writes its own `WorkerStatus`; the supervisor writes `DeviceStates` for all of them.
 """
 
 from __future__ import annotations
@@ -55,8 +54,8 @@ class BatchCount(Struct):
 class WorkerStatus(Struct):
     """The state of one device worker, written by its compute thread before it uses the device.
 
-    So the supervisor detects a hang without asking, and knows after a crash which jobs were on the
-    device; HTTP processes see the time of the last real pass. Times are `time.monotonic`.
+    It shows the supervisor a hang, and after a crash the jobs that were on the device; it shows HTTP
+    processes the time of the last real pass. Times are `time.monotonic`.
 
     Attributes:
         ready: whether every configured model was tried and a real pass has succeeded since.
