@@ -1,4 +1,4 @@
-"""`heatlens explain` and `heatlens models`: the service's pipeline with a device in this process."""
+"""`heatlens explain` and `heatlens models`: the service's pipeline on a device of this process."""
 
 from __future__ import annotations
 

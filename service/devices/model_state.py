@@ -22,8 +22,8 @@ def with_fingerprint(info: ModelInfo) -> ModelInfo:
     """Add the fingerprint, a digest of all properties that requests are resolved against.
 
     It covers labels, classes, input and layers, so that a job runs only on the model that it was
-    resolved against. It is the same on all devices and after a restart. Weights are left out: models
-    that differ in nothing else accept the same requests.
+    resolved against. It is the same on all devices and after a restart. Weights are left out:
+    models that differ in nothing else accept the same requests.
     """
     card = info.card
     resolved = (

@@ -93,7 +93,7 @@ class SocketPool:
         self._closed = False
 
     async def start(self) -> None:
-        """Read the device states and connect; returns when the ready devices have sent their models."""
+        """Read the device states and connect; returns once the ready devices sent their models."""
         self._context = zmq.asyncio.Context()
         self._states_file = DeviceStatesFile.open(self._runtime.states_file)
         specs = self._runtime.read_catalog()

@@ -54,8 +54,8 @@ class BatchCount(Struct):
 class WorkerStatus(Struct):
     """The state of one device worker, written by its compute thread before it uses the device.
 
-    It shows the supervisor a hang, and after a crash the jobs that were on the device; it shows HTTP
-    processes the time of the last real pass. Times are `time.monotonic`.
+    It shows the supervisor a hang, and after a crash the jobs that were on the device. HTTP
+    processes read the time of the last real pass. Times are `time.monotonic`.
 
     Attributes:
         ready: whether every configured model was tried and a real pass has succeeded since.

@@ -1,4 +1,4 @@
-"""The compute thread's interface to an engine, and the real engine: the only place that uses torch."""
+"""The compute thread's interface to an engine, and the real engine; only this module uses torch."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def load_model(backend: Backend, spec: ModelSpec) -> ModelCard | HeatlensError:
     """Load, verify and warm a model version, replacing the current one.
 
     Returns:
-        Its card, or the error. The original exception, whose traceback holds tensors, is dropped.
+        Its card, or the error. The original exception is dropped: its traceback holds tensors.
 
     Raises:
         DeviceLost: the device needs a new process.

@@ -49,7 +49,7 @@ class Listener(Protocol):
         """Models were loaded, dropped or found broken."""
 
     def on_device_lost(self, reason: str) -> None:
-        """The device needs a new process; the thread has ended and its jobs are unanswered."""
+        """The device needs a new process; the thread has ended and left its jobs unfinished."""
 
 
 class ComputeThread:
@@ -109,7 +109,7 @@ class ComputeThread:
         self._thread.start()
 
     def stop(self, timeout_s: float = 5.0) -> None:
-        """End the thread after the running batch; waiting jobs stay unanswered."""
+        """End the thread after the running batch and leave waiting jobs unfinished."""
         with self._changed:
             self._stopping = True
             self._changed.notify()

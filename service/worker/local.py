@@ -1,7 +1,7 @@
-"""`LocalPool`: one device in this process.
+"""`LocalPool`: one device in this process, for notebooks and the command line.
 
-For notebooks, the command line and replicas of other frameworks. It has the same batcher and
-compute thread as a device worker, but a crash of the device ends the caller's process.
+It has the same batcher and compute thread as a device worker, but a crash of the device ends the
+caller's process.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class LocalPool:
             raise WorkerLost(_LOST)
 
     async def close(self) -> None:
-        """Fail outstanding jobs with `Draining`, and end the compute thread after what it runs."""
+        """Fail outstanding jobs with `Draining`, and end the thread after the running batch."""
         self._closed = True
         self._fail_all(Draining("The pool is closed."))
         await asyncio.to_thread(self._compute.stop)
@@ -218,7 +218,7 @@ class LocalPool:
         self._changed.set()
 
     def on_device_lost(self, reason: str) -> None:
-        """Fail all jobs: there is no other process."""
+        """Fail all jobs."""
         log.error("the device is lost: %s", reason)
         self._lost = True
         self._changed.set()

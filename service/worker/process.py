@@ -4,8 +4,8 @@
         --parent PID
 
 The event loop talks to the HTTP processes; the compute thread does everything else. When the device
-is lost, the process exits with `EXIT_DEVICE_LOST` without answering: its status names the jobs on
-the device, and clients retry them in a new process.
+is lost, the process exits with `EXIT_DEVICE_LOST` and leaves its jobs unfinished: its status names
+those on the device, and clients retry them in a new process.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ class Worker:
         self._send(self._clients, Models(infos=tuple(infos)))
 
     def on_device_lost(self, reason: str) -> None:
-        """Exit; the jobs named by the status stay unanswered here and are retried elsewhere."""
+        """Exit; clients retry the jobs that are named by the status elsewhere."""
         log.error("the device is lost: %s", reason)
         self._exit_code = EXIT_DEVICE_LOST
         self._stop.set()
@@ -242,7 +242,7 @@ class Worker:
     def _send(self, identities: Iterable[Identity], message: Message) -> None:
         frames = encode(message)
         for identity in identities:
-            # Without a high-water mark a send never waits; the router skips clients that are gone.
+            # Without a high-water mark a send never waits; clients that are gone are skipped.
             self._socket.send_multipart([identity, *frames], copy=False)
 
 
@@ -292,5 +292,5 @@ def main(
 
 
 if __name__ == "__main__":
-    # Interpreter shutdown would wait for torch's threads and for a compute thread stuck in the device.
+    # Interpreter shutdown would wait for torch's threads and for a hanging compute thread.
     os._exit(main())
