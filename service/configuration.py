@@ -32,7 +32,7 @@ _REMOVED_SECTIONS = {
     " provide Triton's metric names",
 }
 
-# What a reload leaves as it is: sockets, processes and devices.
+# Sockets, processes and devices stay as they are on reload.
 _FIXED_KEYS = (
     "server.host",
     "server.port",
@@ -80,7 +80,7 @@ def load_settings(
 
 
 def _sources(config: Path | None) -> type[Settings]:
-    """Settings that, when made, are read from their arguments, the environment and `config`."""
+    """Make a class of settings that reads arguments, the environment and `config`."""
 
     class Sources(Settings, BaseSettings):
         model_config = SettingsConfigDict(
@@ -108,7 +108,7 @@ def _check_variables() -> None:
     for name in os.environ:
         section, nested, _ = name.removeprefix(_ENV_PREFIX).lower().partition(_ENV_DELIMITER)
         if name.startswith(_ENV_PREFIX) and nested and section not in Settings.model_fields:
-            text = _REMOVED_SECTIONS.get(section, f"there is no section {section}")
+            text = _REMOVED_SECTIONS.get(section, f"unknown section {section}")
             raise ConfigurationError(f"{name}: {text}.")
 
 
@@ -145,7 +145,7 @@ def reloaded(running: Settings, read: Settings) -> tuple[Settings, tuple[str, ..
     """Merge a new configuration into that of a running service.
 
     Returns:
-        The configuration from now on, and the keys whose change has to wait for a restart.
+        The configuration from now on, and the keys that change only with a restart.
     """
     old, new = running.model_dump(), read.model_dump()
     late = []

@@ -33,13 +33,9 @@ def resolve_devices(
         cores: number of cores that the service may use.
         count_gpus: counts the usable GPUs; None = `count_cuda_devices`.
     """
-    devices: list[str] = []
-    for name in names:
-        if name == "auto":
-            devices += _auto_devices(cores, (count_gpus or count_cuda_devices)())
-        else:
-            devices.append(name)
-    return tuple(dict.fromkeys(devices))
+    count = count_gpus or count_cuda_devices
+    groups = (_auto_devices(cores, count()) if name == "auto" else [name] for name in names)
+    return tuple(dict.fromkeys(device for group in groups for device in group))
 
 
 def threads_per_device(devices: Sequence[str], *, cores: int) -> int:
@@ -73,7 +69,7 @@ def _affinity_cores() -> int:
 
 
 def _quota_cores(quota_file: Path) -> int:
-    """Whole cores of a `QUOTA PERIOD` file; a very large number when there is no limit."""
+    """Whole cores of a `QUOTA PERIOD` file; a very large number if they are not limited."""
     try:
         quota, period = quota_file.read_text().split()
         return int(quota) // int(period)

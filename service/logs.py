@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import msgspec
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
-"""Id of the request that the running task answers; empty outside of requests."""
+"""Id of the request that the running task handles; empty outside of requests."""
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}", re.ASCII)
 _CROCKFORD_BASE32 = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
@@ -32,11 +32,7 @@ def new_id() -> str:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object per record.
-
-    It has the time, level, logger, process, message, request id, exception, and the entries of
-    `extra={"fields": …}`.
-    """
+    """Formats a record as JSON: its usual fields, the request id and `extra={"fields": …}`."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Encode a record."""
@@ -66,7 +62,7 @@ def configure_logging(level: str, *, stream: TextIO | None = None) -> None:
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    # The middleware writes a better access log; the client library's lines would repeat URLs.
+    # The middleware writes the access log; lines of the client library would repeat URLs.
     for name in ("uvicorn.access", "httpx", "httpcore"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in ("uvicorn", "uvicorn.error"):

@@ -75,8 +75,7 @@ class ServerSettings(_Section):
         http_workers: HTTP processes; `auto` takes one per four cores, at most 8.
         devices: `auto`, `cpu`, `cpu:0`, `cuda:0`, …; `auto` takes the best found.
         grace_s: time that accepted requests get to finish after SIGTERM.
-        ready_within_s: age up to which a device's last completed pass counts as proof of its
-            health.
+        ready_within_s: maximum age of the last completed pass of a healthy device.
     """
 
     host: str = "127.0.0.1"
@@ -95,7 +94,7 @@ class ServerSettings(_Section):
 
 
 class LimitSettings(_Section):
-    """`[limits]`: what one request may cost.
+    """`[limits]`: limits of one request.
 
     Attributes:
         max_body_mb: whole request body, in millions of bytes.
@@ -103,12 +102,12 @@ class LimitSettings(_Section):
         max_options_kb: options in a multipart part, in thousands of bytes.
         max_pixels: width times height of one image.
         max_images: images in one request.
-        max_results: explanations, or statistics of layers, in one answer.
+        max_results: explanations, or statistics of layers, in one response.
         max_wait_s: estimated wait for a device beyond which a request is refused.
-        timeout_s: deadline of a request that names none.
-        max_timeout_s: longest deadline that a request may name; longer ones are cut.
-        max_concurrent_per_key: requests for images that one key may have under way, in all HTTP
-            processes together; None = any number.
+        timeout_s: deadline of a request without one.
+        max_timeout_s: longest deadline; longer ones are cut.
+        max_concurrent_per_key: image requests in flight of one key, in all HTTP processes together;
+            None = unlimited.
     """
 
     max_body_mb: Annotated[float, Field(gt=0, le=2000)] = 20.0
@@ -142,11 +141,11 @@ class SecuritySettings(_Section):
     """`[security]`.
 
     Attributes:
-        api_keys: keys that open `/v1`, as `sha256:<hex>`; plain ones are hashed at once. None =
-            open to all.
-        admin_keys: keys that open everything; none = the admin API is off.
-        allowed_url_hosts: hosts (`example.org`, `*.example.org`) that image URLs may name; none =
-            no URLs.
+        api_keys: keys for `/v1`, as `sha256:<hex>`; plain ones are hashed at once. Without keys the
+            API is open to all.
+        admin_keys: keys for everything; without them the admin API is off.
+        allowed_url_hosts: hosts (`example.org`, `*.example.org`) allowed in image URLs; without
+            them URLs are refused.
         cors_origins: origins of web pages that may call the API.
     """
 
@@ -157,17 +156,17 @@ class SecuritySettings(_Section):
 
 
 class WorkerSettings(_Section):
-    """`[workers]`: how device workers are run and watched.
+    """`[workers]`: the device workers and their supervision.
 
     Attributes:
         threads: torch threads of a CPU worker; None shares the cores among the CPU devices.
         restarts: restarts of one process within `restart_window_s` before the service gives up.
         restart_window_s: the window of that budget.
-        hang_floor_s: shortest time after which a running batch is called a hang.
-        hang_factor: times its predicted duration after which a running batch is called a hang.
-        canary_s: pause after which an idle device proves itself by a real pass.
-        keep_heap: whether CPU workers keep freed memory for the next pass (glibc only); faster, a
-            little larger.
+        hang_floor_s: minimum age of a running batch that counts as a hang.
+        hang_factor: multiple of its predicted duration after which a batch counts as a hang.
+        canary_s: idle time after which a device runs a pass to prove that it works.
+        keep_heap: whether CPU workers keep freed memory for the next pass (glibc only); faster, but
+            a little larger.
     """
 
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
@@ -183,9 +182,9 @@ class TracingSettings(_Section):
     """`[tracing]`: OpenTelemetry; needs the extra `otel`.
 
     Attributes:
-        enabled: None = if there is an `endpoint`, here or in OpenTelemetry's own variables.
-        endpoint: base address of an OTLP collector that speaks HTTP, such as
-            `http://127.0.0.1:4318`; None leaves it to OpenTelemetry's own variables.
+        enabled: None = if an `endpoint` is set, here or in OpenTelemetry's own variables.
+        endpoint: base URL of an OTLP/HTTP collector, such as `http://127.0.0.1:4318`; None = that
+            of OpenTelemetry's own variables.
     """
 
     enabled: bool | None = None
@@ -193,15 +192,14 @@ class TracingSettings(_Section):
 
 
 class Settings(_Section):
-    """All settings, valid and complete; `load_settings` makes them for the service.
+    """All settings, valid and complete; `load_settings` reads them for the service.
 
-    They read neither environment nor file, so that they can travel to other processes as JSON
+    They depend on neither environment nor file, so that they can be sent to other processes as JSON
     (`model_dump_json`, `model_validate_json`).
 
     Attributes:
-        models: the catalog; the embedded default model when none is configured.
-        default_model: name of the model that answers requests naming none; the first one unless
-            configured.
+        models: the catalog; the embedded default model unless configured.
+        default_model: name of the model for requests without one; the first one unless configured.
         base_dir: folder against which relative paths of the catalog are resolved.
     """
 

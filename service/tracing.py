@@ -1,4 +1,4 @@
-"""Traces of requests by OpenTelemetry's API; its SDK is imported only where tracing is on.
+"""Traces of requests by OpenTelemetry's API; its SDK is imported only if tracing is on.
 
 The span of a request is started here rather than by OpenTelemetry's ASGI instrumentation, which
 names spans by raw path instead of route, records whole URLs, uses outdated attribute names unless
@@ -54,7 +54,7 @@ class RequestTrace:
         span.end(epoch_ns(ended))
 
     def end(self, *, method: str, route: str, status: int, code: str) -> None:
-        """End the span; `code` is the error code, empty if there is none."""
+        """End the span; `code` is the error code, empty on success."""
         self._span.update_name(f"{method} {route}")
         self._span.set_attributes(
             {
@@ -78,7 +78,7 @@ class HttpTracing:
         self._tracer = provider.get_tracer("heatlens.http")
 
     def request(self, headers: Mapping[str, str]) -> RequestTrace:
-        """Start a request's span, in the trace that its headers name if they do."""
+        """Start a request's span, in the trace named by its headers, if any."""
         return RequestTrace(self._tracer, headers)
 
     def close(self) -> None:
@@ -87,7 +87,7 @@ class HttpTracing:
 
 
 current: ContextVar[RequestTrace | None] = ContextVar("request_trace", default=None)
-"""Trace of the request that the running task answers; None if there is none."""
+"""Trace of the request that the running task handles; None if it is not traced."""
 
 
 def traceparent() -> str:
@@ -104,10 +104,9 @@ def stage(name: str, *, began: float, ended: float) -> None:
 
 
 def is_on(settings: TracingSettings) -> bool:
-    """Whether spans are made.
+    """Whether spans are made: by default if a collector is configured.
 
-    If the settings leave it open, they are made where the SDK is installed and its variables name
-    a collector.
+    A collector that only OpenTelemetry's own variables name counts if the SDK is installed.
     """
     if settings.enabled is not None:
         return settings.enabled
@@ -124,14 +123,14 @@ def is_installed() -> bool:
 
 
 def http_tracing(settings: TracingSettings) -> HttpTracing | None:
-    """Tracing of an HTTP process; None where it is off."""
+    """Tracing of an HTTP process; None if it is off."""
     return HttpTracing(make_provider(settings, process="http")) if is_on(settings) else None
 
 
 def make_provider(settings: TracingSettings, *, process: str) -> TracerProvider:
     """Make the provider that sends spans to an OTLP collector over HTTP, in the background.
 
-    It does not become the global provider, for which FastAPI would make spans of its own.
+    It is not made the global provider, for which FastAPI would make spans of its own.
 
     Args:
         settings: without an endpoint, OpenTelemetry's own variables name the collector.

@@ -1,4 +1,4 @@
-"""The service's pipeline without a server: files in, files out, with the device in this process."""
+"""`heatlens explain` and `heatlens models`: the service's pipeline on a device of this process."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import itertools
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from models.errors import HeatlensError, ModelLoadFailed, UnknownModel, WorkerLost
+from models.errors import HeatlensError, ModelLoadFailed, UnknownModel
 from models.imaging.decode import DecodeLimits
 from models.types import ModelInfo, Struct
 from service.api.body import ImageInput
@@ -23,12 +24,11 @@ from service.api.plan import choose_model, job_options, make_plan
 from service.cli.files import ImageFile, write_result
 from service.devices.pool import DevicePool
 from service.hardware import available_cores
-from service.settings import Settings
+from service.settings import LimitSettings, Settings
 from service.worker.local import LocalPool
 
 _TIMEOUT_S = 86_400.0
 _MAX_WAIT_S = 3600.0
-_POLL_S = 0.02
 _MIN_IN_FLIGHT = 4
 _MAX_IN_FLIGHT = 32
 
@@ -48,7 +48,7 @@ class Explained(Struct):
     def summary(self) -> dict[str, Any]:
         """The image, its predictions and its overlays, for a line of JSON."""
         return {
-            "picture": str(self.image.path),
+            "image": str(self.image.path),
             "predictions": self.result["predictions"],
             "overlays": [str(path) for path in self.overlays],
         }
@@ -69,7 +69,7 @@ class Failed(Struct):
 async def load_models(settings: Settings) -> Sequence[ModelInfo]:
     """Load every configured model once; broken ones have a reason."""
     async with _local_pool(settings) as pool:
-        return await _wait_for_models(pool, settings)
+        return pool.models()
 
 
 async def explain_files(
@@ -95,7 +95,7 @@ async def explain_files(
     chosen = validate(ExplainOptions, {**options, "outputs": ["overlay"]})
     settings = _with_one_model(settings, chosen.model)
     async with _local_pool(settings) as pool:
-        model = _choose_model(chosen.model, await _wait_for_models(pool, settings), settings)
+        model = _choose_model(chosen.model, pool.models(), settings)
         # Options that do not fit the model fail here, once for all images.
         job_options(chosen, model)
         in_flight = min(max(2 * model.card.best_batch, _MIN_IN_FLIGHT), _MAX_IN_FLIGHT)
@@ -104,22 +104,20 @@ async def explain_files(
                 max_bytes=settings.limits.max_image_bytes, max_pixels=settings.limits.max_pixels
             )
             pipeline = Pipeline(pool, limits=caps, threads=threads)
-            runner = _Runner(pipeline, model=model, options=chosen, settings=settings)
+            runner = _Runner(pipeline, model, chosen, settings.limits)
             work = (runner.explain(file, folder) for file in files)
             async for report in _as_completed(work, limit=in_flight):
                 yield report
 
 
+@dataclass(frozen=True, slots=True)
 class _Runner:
     """Runs files through a pipeline, with the same model and options for all."""
 
-    def __init__(
-        self, pipeline: Pipeline, *, model: ModelInfo, options: ExplainOptions, settings: Settings
-    ) -> None:
-        self._pipeline = pipeline
-        self._model = model
-        self._options = options
-        self._limits = settings.limits
+    pipeline: Pipeline
+    model: ModelInfo
+    options: ExplainOptions
+    limits: LimitSettings
 
     async def explain(self, file: ImageFile, folder: Path) -> Explained | Failed:
         """Explain one file and write its result."""
@@ -128,13 +126,13 @@ class _Runner:
             now = time.monotonic()
             plan = make_plan(
                 [ImageInput(data=data)],
-                self._options,
-                self._model,
-                limits=self._limits,
+                self.options,
+                self.model,
+                limits=self.limits,
                 started=now,
                 deadline=now + _TIMEOUT_S,
             )
-            reply = await self._pipeline.run(plan)
+            reply = await self.pipeline.run(plan)
             result = msgspec.to_builtins(reply.results[0])
             overlays = await asyncio.to_thread(write_result, result, name=file.name, folder=folder)
         except HeatlensError as error:
@@ -146,7 +144,7 @@ class _Runner:
     def _read(self, path: Path) -> bytes:
         """Read at most one byte more than is allowed, which the decoder then refuses."""
         with path.open("rb") as stream:
-            return stream.read(self._limits.max_image_bytes + 1)
+            return stream.read(self.limits.max_image_bytes + 1)
 
 
 async def _as_completed(
@@ -170,25 +168,14 @@ async def _as_completed(
 
 @contextlib.asynccontextmanager
 async def _local_pool(settings: Settings) -> AsyncIterator[DevicePool]:
+    """A pool in which every configured model is ready or unavailable."""
     pool = LocalPool(settings)
     await pool.start()
     try:
+        await pool.wait_loaded()
         yield pool
     finally:
         await pool.close()
-
-
-async def _wait_for_models(pool: DevicePool, settings: Settings) -> Sequence[ModelInfo]:
-    """Wait until every configured model is ready or unavailable."""
-    wanted = {(spec.name, spec.version) for spec in settings.models}
-    while True:
-        models = pool.models()
-        cards = [model.card for model in models]
-        if wanted <= {(c.name, c.version) for c in cards if c.state in {"ready", "unavailable"}}:
-            return models
-        if any(device.state == "lost" for device in pool.devices()):
-            raise WorkerLost("The device was lost while the models were loaded.")
-        await asyncio.sleep(_POLL_S)
 
 
 def _with_one_model(settings: Settings, reference: str | None) -> Settings:
@@ -197,7 +184,7 @@ def _with_one_model(settings: Settings, reference: str | None) -> Settings:
     specs = [s for s in settings.models if s.name == name and version in {"", s.version}]
     if not specs:
         known = ", ".join(f"{spec.name}@{spec.version}" for spec in settings.models)
-        raise UnknownModel(f"There is no such model. Configured: {known}.", field="model")
+        raise UnknownModel(f"The model is not configured. Known are: {known}.", field="model")
     limits = settings.limits.model_copy(update={"max_wait_s": _MAX_WAIT_S})
     return settings.model_copy(update={"models": specs, "default_model": name, "limits": limits})
 

@@ -1,8 +1,9 @@
-"""Image files on disk: which of them to explain, and where their results are written."""
+"""Image files on disk: the search for images and the writing of results."""
 
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +17,7 @@ SUFFIX_BY_MEDIA_TYPE = {"image/jpeg": ".jpg", "image/png": ".png", "image/webp":
 
 
 class ImageFile(Struct):
-    """An image file, and the unique name under which its results are written."""
+    """An image file and the unique name under which its results are written."""
 
     path: Path
     name: str
@@ -89,9 +90,5 @@ def slug(text: str) -> str:
 
 def _free_path(folder: Path, stem: str, suffix: str, *, taken: list[Path]) -> Path:
     """The path of this name, or with a number: two targets may have the same label."""
-    path = folder / f"{stem}{suffix}"
-    number = 2
-    while path in taken:
-        path = folder / f"{stem}-{number}{suffix}"
-        number += 1
-    return path
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    return next(path for name in names if (path := folder / f"{name}{suffix}") not in taken)

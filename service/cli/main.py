@@ -99,14 +99,9 @@ def serve(
     - `heatlens serve`
     - `heatlens serve --config heatlens.toml --port 9000 --devices cuda:0,cuda:1`
     """
-    given = {
-        "host": host,
-        "port": port,
-        "devices": devices,
-        "http_workers": http_workers,
-        "log_level": log_level,
-    }
-    server = {key: value for key, value in given.items() if value is not None}
+    server = _given(
+        host=host, port=port, devices=devices, http_workers=http_workers, log_level=log_level
+    )
     settings = _settings(config, server)
     from service.configuration import ConfigurationSource
     from service.logs import configure_logging
@@ -153,7 +148,7 @@ def explain(
     ] = None,
     alpha: Annotated[float | None, typer.Option(help="Opacity of the overlay, 0 to 1.")] = None,
     canvas: Annotated[
-        str | None, typer.Option(help="input (what the model saw) or original (the whole image).")
+        str | None, typer.Option(help="input (the crop that the model saw) or original.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -168,16 +163,15 @@ def explain(
     - `heatlens explain photos/ -o out -m gradcam -m layercam -t top1 -t tabby`
     - `heatlens explain cat.jpg --canvas original --colormap viridis --json`
     """
-    given = {
-        "methods": method,
-        "targets": target,
-        "layers": layer,
-        "model": model,
-        "colormap": colormap,
-        "alpha": alpha,
-        "canvas": canvas,
-    }
-    options = {key: value for key, value in given.items() if value is not None}
+    options = _given(
+        methods=method,
+        targets=target,
+        layers=layer,
+        model=model,
+        colormap=colormap,
+        alpha=alpha,
+        canvas=canvas,
+    )
     files = find_images(images)
     if not files:
         raise typer.BadParameter("There are no images in these folders.", param_hint="IMAGE")
@@ -227,7 +221,7 @@ async def _explain(
 def models(*, config: Config = None, as_json: AsJson = False) -> None:
     """Load and check the configured models and list their properties.
 
-    The exit code is 1 if a model is unavailable; the list has the reason.
+    The exit code is 1 if a model is unavailable; the list gives the reason.
 
     For example:
 
@@ -248,6 +242,11 @@ def models(*, config: Config = None, as_json: AsJson = False) -> None:
         raise typer.Exit(EXIT_SOME_FAILED)
 
 
+def _given(**values: object) -> dict[str, Any]:
+    """The options that were given on the command line."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def _settings(config: Path | None, server: Mapping[str, Any] | None = None) -> Settings:
     try:
         return load_settings(config, overrides={"server": server} if server else None)
@@ -256,7 +255,7 @@ def _settings(config: Path | None, server: Mapping[str, Any] | None = None) -> S
 
 
 def _bad_parameter(error: HeatlensError) -> typer.BadParameter:
-    """The error of the API as one of the command line, about the flag that sets its field."""
+    """Turn an error of the API into one about the flag that sets its field."""
     if error.field is None:
         return typer.BadParameter(error.message)
     option = error.field.split(".")[0]

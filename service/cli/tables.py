@@ -1,4 +1,4 @@
-"""The lists that the command line prints: predictions, failures, models."""
+"""Lists of predictions, failures and models for the terminal."""
 
 from __future__ import annotations
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from models.catalog import ModelSpec
 from models.errors import ModelLoadFailed, NotReady, UnknownModel
@@ -15,20 +14,12 @@ from service.devices.messages import Ack, Load, Unload, from_wire
 from service.devices.runtime_dir import RuntimeDir, holds
 
 
-@dataclass(slots=True, eq=False)
-class _Command:
-    """A load or unload that a worker has not acknowledged."""
-
-    connection: WorkerConnection
-    result: asyncio.Future[Failure | None]
-
-
 class ModelCommands:
     """Sends commands to workers and waits for the acknowledgements."""
 
     def __init__(self, runtime: RuntimeDir) -> None:
         self._runtime = runtime
-        self._pending: dict[str, _Command] = {}
+        self._pending: dict[str, tuple[WorkerConnection, asyncio.Future[Failure | None]]] = {}
 
     async def load(self, spec: ModelSpec, connections: Collection[WorkerConnection]) -> None:
         """Load or replace a model version on its devices.
@@ -37,7 +28,7 @@ class ModelCommands:
 
         Args:
             spec: the model.
-            connections: the current ones; read again at the end.
+            connections: a live view of the current ones, because they change meanwhile.
 
         Raises:
             ModelLoadFailed: it could not be loaded or verified.
@@ -47,19 +38,16 @@ class ModelCommands:
         if not own:
             raise NotReady("None of the model's devices is up.")
         text = spec.model_dump_json()
+
+        def message(request_id: str) -> Load:
+            return Load(request_id=request_id, spec=text)
+
         for group in (own[:1], own[1:]):
-            up = [connection for connection in group if connection in connections]
-            await self._run(
-                [(connection, Load(request_id=_new_id(), spec=text)) for connection in up]
-            )
+            await self._run(message, (c for c in group if c in connections))
         await asyncio.to_thread(self._runtime.change_catalog, lambda specs: _with(specs, spec))
         # Workers that have come up since may have read the catalog before it was changed.
-        new = [
-            connection
-            for connection in connections
-            if holds(spec, connection.device) and connection not in own
-        ]
-        await self._run([(connection, Load(request_id=_new_id(), spec=text)) for connection in new])
+        new = [c for c in connections if holds(spec, c.device) and c not in own]
+        await self._run(message, new)
 
     async def unload(
         self, name: str, version: str | None, *, connections: Collection[WorkerConnection]
@@ -67,7 +55,7 @@ class ModelCommands:
         """Drop a model version (None: all of them) everywhere once its jobs are done.
 
         Raises:
-            UnknownModel: no device has it.
+            UnknownModel: it is not loaded on any device.
         """
         own = [
             connection
@@ -80,51 +68,44 @@ class ModelCommands:
         await asyncio.to_thread(
             self._runtime.change_catalog, lambda specs: _without(specs, name, version)
         )
-        await self._run(
-            [
-                (connection, Unload(request_id=_new_id(), name=name, version=version))
-                for connection in own
-            ]
-        )
+        await self._run(lambda id_: Unload(request_id=id_, name=name, version=version), own)
 
     def on_ack(self, ack: Ack) -> None:
         """Complete the acknowledged command."""
-        command = self._pending.get(ack.request_id)
-        if command is not None and not command.result.done():
-            command.result.set_result(ack.failure)
+        if ack.request_id in self._pending:
+            _, result = self._pending[ack.request_id]
+            if not result.done():
+                result.set_result(ack.failure)
 
     def on_disconnect(self, connection: WorkerConnection) -> None:
         """Fail the commands that an exited worker can no longer acknowledge."""
         lost = ModelLoadFailed("The device worker exited before the model was loaded.")
-        for request_id, command in self._pending.items():
-            if command.connection is connection and not command.result.done():
-                command.result.set_result(Failure.of(request_id, lost))
+        for request_id, (receiver, result) in self._pending.items():
+            if receiver is connection and not result.done():
+                result.set_result(Failure.of(request_id, lost))
 
-    async def _run(self, commands: Sequence[tuple[WorkerConnection, Load | Unload]]) -> None:
-        """Send commands and wait for all of them.
+    async def _run(
+        self, message: Callable[[str], Load | Unload], connections: Iterable[WorkerConnection]
+    ) -> None:
+        """Send a command, made for its request id, to each worker, and wait for all of them.
 
         Raises:
             HeatlensError: the first failure.
         """
         loop = asyncio.get_running_loop()
-        results: list[asyncio.Future[Failure | None]] = []
-        for connection, message in commands:
-            results.append(loop.create_future())
-            self._pending[message.request_id] = _Command(connection, results[-1])
-            connection.send(message)
+        own: dict[str, asyncio.Future[Failure | None]] = {}
+        for connection in connections:
+            request_id = uuid.uuid4().hex
+            own[request_id] = loop.create_future()
+            self._pending[request_id] = (connection, own[request_id])
+            connection.send(message(request_id))
         try:
-            failures = [
-                failure for failure in await asyncio.gather(*results) if failure is not None
-            ]
+            failures = [f for f in await asyncio.gather(*own.values()) if f is not None]
         finally:
-            for _, message in commands:
-                del self._pending[message.request_id]
+            for request_id in own:
+                del self._pending[request_id]
         if failures:
             raise from_wire(failures[0])
-
-
-def _new_id() -> str:
-    return uuid.uuid4().hex
 
 
 def _with(specs: Sequence[ModelSpec], spec: ModelSpec) -> list[ModelSpec]:

@@ -17,7 +17,7 @@ from service.devices.messages import (
     Hello,
     MalformedMessage,
     ToWorker,
-    decode_from_worker,
+    decode,
     encode,
 )
 from service.devices.runtime_dir import RuntimeDir
@@ -31,8 +31,7 @@ _RECONNECT_MS = 20
 class WorkerConnection:
     """Sends messages to one worker process and receives its messages.
 
-    Each incarnation has its own address: late messages from or to a worker that has exited end with
-    its connection.
+    Each incarnation has its own address, so that late messages never reach its successor.
 
     Attributes:
         infos: models of the device as last reported, by name and version.
@@ -57,7 +56,7 @@ class WorkerConnection:
         self._on_message = on_message
         self._status = WorkerStatusFile.open(runtime.status_file(device, incarnation))
         self._socket = context.socket(zmq.DEALER)
-        # Unlimited: what is queued is bounded by the in-flight jobs of the pool.
+        # Unlimited: the in-flight jobs of the pool bound the queue.
         self._socket.set(zmq.SNDHWM, 0)
         self._socket.set(zmq.RCVHWM, 0)
         self._socket.set(zmq.LINGER, 0)
@@ -76,11 +75,11 @@ class WorkerConnection:
         return self._status.read()
 
     def note_others(self, others_ms: float) -> None:
-        """Remember the estimated device time that other clients have queued there."""
+        """Remember the estimated device time of the jobs that other clients have queued there."""
         self._others_ms, self._others_at = others_ms, time.monotonic()
 
     def load_ms(self) -> float:
-        """Estimated device time queued there; the others' part has shrunk since it was reported."""
+        """Estimated device time queued there, less the time since the others' part was reported."""
         since_ms = 1000 * (time.monotonic() - self._others_at)
         return sum(self.outstanding.values()) + max(0.0, self._others_ms - since_ms)
 
@@ -96,7 +95,7 @@ class WorkerConnection:
         while True:
             frames = await self._socket.recv_multipart(copy=False)
             try:
-                message = decode_from_worker([frame.buffer for frame in frames])
+                message = decode([frame.buffer for frame in frames], FromWorker)
             except MalformedMessage:
                 log.exception("device %s sent a malformed message", self.device)
                 continue

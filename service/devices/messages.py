@@ -35,11 +35,11 @@ class Hello(Message, frozen=True, kw_only=True):
 
 
 class Submission(Message, frozen=True, kw_only=True):
-    """A job with what the service needs to schedule, retry and trace it.
+    """A job with the data to schedule, retry and trace it.
 
     Attributes:
-        deadline: monotonic time after which nobody waits for the result.
-        digest: digest of model and input, by which an input is recognised after a worker's exit.
+        deadline: monotonic time after which the result is useless.
+        digest: digest of model and input, which identifies an input after a worker's exit.
         worker_exits: worker exits that this job was already part of; such a job runs alone.
         traceparent: W3C trace context, empty when tracing is off.
         request_id: id of the HTTP request, for logs.
@@ -95,12 +95,20 @@ class Completion(Struct):
     batch_size: int = 1
     device: str = ""
 
+    @property
+    def id(self) -> str:
+        """The job's id."""
+        return self.outcome.id
+
+
+JobResult = Completion | Failure
+
 
 class Results(Message, frozen=True, kw_only=True):
     """Results of jobs of the receiving client.
 
     Attributes:
-        others_ms: estimated device time of what other clients have queued on the device.
+        others_ms: estimated device time of the jobs that other clients have queued.
     """
 
     completions: tuple[Completion, ...] = ()
@@ -149,9 +157,7 @@ def encode(message: Message) -> list[Frame]:
         if not isinstance(value, np.ndarray):
             raise TypeError(f"{type(value).__name__} cannot be sent")
         if value.dtype.name not in _DTYPES or value.ndim > MAX_DIMENSIONS:
-            raise TypeError(
-                f"an array of {value.dtype} with {value.ndim} dimensions cannot be sent"
-            )
+            raise TypeError(f"an array of {value.dtype} and shape {value.shape} cannot be sent")
         little_endian = np.ascontiguousarray(value, dtype=_DTYPES[value.dtype.name])
         frames.append(little_endian.reshape(-1).view(np.uint8).data)
         return _ArrayRef(len(frames) - 1, value.dtype.name, value.shape)
@@ -160,27 +166,15 @@ def encode(message: Message) -> list[Frame]:
     return frames
 
 
-def decode_to_worker(frames: Sequence[Frame]) -> ToWorker:
-    """Read what a client sent.
+def decode(frames: Sequence[Frame], kinds: Any) -> Any:
+    """Read a message of one of `kinds`: `ToWorker` or `FromWorker`.
+
+    Its arrays are read-only views of the frames.
 
     Raises:
         MalformedMessage: the frames are not such a message.
     """
-    message: ToWorker = _decode(frames, ToWorker)
-    return message
 
-
-def decode_from_worker(frames: Sequence[Frame]) -> FromWorker:
-    """Read what a worker sent; arrays are read-only views of the frames.
-
-    Raises:
-        MalformedMessage: the frames are not such a message.
-    """
-    message: FromWorker = _decode(frames, FromWorker)
-    return message
-
-
-def _decode(frames: Sequence[Frame], kinds: Any) -> Any:
     def array(expected: type, value: object) -> np.ndarray:
         if expected is not np.ndarray:
             raise MalformedMessage(f"no decoder for {expected}")

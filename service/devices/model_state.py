@@ -19,11 +19,11 @@ def model_key(info: ModelInfo) -> tuple[str, str]:
 
 
 def with_fingerprint(info: ModelInfo) -> ModelInfo:
-    """Add the fingerprint: a digest of everything that requests are resolved against.
+    """Add the fingerprint, a digest of all properties that requests are resolved against.
 
-    It covers labels, classes, input and layers, so that a job never runs on a model it was not
-    meant for. Devices that hold the same model agree on it, and so does a worker after its restart.
-    Weights are left out: models that differ in nothing else can answer each other's requests.
+    It covers labels, classes, input and layers, so that a job runs only on the model that it was
+    resolved against. It is the same on all devices and after a restart. Weights are left out:
+    models that differ in nothing else accept the same requests.
     """
     card = info.card
     resolved = (
@@ -65,12 +65,12 @@ def merge(
 ) -> list[ModelInfo]:
     """Merge the models of all devices: one entry for each version, in order of appearance.
 
-    A model is ready if requests for it are accepted: it is warm on a device, or was warm on a
+    A model is ready, and requests for it are accepted, if it is warm on a device or was warm on a
     device that is restarting.
 
     Args:
         by_device: the last report of each device.
-        connected: devices whose worker runs.
+        connected: devices with a running worker.
         coming: devices that run or will run again.
     """
     found: dict[tuple[str, str], dict[str, ModelInfo]] = {}

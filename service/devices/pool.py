@@ -1,20 +1,23 @@
 """`DevicePool`, the interface between HTTP and devices.
 
-Two implementations: `SocketPool` (the service) and `LocalPool` (one device in this process, for
-notebooks, the command line and replicas of other serving frameworks).
+`SocketPool` implements it for the service; `LocalPool` runs one device in this process, for
+notebooks, the command line and replicas of other serving frameworks.
 """
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Sequence
 from typing import Annotated, Literal, Protocol
 
 from msgspec import Meta
 
 from models.catalog import ModelSpec
+from models.errors import DeadlineExceeded
 from models.methods import METHODS
-from models.types import JobOptions, ModelInfo, Struct
-from service.devices.messages import Completion, Submission
+from models.types import Failure, JobOptions, ModelInfo, Struct
+from service.devices.messages import Completion, JobResult, Submission, from_wire
 from service.devices.status import BatchCount
 
 DeviceHealth = Literal["starting", "ready", "lost", "draining"]
@@ -24,10 +27,10 @@ class DeviceReport(Struct):
     """The state of one device, as readiness reports it.
 
     Attributes:
-        last_pass_s: seconds since the device last completed a real pass; None if it never did.
+        last_pass_s: seconds since the last completed real pass; None before the first.
         queue_depth: jobs waiting or running.
         models: warm models, as `name@version`.
-        restarts: number of times the worker was restarted.
+        restarts: restarts of the worker.
     """
 
     device: str
@@ -61,11 +64,9 @@ class DevicePool(Protocol):
 
     async def start(self) -> None:
         """Connect; returns before any device is ready."""
-        ...
 
     async def close(self) -> None:
         """Refuse new jobs, fail the outstanding ones with `Draining`, release everything."""
-        ...
 
     async def submit(self, submission: Submission) -> Completion:
         """Run one job. Cancelling the awaiting task cancels the job.
@@ -75,23 +76,19 @@ class DevicePool(Protocol):
                 `Draining`, `WorkerLost`, `InputQuarantined`, `UnknownModel`, `ModelReplaced`, or
                 an error found by the engine.
         """
-        ...
 
     def models(self) -> Sequence[ModelInfo]:
         """Every configured model version, merged over the devices, with the reasons of failures."""
-        ...
 
     def devices(self) -> Sequence[DeviceStatus]:
         """Every configured device."""
-        ...
 
     async def load(self, spec: ModelSpec) -> None:
-        """Load or replace a model version on its devices; it answers requests once it is warm.
+        """Load or replace a model version on its devices; it serves requests once it is warm.
 
         Raises:
             HeatlensError: it could not be loaded; the old version keeps serving.
         """
-        ...
 
     async def unload(self, name: str, version: str | None = None) -> None:
         """Let a model (version) finish its jobs, then drop it.
@@ -99,10 +96,26 @@ class DevicePool(Protocol):
         Raises:
             UnknownModel: it is not loaded.
         """
-        ...
+
+
+async def wait_for(result: asyncio.Future[JobResult], *, deadline: float) -> Completion:
+    """Wait for a job's result until its deadline, a time of `time.monotonic`.
+
+    Raises:
+        DeadlineExceeded: the deadline passed first.
+        HeatlensError: the job's failure.
+    """
+    try:
+        async with asyncio.timeout(deadline - time.monotonic()):
+            outcome = await result
+    except TimeoutError:
+        raise DeadlineExceeded("The deadline passed before the result was ready.") from None
+    if isinstance(outcome, Failure):
+        raise from_wire(outcome)
+    return outcome
 
 
 def is_long(options: JobOptions) -> bool:
-    """Whether a job takes more than its one pass and head passes."""
+    """Whether a job takes more passes than the one that an interactive job takes."""
     methods = (METHODS[name] for name in options.methods if name in METHODS)
     return bool(options.faithfulness) or any(m.cost in {"passes", "many"} for m in methods)

@@ -1,4 +1,4 @@
-"""The private folder through which supervisor, HTTP processes and device workers find each other."""
+"""The private folder that the supervisor, HTTP processes and device workers share."""
 
 from __future__ import annotations
 
@@ -26,12 +26,22 @@ _PR_SET_PDEATHSIG = 1
 class RuntimeDir:
     """Paths of the files in the folder, and access to those that are read and written whole.
 
-    Status file and socket carry the worker's incarnation in their names: an old one can never be
+    The names of status files and sockets include the worker's incarnation: an old one is never
     mistaken for that of a new worker, and no file is rewritten while others have it mapped.
+
+    Attributes:
+        states_file: the states of all devices; see `DeviceStatesFile`.
+        settings_file: the configuration in force.
+        metrics_dir: folder in which HTTP processes keep their parts of the metrics.
+        limiter_dir: folder in which HTTP processes share the requests in flight of each key.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.states_file = path / "devices"
+        self.settings_file = path / "settings.json"
+        self.metrics_dir = path / "metrics"
+        self.limiter_dir = path / "limiter"
 
     @classmethod
     def create(cls) -> RuntimeDir:
@@ -40,7 +50,7 @@ class RuntimeDir:
         Raises:
             OSError: the temporary folder's path is too long for a socket in it.
         """
-        path = Path(tempfile.mkdtemp(prefix="heatlens-"))  # mkdtemp makes it 0700
+        path = Path(tempfile.mkdtemp(prefix="heatlens-"))
         runtime = cls(path)
         if len(os.fsencode(runtime.socket_path("cuda:000", 1_000_000))) > _SOCKET_PATH_LIMIT:
             path.rmdir()
@@ -48,21 +58,6 @@ class RuntimeDir:
         for folder in (runtime.metrics_dir, runtime.limiter_dir):
             folder.mkdir(mode=0o700)
         return runtime
-
-    @property
-    def states_file(self) -> Path:
-        """The record of all devices; see `DeviceStatesFile`."""
-        return self.path / "devices"
-
-    @property
-    def metrics_dir(self) -> Path:
-        """Folder in which HTTP processes keep their parts of the metrics."""
-        return self.path / "metrics"
-
-    @property
-    def limiter_dir(self) -> Path:
-        """Folder in which HTTP processes share the requests in flight of each key."""
-        return self.path / "limiter"
 
     def forget_http(self, pid: int) -> None:
         """Remove the records of an HTTP process that has exited; its counters stay."""
@@ -83,11 +78,6 @@ class RuntimeDir:
         return f"ipc://{self.socket_path(device, incarnation)}"
 
     # ---------------------------------------------------------------- configuration
-
-    @property
-    def settings_file(self) -> Path:
-        """The configuration in force."""
-        return self.path / "settings.json"
 
     def write_settings(self, settings: Settings) -> None:
         """Publish the configuration, including the hashes of keys."""
@@ -122,15 +112,16 @@ class RuntimeDir:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             self.write_catalog(change(self.read_catalog()))
         finally:
-            os.close(descriptor)  # releases the lock
+            # Releases the lock.
+            os.close(descriptor)
 
 
 class SettingsLease:
-    """The configuration that a process serves by, with a lock that shows that it does.
+    """The configuration that a process uses, with a lock that tells the others so.
 
-    Each HTTP process holds a shared lock on the version of the settings file that it serves by,
-    until its last request under that version has finished. Locks end with their process, so the
-    others can wait for a version to be unused without counting processes.
+    Each HTTP process holds a shared lock on its version of the settings file until its last request
+    under that version has finished. Locks end with their process, so the others can wait for a
+    version to be unused without counting processes.
 
     Raises:
         OSError: the file does not exist.
@@ -144,7 +135,8 @@ class SettingsLease:
             fcntl.flock(self._descriptor, fcntl.LOCK_SH)
             if self.is_current():
                 break
-            os.close(self._descriptor)  # replaced between opening and locking
+            # It was replaced between opening and locking.
+            os.close(self._descriptor)
         with os.fdopen(os.dup(self._descriptor), "rb") as file:
             self.settings = Settings.model_validate_json(file.read())
 
@@ -154,7 +146,7 @@ class SettingsLease:
         return (own.st_dev, own.st_ino) == (published.st_dev, published.st_ino)
 
     def is_last(self) -> bool:
-        """Whether no other process serves by this version any more."""
+        """Whether all other processes have released this version."""
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -167,13 +159,13 @@ class SettingsLease:
 
 
 def holds(spec: ModelSpec, device: str) -> bool:
-    """Whether a device holds a model: by its name, or by its kind (`cpu` stands for any `cpu:N`)."""
+    """Whether a device holds a model, by its name or its kind (`cpu` stands for any `cpu:N`)."""
     kind = device.split(":", maxsplit=1)[0]
     return spec.devices is None or not {device, kind}.isdisjoint(spec.devices)
 
 
 def die_with_parent(parent_pid: int) -> None:
-    """Have the kernel kill this process when its parent exits (Linux; elsewhere only check once).
+    """Have the kernel kill this process when its parent exits; elsewhere than on Linux, check once.
 
     Args:
         parent_pid: the expected parent; if it has exited already, this process exits at once.
@@ -182,7 +174,8 @@ def die_with_parent(parent_pid: int) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
             raise OSError(ctypes.get_errno(), "prctl failed")
-    if os.getppid() != parent_pid:  # it exited before the kernel was told
+    # The parent may have exited before the kernel was told.
+    if os.getppid() != parent_pid:
         os._exit(1)
 
 

@@ -1,7 +1,7 @@
-"""One small record in a file that several processes map: one writes, any number read, nobody waits.
+"""A small record in a file that processes share: one writes it, any number read it without locks.
 
 The file has two slots. A write goes to the slot that does not hold the newest record, and carries a
-sequence number and a checksum; a reader takes the newest slot whose checksum fits. So a reader
+sequence number and a checksum; a reader takes the newest slot with a valid checksum. So a reader
 never sees half a record, and a writer that is killed half-way leaves its former record readable.
 """
 
@@ -14,7 +14,8 @@ import zlib
 from pathlib import Path
 from typing import Self
 
-_HEADER = struct.Struct("<QII")  # sequence number (0 = never written), length, checksum of all else
+# Sequence number (0 = never written), length, checksum of everything else.
+_HEADER = struct.Struct("<QII")
 _SEQUENCE = struct.Struct("<Q")
 _READ_ATTEMPTS = 8
 
@@ -35,8 +36,7 @@ class SharedRecord:
         """Make an empty record file for at most `capacity` bytes, readable by the owner only.
 
         Raises:
-            FileExistsError: there is one already; cutting a file that others have mapped would kill
-                them.
+            FileExistsError: it exists; truncating a file that others have mapped would kill them.
         """
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
@@ -47,7 +47,7 @@ class SharedRecord:
 
     @property
     def capacity(self) -> int:
-        """Most bytes that a record may have."""
+        """Maximum size of a record in bytes."""
         return self._slot_size - _HEADER.size
 
     def write(self, record: bytes) -> None:
@@ -67,7 +67,8 @@ class SharedRecord:
 
     def read(self) -> bytes | None:
         """The newest whole record; None if none was ever written."""
-        for _ in range(_READ_ATTEMPTS):  # more than one only where two writes overtook this read
+        # More than one attempt is needed only if two writes overtake this read.
+        for _ in range(_READ_ATTEMPTS):
             sequences = self._sequences()
             newest = int(sequences[1] > sequences[0])
             for slot in (newest, 1 - newest):
@@ -75,10 +76,6 @@ class SharedRecord:
                 if record is not None:
                     return record
         return None
-
-    def version(self) -> int:
-        """A number that grows with each write: cheap to poll."""
-        return max(self._sequences())
 
     def close(self) -> None:
         """Unmap the file."""

@@ -1,4 +1,4 @@
-"""`SocketPool`: the devices as seen by an HTTP process, over the workers' sockets."""
+"""`SocketPool`: gives an HTTP process access to the devices over the workers' sockets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import zmq.asyncio
 
 from models.catalog import ModelSpec
 from models.errors import (
-    DeadlineExceeded,
     Draining,
     HeatlensError,
     InputQuarantined,
@@ -31,13 +30,13 @@ from service.devices.messages import (
     Cancel,
     Completion,
     FromWorker,
+    JobResult,
     Models,
     Results,
     Submission,
-    from_wire,
 )
 from service.devices.model_state import job_ms, keep_known_models, loading_model, merge, model_key
-from service.devices.pool import DeviceHealth, DeviceStatus
+from service.devices.pool import DeviceHealth, DeviceStatus, wait_for
 from service.devices.runtime_dir import RuntimeDir, holds
 from service.devices.status import DeviceState, DeviceStates, DeviceStatesFile, WorkerStatus
 
@@ -45,6 +44,7 @@ _POLL_S = 0.02
 _MAX_WAITING = 512
 _FIRST_MODELS_S = 1.0
 _FIRST_MODELS_POLL_S = 0.002
+_QUARANTINED = "This input was on a device in two worker exits; it is not retried."
 
 
 @dataclass(slots=True, eq=False)
@@ -52,17 +52,26 @@ class _InFlight:
     """A submission with an awaiting client; `connection` is None while no device can take it."""
 
     submission: Submission
-    result: asyncio.Future[Completion | Failure]
+    result: asyncio.Future[JobResult]
     connection: WorkerConnection | None = None
     was_sent: bool = False
 
+    def resolve(self, result: JobResult) -> None:
+        """Set the result, unless there is one."""
+        if not self.result.done():
+            self.result.set_result(result)
+
+    def fail(self, error: HeatlensError) -> None:
+        """Set an error as the result, unless there is one."""
+        self.resolve(Failure.of(self.submission.job.id, error))
+
 
 class SocketPool:
-    """Implements `DevicePool`: routes jobs to workers and outlives them.
+    """Implements `DevicePool`: routes jobs to workers and survives their exits.
 
     A job goes to the device with the least estimated work among those where its model is warm. When
-    a worker exits, its unanswered jobs go elsewhere or wait for its restart. Jobs that were on the
-    device are suspects: each is retried once, alone; if that ends a worker too, the input is
+    a worker exits, its unfinished jobs go to another one or wait for its restart. Jobs that were on
+    the device are suspects: each is retried once, alone; if that ends a worker again, the input is
     quarantined.
 
     Args:
@@ -88,13 +97,14 @@ class SocketPool:
         self._context = zmq.asyncio.Context()
         self._states_file = DeviceStatesFile.open(self._runtime.states_file)
         specs = self._runtime.read_catalog()
-        for state in self._states_file.read().devices:
+        states = self._states_file.read() or DeviceStates()
+        for state in states.devices:
             held = [spec for spec in specs if holds(spec, state.device)]
             self._reported[state.device] = list(map(loading_model, held))
-        self._apply(self._states_file.read())
+        self._apply(states)
         self._watching = asyncio.create_task(self._watch())
         until = time.monotonic() + _FIRST_MODELS_S
-        while time.monotonic() < until and any(map(_awaits_models, self._connections.values())):  # noqa: ASYNC110 # it is milliseconds, once
+        while time.monotonic() < until and any(map(_awaits_models, self._connections.values())):  # noqa: ASYNC110
             await asyncio.sleep(_FIRST_MODELS_POLL_S)
 
     async def close(self) -> None:
@@ -115,7 +125,7 @@ class SocketPool:
         """Accept no new jobs, and fail the outstanding ones with `Draining` now."""
         self._closed = True
         for request in self._in_flight.values():
-            self._fail(request, Draining("The service is stopping."))
+            request.fail(Draining("The service is stopping."))
 
     # ---------------------------------------------------------------- jobs
 
@@ -123,20 +133,13 @@ class SocketPool:
         """Run one job; see `DevicePool.submit`."""
         if self._closed:
             raise Draining("The service is stopping.")
-        job_id = submission.job.id
         request = _InFlight(submission, asyncio.get_running_loop().create_future())
-        self._in_flight[job_id] = request
+        self._in_flight[submission.job.id] = request
         try:
-            async with asyncio.timeout(submission.deadline - time.monotonic()):
-                self._dispatch(request)
-                result = await request.result
-        except TimeoutError:
-            raise DeadlineExceeded("The deadline passed before the answer was ready.") from None
+            self._dispatch(request)
+            return await wait_for(request.result, deadline=submission.deadline)
         finally:
             self._discard(request)
-        if isinstance(result, Failure):
-            raise from_wire(result)
-        return result
 
     def _discard(self, request: _InFlight) -> None:
         job_id = request.submission.job.id
@@ -147,10 +150,10 @@ class SocketPool:
                 request.connection.send(Cancel(job_id=job_id))
 
     def _dispatch(self, request: _InFlight) -> None:
-        """Send a job to a device, let it wait for one, or fail it if none can come."""
+        """Send a job to a device, let it wait for one, or fail it if waiting is pointless."""
         submission, job = request.submission, request.submission.job
         if submission.digest and submission.digest in self._quarantined:
-            self._fail(request, _quarantined())
+            request.fail(InputQuarantined(_QUARANTINED))
             return
         key, fingerprint = (job.model, job.version), submission.fingerprint
         ready = [
@@ -160,15 +163,15 @@ class SocketPool:
         ]
         if not ready:
             hopeless = self._hopeless(request)
-            # A model that the request was resolved against was there a moment ago.
+            # The model was loaded a moment ago, when the request was resolved against it.
             if isinstance(hopeless, UnknownModel) and fingerprint:
-                hopeless = ModelReplaced("The model was unloaded; ask again.")
+                hopeless = ModelReplaced("The model was unloaded; try again.")
             if hopeless is not None:
-                self._fail(request, hopeless)
+                request.fail(hopeless)
             return
         fitting = [c for c in ready if fingerprint in {"", c.infos[key].fingerprint}]
         if not fitting:
-            self._fail(request, ModelReplaced("The model was replaced; ask again."))
+            request.fail(ModelReplaced("The model was replaced; try again."))
             return
         connection = min(fitting, key=WorkerConnection.load_ms)
         connection.outstanding[job.id] = job_ms(connection.infos[key].card)
@@ -180,7 +183,7 @@ class SocketPool:
         if all(state.state == "given_up" for state in self._states.devices):
             if request.was_sent:
                 return WorkerLost("The device worker was lost and will not be restarted.")
-            return NotReady("No device is left.")
+            return NotReady("All devices have failed.")
         key = (request.submission.job.model, request.submission.job.version)
         known = {model_key(info): info.card for info in self.models()}
         if key not in known:
@@ -192,10 +195,6 @@ class SocketPool:
             return Overloaded("Too many requests wait for a device.", retry_after_s=1.0)
         return None
 
-    def _fail(self, request: _InFlight, error: HeatlensError) -> None:
-        if not request.result.done():
-            request.result.set_result(Failure.of(request.submission.job.id, error))
-
     def _dispatch_waiting(self) -> None:
         for request in list(self._in_flight.values()):
             if request.connection is None and not request.result.done():
@@ -206,7 +205,7 @@ class SocketPool:
     async def _watch(self) -> None:
         while True:
             states = self._states_file.read()
-            if states is not self._states:
+            if states is not None and states is not self._states:
                 self._apply(states)
             await asyncio.sleep(_POLL_S)
 
@@ -251,16 +250,17 @@ class SocketPool:
         exits = request.submission.worker_exits + 1
         request.submission = msgspec.structs.replace(request.submission, worker_exits=exits)
         if exits >= 2:
-            self._fail(request, _quarantined())
+            request.fail(InputQuarantined(_QUARANTINED))
 
     def _on_message(self, connection: WorkerConnection, message: FromWorker) -> None:
         match message:
             case Results(completions=completions, failures=failures, others_ms=others_ms):
                 connection.note_others(others_ms)
-                for completion in completions:
-                    self._resolve(connection, completion.outcome.id, completion)
-                for failure in failures:
-                    self._resolve(connection, failure.id, failure)
+                results: tuple[JobResult, ...] = (*completions, *failures)
+                for result in results:
+                    request = self._in_flight.get(result.id)
+                    if request is not None and request.connection is connection:
+                        request.resolve(result)
             case Models(infos=infos):
                 connection.infos = {model_key(info): info for info in infos}
                 reported = keep_known_models(self._reported[connection.device], infos)
@@ -269,14 +269,6 @@ class SocketPool:
                 self._dispatch_waiting()
             case Ack():
                 self._commands.on_ack(message)
-
-    def _resolve(
-        self, connection: WorkerConnection, job_id: str, result: Completion | Failure
-    ) -> None:
-        request = self._in_flight.get(job_id)
-        if request is None or request.connection is not connection or request.result.done():
-            return
-        request.result.set_result(result)
 
     # ---------------------------------------------------------------- state
 
@@ -337,10 +329,6 @@ class SocketPool:
 
 
 def _awaits_models(connection: WorkerConnection) -> bool:
-    """Whether a ready device has not sent its models yet: they would seem to be loading."""
+    """Whether a ready device has not sent its models yet, so that they seem to be loading."""
     status = connection.status()
     return status is not None and status.ready and not connection.infos
-
-
-def _quarantined() -> InputQuarantined:
-    return InputQuarantined("This input was on a device in two worker exits; it is not retried.")

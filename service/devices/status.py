@@ -1,22 +1,18 @@
-"""Shared records of the state of the device workers.
+"""The state of the device workers, in files that all processes read.
 
-A record, not messages: a process that starts late or was busy reads the same truth as the others
-and cannot have missed anything. Each worker writes its own `WorkerStatus`; the supervisor writes
-`DeviceStates` for all of them.
+Files rather than messages, so that a process that starts late or was busy misses nothing. Each
+worker writes its own `WorkerStatus`; the supervisor writes `DeviceStates` for all of them.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Generic, Literal, Self, TypeVar, cast
 
 import msgspec
 
 from models.types import Struct
 from service.devices.shared_record import SharedRecord
-
-_STATUS_CAPACITY = 128 * 1024
-_STATES_CAPACITY = 512 * 1024
 
 MAX_EXITS = 8
 MAX_QUARANTINED = 1024
@@ -58,8 +54,8 @@ class BatchCount(Struct):
 class WorkerStatus(Struct):
     """The state of one device worker, written by its compute thread before it uses the device.
 
-    So the supervisor detects a hang without asking, and knows after a crash which jobs were on the
-    device; HTTP processes see the time of the last real pass. Times are `time.monotonic`.
+    It shows the supervisor a hang, and after a crash the jobs that were on the device. HTTP
+    processes read the time of the last real pass. Times are `time.monotonic`.
 
     Attributes:
         ready: whether every configured model was tried and a real pass has succeeded since.
@@ -88,57 +84,6 @@ class WorkerStatus(Struct):
     models: tuple[str, ...] = ()
     memory_bytes: int = 0
     batches: tuple[BatchCount, ...] = ()
-
-
-class WorkerStatusFile:
-    """A worker's status: created by the supervisor, written by the worker, read by everyone."""
-
-    def __init__(self, record: SharedRecord) -> None:
-        self._record = record
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(WorkerStatus)
-
-    @classmethod
-    def create(cls, path: Path) -> WorkerStatusFile:
-        """Create an empty file."""
-        return cls(SharedRecord.create(path, capacity=_STATUS_CAPACITY))
-
-    @classmethod
-    def open(cls, path: Path) -> WorkerStatusFile:
-        """Map an existing file."""
-        return cls(SharedRecord(path))
-
-    def write(self, status: WorkerStatus) -> None:
-        """Replace the status."""
-        self._record.write(self._encoder.encode(status))
-
-    def read(self) -> WorkerStatus | None:
-        """The current status; None if nothing has been written yet."""
-        record = self._record.read()
-        return None if record is None else self._decoder.decode(record)
-
-    def close(self) -> None:
-        """Unmap the file."""
-        self._record.close()
-
-
-def is_hung(
-    status: WorkerStatus, *, now: float, floor_s: float, factor: float, load_timeout_s: float
-) -> bool:
-    """Whether the device's current activity has taken far longer than predicted.
-
-    Args:
-        status: the worker's status.
-        now: `time.monotonic()`.
-        floor_s: minimum age of a hung batch.
-        factor: multiple of the predicted duration after which a batch counts as hung.
-        load_timeout_s: time after which the loading of a model counts as hung.
-    """
-    if status.activity == "idle":
-        return False
-    batch_limit = max(floor_s, factor * status.predicted_s)
-    limit = load_timeout_s if status.activity == "load" else batch_limit
-    return now - status.since > limit
 
 
 # ---------------------------------------------------------------- written by the supervisor
@@ -190,39 +135,58 @@ class DeviceStates(Struct):
     refused_models: tuple[str, ...] = ()
 
 
-class DeviceStatesFile:
-    """`DeviceStates` in a file: written by the supervisor, polled by everyone."""
+# ---------------------------------------------------------------- files
+
+State = TypeVar("State", bound=Struct)
+
+
+class _StateFile(Generic[State]):
+    """A state in a `SharedRecord`: written by one process, polled by any number."""
+
+    _kind: ClassVar[type[Struct]]
+    _capacity: ClassVar[int]
 
     def __init__(self, record: SharedRecord) -> None:
         self._record = record
-        self._decoder = msgspec.msgpack.Decoder(DeviceStates)
-        self._version = -1
-        self._states = DeviceStates()
+        self._decoder = msgspec.msgpack.Decoder(self._kind)
+        self._encoded: bytes | None = None
+        self._state: State | None = None
 
     @classmethod
-    def create(cls, path: Path) -> DeviceStatesFile:
+    def create(cls, path: Path) -> Self:
         """Create an empty file."""
-        return cls(SharedRecord.create(path, capacity=_STATES_CAPACITY))
+        return cls(SharedRecord.create(path, capacity=cls._capacity))
 
     @classmethod
-    def open(cls, path: Path) -> DeviceStatesFile:
+    def open(cls, path: Path) -> Self:
         """Map an existing file."""
         return cls(SharedRecord(path))
 
-    def write(self, states: DeviceStates) -> None:
-        """Replace the record."""
-        self._record.write(msgspec.msgpack.encode(states))
+    def write(self, state: State) -> None:
+        """Replace the state."""
+        self._record.write(msgspec.msgpack.encode(state))
 
-    def read(self) -> DeviceStates:
-        """The current record, decoded only when it has changed."""
-        version = self._record.version()
-        if version != self._version:
-            record = self._record.read()
-            if record is not None:
-                self._states = self._decoder.decode(record)
-                self._version = version
-        return self._states
+    def read(self) -> State | None:
+        """The current state, the same object until it changes; None before the first write."""
+        encoded = self._record.read()
+        if encoded is not None and encoded != self._encoded:
+            self._encoded, self._state = encoded, cast(State, self._decoder.decode(encoded))
+        return self._state
 
     def close(self) -> None:
         """Unmap the file."""
         self._record.close()
+
+
+class WorkerStatusFile(_StateFile[WorkerStatus]):
+    """A worker's status: created by the supervisor, written by the worker."""
+
+    _kind = WorkerStatus
+    _capacity = 128 * 1024
+
+
+class DeviceStatesFile(_StateFile[DeviceStates]):
+    """The states of all devices, written by the supervisor."""
+
+    _kind = DeviceStates
+    _capacity = 512 * 1024

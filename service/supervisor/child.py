@@ -11,6 +11,8 @@ import subprocess
 from collections import deque
 from collections.abc import Mapping, Sequence
 
+from service.settings import WorkerSettings
+
 log = logging.getLogger("heatlens.supervisor")
 
 _BACKOFF_S = 0.1
@@ -25,7 +27,7 @@ class RestartBudget:
     up to a half keeps processes that failed together from restarting together.
 
     Args:
-        restarts: allowed within the window.
+        restarts: restarts allowed within the window.
         window_s: length of the window in seconds.
     """
 
@@ -39,7 +41,7 @@ class RestartBudget:
         """Pause before a restart, in seconds; None if the budget is spent.
 
         Args:
-            now: the time.
+            now: `time.monotonic()`.
             proven: whether the process had worked before it exited.
         """
         while self._recent and self._recent[0] <= now - self._window_s:
@@ -55,21 +57,27 @@ class RestartBudget:
 class Child:
     """A process and, after its exit, its successors.
 
-    Attributes:
+    Args:
         name: for logs.
+        command: program and first arguments.
+        settings: the restart budget.
+
+    Attributes:
+        name: see above.
         incarnation: number of the current or last process; 0 = none yet.
         started_at: start time of that process.
-        start_at: due time of the next start; None while a process runs, or if there is no next one.
-        given_up: whether the budget is spent.
+        start_at: due time of the next start; None if none is due.
+        given_up: whether the restart budget is spent.
     """
 
-    def __init__(self, *, name: str, budget: RestartBudget) -> None:
+    def __init__(self, name: str, *, command: Sequence[str], settings: WorkerSettings) -> None:
         self.name = name
         self.incarnation = 0
         self.started_at = 0.0
         self.start_at: float | None = 0.0
         self.given_up = False
-        self._budget = budget
+        self._budget = RestartBudget(restarts=settings.restarts, window_s=settings.restart_window_s)
+        self._command = command
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -82,9 +90,13 @@ class Child:
         """Process id, None if none runs."""
         return self._process.pid if self._process is not None else None
 
+    def is_due(self, now: float) -> bool:
+        """Whether the next process has to be started."""
+        return self.start_at is not None and self.start_at <= now
+
     def start(
         self,
-        command: Sequence[str],
+        arguments: Mapping[str, object],
         *,
         now: float,
         environment: Mapping[str, str],
@@ -93,16 +105,19 @@ class Child:
         """Start the next process.
 
         Args:
-            command: program and arguments.
-            now: the time.
+            arguments: values of the command's options by name; `parent` is added.
+            now: `time.monotonic()`.
             environment: variables in addition to our own.
             inherit: file descriptors to pass on.
         """
+        self.incarnation += 1
         self.start_at, self.started_at = None, now
+        options = {**arguments, "parent": os.getpid()}
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         # Its own group: Ctrl-C in a terminal reaches only the supervisor, which stops the others
         # in order.
-        self._process = subprocess.Popen(  # noqa: S603 # our own command, no shell
-            command,
+        self._process = subprocess.Popen(  # noqa: S603
+            [*self._command, *words],
             env=os.environ | environment,
             stdin=subprocess.DEVNULL,
             pass_fds=tuple(inherit),
@@ -119,23 +134,19 @@ class Child:
             self._process = None
         return code
 
-    def schedule(self, now: float, *, proven: bool) -> bool:
-        """Schedule a restart; False, and `given_up`, if the budget is spent."""
+    def schedule(self, now: float, *, proven: bool) -> None:
+        """Schedule a restart, or give up if the budget is spent; see `RestartBudget`."""
         pause_s = self._budget.pause_s(now, proven=proven)
         if pause_s is None:
             self.given_up = True
-            return False
-        self.start_at = now + pause_s
-        return True
+            log.error("%s is given up: its restart budget is spent", self.name)
+        else:
+            self.start_at = now + pause_s
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the process, if one runs."""
         if self._process is not None:
             self._process.send_signal(number)
-
-    def kill_soon(self) -> None:
-        """Kill the process; `reap` reports its exit later."""
-        self.signal(signal.SIGKILL)
 
     def kill(self) -> None:
         """Kill the process and wait for its exit."""

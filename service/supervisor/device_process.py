@@ -1,11 +1,10 @@
-"""The worker process of one device: start, watchdog, and the lessons of its exits."""
+"""The worker process of one device: its start, the detection of hangs, and the record of exits."""
 
 from __future__ import annotations
 
 import logging
-import os
+import signal
 from collections import Counter
-from collections.abc import Sequence
 
 from service.devices.runtime_dir import RuntimeDir
 from service.devices.status import (
@@ -16,10 +15,9 @@ from service.devices.status import (
     WorkerExit,
     WorkerStatus,
     WorkerStatusFile,
-    is_hung,
 )
 from service.settings import WorkerSettings
-from service.supervisor.child import Child, RestartBudget, describe_exit
+from service.supervisor.child import Child, describe_exit
 
 log = logging.getLogger("heatlens.supervisor")
 
@@ -32,21 +30,31 @@ _MAX_LOAD_EXITS = 2
 class DeviceProcess:
     """Keeps the worker of one device running.
 
-    Attributes:
+    Args:
         device: `cuda:0`, `cpu:1`, …
         child: its process.
+        settings: the limits of hangs.
+        runtime: the supervisor's folder.
+        threads: torch threads of a CPU worker.
+
+    Attributes:
         refused_models: `name@version` of models whose loading ended workers twice.
     """
 
     def __init__(
-        self, device: str, *, settings: WorkerSettings, command: Sequence[str], threads: int
+        self,
+        device: str,
+        child: Child,
+        *,
+        settings: WorkerSettings,
+        runtime: RuntimeDir,
+        threads: int,
     ) -> None:
-        budget = RestartBudget(restarts=settings.restarts, window_s=settings.restart_window_s)
         self.device = device
-        self.child = Child(name=f"device worker {device}", budget=budget)
+        self.child = child
         self.refused_models: set[str] = set()
         self._settings = settings
-        self._command = tuple(command)
+        self._runtime = runtime
         self._threads = threads
         self._status: WorkerStatusFile | None = None
         self._hung = False
@@ -68,78 +76,64 @@ class DeviceProcess:
             exits=self._exits,
         )
 
-    def poll(self, runtime: RuntimeDir, now: float, *, restart: bool) -> None:
+    def poll(self, now: float, *, restart: bool) -> None:
         """Handle a worker that has exited, and kill one that hangs."""
         code = self.child.reap()
         if code is not None:
-            self._on_exit(code, runtime, now, restart=restart)
+            self._on_exit(code, now, restart=restart)
         elif self.child.running and not self._hung and self._is_hung(now):
             log.error("%s hangs: killing it", self.child.name)
             self._hung = True
-            self.child.kill_soon()
+            self.child.signal(signal.SIGKILL)
 
-    def start_if_due(self, runtime: RuntimeDir, now: float) -> None:
+    def start_if_due(self, now: float) -> None:
         """Start the first worker, or the next one when its pause is over."""
-        if self.child.start_at is None or self.child.start_at > now:
+        if not self.child.is_due(now):
             return
-        self.child.incarnation += 1
-        incarnation = self.child.incarnation
-        self._status = WorkerStatusFile.create(runtime.status_file(self.device, incarnation))
+        incarnation = self.child.incarnation + 1
+        self._status = WorkerStatusFile.create(self._runtime.status_file(self.device, incarnation))
         self._hung = False
-        arguments = {
-            "--runtime": str(runtime.path),
-            "--device": self.device,
-            "--incarnation": str(incarnation),
-            "--threads": str(self._threads),
-            "--parent": str(os.getpid()),
-        }
-        names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-        environment = dict.fromkeys(names, str(self._threads))
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(self._threads))
         self.child.start(
-            [*self._command, *(word for pair in arguments.items() for word in pair)],
+            {
+                "runtime": self._runtime.path,
+                "device": self.device,
+                "incarnation": incarnation,
+                "threads": self._threads,
+            },
             now=now,
-            environment=environment if self.device.startswith("cpu") else {},
+            environment=threads if self.device.startswith("cpu") else {},
         )
 
     def take_quarantined(self) -> list[str]:
-        """Digests of inputs to quarantine since the last call."""
+        """The digests of inputs to quarantine that were found since the last call."""
         taken, self._quarantined = self._quarantined, []
         return taken
 
-    def _on_exit(self, code: int, runtime: RuntimeDir, now: float, *, restart: bool) -> None:
+    def _on_exit(self, code: int, now: float, *, restart: bool) -> None:
         reason = "hang" if self._hung else describe_exit(code)
-        status = self._record_exit(reason)
-        log.log(
-            logging.ERROR if restart else logging.INFO,
-            "%s exited: %s",
-            self.child.name,
-            reason,
-            extra=_request_ids(status),
-        )
-        runtime.status_file(self.device, self.child.incarnation).unlink(missing_ok=True)
-        runtime.socket_path(self.device, self.child.incarnation).unlink(missing_ok=True)
-        if not restart:
-            return
-        if self.child.schedule(now, proven=status.ready):
-            self._restart_reasons["hang" if self._hung else _exit_reason(code)] += 1
-        else:
-            log.error("%s is given up: its restart budget is spent", self.child.name)
+        status = self._last_status() or WorkerStatus()
+        level = logging.ERROR if restart else logging.INFO
+        log.log(level, "%s exited: %s", self.child.name, reason, extra=_request_ids(status))
+        self._record_exit(reason, status)
+        incarnation = self.child.incarnation
+        self._runtime.status_file(self.device, incarnation).unlink(missing_ok=True)
+        self._runtime.socket_path(self.device, incarnation).unlink(missing_ok=True)
+        if restart:
+            self.child.schedule(now, proven=status.ready)
+            if not self.child.given_up:
+                self._restart_reasons["hang" if self._hung else _exit_reason(code)] += 1
+
+    def _last_status(self) -> WorkerStatus | None:
+        return self._status.read() if self._status is not None else None
 
     def _is_hung(self, now: float) -> bool:
-        status = self._status.read() if self._status is not None else None
         # Until it writes its status a worker is importing: allow as much time as for a model.
-        status = status or WorkerStatus(activity="load", since=self.child.started_at)
-        return is_hung(
-            status,
-            now=now,
-            floor_s=self._settings.hang_floor_s,
-            factor=self._settings.hang_factor,
-            load_timeout_s=LOAD_TIMEOUT_S,
-        )
+        starting = WorkerStatus(activity="load", since=self.child.started_at)
+        return is_hung(self._last_status() or starting, now=now, settings=self._settings)
 
-    def _record_exit(self, reason: str) -> WorkerStatus:
-        """Record which jobs and which model were on the device; returns the worker's last status."""
-        status = (self._status.read() if self._status is not None else None) or WorkerStatus()
+    def _record_exit(self, reason: str, status: WorkerStatus) -> None:
+        """Record which jobs and which model were on the device."""
         if self._status is not None:
             self._status.close()
             self._status = None
@@ -157,7 +151,14 @@ class DeviceProcess:
             suspects=tuple(job.id for job in status.jobs),
         )
         self._exits = (*self._exits, worker_exit)[-MAX_EXITS:]
-        return status
+
+
+def is_hung(status: WorkerStatus, *, now: float, settings: WorkerSettings) -> bool:
+    """Whether the device's current activity has taken far longer than predicted."""
+    if status.activity == "idle":
+        return False
+    limit_s = max(settings.hang_floor_s, settings.hang_factor * status.predicted_s)
+    return now - status.since > (LOAD_TIMEOUT_S if status.activity == "load" else limit_s)
 
 
 def _exit_reason(code: int) -> str:

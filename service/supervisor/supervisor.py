@@ -1,4 +1,4 @@
-"""The supervisor: owns the listening socket; starts, watches and restarts all other processes."""
+"""The supervisor: owns the listening socket and starts, watches and restarts all processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from service.logs import configure_logging
 from service.settings import Settings
 from service.supervisor.child import Child
 from service.supervisor.device_process import DeviceProcess
-from service.supervisor.http_process import HttpLaunch, HttpProcess
+from service.supervisor.http_process import HttpProcess
 
 log = logging.getLogger("heatlens.supervisor")
 
@@ -38,23 +38,25 @@ _WORKER_STOP_S = 5.0
 
 
 class _Phase(Enum):
+    """HTTP processes finish their requests while draining; then workers stop."""
+
     SERVING = "serving"
-    DRAINING = "draining"  # HTTP processes finish their requests
-    STOPPING = "stopping"  # workers stop
+    DRAINING = "draining"
+    STOPPING = "stopping"
     STOPPED = "stopped"
 
 
 class Supervisor:
     """Runs the service until it is told to stop.
 
-    SIGTERM or SIGINT: the service is no longer ready, accepted requests finish or expire within the
-    grace period, exit code 0. A second signal stops at once. SIGHUP: one HTTP process reloads the
-    configuration for all; see `service.api.reload`. When the restart budget of all devices, or of an
-    HTTP process, is spent, everything is stopped and the exit code is 1.
+    SIGTERM or SIGINT: readiness ends, accepted requests finish or expire within the grace period,
+    and the exit code is 0. A second signal stops at once. SIGHUP: one HTTP process reloads the
+    configuration for all; see `service.api.reload`. When the restart budget of all devices, or of
+    an HTTP process, is spent, everything is stopped and the exit code is 1.
 
     Args:
         settings: the configuration.
-        source: where the configuration can be read again; None = the environment only.
+        source: the place to read the configuration again; None = the environment only.
         worker_command: program and first arguments of a device worker.
         http_command: the same for an HTTP process.
     """
@@ -69,20 +71,10 @@ class Supervisor:
     ) -> None:
         self._settings = settings
         self._source = source or ConfigurationSource()
-        self._http_command = tuple(http_command)
-        cores = available_cores()
-        devices = resolve_devices(settings.server.devices, cores=cores)
-        threads = settings.workers.threads or threads_per_device(devices, cores=cores)
-        self._devices = [
-            DeviceProcess(
-                device, settings=settings.workers, command=worker_command, threads=threads
-            )
-            for device in devices
-        ]
-        self._http = [
-            HttpProcess(index, settings.workers)
-            for index in range(settings.server.http_worker_count())
-        ]
+        self._worker_command = worker_command
+        self._http_command = http_command
+        self._devices: list[DeviceProcess] = []
+        self._http: list[HttpProcess] = []
         self._phase = _Phase.SERVING
         self._phase_ends = 0.0
         self._exit_code = 0
@@ -100,7 +92,8 @@ class Supervisor:
         try:
             listener = _listen(self._settings.server.host, self._settings.server.port)
         except OSError as error:
-            log.error("cannot listen: %s", error.strerror)  # noqa: TRY400  # the trace adds nothing
+            # A traceback would add nothing.
+            log.error("cannot listen: %s", error.strerror)  # noqa: TRY400
             return 1
         runtime = RuntimeDir.create()
         try:
@@ -122,34 +115,50 @@ class Supervisor:
 
     def _prepare(self, runtime: RuntimeDir, listener: socket.socket) -> None:
         self._runtime, self._listener = runtime, listener
-        self._launch = HttpLaunch(self._http_command, runtime, listener.fileno())
-        runtime.write_settings(self._settings)
+        settings = self._settings
+        runtime.write_settings(settings)
         runtime.write_source(self._source)
-        runtime.write_catalog(self._settings.models)
+        runtime.write_catalog(settings.models)
+        cores = available_cores()
+        devices = resolve_devices(settings.server.devices, cores=cores)
+        threads = settings.workers.threads or threads_per_device(devices, cores=cores)
+        for device in devices:
+            child = self._child(f"device worker {device}", self._worker_command)
+            self._devices.append(
+                DeviceProcess(
+                    device, child, settings=settings.workers, runtime=runtime, threads=threads
+                )
+            )
+        for index in range(settings.server.http_worker_count()):
+            child = self._child(f"HTTP process {index}", self._http_command)
+            self._http.append(HttpProcess(child, runtime=runtime, listener=listener.fileno()))
         self._states_file = DeviceStatesFile.create(runtime.states_file)
         self._publish()
         host, port = listener.getsockname()[:2]
         log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-        if not self._settings.security.api_keys and not ipaddress.ip_address(host).is_loopback:
+        if not settings.security.api_keys and not ipaddress.ip_address(host).is_loopback:
             log.warning(
-                "anyone who can reach %s can use the service: no API key is configured", host
+                "no API key is configured: anyone who can reach %s can use the service", host
             )
+
+    def _child(self, name: str, command: Sequence[str]) -> Child:
+        return Child(name, command=command, settings=self._settings.workers)
 
     # ---------------------------------------------------------------- the loop
 
     def _tick(self, now: float) -> None:
         self._handle_signals(now)
         for device in self._devices:
-            device.poll(self._runtime, now, restart=self._phase is not _Phase.STOPPING)
+            device.poll(now, restart=self._phase is not _Phase.STOPPING)
         self._quarantine()
         # Clients see the exit of a worker before they can see its successor.
         self._publish()
         for device in self._devices:
-            device.start_if_due(self._runtime, now)
+            device.start_if_due(now)
         self._publish()
         serving = self._phase is _Phase.SERVING
         for http in self._http:
-            http.poll(self._launch, now, restart=serving)
+            http.poll(now, restart=serving)
         if serving and self._reload_requested:
             self._forward_reload()
         if serving and self._is_hopeless():
@@ -167,7 +176,7 @@ class Supervisor:
     def _is_hopeless(self) -> bool:
         devices = all(device.child.given_up for device in self._devices)
         if devices:
-            log.error("no device is left within its restart budget: stopping")
+            log.error("the restart budget of every device is spent: stopping")
         return devices or any(process.child.given_up for process in self._http)
 
     # ---------------------------------------------------------------- stopping
@@ -192,7 +201,7 @@ class Supervisor:
         self._phase = _Phase.DRAINING
         self._phase_ends = now + self._grace_s + 1
         self._publish()
-        # New connections are refused once the HTTP processes have closed their copies, too.
+        # New connections are refused once the HTTP processes have closed their copies as well.
         self._listener.close()
         for process in self._http:
             process.stop()
@@ -220,12 +229,10 @@ class Supervisor:
     # ---------------------------------------------------------------- records
 
     def _quarantine(self) -> None:
-        """Refuse inputs from now on that were on a device in two worker exits."""
+        """Refuse inputs that were part of two worker exits from now on."""
         for device in self._devices:
             for digest in device.take_quarantined():
-                log.error(
-                    "an input was on a device in two worker exits and is quarantined: %s", digest
-                )
+                log.error("quarantined an input that was part of two worker exits: %s", digest)
                 others = tuple(d for d in self._quarantined if d != digest)
                 self._quarantined = (*others, digest)[-MAX_QUARANTINED:]
 

@@ -1,4 +1,4 @@
-"""The compute thread's interface to an engine, and the real engine: the only place that uses torch."""
+"""The compute thread's interface to an engine, and the real engine; only this module uses torch."""
 
 from __future__ import annotations
 
@@ -45,11 +45,9 @@ class Engine(Protocol):
 
     def run(self, jobs: Sequence[Job]) -> Sequence[Result]:
         """Run one pass for all jobs; a result each, in order."""
-        ...
 
     def advance(self, suspended: Sequence[Any]) -> Sequence[Result]:
         """Run one bounded step of each long job; a result each, in order."""
-        ...
 
 
 class Registry(Protocol):
@@ -57,19 +55,15 @@ class Registry(Protocol):
 
     def load(self, spec: ModelSpec) -> ModelInfo:
         """Load, verify and warm a model version, then swap it in."""
-        ...
 
     def unload(self, name: str, version: str) -> None:
         """Drop a model version."""
-        ...
 
     def infos(self) -> Sequence[ModelInfo]:
         """Every model version, unavailable ones included."""
-        ...
 
     def mark_unavailable(self, spec: ModelSpec, reason: str, *, cause: str | None) -> object:
         """List a model version that could not be loaded; the cause is for the operator."""
-        ...
 
 
 def process_memory_bytes() -> int:

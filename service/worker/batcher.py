@@ -1,11 +1,11 @@
-"""Decides which jobs run next on one device. Pure: no thread, no clock, no torch.
+"""Decides which jobs run next on one device. Pure: without threads, clock or torch.
 
-Work-conserving: when the device is free, waiting jobs are taken up to the model's best batch size;
-there is no batching window. *Interactive* jobs need one pass; *long* jobs take many bounded steps,
-between which interactive batches run. The two classes share device time by start-time fair queueing
-(Goyal et al. 1996): each has a virtual finish time that grows by duration / share, the lower one
-runs next, and a class that was idle earns no credit for it. Within a class the earliest deadline
-runs first, batched with jobs of the same model.
+Work-conserving: a free device takes the waiting jobs at once, up to the model's best batch size.
+*Interactive* jobs need one pass; *long* jobs take many bounded steps, between which interactive
+batches run. The two classes share device time by start-time fair queueing (Goyal et al. 1996): each
+has a virtual finish time that grows by duration / share, the lower one runs next, and a class earns
+no credit while it is idle. Within a class the earliest deadline runs first, batched with jobs of
+the same model.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ class Batcher:
         max_wait_s: estimated wait beyond which a job is refused.
         interactive_share: share of device time of interactive jobs while long ones wait too,
             between 0 and 1.
-        max_suspended: limit of long jobs that are suspended between steps; each keeps device
-            memory.
+        max_suspended: limit of long jobs suspended between steps; each keeps device memory.
     """
 
     def __init__(
@@ -75,8 +74,7 @@ class Batcher:
         """Admit jobs for a warm model, or adopt the measurements of its reload.
 
         Returns:
-            Entries that waited for a model with another fingerprint; they are no longer queued and
-            their clients must be told.
+            Dropped entries, which waited for a model with another fingerprint; tell their clients.
         """
         self._models[key] = model = QueuedModel(
             best_batch=max(1, best_batch),
@@ -150,7 +148,7 @@ class Batcher:
         next call of `next`, so that its memory is released by the thread that uses the device.
 
         Returns:
-            The entry; None if there is no such job.
+            The entry; None for an unknown job.
         """
         entry = self._entries.get(job_id)
         if entry is None or entry.gone:
@@ -176,7 +174,7 @@ class Batcher:
         return Decision(self._running, expired)
 
     def done(self, now: float, *, suspended: Iterable[Suspended] = ()) -> None:
-        """Account for the finished batch; its `suspended` jobs have further steps, the others end."""
+        """Account for the finished batch; its `suspended` jobs have further steps, others end."""
         batch, self._running = self._running, None
         if batch is None:
             return
@@ -208,8 +206,8 @@ class Batcher:
     def wait_ms(self, now: float, job_class: JobClass = "interactive") -> float:
         """Estimated time until a new job of that class would start.
 
-        The rest of the running batch, then the queue of its class; meanwhile the other class gets
-        its share of the device, but no more than it has work for.
+        It is the rest of the running batch and the queue of its class, during which the other class
+        gets its share of the device, or less if it has less work.
         """
         running_ms = 0.0
         if self._running is not None:
@@ -219,7 +217,7 @@ class Batcher:
         return running_ms + min(own_ms / self._share[job_class], own_ms + other_ms)
 
     def _work_ms(self, job_class: JobClass, now: float) -> float:
-        """Device time queued in a class; a long job counts with the average of those before it."""
+        """Device time queued in a class; a long job counts with the average of earlier ones."""
         if job_class == "long":
             return sum(
                 max(0.0, self._models[entry.key].long_ms - 1000 * entry.device_s)
@@ -281,7 +279,7 @@ class Batcher:
         return Batch.of(entries, predicted_ms=predicted_ms, now=now, reason=reason)
 
     def _limit(self, first: Entry, now: float) -> tuple[int, BatchReason]:
-        """The limit of jobs in a first pass, and the reason for it."""
+        """The maximum number of jobs in a first pass, and the reason for it."""
         model = self._models[first.key]
         limit = model.batch_limit(now)
         reason: BatchReason = "memory" if limit < model.best_batch else "full"

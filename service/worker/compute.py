@@ -5,6 +5,8 @@ Used by the device worker and by `LocalPool`.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -14,9 +16,15 @@ from typing import Protocol
 import msgspec
 
 from models.catalog import ModelSpec
-from models.errors import HeatlensError, ModelLoadFailed, ModelReplaced, UnknownModel
+from models.errors import (
+    DeadlineExceeded,
+    HeatlensError,
+    ModelLoadFailed,
+    ModelReplaced,
+    UnknownModel,
+)
 from models.types import Failure, ModelInfo, Outcome
-from service.devices.messages import Completion, Submission
+from service.devices.messages import Completion, JobResult, Submission
 from service.devices.model_state import loading_model, model_key, with_fingerprint
 from service.devices.status import WorkerStatus
 from service.worker.backend import Backend, DeviceLost, Result, load_model
@@ -28,40 +36,35 @@ from service.worker.tracing import DeviceTracing
 
 log = logging.getLogger("heatlens.compute")
 
-JobResult = Completion | Failure
-
 _BATCH_CAP_S = 60.0
 
 
 class Listener(Protocol):
-    """Receives results; called in the compute thread, so it must not block."""
+    """Receives results, in the event loop."""
 
     def on_results(self, results: Sequence[JobResult]) -> None:
         """Jobs have finished."""
-        ...
 
     def on_models(self, infos: Sequence[ModelInfo]) -> None:
         """Models were loaded, dropped or found broken."""
-        ...
 
     def on_device_lost(self, reason: str) -> None:
-        """The device needs a new process; the thread has ended and its jobs are unanswered."""
-        ...
+        """The device needs a new process; the thread has ended and left its jobs unfinished."""
 
 
 class ComputeThread:
     """Runs the batches of a `Batcher` on one device, in one thread.
 
-    All methods may be called from any thread.
+    Methods may be called from any thread, except for `start`.
 
     Args:
-        batcher: the device's queue; belongs to this object from now on.
+        batcher: the device's queue, owned by this object from now on.
         make_backend: makes registry and engine; called in the thread, so that torch is imported
             there.
         specs: models to load, in this order.
         refused: `name@version` of models that must not be loaded because that ended workers.
-        listener: receives results, in the thread.
-        write_status: publishes the status before the device is used.
+        listener: receives results, in the event loop.
+        write_status: publishes the status before the device is used; called in the thread.
         device: name of the device, for results.
         canary_s: idle time after which a real pass is made, so that readiness means something.
         tracing: records batches, in the thread; None = tracing is off.
@@ -101,11 +104,12 @@ class ComputeThread:
     # ---------------------------------------------------------------- for other threads
 
     def start(self) -> None:
-        """Start the thread and the loading of models."""
+        """Start the thread and the loading of models; results go to the running event loop."""
+        self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     def stop(self, timeout_s: float = 5.0) -> None:
-        """End the thread after the running batch; waiting jobs stay unanswered."""
+        """End the thread after the running batch and leave waiting jobs unfinished."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -122,19 +126,18 @@ class ComputeThread:
             self._batcher.add(submission, time.monotonic())
             self._changed.notify()
 
-    def cancel(self, job_id: str) -> bool:
-        """Drop a job; False if there is no such job."""
+    def cancel(self, job_id: str) -> None:
+        """Drop a job, if it is still here."""
         with self._changed:
-            cancelled = self._batcher.cancel(job_id) is not None
+            self._batcher.cancel(job_id)
             self._changed.notify()
-            return cancelled
 
     def load(self, spec: ModelSpec, done: Done) -> None:
-        """Load or replace a model version between batches; `done` is called in the thread."""
+        """Load or replace a model version between batches; `done` is called in the event loop."""
         self._schedule(LoadTask(spec, done))
 
     def unload(self, name: str, version: str | None, done: Done) -> None:
-        """Drop a model version (None: all of them) after its jobs; `done` is called in the thread."""
+        """Drop a model version (None: all) after its jobs; `done` is called in the event loop."""
         known = map(model_key, self._infos)
         keys = tuple(key for key in known if key[0] == name and version in {None, key[1]})
         with self._changed:
@@ -142,7 +145,7 @@ class ComputeThread:
                 self._batcher.close_model(key)
             self._closing |= set(keys)
             self._infos = tuple(map(self._mark_closing, self._infos))
-        self._listener.on_models(self._infos)
+        self._notify(self._listener.on_models, self._infos)
         self._schedule(UnloadTask(keys, done))
 
     @property
@@ -159,6 +162,11 @@ class ComputeThread:
         with self._changed:
             self._tasks.add(task)
             self._changed.notify()
+
+    def _notify(self, call: Callable[..., object], *arguments: object) -> None:
+        """Call a function in the event loop, if that still runs."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(call, *arguments)
 
     # ---------------------------------------------------------------- the thread
 
@@ -178,10 +186,10 @@ class ComputeThread:
                     case ModelInfo() as model:
                         self._run_canary(model)
         except DeviceLost as fault:
-            self._listener.on_device_lost(str(fault))
+            self._notify(self._listener.on_device_lost, str(fault))
         except Exception:
             log.exception("the compute thread failed")
-            self._listener.on_device_lost("compute thread failed")
+            self._notify(self._listener.on_device_lost, "compute thread failed")
 
     def _next(self) -> Task | Decision | ModelInfo | None:
         """A model task, a batch, or a model that is due for a canary pass; waits if there is none.
@@ -214,14 +222,15 @@ class ComputeThread:
     # ---------------------------------------------------------------- batches
 
     def _execute(self, decision: Decision) -> None:
-        results: list[JobResult] = [_expired(entry) for entry in decision.expired]
+        expired = DeadlineExceeded("The deadline passed while the job waited for a device.")
+        results: list[JobResult] = [Failure.of(e.job.id, expired) for e in decision.expired]
         if self._tracing is not None:
             for entry in decision.expired:
                 self._tracing.expired(entry, now=time.monotonic())
         if decision.batch is not None:
             results += self._run_batch(decision.batch)
         if results:
-            self._listener.on_results(results)
+            self._notify(self._listener.on_results, results)
 
     def _run_batch(self, batch: Batch) -> list[JobResult]:
         """Run a batch; the results of its finished jobs."""
@@ -297,8 +306,12 @@ class ComputeThread:
             log.error("model %s is unavailable: %s%s", subject, error.message, told)
             self._backend.registry.mark_unavailable(spec, error.message, cause=cause)
         self._refresh()
-        self._fail_stale(stale)
-        task.done(error)
+        if stale:
+            # Clients know the new model by now and retry.
+            replaced = ModelReplaced("The model was replaced while the request waited.")
+            failures = [Failure.of(entry.job.id, replaced) for entry in stale]
+            self._notify(self._listener.on_results, failures)
+        self._notify(task.done, error)
 
     def _unload(self, task: UnloadTask) -> None:
         for key in task.keys:
@@ -308,13 +321,7 @@ class ComputeThread:
                 self._closing.discard(key)
         self._refresh()
         unknown = UnknownModel("No such model is loaded.", field="model")
-        task.done(None if task.keys else unknown)
-
-    def _fail_stale(self, stale: Sequence[Entry]) -> None:
-        """Fail jobs that waited for a replaced model: clients know the new one by now and retry."""
-        error = ModelReplaced("The model was replaced while the request waited.")
-        if stale:
-            self._listener.on_results([Failure.of(entry.job.id, error) for entry in stale])
+        self._notify(task.done, None if task.keys else unknown)
 
     def _refresh(self) -> None:
         infos = [with_fingerprint(info) for info in self._backend.registry.infos()]
@@ -331,7 +338,7 @@ class ComputeThread:
                 *map(self._mark_closing, infos),
                 *(loading_model(spec) for spec in coming if (spec.name, spec.version) not in known),
             )
-        self._listener.on_models(self._infos)
+        self._notify(self._listener.on_models, self._infos)
 
     def _mark_closing(self, info: ModelInfo) -> ModelInfo:
         """Show a model that takes no more jobs as unloading."""
@@ -345,11 +352,3 @@ class ComputeThread:
     def _publish(self, status: WorkerStatus) -> None:
         depth, wait_ms = self._published = self.load_state()
         self._write_status(msgspec.structs.replace(status, queue_depth=depth, wait_ms=wait_ms))
-
-
-def _expired(entry: Entry) -> Failure:
-    return Failure(
-        id=entry.job.id,
-        code="deadline_exceeded",
-        message="The deadline passed while the job waited for a device.",
-    )

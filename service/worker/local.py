@@ -1,13 +1,14 @@
-"""`LocalPool`: one device in this process.
+"""`LocalPool`: one device in this process, for notebooks and the command line.
 
-For notebooks, the command line and replicas of other frameworks. It has the same batcher and
-compute thread as a device worker, but a crash of the device ends the caller's process.
+It has the same batcher and compute thread as a device worker, but a crash of the device ends the
+caller's process.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -22,21 +23,22 @@ from models.errors import (
     WorkerLost,
 )
 from models.types import Failure, ModelInfo
-from service.devices.messages import Completion, Submission, from_wire
+from service.devices.messages import Completion, JobResult, Submission
 from service.devices.model_state import loading_model, merge, model_key
-from service.devices.pool import DeviceHealth, DeviceStatus
+from service.devices.pool import DeviceHealth, DeviceStatus, wait_for
 from service.devices.status import WorkerStatus
 from service.hardware import available_cores, resolve_devices
 from service.settings import Settings
 from service.worker.backend import Backend, make_engine_backend
 from service.worker.batcher import Batcher
-from service.worker.compute import ComputeThread, JobResult
+from service.worker.compute import ComputeThread
 from service.worker.tasks import Done
 from service.worker.tracing import device_tracing
 
 log = logging.getLogger("heatlens.local")
 
 _CANARY_S = 3600.0
+_LOST = "The device failed; see the log for the reason."
 
 
 class LocalPool:
@@ -80,6 +82,18 @@ class LocalPool:
         self._loop = asyncio.get_running_loop()
         self._compute.start()
 
+    async def wait_loaded(self) -> None:
+        """Wait until every configured model was tried.
+
+        Raises:
+            WorkerLost: the device failed.
+        """
+        while not self._lost and any(info.card.state == "loading" for info in self._infos):
+            self._changed.clear()
+            await self._changed.wait()
+        if self._lost:
+            raise WorkerLost(_LOST)
+
     async def wait_ready(self) -> None:
         """Wait until every configured model was tried and a real pass succeeded.
 
@@ -87,19 +101,18 @@ class LocalPool:
             ModelLoadFailed: none of the models could be loaded; the text is the first one's reason.
             WorkerLost: the device failed.
         """
-        while not self._status.ready:
-            if self._lost:
-                raise WorkerLost("The device failed; the log says why.")
-            states = {info.card.state for info in self._infos}
-            if self._infos and states <= {"unavailable"}:
-                reason = self._infos[0].card.reason
-                raise ModelLoadFailed(reason or "The model could not be loaded.")
+        await self.wait_loaded()
+        if self._infos and all(info.card.state == "unavailable" for info in self._infos):
+            reason = self._infos[0].card.reason
+            raise ModelLoadFailed(reason or "The model could not be loaded.")
+        while not self._lost and not self._status.ready:
             self._changed.clear()
             await self._changed.wait()
-        await asyncio.sleep(0)  # calls that the thread made before are handled first
+        if self._lost:
+            raise WorkerLost(_LOST)
 
     async def close(self) -> None:
-        """Fail outstanding jobs with `Draining`, and end the compute thread after what it runs."""
+        """Fail outstanding jobs with `Draining`, and end the thread after the running batch."""
         self._closed = True
         self._fail_all(Draining("The pool is closed."))
         await asyncio.to_thread(self._compute.stop)
@@ -111,23 +124,17 @@ class LocalPool:
         if self._closed:
             raise Draining("The pool is closed.")
         if self._lost:
-            raise WorkerLost("The device failed; the log says why.")
+            raise WorkerLost(_LOST)
         await self._wait_for_model(submission)
         job_id = submission.job.id
-        future: asyncio.Future[JobResult] = self._loop.create_future()
-        self._in_flight[job_id] = future
+        self._in_flight[job_id] = result = self._loop.create_future()
         try:
             self._compute.submit(submission)
-            async with asyncio.timeout(submission.deadline - time.monotonic()):
-                result = await future
-        except TimeoutError:
-            raise DeadlineExceeded("The deadline passed before the answer was ready.") from None
+            return await wait_for(result, deadline=submission.deadline)
         finally:
             del self._in_flight[job_id]
-            self._compute.cancel(job_id)  # no effect on a finished job
-        if isinstance(result, Failure):
-            raise from_wire(result)
-        return result
+            # No effect on a finished job.
+            self._compute.cancel(job_id)
 
     def models(self) -> Sequence[ModelInfo]:
         """Every configured model version."""
@@ -160,11 +167,11 @@ class LocalPool:
 
     async def load(self, spec: ModelSpec) -> None:
         """Load or replace a model version; see `DevicePool.load`."""
-        await self._command(lambda done: self._compute.load(spec, done))
+        await self._command(functools.partial(self._compute.load, spec))
 
     async def unload(self, name: str, version: str | None = None) -> None:
         """Let a model (version) finish its jobs, then drop it; see `DevicePool.unload`."""
-        await self._command(lambda done: self._compute.unload(name, version, done))
+        await self._command(functools.partial(self._compute.unload, name, version))
 
     async def _wait_for_model(self, submission: Submission) -> None:
         """Wait while the job's model is being loaded.
@@ -191,12 +198,7 @@ class LocalPool:
     async def _command(self, start: Callable[[Done], None]) -> None:
         """Start a load or unload and wait for it."""
         result: asyncio.Future[HeatlensError | None] = self._loop.create_future()
-
-        def resolve(error: HeatlensError | None) -> None:
-            if not result.done():
-                result.set_result(error)
-
-        start(lambda error: self._from_thread(resolve, error))
+        start(lambda error: None if result.done() else result.set_result(error))
         error = await result
         if error is not None:
             raise error
@@ -205,42 +207,31 @@ class LocalPool:
 
     def on_results(self, results: Sequence[JobResult]) -> None:
         """Pass results to the waiting callers."""
-        self._from_thread(self._resolve, results)
-
-    def on_models(self, infos: Sequence[ModelInfo]) -> None:
-        """Remember the models."""
-        self._from_thread(self._set_infos, infos)
-
-    def on_device_lost(self, reason: str) -> None:
-        """Fail all jobs: there is no other process."""
-        log.error("the device is lost: %s", reason)
-        self._from_thread(self._on_disconnect)
-
-    def _write_status(self, status: WorkerStatus) -> None:
-        became_ready = status.ready and not self._status.ready
-        self._status = status
-        if became_ready:
-            self._from_thread(self._changed.set)
-
-    def _from_thread(self, call: Callable[..., object], *arguments: object) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            self._loop.call_soon_threadsafe(call, *arguments)
-
-    def _resolve(self, results: Sequence[JobResult]) -> None:
         for result in results:
-            job_id = result.id if isinstance(result, Failure) else result.outcome.id
-            future = self._in_flight.get(job_id)
+            future = self._in_flight.get(result.id)
             if future is not None and not future.done():
                 future.set_result(result)
 
-    def _set_infos(self, infos: Sequence[ModelInfo]) -> None:
+    def on_models(self, infos: Sequence[ModelInfo]) -> None:
+        """Remember the models."""
         self._infos = infos
         self._changed.set()
 
-    def _on_disconnect(self) -> None:
+    def on_device_lost(self, reason: str) -> None:
+        """Fail all jobs."""
+        log.error("the device is lost: %s", reason)
         self._lost = True
         self._changed.set()
-        self._fail_all(WorkerLost("The device failed; the log says why."))
+        self._fail_all(WorkerLost(_LOST))
+
+    def _write_status(self, status: WorkerStatus) -> None:
+        # Called in the compute thread; the loop may have ended.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._on_status, status)
+
+    def _on_status(self, status: WorkerStatus) -> None:
+        self._status = status
+        self._changed.set()
 
     def _fail_all(self, error: HeatlensError) -> None:
-        self._resolve([Failure.of(job_id, error) for job_id in self._in_flight])
+        self.on_results([Failure.of(job_id, error) for job_id in self._in_flight])

@@ -4,8 +4,8 @@
         --parent PID
 
 The event loop talks to the HTTP processes; the compute thread does everything else. When the device
-is lost, the process exits with `EXIT_DEVICE_LOST` without answering: its status names the jobs on
-the device, and clients retry them in a new process.
+is lost, the process exits with `EXIT_DEVICE_LOST` and leaves its jobs unfinished: its status names
+those on the device, and clients retry them in a new process.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from service.devices.messages import (
     Cancel,
     Completion,
     Hello,
+    JobResult,
     Load,
     MalformedMessage,
     Message,
@@ -42,16 +43,21 @@ from service.devices.messages import (
     Submission,
     ToWorker,
     Unload,
-    decode_to_worker,
+    decode,
     encode,
 )
 from service.devices.runtime_dir import RuntimeDir, die_with_parent, holds
-from service.devices.status import EXIT_DEVICE_LOST, DeviceStatesFile, WorkerStatusFile
+from service.devices.status import (
+    EXIT_DEVICE_LOST,
+    DeviceStates,
+    DeviceStatesFile,
+    WorkerStatusFile,
+)
 from service.logs import configure_logging
 from service.settings import Settings
 from service.worker.backend import Backend, make_engine_backend
 from service.worker.batcher import Batcher
-from service.worker.compute import ComputeThread, JobResult
+from service.worker.compute import ComputeThread
 from service.worker.tasks import Done
 from service.worker.tracing import device_tracing
 
@@ -64,7 +70,7 @@ _NEVER = 2**31 - 1
 _TOP_PAD_BYTES = 64 << 20
 
 Identity = bytes
-MakeBackend = Callable[["WorkerOptions"], Backend]
+MakeBackend = Callable[["WorkerOptions", Settings], Backend]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +80,6 @@ class WorkerOptions:
     Attributes:
         threads: torch threads, for CPU devices.
         parent: process id of the supervisor.
-        base_dir: folder that relative paths of the catalog are resolved against.
     """
 
     runtime: RuntimeDir
@@ -82,14 +87,10 @@ class WorkerOptions:
     incarnation: int
     threads: int
     parent: int
-    base_dir: Path
 
 
 class Worker:
-    """Carries messages between the HTTP processes and the compute thread.
-
-    It is the compute thread's `Listener`, and hands its calls to the event loop.
-    """
+    """Carries messages between the HTTP processes and the compute thread, as its `Listener`."""
 
     def __init__(
         self, *, options: WorkerOptions, settings: Settings, make_backend: MakeBackend
@@ -101,7 +102,6 @@ class Worker:
         self._clients: set[Identity] = set()
         self._stop = asyncio.Event()
         self._exit_code = 0
-        self._loop = asyncio.get_running_loop()
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         # Never drop a message: admission bounds the queues.
@@ -116,13 +116,13 @@ class Worker:
     def _make_compute(self) -> ComputeThread:
         options, settings = self._options, self._settings
         states = DeviceStatesFile.open(options.runtime.states_file)
-        refused = states.read().refused_models
+        refused = (states.read() or DeviceStates()).refused_models
         states.close()
         specs = [spec for spec in options.runtime.read_catalog() if holds(spec, options.device)]
         specs.sort(key=lambda spec: spec.name != settings.default_model)
         return ComputeThread(
             batcher=Batcher(max_wait_s=settings.limits.max_wait_s),
-            make_backend=lambda: self._make_backend(options),
+            make_backend=lambda: self._make_backend(options, settings),
             specs=specs,
             refused=refused,
             listener=self,
@@ -135,7 +135,7 @@ class Worker:
     async def run(self) -> int:
         """Serve until told to stop or the device is lost; returns the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._loop.add_signal_handler(number, self._stop.set)
+            asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
         options = self._options
         self._socket.bind(options.runtime.socket_url(options.device, options.incarnation))
         self._compute.start()
@@ -144,7 +144,8 @@ class Worker:
         try:
             await asyncio.wait({receiving, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if receiving.done():
-                receiving.result()  # it only ends by an error, which is raised here
+                # It only ends by an error, which is raised here.
+                receiving.result()
         finally:
             for task in (receiving, stopping):
                 task.cancel()
@@ -154,7 +155,8 @@ class Worker:
             await asyncio.to_thread(self._compute.stop)
             if self._tracing is not None:
                 await asyncio.to_thread(self._tracing.close)
-            await asyncio.sleep(0)  # the thread's last messages are sent
+            # The thread's last messages are sent.
+            await asyncio.sleep(0)
         self._context.destroy(linger=_LINGER_MS)
         return self._exit_code
 
@@ -165,7 +167,7 @@ class Worker:
             frames = await self._socket.recv_multipart(copy=False)
             identity = frames[0].bytes
             try:
-                message = decode_to_worker([frame.buffer for frame in frames[1:]])
+                message = decode([frame.buffer for frame in frames[1:]], ToWorker)
             except MalformedMessage:
                 log.exception("a client sent a malformed message")
                 continue
@@ -192,7 +194,7 @@ class Worker:
         try:
             self._compute.submit(submission)
         except HeatlensError as error:
-            self._send_results([Failure.of(submission.job.id, error)])
+            self.on_results([Failure.of(submission.job.id, error)])
 
     def _load(self, spec: str, done: Done) -> None:
         try:
@@ -203,37 +205,27 @@ class Worker:
     def _acknowledge(self, identity: Identity, request_id: str) -> Done:
         def done(error: HeatlensError | None) -> None:
             failure = None if error is None else Failure.of(request_id, error)
-            self._from_thread(self._send, [identity], Ack(request_id=request_id, failure=failure))
+            self._send([identity], Ack(request_id=request_id, failure=failure))
 
         return done
 
-    # ---------------------------------------------------------------- from the compute thread
-
-    def on_results(self, results: Sequence[JobResult]) -> None:
-        """Send results of jobs to their clients."""
-        self._from_thread(self._send_results, results)
+    # ---------------------------------------------------------------- to clients
 
     def on_models(self, infos: Sequence[ModelInfo]) -> None:
         """Send the models to every client."""
-        self._from_thread(lambda: self._send(self._clients, Models(infos=tuple(infos))))
+        self._send(self._clients, Models(infos=tuple(infos)))
 
     def on_device_lost(self, reason: str) -> None:
-        """Exit; the jobs named by the status stay unanswered here and are retried elsewhere."""
+        """Exit; clients retry the jobs that are named by the status elsewhere."""
         log.error("the device is lost: %s", reason)
         self._exit_code = EXIT_DEVICE_LOST
-        self._from_thread(self._stop.set)
+        self._stop.set()
 
-    def _from_thread(self, call: Callable[..., object], *arguments: object) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            self._loop.call_soon_threadsafe(call, *arguments)
-
-    # ---------------------------------------------------------------- to clients
-
-    def _send_results(self, results: Sequence[JobResult]) -> None:
+    def on_results(self, results: Sequence[JobResult]) -> None:
+        """Send results of jobs to their clients."""
         by_owner: dict[Identity, list[JobResult]] = {}
         for result in results:
-            job_id = result.id if isinstance(result, Failure) else result.outcome.id
-            owner = self._owners.pop(job_id, None)
+            owner = self._owners.pop(result.id, None)
             if owner is not None:
                 by_owner.setdefault(owner, []).append(result)
         depth, wait_ms = self._compute.load_state()
@@ -250,7 +242,7 @@ class Worker:
     def _send(self, identities: Iterable[Identity], message: Message) -> None:
         frames = encode(message)
         for identity in identities:
-            # Without a high-water mark a send never waits; the router skips clients that are gone.
+            # Without a high-water mark a send never waits; clients that are gone are skipped.
             self._socket.send_multipart([identity, *frames], copy=False)
 
 
@@ -272,9 +264,9 @@ def keep_heap() -> bool:
     return all(taken)
 
 
-def default_backend(options: WorkerOptions) -> Backend:
+def default_backend(options: WorkerOptions, settings: Settings) -> Backend:
     """The real engine on the device."""
-    return make_engine_backend(options.device, base_dir=options.base_dir, threads=options.threads)
+    return make_engine_backend(options.device, base_dir=settings.base_dir, threads=options.threads)
 
 
 def main(
@@ -282,26 +274,16 @@ def main(
 ) -> int:
     """Run one device worker; returns its exit code."""
     parser = argparse.ArgumentParser(prog="heatlens device worker")
-    parser.add_argument("--runtime", type=Path, required=True)
+    parser.add_argument("--runtime", type=lambda path: RuntimeDir(Path(path)), required=True)
     parser.add_argument("--device", required=True)
-    parser.add_argument("--incarnation", type=int, required=True)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--parent", type=int, required=True)
-    parsed = parser.parse_args(arguments)
-    die_with_parent(parsed.parent)
-    runtime = RuntimeDir(parsed.runtime)
-    settings = runtime.read_settings()
+    for name in ("--incarnation", "--threads", "--parent"):
+        parser.add_argument(name, type=int, required=True)
+    options = WorkerOptions(**vars(parser.parse_args(arguments)))
+    die_with_parent(options.parent)
+    settings = options.runtime.read_settings()
     configure_logging(settings.server.log_level)
-    if settings.workers.keep_heap and parsed.device.startswith("cpu"):
+    if settings.workers.keep_heap and options.device.startswith("cpu"):
         keep_heap()
-    options = WorkerOptions(
-        runtime=runtime,
-        device=parsed.device,
-        incarnation=parsed.incarnation,
-        threads=parsed.threads,
-        parent=parsed.parent,
-        base_dir=settings.base_dir,
-    )
 
     async def serve() -> int:
         return await Worker(options=options, settings=settings, make_backend=make_backend).run()
@@ -310,5 +292,5 @@ def main(
 
 
 if __name__ == "__main__":
-    # Interpreter shutdown would wait for torch's threads and for a compute thread stuck in the device.
+    # Interpreter shutdown would wait for torch's threads and for a hanging compute thread.
     os._exit(main())

@@ -1,10 +1,10 @@
-"""The queue of a device: entries, the batches they form, and the latency model that sizes them."""
+"""The queue of a device: entries, the batches that they form, and the model of their latency."""
 
 from __future__ import annotations
 
 import heapq
 import math
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -33,12 +33,10 @@ class Suspended(Protocol):
     @property
     def job(self) -> Job:
         """The job."""
-        ...
 
     @property
     def cost(self) -> int:
         """Images in its next step."""
-        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -72,7 +70,7 @@ class Entry:
 
     @property
     def deadline(self) -> float:
-        """Time after which nobody waits for its result."""
+        """Time after which its result is useless."""
         return self.submission.deadline
 
     @property
@@ -121,7 +119,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A scheduling decision: the batch to run, if any, and the entries that expired in the queue."""
+    """A scheduling decision: the batch to run, if any, and the entries that expired."""
 
     batch: Batch | None
     expired: tuple[Entry, ...] = ()
@@ -195,7 +193,7 @@ class LatencyModel:
         return self._points[left] + share * (self._points[right] - self._points[left])
 
     def largest_within(self, slack_s: float, size: int) -> int:
-        """The largest batch up to `size` that ends within `slack_s`; `size` if even one would not."""
+        """The largest batch up to `size` that ends within `slack_s`; `size` if one job does not."""
         if self.predict_ms(1) > 1000 * slack_s:
             return size
         while size > 1 and self.predict_ms(size) > 1000 * slack_s:
@@ -205,9 +203,8 @@ class LatencyModel:
     def observe(self, size: int, duration_ms: float) -> None:
         """Learn from a batch that ran."""
         if size not in self._points:
-            known = self.predict_ms(size) if self._sizes else duration_ms
-            self._sizes.insert(bisect_left(self._sizes, size), size)
-            self._points[size] = known
+            self._points[size] = self.predict_ms(size) if self._sizes else duration_ms
+            insort(self._sizes, size)
         self._points[size] += self._smoothing * (duration_ms - self._points[size])
 
 
@@ -239,7 +236,7 @@ class QueuedModel:
         return min(self.best_batch, self.batch_cap) if now < self.cap_until else self.best_batch
 
     def has_replaced(self, fingerprint: str) -> bool:
-        """Whether a job with that fingerprint was meant for another model; an empty one fits any."""
+        """Whether a fingerprint is that of another model; an empty one fits any."""
         return bool(fingerprint and self.fingerprint) and fingerprint != self.fingerprint
 
 

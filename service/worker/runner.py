@@ -1,4 +1,4 @@
-"""Runs batches through the engine and isolates bad jobs and shortages of memory."""
+"""Runs batches through the engine and isolates faulty jobs and shortages of memory."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Runner:
         return done
 
     def canary(self, info: ModelInfo) -> bool:
-        """Run a black image through a model; whether that succeeded.
+        """Run a black image through a model and return whether that succeeded.
 
         Raises:
             DeviceLost: the device needs a new process.
@@ -129,15 +129,16 @@ class Runner:
     def _call(
         self, call: Callable[[Sequence[Any]], Sequence[Result]], items: Sequence[Any], extra: Any
     ) -> list[Result] | HeatlensError:
-        """Call the engine; its results, or the error that each item alone would end with.
+        """Call the engine and return its results, or the error that ends a single item.
 
-        The exception and its traceback, which holds tensors, are gone when this returns.
+        The exception is dropped: its traceback holds tensors.
         """
         try:
             results = list(call(items))
         except HeatlensError as error:
             return type(error)(error.message, field=error.field, retry_after_s=error.retry_after_s)
-        except Exception as error:  # whatever a model raises must end its own jobs only
+        except Exception as error:
+            # Any error of a model must end its own jobs only.
             fault = classify_exception(error)
             log.exception("a batch of %d failed: %s", len(items), fault, extra=extra)
             if fault == "device":
@@ -149,9 +150,8 @@ class Runner:
             return InternalError("The model failed on this request.")
         if len(results) == len(items) and all(result is not None for result in results):
             return results
-        log.error(
-            "the engine returned %d results for %d jobs", len(results), len(items), extra=extra
-        )
+        counts = (len(results), len(items))
+        log.error("the engine returned %d results for %d jobs", *counts, extra=extra)
         return InternalError("The model failed on this request.")
 
     def _publish_end(self, results: Sequence[Result]) -> bool:

@@ -80,4 +80,4 @@ class TaskQueue:
 
 
 def _ignore(error: HeatlensError | None) -> None:
-    """Discard the result: nobody waits for the loading of a configured model."""
+    """Discard the result of loading a configured model."""

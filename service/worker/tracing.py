@@ -1,4 +1,4 @@
-"""Spans of the batches of a device worker, in the traces of the requests that they serve."""
+"""Trace spans of the batches of a device worker."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
 _MAX_BATCHES = 16
-"""Batches shown of one job: the thousands of steps of a long method would bury its trace."""
+"""Batches recorded of one job: a long method has thousands of steps."""
 
 _MAX_LINKS = 32
 
@@ -35,13 +35,13 @@ class DeviceTracing:
         self._device = device
 
     def ran(self, batch: Batch, *, began: float, ended: float, done: float) -> None:
-        """Record a batch.
+        """Record a batch; times are `time.monotonic`.
 
         Args:
-            batch: with its entries and the moment it was started.
-            began: when the device began to run it; all times are `time.monotonic`.
-            ended: when the device had run it.
-            done: when its results were handed out.
+            batch: the batch.
+            began: start of its run on the device.
+            ended: end of its run on the device.
+            done: time at which its results were ready.
         """
         parents = [(entry, _parent(entry)) for entry in batch.entries if _is_shown(entry)]
         requests = {_request(parent).span_id: _request(parent) for _, parent in parents}
@@ -51,7 +51,7 @@ class DeviceTracing:
             span = self._tracer.start_span(
                 "batch",
                 context=parent,
-                links=_links(requests.values(), besides=_request(parent)),
+                links=_links(requests.values(), own=_request(parent)),
                 start_time=epoch_ns(batch.started),
                 attributes={
                     "heatlens.model": "@".join(batch.key),
@@ -84,7 +84,7 @@ class DeviceTracing:
 
 
 def device_tracing(settings: TracingSettings, *, device: str) -> DeviceTracing | None:
-    """Tracing of a device worker; None where it is off."""
+    """Tracing of a device worker; None if it is off."""
     if not is_on(settings):
         return None
     return DeviceTracing(make_provider(settings, process="worker"), device=device)
@@ -102,8 +102,6 @@ def _request(parent: Context) -> trace.SpanContext:
     return trace.get_current_span(parent).get_span_context()
 
 
-def _links(
-    requests: Iterable[trace.SpanContext], *, besides: trace.SpanContext
-) -> list[trace.Link]:
-    others = [trace.Link(request) for request in requests if request.span_id != besides.span_id]
+def _links(requests: Iterable[trace.SpanContext], *, own: trace.SpanContext) -> list[trace.Link]:
+    others = [trace.Link(request) for request in requests if request.span_id != own.span_id]
     return others[:_MAX_LINKS]

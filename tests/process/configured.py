@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from fake_engine import picture
+from fake_engine import image_of
 from running import Service, report, until
 from traffic import Traffic, png
 
@@ -67,7 +67,7 @@ class Configured:
     def ask(
         self, *, key: str = "one", model: str = "", images: int = 1, content: bytes | None = None
     ) -> httpx.Response:
-        files = [("image", png(picture(n))) for n in range(images)]
+        files = [("image", png(image_of(n))) for n in range(images)]
         return httpx.post(
             self.service.url("/v1/predict" + (f"?model={model}" if model else "")),
             **({"files": files} if content is None else {"content": content}),
@@ -87,7 +87,7 @@ class Configured:
     def traffic(self, **rest: Any) -> Traffic:
         return Traffic(
             self.service.url("/v1/predict"),
-            lambda number, i: png(picture(1000 * number + i)),
+            lambda number, i: png(image_of(1000 * number + i)),
             headers={"X-API-Key": "one"},
             **rest,
         )

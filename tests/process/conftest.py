@@ -87,7 +87,7 @@ def service(start_service) -> Service:
 @pytest.fixture
 def make_job() -> Callable[..., Submission]:
     def make(number: int, fault=fake_engine.Fault.NONE, argument: int = 0, **changes) -> Submission:
-        pixels = fake_engine.picture(number, fault, argument)
+        pixels = fake_engine.image_of(number, fault, argument)
         job = Job(
             id=uuid.uuid4().hex,
             operation="predict",

@@ -1,8 +1,7 @@
-"""A fast engine without torch whose answers can be checked, and whose faults are asked for by the picture.
+"""A fast engine without torch, with results that can be checked and faults on demand.
 
-The first row of a job's picture is a script: pixel (0, 0) holds a `Fault` code, (0, 1) its
-argument. The answer of a sound job is made from the picture, so that a test knows which picture an
-answer belongs to.
+The first row of a job's image is a script: pixel (0, 0) holds a `Fault` code, (0, 1) its argument.
+The result of a sound job is computed from the image, so that a test can match them.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import enum
 import os
 import signal
+import threading
 import time
 import zlib
 from dataclasses import dataclass
@@ -35,25 +35,34 @@ SIDE = 8
 
 
 class Fault(enum.IntEnum):
-    """What a picture makes the engine do."""
+    """The effect of an image on the engine."""
 
     NONE = 0
-    KILL = 1  # SIGKILL, each time
+    # SIGKILL, each time.
+    KILL = 1
     SEGFAULT = 2
     HANG = 3
     RAISE = 4
-    DEVICE = 5  # a sticky CUDA error
-    MEMORY = 6  # out of memory when not alone
+    # A sticky CUDA error.
+    DEVICE = 5
+    # Out of memory unless alone.
+    MEMORY = 6
     MEMORY_ALONE = 7
-    USER = 8  # a typed failure
-    SLOW = 9  # argument x 10 ms
-    LONG = 10  # argument steps
-    KILL_ONCE = 11  # SIGKILL, but only in the first incarnation
+    # A typed failure.
+    USER = 8
+    # Takes as many times 10 ms as its argument.
+    SLOW = 9
+    # Takes as many steps as its argument.
+    LONG = 10
+    # SIGKILL, but only in the first incarnation.
+    KILL_ONCE = 11
     HANG_ONCE = 12
+    # Waits until the test releases the engine.
+    HOLD = 13
 
 
-def picture(number: int, fault: Fault = Fault.NONE, argument: int = 0) -> np.ndarray:
-    """A picture that differs for each number."""
+def image_of(number: int, fault: Fault = Fault.NONE, argument: int = 0) -> np.ndarray:
+    """An image that differs for each number."""
     pixels = np.zeros((SIDE, SIDE, 3), dtype=np.uint8)
     pixels[1:] = np.random.default_rng(number).integers(0, 256, (SIDE - 1, SIDE, 3), dtype=np.uint8)
     pixels[0, 0, 0], pixels[0, 1, 0] = fault, argument
@@ -61,7 +70,7 @@ def picture(number: int, fault: Fault = Fault.NONE, argument: int = 0) -> np.nda
 
 
 def expected_class(pixels: np.ndarray) -> int:
-    """The class that the fake engine finds in a picture."""
+    """The class that the fake engine finds in an image."""
     return zlib.crc32(pixels.tobytes()) % 1_000_000
 
 
@@ -73,7 +82,7 @@ class FakeSuspended:
 
 
 class FakeRegistry:
-    """Models by name; `source` says how loading goes: `python:fake.slow` and so on."""
+    """Models by name; `source` selects the outcome of loading, such as `python:fake.slow`."""
 
     def __init__(self) -> None:
         self._infos: dict[tuple[str, str], ModelInfo] = {}
@@ -128,11 +137,15 @@ class FakeRegistry:
 
 
 class FakeEngine:
-    """Sleeps 2 ms a batch and obeys the pictures.
+    """Sleeps 2 ms per batch and obeys the images.
 
     Args:
         first_incarnation: whether faults that happen once happen now.
-        journal: file to which each run's job ids are appended, one batch a line.
+        journal: file to which each run's job ids are appended, one batch a line; a file `release`
+            in the same folder releases jobs that are held.
+
+    Attributes:
+        released: releases jobs that are held, when set.
     """
 
     def __init__(
@@ -142,6 +155,7 @@ class FakeEngine:
         self._first = first_incarnation
         self._journal = journal
         self.freed = 0
+        self.released = threading.Event()
 
     def run(self, jobs: list[Job]) -> list[Outcome | Failure | FakeSuspended]:
         assert len({(job.model, job.version) for job in jobs}) == 1
@@ -162,6 +176,11 @@ class FakeEngine:
     def free_memory(self) -> None:
         self.freed += 1
 
+    def _hold(self) -> None:
+        release = self._journal and self._journal.with_name("release")
+        while not (release.exists() if release else self.released.is_set()):
+            time.sleep(0.002)
+
     def _note(self, ids: list[str]) -> None:
         if self._journal is not None:
             with self._journal.open("a") as file:
@@ -175,9 +194,8 @@ class FakeEngine:
             case Fault.KILL_ONCE if self._first:
                 os.kill(os.getpid(), signal.SIGKILL)
             case Fault.SEGFAULT if self._first:
-                signal.raise_signal(
-                    signal.SIGSEGV
-                )  # to this thread: os.kill would let it run on for a moment
+                # To this thread: os.kill would let it run on for a moment.
+                signal.raise_signal(signal.SIGSEGV)
             case Fault.HANG:
                 time.sleep(3600)
             case Fault.HANG_ONCE if self._first:
@@ -196,13 +214,15 @@ class FakeEngine:
                 )
             case Fault.SLOW:
                 time.sleep(argument / 100)
+            case Fault.HOLD:
+                self._hold()
             case Fault.LONG:
                 return FakeSuspended(job, left=argument)
         return outcome(job)
 
 
 def outcome(job: Job) -> Outcome:
-    """What the fake engine answers."""
+    """The result of a sound job."""
     found = ClassScore(class_id=expected_class(job.input), score=1.0, probability=0.5)
     explanation = Explanation(
         method="gradcam",

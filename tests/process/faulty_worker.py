@@ -10,10 +10,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from fake_engine import make_backend
 
+from service.settings import Settings
 from service.worker import process as worker
 
 
-def backend(options: worker.WorkerOptions) -> object:
+def backend(options: worker.WorkerOptions, _settings: Settings) -> object:
     journal = options.runtime.path / "journal"
     return make_backend(first_incarnation=options.incarnation == 1, journal=journal)
 

@@ -1,4 +1,4 @@
-"""A supervisor in its own process, and what tests want to know of it."""
+"""A supervisor in its own process, and access to its state for tests."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def until(condition: Callable[[], object], *, timeout_s: float = 20.0) -> float:
 
 
 async def eventually(condition: Callable[[], object], *, timeout_s: float = 20.0) -> float:
-    """The same, while the event loop goes on."""
+    """The same, while the event loop runs."""
     begun = time.monotonic()
-    while not condition():  # what is waited for happens in other processes
+    while not condition():
         assert time.monotonic() - begun < timeout_s, "it did not happen in time"
         await asyncio.sleep(0.005)
     return time.monotonic() - begun
@@ -52,7 +52,7 @@ def report(text: str) -> None:
 
 
 class Service:
-    """A supervisor in its own process, and what a test wants to know of it."""
+    """A supervisor in its own process, and access to its state."""
 
     def __init__(self, settings: Settings, folder: Path, *flags: str) -> None:
         command = [sys.executable, str(Path(__file__).parent / "run_service.py")]
@@ -89,7 +89,7 @@ class Service:
     def states(self) -> DeviceStates:
         file = DeviceStatesFile.open(self.runtime.states_file)
         with contextlib.closing(file):
-            return file.read()
+            return file.read() or DeviceStates()
 
     def status(self, device: str = "cpu"):
         state = next(state for state in self.states.devices if state.device == device)
@@ -100,11 +100,11 @@ class Service:
         with contextlib.closing(file):
             return file.read()
 
-    def pids(self, what: str) -> list[int]:
-        """Process ids of children whose command line holds `what`."""
+    def pids(self, text: str) -> list[int]:
+        """Process ids of children with `text` in their command line."""
         with contextlib.suppress(psutil.NoSuchProcess):
             children = psutil.Process(self.process.pid).children()
-            return [c.pid for c in children if any(what in word for word in c.cmdline())]
+            return [c.pid for c in children if any(text in word for word in c.cmdline())]
         return []
 
     def worker_pid(self, device: str = "cpu") -> int:
@@ -135,8 +135,12 @@ class Service:
         finally:
             await pool.close()
 
+    def release(self) -> None:
+        """Let jobs that are held finish, now and later."""
+        (self.runtime.path / "release").touch()
+
     def journal(self) -> list[list[str]]:
-        """Batches that ran: job ids."""
+        """The job ids of each batch that ran."""
         path = self.runtime.path / "journal"
         return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 

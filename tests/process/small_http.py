@@ -1,6 +1,6 @@
 """An HTTP process with a small ASGI application, so that these tests need nothing of the service's own.
 
-`POST /` with a picture of the fake engine as its body answers the class that was found, or the
+`POST /` with a image of the fake engine as its body answers the class that was found, or the
 error's code.
 """
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from fake_engine import picture
+from fake_engine import image_of
 from traffic import Traffic, png
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
@@ -37,11 +37,15 @@ def admin(running, path: str, body: dict | None = None) -> httpx.Response:
     )
 
 
-def explain(running, model: str, **rest) -> Traffic:
+def explain(running, model: str) -> Traffic:
     url = running.service.url("/v1/explain" + TARGETS.format(model))
-    pictures = [png(picture(n)) for n in range(8)]
+    images = [png(image_of(n)) for n in range(8)]
     return Traffic(
-        url, lambda number, i: pictures[(number + i) % 8], headers={"X-API-Key": "one"}, **rest
+        url,
+        lambda number, i: images[(number + i) % 8],
+        clients=2,
+        pause_s=0.005,
+        headers={"X-API-Key": "one"},
     )
 
 
@@ -61,7 +65,8 @@ def winners(traffic: Traffic) -> list[str]:
 
 def test_models_come_change_and_go_under_traffic(configured, monkeypatch):
     one, two = entry("first", "old"), entry("second", "v2", version="2")
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where tiny_models is
+    # The folder of tiny_models.
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     running = configured("real-worker", server=SERVER, models=[one], default_model="m")
     workers = running.service.pids("service.worker.process")
     with explain(running, "m") as newest, explain(running, "m@1") as pinned:

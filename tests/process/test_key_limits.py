@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 from configured import BASE
-from fake_engine import Fault, picture
+from fake_engine import Fault, image_of
 from running import until
 from traffic import png
 
@@ -26,26 +26,27 @@ def test_a_key_is_limited_across_processes(configured):
     def ask(number: int, key: str = "one") -> httpx.Response:
         return httpx.post(
             running.service.url("/v1/predict"),
-            content=png(picture(number, Fault.SLOW, 150)),
+            content=png(image_of(number, Fault.HOLD)),
             headers={"X-API-Key": key},
             timeout=30,
             trust_env=False,
         )
 
-    def under_way() -> int:
+    def in_flight() -> int:
         text = httpx.get(running.service.url("/metrics"), trust_env=False).text
         return int(float(re.findall(r"^heatlens_inflight (.*)$", text, re.MULTILINE)[0])) - 1
 
     with ThreadPoolExecutor(4) as threads:
         first = []
-        for number in range(
-            3
-        ):  # one after the other: of two at the same moment both may be refused
+        # One after the other: of two that arrive at the same moment both may be refused.
+        for number in range(3):
             first.append(threads.submit(ask, number))
-            until(lambda: under_way() == len(first))
+            until(lambda: in_flight() == len(first))
         refused = [ask(number).status_code for number in range(10, 20)]
         other = threads.submit(ask, 50, "two")
-        assert [answer.result().status_code for answer in first] == [200, 200, 200]
+        until(lambda: in_flight() == 4)
+        running.service.release()
+        assert [request.result().status_code for request in first] == [200, 200, 200]
     assert refused == [429] * 10
     assert other.result().status_code == 200
     assert ask(60).status_code == 200

@@ -1,4 +1,4 @@
-"""Starting, stopping and outliving: the supervisor and its HTTP processes."""
+"""Start, stop and restart: the supervisor and its HTTP processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 import httpx
 import psutil
 import pytest
-from fake_engine import Fault, expected_class, picture, spec
+from fake_engine import Fault, expected_class, image_of, spec
 from running import report, until
 
 pytestmark = pytest.mark.process
@@ -31,10 +31,10 @@ def all_pids(service) -> list[int]:
     return [*service.pids("faulty_worker"), *service.pids("small_http")]
 
 
-def test_sigterm_finishes_what_was_accepted(start_service):
+def test_sigterm_finishes_accepted_requests(start_service):
     service = start_service(workers={"hang_floor_s": 10})
     until(service.answers)
-    pixels = picture(1, Fault.SLOW, 200)
+    pixels = image_of(1, Fault.HOLD)
     answers = []
     request = threading.Thread(target=lambda: answers.append(post(service.url(), pixels)))
     request.start()
@@ -44,6 +44,7 @@ def test_sigterm_finishes_what_was_accepted(start_service):
     service.process.send_signal(signal.SIGTERM)
     until(lambda: refused(service.port))
     assert not answers, "new connections were refused only after the old request's end"
+    service.release()
     request.join()
     assert answers[0].status_code == 200
     assert answers[0].text == str(expected_class(pixels))
@@ -61,29 +62,30 @@ def refused(port: int) -> bool:
         return True
 
 
-def test_what_outlasts_the_grace_ends_with_a_typed_error(start_service):
-    service = start_service(grace_s=2.0, workers={"hang_floor_s": 10})
+def test_requests_longer_than_the_grace_period_end_with_a_typed_error(start_service):
+    service = start_service(grace_s=0.7, workers={"hang_floor_s": 10})
     until(service.answers)
     answers = []
     request = threading.Thread(
-        target=lambda: answers.append(post(service.url(), picture(1, Fault.LONG, 255)))
+        target=lambda: answers.append(post(service.url(), image_of(1, Fault.LONG, 255)))
     )
     slow = threading.Thread(
-        target=lambda: answers.append(post(service.url(), picture(2, Fault.SLOW, 250)))
+        target=lambda: answers.append(post(service.url(), image_of(2, Fault.SLOW, 150)))
     )
     request.start()
     until(lambda: service.status().queue_depth)
     slow.start()
-    until(lambda: service.status().queue_depth == 2 or answers)  # both have arrived
+    # Both have arrived.
+    until(lambda: service.status().queue_depth == 2 or answers)
     begun = time.monotonic()
     service.process.send_signal(signal.SIGTERM)
     assert service.process.wait(10) == 0
-    assert time.monotonic() - begun < 4.5
+    assert time.monotonic() - begun < 3.5
     request.join()
     slow.join()
     assert {answer.text for answer in answers} <= {
         "draining",
-        str(expected_class(picture(2, Fault.SLOW, 250))),
+        str(expected_class(image_of(2, Fault.SLOW, 150))),
     }
     assert "draining" in {answer.text for answer in answers}
 
@@ -91,14 +93,12 @@ def test_what_outlasts_the_grace_ends_with_a_typed_error(start_service):
 def test_a_second_signal_stops_at_once(start_service):
     service = start_service(workers={"hang_floor_s": 10})
     until(service.answers)
-    request = threading.Thread(
-        target=ignore_errors, args=(service.url(), picture(1, Fault.SLOW, 250))
-    )
+    request = threading.Thread(target=ignore_errors, args=(service.url(), image_of(1, Fault.HOLD)))
     request.start()
     until(lambda: service.status().jobs)
     pids = all_pids(service)
     service.process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
+    until(lambda: "stopping: accepted requests" in service.log)
     begun = time.monotonic()
     service.process.send_signal(signal.SIGINT)
     assert service.process.wait(5) == 1
@@ -115,11 +115,11 @@ def ignore_errors(url: str, pixels) -> None:
 
 
 @pytest.mark.parametrize("busy", [False, True])
-def test_no_child_outlives_a_killed_supervisor(service, busy):
+def test_every_child_exits_with_a_killed_supervisor(service, busy):
     until(service.answers)
     if busy:
         request = threading.Thread(
-            target=ignore_errors, args=(service.url(), picture(1, Fault.HANG))
+            target=ignore_errors, args=(service.url(), image_of(1, Fault.HANG))
         )
         request.start()
         until(lambda: service.status().jobs)
@@ -130,7 +130,7 @@ def test_no_child_outlives_a_killed_supervisor(service, busy):
     until(lambda: gone(pids), timeout_s=3)
 
 
-def test_a_killed_http_process_is_replaced_and_nothing_else(start_service):
+def test_only_a_killed_http_process_is_replaced(start_service):
     service = start_service(http_workers=2)
     until(service.answers)
     worker = service.worker_pid()
@@ -138,7 +138,7 @@ def test_a_killed_http_process_is_replaced_and_nothing_else(start_service):
     assert len(before) == 2
     victim = min(before)
     os.kill(victim, signal.SIGKILL)
-    assert post(service.url(), picture(1)).status_code == 200, "the other one serves"
+    assert post(service.url(), image_of(1)).status_code == 200, "the other one serves"
     until(lambda: len(set(service.pids("small_http")) - {victim}) == 2)
     until(
         lambda: (
@@ -156,17 +156,17 @@ def test_http_processes_do_not_import_torch(service):
 
 def test_readiness_falls_when_the_service_drains(service):
     until(service.answers)
-    request = threading.Thread(
-        target=ignore_errors, args=(service.url(), picture(1, Fault.SLOW, 60))
-    )
+    request = threading.Thread(target=ignore_errors, args=(service.url(), image_of(1, Fault.HOLD)))
     request.start()
     until(lambda: service.status().jobs)
     with httpx.Client(trust_env=False) as client:
         assert client.get(service.url("/ready")).status_code == 200
-        os.kill(service.pids("small_http")[0], signal.SIGSTOP)  # hold its own drain, to look at it
+        # Its own drain is held, to observe it.
+        os.kill(service.pids("small_http")[0], signal.SIGSTOP)
         service.process.send_signal(signal.SIGTERM)
         until(lambda: service.states.draining, timeout_s=1)
         os.kill(service.pids("small_http")[0], signal.SIGCONT)
+    service.release()
     request.join()
 
 
@@ -184,7 +184,7 @@ def test_a_model_that_crashes_while_loading_is_left_out(start_service):
     until(service.answers)
     assert service.states.refused_models == ("bad@1",)
     assert service.status().models == ("fake@1",)
-    assert post(service.url(), picture(3)).text == str(expected_class(picture(3)))
+    assert post(service.url(), image_of(3)).text == str(expected_class(image_of(3)))
 
 
 def test_a_taken_port_is_an_error(service, start_service):

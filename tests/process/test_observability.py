@@ -15,7 +15,7 @@ import pytest
 import yaml
 from collector import Collector
 from configured import BASE
-from fake_engine import Fault, picture
+from fake_engine import Fault, image_of
 from running import until
 from traffic import png
 
@@ -45,16 +45,19 @@ def ask(running, pixels, **headers: str) -> httpx.Response:
 def test_one_trace_crosses_the_processes(configured):
     with Collector() as collector:
         running = configured(tracing={"endpoint": collector.endpoint})
-        answer = ask(running, picture(1), traceparent=INBOUND, **{"X-Request-ID": "seen-1"})
+        answer = ask(running, image_of(1), traceparent=INBOUND, **{"X-Request-ID": "seen-1"})
         assert answer.status_code == 200
         version, trace, span, flags = answer.headers["traceparent"].split("-")
         assert (version, trace, flags) == ("00", INBOUND.split("-")[1], "01")
-        own = ask(running, picture(2)).headers["traceparent"].split("-")[1]
+        own = ask(running, image_of(2)).headers["traceparent"].split("-")[1]
         assert own != trace
         unsampled = INBOUND.replace("4bf9", "5bf9").removesuffix("01") + "00"
-        assert ask(running, picture(3), traceparent=unsampled).headers["traceparent"].endswith("00")
-        assert ask(running, picture(4, Fault.RAISE)).status_code == 500
-        running.service.stop()  # what is left is sent
+        assert (
+            ask(running, image_of(3), traceparent=unsampled).headers["traceparent"].endswith("00")
+        )
+        assert ask(running, image_of(4, Fault.RAISE)).status_code == 500
+        # The remaining spans are sent.
+        running.service.stop()
 
     spans = collector.of(trace)
     request = spans.pop("POST /v1/predict")
@@ -85,8 +88,8 @@ def test_one_trace_crosses_the_processes(configured):
 
 def test_log_lines_of_a_job_carry_its_request_in_every_process(configured):
     running = configured(server={**BASE["server"], "http_workers": 1})
-    assert ask(running, picture(1, Fault.RAISE), **{"X-Request-ID": "raises"}).status_code == 500
-    assert ask(running, picture(2, Fault.KILL), **{"X-Request-ID": "kills"}).status_code == 500
+    assert ask(running, image_of(1, Fault.RAISE), **{"X-Request-ID": "raises"}).status_code == 500
+    assert ask(running, image_of(2, Fault.KILL), **{"X-Request-ID": "kills"}).status_code == 500
     running.service.stop()
     lines = [json.loads(line) for line in running.service.log.splitlines()]
     assert all({"time", "level", "logger", "message"} <= line.keys() for line in lines)
@@ -94,8 +97,8 @@ def test_log_lines_of_a_job_carry_its_request_in_every_process(configured):
     assert by_logger == {"heatlens.compute", "heatlens.access"}
     access = [line for line in lines if line.get("request_id") == "kills"]
     assert [line["code"] for line in access] == ["input_quarantined"]
-    deaths = [line for line in lines if "exited: SIGKILL" in line["message"]]
-    assert [line["request_ids"] for line in deaths] == [["kills"], ["kills"]]
+    exits = [line for line in lines if "exited: SIGKILL" in line["message"]]
+    assert [line["request_ids"] for line in exits] == [["kills"], ["kills"]]
 
 
 # ---------------------------------------------------------------- metrics
@@ -103,12 +106,12 @@ def test_log_lines_of_a_job_carry_its_request_in_every_process(configured):
 
 def expressions() -> Iterable[str]:
     """Every query in the dashboard, the alerts and the recording rules."""
-    board = json.loads((ROOT / "deploy/grafana/heatlens.json").read_text())
-    for panel in board["panels"]:
+    dashboard = json.loads((ROOT / "deploy/grafana/heatlens.json").read_text())
+    for panel in dashboard["panels"]:
         yield from (target["expr"] for target in panel.get("targets", []))
     yield from (
         variable["query"]["query"] if isinstance(variable["query"], dict) else variable["query"]
-        for variable in board["templating"]["list"]
+        for variable in dashboard["templating"]["list"]
         if variable["type"] == "query"
     )
     for name in ("alerts.yml", "triton.yml"):
@@ -124,10 +127,11 @@ def metrics(text: str) -> dict[str, float]:
 
 def test_every_metric_that_is_used_is_there_and_adds_up(configured):
     running = configured(limits={"max_images": 2})
-    for number in range(20):  # each on a connection of its own: both HTTP processes get some
-        assert ask(running, picture(number)).status_code == 200
-    assert ask(running, picture(1, Fault.RAISE)).status_code == 500
-    assert ask(running, picture(2, Fault.KILL_ONCE)).status_code == 200
+    # Each has its own connection, so that both HTTP processes get some.
+    for number in range(20):
+        assert ask(running, image_of(number)).status_code == 200
+    assert ask(running, image_of(1, Fault.RAISE)).status_code == 500
+    assert ask(running, image_of(2, Fault.KILL_ONCE)).status_code == 200
     until(running.is_ready)
     scrapes = [httpx.get(running.service.url("/metrics"), trust_env=False).text for _ in range(6)]
     found = metrics(scrapes[-1])
@@ -151,7 +155,7 @@ def test_every_metric_that_is_used_is_there_and_adds_up(configured):
     assert found['heatlens_device_up{device="cpu"}'] == 1
     assert found['heatlens_model_ready{model="fake",version="1"}'] == 1
     alone = 'heatlens_batches_total{device="cpu",model="fake",reason="alone",version="1"}'
-    assert found[alone] == 1, "the job that was in a death ran alone"
+    assert found[alone] == 1, "the job that was part of an exit ran alone"
     as_triton = recorded(scrapes[-1])
     model = frozenset({("model", "fake"), ("version", "1")})
     assert as_triton["nv_inference_request_success"][model] == 21
@@ -172,7 +176,7 @@ def test_sigterm_with_real_requests(configured):
     server = {**BASE["server"], "http_workers": 1}
     running = configured(server=server)
     answers = []
-    slow = threading.Thread(target=lambda: answers.append(ask(running, picture(1, Fault.SLOW, 90))))
+    slow = threading.Thread(target=lambda: answers.append(ask(running, image_of(1, Fault.HOLD))))
     with httpx.Client(trust_env=False, base_url=running.service.url("")) as kept:
         assert kept.get("/readyz").status_code == 200
         slow.start()
@@ -180,7 +184,8 @@ def test_sigterm_with_real_requests(configured):
         (pid,) = running.http_pids()
         running.service.process.send_signal(signal.SIGTERM)
         until(lambda: running.service.states.draining, timeout_s=1)
-        time.sleep(0.1)  # HTTP processes look every 20 ms
+        # HTTP processes poll every 20 ms; the connection ends with its first response from then on.
+        time.sleep(0.1)
         answer = kept.get("/readyz")
         assert answer.status_code == 503
         assert "device cpu: draining" in answer.json()["missing"]
@@ -188,6 +193,7 @@ def test_sigterm_with_real_requests(configured):
         with pytest.raises(httpx.TransportError):
             kept.get("/readyz")
         assert Path(f"/proc/{pid}").exists()
+    running.service.release()
     slow.join()
     assert answers[0].status_code == 200
     assert running.service.process.wait(10) == 0

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from fake_engine import picture
+from fake_engine import image_of
 from running import until
 from traffic import png
 
@@ -110,7 +110,7 @@ def test_the_project_and_the_service_do_not_shadow_each_other(
 
         until(is_ready, timeout_s=90)
         answer = httpx.post(
-            f"{url}/v1/explain", content=png(picture(1)), trust_env=False, timeout=30
+            f"{url}/v1/explain", content=png(image_of(1)), trust_env=False, timeout=30
         )
         assert answer.status_code == 200, answer.text
         assert len(answer.json()["results"][0]["predictions"]) == 3

@@ -1,4 +1,4 @@
-"""SIGHUP: a new configuration for a service that goes on answering; what is wrong with it changes nothing."""
+"""SIGHUP: a running service adopts a new configuration, and keeps the old one if that is wrong."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from configured import BASE, FAKE
-from fake_engine import Fault, picture
+from fake_engine import Fault, image_of
 from running import report, until
 from traffic import png
 
@@ -74,7 +74,7 @@ def test_a_model_that_cannot_be_loaded_stops_the_reload(configured):
     assert running.ask().json()["model"]["version"] == "2", "a later reload goes through"
 
 
-def test_what_needs_a_restart_is_said(configured):
+def test_changes_that_need_a_restart_are_logged(configured):
     running = configured()
     http = running.http_pids()
     server = {**BASE["server"], "devices": ["cpu:0", "cpu:1"]}
@@ -100,7 +100,7 @@ def test_no_model_goes_while_a_request_by_the_old_configuration_runs(configured)
     """The default model of the old configuration answers requests that began under it."""
     other = {"name": "other", "source": "python:fake.fast"}
     running = configured(models=[FAKE, other], default_model="fake")
-    slow = png(picture(1, Fault.SLOW, 100))
+    slow = png(image_of(1, Fault.SLOW, 50))
     with ThreadPoolExecutor() as threads:
         asked = threads.submit(running.ask, content=slow)
         until(lambda: running.service.status().jobs)
@@ -110,7 +110,7 @@ def test_no_model_goes_while_a_request_by_the_old_configuration_runs(configured)
     assert running.ask().json()["model"]["name"] == "other"
 
 
-def test_a_process_that_dies_during_a_reload_leaves_the_old_configuration(configured):
+def test_a_process_that_exits_during_a_reload_leaves_the_old_configuration(configured):
     running = configured()
     slow = {"name": "slow", "source": "python:fake.slow"}
     before = running.http_pids()
@@ -150,7 +150,7 @@ def test_a_signal_before_the_processes_serve_is_not_lost(start_configured):
 
 @pytest.mark.anyio
 async def test_a_new_process_knows_the_models_before_it_is_asked(service):
-    """Otherwise the first requests to a successor would hear that models are still being loaded."""
+    """Otherwise the first requests to a successor fail because models are still being loaded."""
     async with service.pool() as pool:
         (info,) = pool.models()
         assert info.card.ready

@@ -9,7 +9,7 @@ SIDE = 32
 
 
 class Constant(nn.Module):
-    """Always finds the same class, whatever it sees: the picture only has the smallest of votes."""
+    """Always finds the same class, whatever it sees: the image only has the smallest of votes."""
 
     def __init__(self, winner: int) -> None:
         super().__init__()

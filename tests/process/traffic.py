@@ -14,7 +14,7 @@ from PIL import Image
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """A picture of the fake engine as a file."""
+    """An image of the fake engine as a file."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()

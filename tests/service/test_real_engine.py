@@ -117,7 +117,7 @@ def pauses(running):
     pause(0.0)
 
 
-def picture(seed: int) -> str:
+def image_of(seed: int) -> str:
     noise = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).resize((50, 40)).save(buffer, "PNG")
@@ -125,14 +125,14 @@ def picture(seed: int) -> str:
 
 
 async def post(client, path: str, *, seeds=(0,), images=None, status=200, **options):
-    images = images or [{"b64": picture(seed)} for seed in seeds]
+    images = images or [{"b64": image_of(seed)} for seed in seeds]
     answer = await client.post(f"/v1/{path}", json={"images": images, **options})
     assert answer.status_code == status, answer.text
     return answer.json()
 
 
 async def explain(client, *, seeds=(0,), images=None, **options) -> list[dict]:
-    """Results, with the raw maps in place of pictures."""
+    """Results, with the raw maps in place of images."""
     options = {"outputs": ["values"], "samples": 4, "steps": 3} | options
     results = (await post(client, "explain", seeds=seeds, images=images, **options))["results"]
     for result in results:
@@ -185,9 +185,9 @@ async def test_64_concurrent_requests_of_mixed_methods_equal_sequential_ones(cli
 
 async def test_each_image_has_its_own_targets(client):
     images = [
-        {"b64": picture(0), "targets": [1]},
-        {"b64": picture(1)},
-        {"b64": picture(2), "targets": ["dog", {"class": 1, "against": ["top1", 4]}]},
+        {"b64": image_of(0), "targets": [1]},
+        {"b64": image_of(1)},
+        {"b64": image_of(2), "targets": ["dog", {"class": 1, "against": ["top1", 4]}]},
     ]
     options = {"methods": ["gradcam", "rise"], "targets": [4, 0]}
     results = await explain(client, images=images, **options)
@@ -354,7 +354,7 @@ async def listening(app) -> AsyncIterator[int]:
 async def test_a_client_that_goes_away_frees_the_device(running, client, pauses):
     app, pool = running
     pauses(0.03)
-    long = {"images": [{"b64": picture(0)}], "methods": ["rise"], "samples": 10_000}
+    long = {"images": [{"b64": image_of(0)}], "methods": ["rise"], "samples": 10_000}
     body = json.dumps(long).encode()
     head = ["POST /v1/explain HTTP/1.1", "Host: x", "Content-Type: application/json"]
     lines = [*head, f"Content-Length: {len(body)}", "", ""]

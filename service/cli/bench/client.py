@@ -1,4 +1,4 @@
-"""The HTTP client of a benchmark: sends requests in turn and times each of them."""
+"""The HTTP client of the load generator: sends requests in turn and times each of them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from service.cli.bench.requests import BenchError, Request
 
 TIMEOUT = "client_timeout"
 CONNECTION_LOST = "connection_lost"
-WRONG_ANSWER = "wrong_answer"
-FOREIGN_ANSWER = "foreign_answer"
+WRONG_RESPONSE = "wrong_response"
+FOREIGN_RESPONSE = "foreign_response"
 
 # Servers commonly close a connection after 5 idle seconds.
 KEEPALIVE_S = 2.0
 
 Check = Callable[[int, bytes], bool]
-"""Tells whether a body is the response to the image of this number."""
+"""Whether a body is the response to the image of this number."""
 
 
 class NoResponse(Exception):
@@ -120,21 +120,18 @@ class Client:
         request = self.requests[number % len(self.requests)]
         request_id = f"bench-{self._run}-{number}"
         sent = time.monotonic()
-        status, size = 0, 0
+        due = sent if due is None else due
         try:
             response = await self.send(request, request_id=request_id)
         except NoResponse as error:
-            ended, code = time.monotonic(), error.code
-        else:
-            ended, code = time.monotonic(), self._code(response, request, request_id)
-            status, size = response.status, len(response.body)
+            return Sample(due=due, sent=sent, ended=time.monotonic(), code=error.code)
         return Sample(
-            due=sent if due is None else due,
+            due=due,
             sent=sent,
-            ended=ended,
-            status=status,
-            code=code,
-            size=size,
+            ended=time.monotonic(),
+            status=response.status,
+            code=self._code(response, request, request_id),
+            size=len(response.body),
         )
 
     async def send(self, request: Request, *, request_id: str = "bench") -> Response:
@@ -160,11 +157,11 @@ class Client:
 
     def _code(self, response: Response, request: Request, request_id: str) -> str:
         if response.headers.get("X-Request-ID", request_id) != request_id:
-            return FOREIGN_ANSWER
+            return FOREIGN_RESPONSE
         if not 200 <= response.status < 300:
             return response.error_code()
         if self.check is not None and not self.check(request.image, response.body):
-            return WRONG_ANSWER
+            return WRONG_RESPONSE
         return ""
 
 

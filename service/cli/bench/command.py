@@ -76,7 +76,7 @@ def bench(
             "--option", "-O", metavar="NAME=VALUE", help="Option of the API; may be repeated."
         ),
     ] = None,
-    pictures: Annotated[
+    images: Annotated[
         Path | None,
         typer.Option(
             exists=True, file_okay=False, help="Folder of images to send. [default: drawn images]"
@@ -114,13 +114,13 @@ def bench(
     - `heatlens bench http://127.0.0.1:8000 --clients 32 --duration 30 --verify`
     - `heatlens bench http://127.0.0.1:8000 --rate 50 -O methods=gradcam,layercam -O
       outputs=heatmap`
-    - `heatlens bench http://127.0.0.1:8000 --sweep --operation predict --pictures photos/ --json
+    - `heatlens bench http://127.0.0.1:8000 --sweep --operation predict --images photos/ --json
       sweep.json`
     """
     if sum((clients is not None, rate is not None, sweep)) > 1:
         raise typer.BadParameter("Choose one of --clients, --rate and --sweep.")
     try:
-        from service.cli.bench.client import FOREIGN_ANSWER, WRONG_ANSWER, Client, parse_url
+        from service.cli.bench.client import FOREIGN_RESPONSE, WRONG_RESPONSE, Client, parse_url
     except ModuleNotFoundError:
         raise _failure(EXTRA_MISSING) from None
 
@@ -135,25 +135,25 @@ def bench(
     longest_s = (warmup + duration + timeout) * (SWEEP_STAGES if sweep else 1)
     console.print(f"at most {longest_s:.0f} s", style="dim", highlight=False)
     try:
-        images = read_images(pictures) if pictures else draw_images()
-        bodies = image_requests(images, operation=operation, options=options, key=key)
-        client = Client(base, bodies, timeout_s=timeout)
+        bodies = read_images(images) if images else draw_images()
+        to_send = image_requests(bodies, operation=operation, options=options, key=key)
+        client = Client(base, to_send, timeout_s=timeout)
         work = _measure(client, load, bounds, tolerance if verify else None, console)
         summaries, twins = run_in_loop(work)
     except BenchError as error:
         raise _failure(str(error)) from None
-    _print_report(summaries, title=f"{operation}, {len(images)} images in turn", twins=twins)
+    _print_report(summaries, title=f"{operation}, {len(bodies)} images in turn", twins=twins)
     if json_file is not None:
         report = {
             "url": url,
             "operation": operation,
             "options": options,
-            "pictures": len(images),
+            "images": len(bodies),
             "runs": summaries,
         }
         json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
     codes = {code for row in summaries for code in row.codes}
-    if not any(row.answered for row in summaries) or codes & {WRONG_ANSWER, FOREIGN_ANSWER}:
+    if not any(row.answered for row in summaries) or codes & {WRONG_RESPONSE, FOREIGN_RESPONSE}:
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -173,19 +173,16 @@ def _failure(message: str) -> typer.Exit:
 
 
 async def _measure(
-    client: Client,
-    load: Load | None,
-    bounds: Bounds,
-    tolerance: float | None,
-    console: Console,
+    client: Client, load: Load | None, bounds: Bounds, tolerance: float | None, console: Console
 ) -> tuple[list[Summary], int | None]:
-    """Measure one load, or the sweep if there is none.
+    """Measure one load, or the sweep if it is None.
 
     Returns:
-        The summaries and, if responses are verified with a tolerance, the number of twins.
+        The summaries and, if responses are verified with a tolerance, the number of pairs of images
+        with the same response.
 
     Raises:
-        BenchError: the service does not respond as it should before it is under load.
+        BenchError: the service does not respond correctly before it is under load.
     """
     from service.cli.bench.verify import learn
 
@@ -208,13 +205,13 @@ async def _measure(
 
 async def _measure_load(client: Client, load: Load, bounds: Bounds, progress: Progress) -> Summary:
     total_s = bounds.warmup_s + bounds.duration_s
-    task = progress.add_task(str(load), total=total_s, answers=0)
-    begun, answers = time.monotonic(), 0
+    task = progress.add_task(str(load), total=total_s, responses=0)
+    begun, responses = time.monotonic(), 0
 
     def watch(sample: Sample) -> None:
-        nonlocal answers
-        answers += sample.ok
-        progress.update(task, completed=time.monotonic() - begun, answers=answers)
+        nonlocal responses
+        responses += sample.ok
+        progress.update(task, completed=time.monotonic() - begun, responses=responses)
 
     run = await run_load(client.call, load, bounds, watch=watch)
     progress.update(task, completed=total_s)
@@ -225,7 +222,7 @@ def _progress(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description:>12}"),
         BarColumn(),
-        TextColumn("{task.fields[answers]} answers"),
+        TextColumn("{task.fields[responses]} responses"),
         TimeRemainingColumn(),
         console=console,
         disable=not console.is_terminal,
@@ -236,25 +233,25 @@ def _print_report(summaries: Sequence[Summary], *, title: str, twins: int | None
     console = Console()
     console.print(summaries_table(summaries))
     sizes = [row.megabytes for row in summaries if row.answered]
-    size = f", answers of {1000 * max(sizes):.0f} kB" if sizes else ""
+    size = f", responses of {1000 * max(sizes):.0f} kB" if sizes else ""
     console.print(f"{title}{size}", highlight=False)
     if twins:
-        console.print(f"[yellow]{twins} pairs of images have the same answer.[/]")
+        console.print(f"[yellow]{twins} pairs of images have the same response.[/]")
 
 
 def summaries_table(summaries: Sequence[Summary]) -> RenderableType:
-    """One row for each run, then its failures and what makes its numbers doubtful.
+    """One row for each run, then its failures and the doubts about its numbers.
 
     The column `client` is the processor cores that the load generator used.
     """
-    names = ("answers/s", "p50 ms", "p95 ms", "p99 ms", "max ms", "answered", "failed", "client")
+    names = ("responses/s", "p50 ms", "p95 ms", "p99 ms", "max ms", "succeeded", "failed", "client")
     columns = [Column(name, justify="right", no_wrap=True) for name in names]
     table = Table(Column("load", no_wrap=True), *columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for row in summaries:
         table.add_row(
             row.load,
             f"{row.throughput:.1f}",
-            *_latency_cells(row.latency),
+            *_cells(row.latency),
             str(row.answered),
             f"[red]{row.failed}[/]" if row.failed else "0",
             f"{row.client_cores:.2f}",
@@ -264,10 +261,9 @@ def summaries_table(summaries: Sequence[Summary]) -> RenderableType:
     return Group(table, *failures, *doubts)
 
 
-def _latency_cells(latency: Latency | None) -> list[str]:
-    if latency is None:
-        return ["-"] * 4
-    return [f"{value:.1f}" for value in (latency.p50, latency.p95, latency.p99, latency.max)]
+def _cells(latency: Latency | None) -> list[str]:
+    """The cells of a row's latency, in the order of its fields."""
+    return [f"{ms:.1f}" for ms in msgspec.structs.astuple(latency)] if latency else ["-"] * 4
 
 
 def _failures(row: Summary) -> str:

@@ -1,4 +1,4 @@
-"""Closed and open loops, the sweep over both, and the summary of what they measured."""
+"""Closed and open loops of requests, the sweep over both, and the summary of a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -51,7 +51,7 @@ Load = Closed | Open
 
 
 class Bounds(Struct):
-    """When a run ends: `requests` limits all requests, those of the warm-up included."""
+    """The end of a run: `requests` limits all requests, those of the warm-up included."""
 
     warmup_s: float
     duration_s: float
@@ -73,9 +73,9 @@ class Sample(Struct):
     due: float
     sent: float
     ended: float
-    status: int
-    code: str
-    size: int
+    status: int = 0
+    code: str = ""
+    size: int = 0
 
     @property
     def latency(self) -> float:
@@ -115,8 +115,8 @@ async def run_load(
 
     Args:
         call: sends a request that is due at this time (None: now), see `Client.call`.
-        load: how requests follow each other.
-        bounds: when to stop.
+        load: a closed or open loop.
+        bounds: the end of the run.
         watch: called with each sample.
     """
     samples: list[Sample] = []
@@ -202,7 +202,7 @@ class Summary(Struct):
         latency: of successful requests; None without any.
         refused_latency: of failed requests.
         answered: number of successful requests.
-        statuses: number of requests by HTTP status; 0 is no response.
+        statuses: number of requests by HTTP status; 0 stands for a missing response.
         codes: number of failed requests by code.
         megabytes: mean size of a successful response.
         client_cores: processor cores that the load generator used; near 1 it is itself the limit.
@@ -234,22 +234,23 @@ def summarise(run: Run) -> Summary:
     bad = [sample for sample in due if not sample.ok]
     arrived = sum(s.ok and run.start <= s.ended <= run.end for s in run.samples)
     seconds = run.end - run.start
-    is_open = isinstance(run.load, Open)
+    clients = run.load.clients if isinstance(run.load, Closed) else None
+    rate = run.load.rate if isinstance(run.load, Open) else None
     return Summary(
         load=str(run.load),
-        clients=run.load.clients if isinstance(run.load, Closed) else None,
-        rate=run.load.rate if isinstance(run.load, Open) else None,
+        clients=clients,
+        rate=rate,
         seconds=seconds,
         throughput=arrived / seconds if seconds > 0 else 0.0,
         latency=_latency(good),
         refused_latency=_latency(bad),
         answered=len(good),
         failed=len(bad),
-        statuses=_counts(str(sample.status) for sample in due),
-        codes=_counts(sample.code for sample in bad),
+        statuses=dict(Counter(str(sample.status) for sample in due).most_common()),
+        codes=dict(Counter(sample.code for sample in bad).most_common()),
         megabytes=sum(sample.size for sample in good) / max(len(good), 1) / 1e6,
         client_cores=run.client_cpu_s / max(run.wall_s, 1e-9),
-        lag_ms=1000 * percentile([s.sent - s.due for s in due], 99) if is_open else 0.0,
+        lag_ms=1000 * percentile([s.sent - s.due for s in due], 99) if rate else 0.0,
         sent_in_all=len(run.samples),
     )
 
@@ -265,10 +266,6 @@ def _latency(samples: Sequence[Sample]) -> Latency | None:
     values = [1000 * sample.latency for sample in samples]
     p50, p95, p99 = (percentile(values, percent) for percent in (50, 95, 99))
     return Latency(p50=p50, p95=p95, p99=p99, max=max(values))
-
-
-def _counts(names: Iterable[str]) -> dict[str, int]:
-    return dict(Counter(names).most_common())
 
 
 async def run_sweep(measure: Callable[[Load], Awaitable[Summary]]) -> AsyncIterator[Summary]:

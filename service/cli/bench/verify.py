@@ -1,4 +1,4 @@
-"""`--verify`: is a response under load the one that its image gets alone?"""
+"""`--verify`: compares each response under load with the one that its image gets alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DEFAULT_TOLERANCE = 0.01
 
 
 class Fingerprint(Struct):
-    """What tells the response to one image from the response to another.
+    """The numbers that distinguish the responses to different images.
 
     Attributes:
         size: width and height of the original image.
@@ -46,7 +46,7 @@ class Verifier:
         return found is not None and same(self._expected[image], found, self._tolerance)
 
     def twins(self) -> int:
-        """Number of pairs of images whose responses cannot be told apart."""
+        """Number of pairs of images with indistinguishable responses."""
         return sum(same(a, b, self._tolerance) for a, b in combinations(self._expected, 2))
 
 

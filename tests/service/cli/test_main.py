@@ -118,7 +118,7 @@ def test_json_has_one_line_per_image(config: Path, images: Path, tmp_path: Path)
     result = run("explain", images, "-o", tmp_path / "out", "-c", config, "--json")
     assert result.exit_code == 0, said(result)
     lines = [json.loads(line) for line in result.stdout.splitlines()]
-    assert sorted(Path(line["picture"]).name for line in lines) == ["a.jpg", "b.png", "c.webp"]
+    assert sorted(Path(line["image"]).name for line in lines) == ["a.jpg", "b.png", "c.webp"]
     for line in lines:
         assert len(line["predictions"]) == 3
         assert all(Path(path).is_file() for path in line["overlays"])

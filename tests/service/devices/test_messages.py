@@ -1,4 +1,4 @@
-"""Messages survive the wire; what is no message never becomes one."""
+"""Messages survive the wire, and frames that are not a message are refused."""
 
 from __future__ import annotations
 
@@ -28,20 +28,21 @@ from service.devices.messages import (
     Ack,
     Cancel,
     Completion,
+    FromWorker,
     Hello,
     Load,
     MalformedMessage,
     Models,
     Results,
     Submission,
+    ToWorker,
     Unload,
-    decode_from_worker,
-    decode_to_worker,
+    decode,
     encode,
     from_wire,
 )
 
-PICTURES = hnp.arrays(np.uint8, hnp.array_shapes(min_dims=3, max_dims=3, min_side=0, max_side=5))
+IMAGES = hnp.arrays(np.uint8, hnp.array_shapes(min_dims=3, max_dims=3, min_side=0, max_side=5))
 MAPS = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=3, min_side=0, max_side=5))
 SCORE = ClassScore(class_id=3, score=-1.5, probability=0.25)
 
@@ -53,11 +54,11 @@ def plain(value: object) -> object:
     )
 
 
-def over_the_wire(message, decode):
-    return decode([bytes(frame) for frame in encode(message)])
+def over_the_wire(message, kinds):
+    return decode([bytes(frame) for frame in encode(message)], kinds)
 
 
-@given(PICTURES)
+@given(IMAGES)
 def test_jobs(pixels):
     options = JobOptions(
         methods=("gradcam",),
@@ -74,11 +75,11 @@ def test_jobs(pixels):
         options=options,
     )
     submission = Submission(job=job, deadline=12.5, digest="d", worker_exits=1)
-    assert plain(over_the_wire(submission, decode_to_worker)) == plain(submission)
+    assert plain(over_the_wire(submission, ToWorker)) == plain(submission)
 
 
 @given(MAPS, st.none() | MAPS)
-def test_answers(array, grid):
+def test_results(array, grid):
     explanation = Explanation(
         method="gradcam",
         layer="last",
@@ -110,17 +111,17 @@ def test_answers(array, grid):
         failures=(Failure(id="y", code="c", message="m"),),
         others_ms=3,
     )
-    assert plain(over_the_wire(results, decode_from_worker)) == plain(results)
+    assert plain(over_the_wire(results, FromWorker)) == plain(results)
 
 
 @pytest.mark.parametrize(
-    ("message", "decode"),
+    ("message", "kinds"),
     [
-        (Hello(), decode_to_worker),
-        (Cancel(job_id="x"), decode_to_worker),
-        (Load(request_id="r", spec="{}"), decode_to_worker),
-        (Unload(request_id="r", name="n"), decode_to_worker),
-        (Ack(request_id="r", failure=Failure(id="r", code="c", message="m")), decode_from_worker),
+        (Hello(), ToWorker),
+        (Cancel(job_id="x"), ToWorker),
+        (Load(request_id="r", spec="{}"), ToWorker),
+        (Unload(request_id="r", name="n"), ToWorker),
+        (Ack(request_id="r", failure=Failure(id="r", code="c", message="m")), FromWorker),
         (
             Models(
                 infos=(
@@ -137,27 +138,27 @@ def test_answers(array, grid):
                     ),
                 )
             ),
-            decode_from_worker,
+            FromWorker,
         ),
     ],
 )
-def test_other_messages(message, decode):
-    assert over_the_wire(message, decode) == message
+def test_other_messages(message, kinds):
+    assert over_the_wire(message, kinds) == message
 
 
 def test_arrays_are_views_not_copies():
     pixels = np.arange(27, dtype=np.uint8).reshape(3, 3, 3)
     frames = encode(Submission(job=a_job(pixels), deadline=0))
     assert np.shares_memory(np.frombuffer(frames[1], dtype=np.uint8), pixels)
-    decoded = decode_to_worker(frames).job.input
+    decoded = decode(frames, ToWorker).job.input
     assert np.shares_memory(decoded, pixels)
     with pytest.raises(ValueError, match="read-only"):
-        decode_to_worker([bytes(frame) for frame in frames]).job.input[0] = 1
+        decode([bytes(frame) for frame in frames], ToWorker).job.input[0] = 1
 
 
 def test_strided_arrays_keep_their_order():
     pixels = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)[::2, ::-1]
-    decoded = over_the_wire(Submission(job=a_job(pixels), deadline=0), decode_to_worker).job.input
+    decoded = over_the_wire(Submission(job=a_job(pixels), deadline=0), ToWorker).job.input
     assert (decoded == pixels).all()
 
 
@@ -179,7 +180,7 @@ def test_other_arrays_are_refused(array):
 
 
 def forged(reference: object) -> list[bytes]:
-    """A submit whose array reference was written by an enemy."""
+    """A submission with a forged array reference."""
     header = msgspec.to_builtins(
         Submission(job=a_job(np.zeros(1, np.uint8)), deadline=0), enc_hook=lambda _: reference
     )
@@ -209,16 +210,16 @@ def forged(reference: object) -> list[bytes]:
     ],
 )
 def test_forged_references_are_refused(reference):
-    assert decode_to_worker(forged([1, "uint8", [3, 4]])).job.input.shape == (3, 4)
+    assert decode(forged([1, "uint8", [3, 4]]), ToWorker).job.input.shape == (3, 4)
     with pytest.raises(MalformedMessage):
-        decode_to_worker(forged(reference))
+        decode(forged(reference), ToWorker)
 
 
 @given(st.lists(st.binary(max_size=60), max_size=3))
 def test_noise_is_refused(frames):
-    for decode in (decode_to_worker, decode_from_worker):
+    for kinds in (ToWorker, FromWorker):
         with pytest.raises(MalformedMessage):
-            decode(frames)
+            decode(frames, kinds)
 
 
 @given(st.integers(0, 200), st.integers(0, 255))
@@ -229,7 +230,7 @@ def test_a_flipped_byte_is_a_message_or_refused(position, value):
     ]
     frames[0][position % len(frames[0])] = value
     try:
-        decoded = decode_to_worker(frames)
+        decoded = decode(frames, ToWorker)
     except MalformedMessage:
         return
     assert isinstance(decoded, Submission)

@@ -1,4 +1,4 @@
-"""Records that several processes map: whole or not at all, whoever dies when."""
+"""Records that several processes map are read whole or not at all, whenever a process exits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from service.devices.status import (
     WorkerExit,
     WorkerStatus,
     WorkerStatusFile,
-    is_hung,
 )
 
 
@@ -95,49 +94,50 @@ def test_no_reader_sees_half_a_record_while_another_process_writes(tmp_path):
         writer.join()
 
 
-def test_the_board_names_the_jobs(tmp_path):
-    written = WorkerStatusFile.create(tmp_path / "board")
-    read = WorkerStatusFile.open(tmp_path / "board")
+def test_a_status_names_the_jobs(tmp_path):
+    written = WorkerStatusFile.create(tmp_path / "status")
+    read = WorkerStatusFile.open(tmp_path / "status")
     assert read.read() is None
     jobs = tuple(RunningJob(id=f"{n:032x}", digest=f"{n:032x}", worker_exits=n) for n in range(256))
-    board = WorkerStatus(
+    status = WorkerStatus(
         ready=True, activity="batch", since=5.0, predicted_s=0.1, jobs=jobs, wait_ms=1.5
     )
-    written.write(board)
-    assert read.read() == board
+    written.write(status)
+    assert read.read() == status
     written.close()
     read.close()
 
 
-@pytest.mark.parametrize(
-    ("activity", "age_s", "predicted_s", "hung"),
-    [
-        ("idle", 1e6, 0.0, False),
-        ("batch", 9.9, 0.01, False),  # the floor
-        ("batch", 10.1, 0.01, True),
-        ("batch", 49.0, 5.0, False),  # ten times the prediction
-        ("batch", 51.0, 5.0, True),
-        ("canary", 10.1, 0.01, True),
-        ("load", 299.0, 0.0, False),
-        ("load", 301.0, 0.0, True),
-    ],
-)
-def test_hangs(activity, age_s, predicted_s, hung):
-    board = WorkerStatus(activity=activity, since=1000.0, predicted_s=predicted_s)
-    assert hung == is_hung(board, now=1000 + age_s, floor_s=10, factor=10, load_timeout_s=300)
-
-
-def test_the_fleet_at_its_largest_fits(tmp_path):
+def test_the_largest_states_fit_and_are_decoded_once(tmp_path):
     ids = tuple(f"{n:032x}" for n in range(256))
     exits = tuple(WorkerExit(incarnation=n, reason="SIGSEGV", suspects=ids) for n in range(8))
-    fleet = DeviceStates(
+    states = DeviceStates(
         devices=tuple(DeviceState(device=f"cuda:{n}", exits=exits) for n in range(4)),
         quarantined=ids * 4,
     )
-    written = DeviceStatesFile.create(tmp_path / "fleet")
-    written.write(fleet)
-    read = DeviceStatesFile.open(tmp_path / "fleet")
-    assert read.read() == fleet
+    written = DeviceStatesFile.create(tmp_path / "states")
+    written.write(states)
+    read = DeviceStatesFile.open(tmp_path / "states")
+    assert read.read() == states
     assert read.read() is read.read(), "decoded again though nothing changed"
+    written.close()
+    read.close()
+
+
+def test_a_state_is_read_after_a_write_that_was_under_way(tmp_path):
+    """A reader that meets a half-written state still sees the whole one once it is written."""
+    path = tmp_path / "states"
+    written, read = DeviceStatesFile.create(path), DeviceStatesFile.open(path)
+    written.write(DeviceStates())
+    before = path.read_bytes()
+    written.write(DeviceStates(draining=True))
+    after = path.read_bytes()
+    # The header is written first, then the record.
+    half = len(before) // 2
+    start = half if after[half:] != before[half:] else 0
+    path.write_bytes(after[: start + 8] + before[start + 8 :])
+    assert read.read() == DeviceStates()
+    path.write_bytes(after)
+    assert read.read() == DeviceStates(draining=True)
     written.close()
     read.close()

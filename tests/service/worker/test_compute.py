@@ -1,4 +1,4 @@
-"""Models replaced under jobs that were resolved against the old one, and the reasons for batch sizes."""
+"""Models replaced under jobs that were resolved against the old one; reasons for batch sizes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import time
 import msgspec
 import numpy as np
 import pytest
-from fake_engine import Fault, make_backend, picture, spec
+from fake_engine import Fault, image_of, make_backend, spec
+from running import eventually
 
 from models.errors import ModelReplaced, NotReady, UnknownModel
 from models.types import Failure, Job, JobOptions
@@ -55,7 +56,7 @@ def batcher(*, fingerprint: str = "old", best: int = 8) -> Batcher:
     return made
 
 
-def test_jobs_of_another_model_are_turned_away():
+def test_jobs_of_another_model_are_refused():
     queue = batcher()
     queue.add(job(1, fingerprint="old"), 0)
     queue.add(job(2), 0)
@@ -77,7 +78,7 @@ def test_a_model_that_is_loaded_again_keeps_its_jobs():
     assert queue.next(0).batch.entries[0].job.id == "1"
 
 
-def test_what_is_on_the_device_when_its_model_is_replaced_ends_as_it_began():
+def test_a_running_job_of_a_replaced_model_finishes():
     queue = batcher()
     queue.add(job(1, fingerprint="old"), 0)
     queue.next(0)
@@ -87,10 +88,11 @@ def test_what_is_on_the_device_when_its_model_is_replaced_ends_as_it_began():
 
 
 @pytest.mark.anyio
-async def test_who_waits_while_a_model_is_replaced_learns_the_new_one_first():
-    """The card of the new model is there before the jobs of the old one are turned away."""
+async def test_jobs_of_a_replaced_model_fail_after_the_new_one_is_announced():
+    """The new model is announced before the jobs of the old one are refused."""
     settings = Settings(models=[spec()], server={"devices": ["cpu"]})
-    pool = LocalPool(settings, make_backend=make_backend)
+    backends = [make_backend()]
+    pool = LocalPool(settings, make_backend=lambda: backends[0])
     await pool.start()
     try:
         await pool.wait_ready()
@@ -102,7 +104,7 @@ async def test_who_waits_while_a_model_is_replaced_learns_the_new_one_first():
                 number,
                 fingerprint=old,
                 model="fake",
-                input=picture(number, fault, argument),
+                input=image_of(number, fault, argument),
                 deadline=time.monotonic() + 10,
             )
 
@@ -110,11 +112,12 @@ async def test_who_waits_while_a_model_is_replaced_learns_the_new_one_first():
         told, answered = pool.on_models, pool.on_results
         pool.on_models = lambda infos: (heard.append("models"), told(infos))
         pool.on_results = lambda ends: (heard.extend(map(job_id, ends)), answered(ends))
-        running = asyncio.create_task(pool.submit(fresh(0, Fault.SLOW, 30)))
-        await asyncio.sleep(0.1)
+        running = asyncio.create_task(pool.submit(fresh(0, Fault.HOLD)))
+        await eventually(lambda: pool._status.jobs)
         loading = asyncio.create_task(pool.load(spec(task="multi_label")))
         waiting = [asyncio.create_task(pool.submit(fresh(n))) for n in range(1, 20)]
-        await asyncio.sleep(0)
+        await eventually(lambda: pool.devices()[0].queue_depth == 20)
+        backends[0].engine.released.set()
         seen = []
         for task in waiting:
             try:
@@ -130,7 +133,7 @@ async def test_who_waits_while_a_model_is_replaced_learns_the_new_one_first():
         await pool.close()
 
 
-def test_jobs_for_a_model_that_goes_are_asked_again_unless_they_name_no_model():
+def test_jobs_of_an_unloaded_model_are_retried_if_they_were_resolved_against_it():
     queue = batcher()
     queue.close_model(KEY)
     with pytest.raises(ModelReplaced):
@@ -154,21 +157,25 @@ async def test_a_load_does_not_overtake_the_unload_of_the_same_model():
         slow = job(
             0,
             model="fake",
-            input=picture(0, Fault.LONG, 30),  # between its steps the thread is free
+            # Between its steps the thread is free.
+            input=image_of(0, Fault.LONG, 50),
             deadline=time.monotonic() + 10,
         )
         running = asyncio.create_task(pool.submit(slow))
-        await asyncio.sleep(0.1)
+        await eventually(lambda: pool._status.jobs)
+
+        def states() -> set[tuple[str, bool]]:
+            cards = [info.card for info in pool.models() if info.card.name == "fake"]
+            return {(card.state, card.ready) for card in cards}
+
         unloading = asyncio.create_task(pool.unload("fake"))
-        await asyncio.sleep(0.05)
-        (card,) = [info.card for info in pool.models() if info.card.name == "fake"]
-        assert (card.state, card.ready) == ("unloading", False)
+        await eventually(lambda: states() == {("unloading", False)})
         await asyncio.gather(pool.load(spec()), unloading, running)
         assert {info.card.name: info.card.state for info in pool.models()} == {
             "fake": "ready",
             "other": "ready",
         }
-        await pool.submit(job(1, model="fake", input=picture(1), deadline=time.monotonic() + 10))
+        await pool.submit(job(1, model="fake", input=image_of(1), deadline=time.monotonic() + 10))
     finally:
         await pool.close()
 
@@ -183,7 +190,7 @@ def reason(queue: Batcher, *jobs: Submission, now: float = 0.0) -> tuple[str, in
     return batch.reason, len(batch.entries)
 
 
-def test_why_a_batch_has_its_size():
+def test_reasons_of_batch_sizes():
     jobs = [job(n) for n in range(10)]
     assert reason(batcher(), *jobs) == ("full", 8)
     assert reason(batcher(), *jobs[:3]) == ("idle", 3)

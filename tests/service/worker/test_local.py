@@ -7,7 +7,8 @@ import time
 import uuid
 
 import pytest
-from fake_engine import Fault, expected_class, make_backend, picture, spec
+from fake_engine import Fault, expected_class, image_of, make_backend, spec
+from running import eventually
 
 from models.errors import (
     DeadlineExceeded,
@@ -36,7 +37,7 @@ def job(
         operation="predict",
         model=model,
         version="1",
-        input=picture(number, fault, argument),
+        input=image_of(number, fault, argument),
         options=JobOptions(),
     )
     return Submission(job=job, deadline=time.monotonic() + timeout_s)
@@ -57,6 +58,19 @@ class Running:
     def _make(self):
         self.backends.append(make_backend())
         return self.backends[-1]
+
+    async def hold(self) -> asyncio.Task[Completion]:
+        """Occupy the device with a job until `release`."""
+        held = asyncio.create_task(self.pool.submit(job(0, Fault.HOLD)))
+        await eventually(lambda: self.pool._status.jobs)
+        return held
+
+    def release(self) -> None:
+        self.backends[0].engine.released.set()
+
+    async def queued(self, count: int) -> None:
+        """Wait until `count` jobs wait or run."""
+        await eventually(lambda: self.pool.devices()[0].queue_depth == count)
 
     async def __aenter__(self) -> LocalPool:
         await self.pool.start()
@@ -114,23 +128,28 @@ async def test_one_bad_job_harms_no_neighbour():
 async def test_memory_is_freed_before_the_halves_are_tried():
     running = Running()
     async with running as pool:
-        blocker = asyncio.create_task(pool.submit(job(0, Fault.SLOW, 10)))
-        await asyncio.sleep(0.03)
+        blocker = await running.hold()
         jobs = [job(n) for n in range(1, 8)] + [job(9, Fault.MEMORY)]
-        assert all(map(is_own, jobs, await submit_all(pool, jobs)))
-        assert running.backends[0].engine.freed == 3  # for eight, four and two
+        submitted = asyncio.create_task(submit_all(pool, jobs))
+        await running.queued(9)
+        running.release()
+        assert all(map(is_own, jobs, await submitted))
+        # For eight, four and two.
+        assert running.backends[0].engine.freed == 3
         await blocker
         again = await submit_all(pool, [job(n) for n in range(20, 40)])
         assert max(answer.batch_size for answer in again) == 1, "the batch was not lowered"
 
 
 async def test_a_job_too_large_by_itself_does_not_lower_the_batch():
-    async with Running() as pool:
-        blocker = asyncio.create_task(pool.submit(job(0, Fault.SLOW, 10)))
-        await asyncio.sleep(0.03)
-        answers = await submit_all(
-            pool, [*(job(n) for n in range(1, 8)), job(9, Fault.MEMORY_ALONE)]
-        )
+    running = Running()
+    async with running as pool:
+        blocker = await running.hold()
+        jobs = [*(job(n) for n in range(1, 8)), job(9, Fault.MEMORY_ALONE)]
+        submitted = asyncio.create_task(submit_all(pool, jobs))
+        await running.queued(9)
+        running.release()
+        answers = await submitted
         assert [isinstance(answer, Overloaded) for answer in answers] == [False] * 7 + [True]
         await blocker
         again = await submit_all(pool, [job(n) for n in range(20, 40)])
@@ -150,32 +169,33 @@ async def test_a_lost_device_fails_everything_and_stays_lost():
 
 
 async def test_long_jobs_end_and_are_cancelled_between_steps():
-    async with Running() as pool:
+    running = Running()
+    async with running as pool:
         asked = job(1, Fault.LONG, 5)
         answer = await pool.submit(asked)
         assert is_own(asked, answer)
         assert answer.device_ms >= 50
         endless = asyncio.create_task(pool.submit(job(2, Fault.LONG, 255)))
-        await asyncio.sleep(0.1)
+        await running.queued(1)
         assert await is_answered(pool, job(3))
         endless.cancel()
         with pytest.raises(asyncio.CancelledError):
             await endless
-        await asyncio.sleep(0.1)
-        assert pool.devices()[0].queue_depth == 0
+        await running.queued(0)
 
 
 async def test_deadlines():
-    async with Running() as pool:
+    running = Running()
+    async with running as pool:
         await pool.wait_ready()
-        blocker = asyncio.create_task(pool.submit(job(1, Fault.SLOW, 30)))
-        await asyncio.sleep(0.05)
+        blocker = await running.hold()
         begun = time.monotonic()
         with pytest.raises(DeadlineExceeded):
             await pool.submit(job(2, timeout_s=0.1))
         assert time.monotonic() - begun < 0.25
         with pytest.raises(DeadlineExceeded):
             await pool.submit(job(3, timeout_s=-1))
+        running.release()
         await blocker
 
 
@@ -201,14 +221,15 @@ async def test_broken_entries_are_listed_and_the_others_serve():
         assert await is_answered(pool, job(1))
 
 
-async def test_nothing_but_broken_entries_is_said():
+async def test_a_catalog_of_broken_entries_is_an_error():
     async with Running(spec(kind="broken")) as pool:
         with pytest.raises(ModelLoadFailed, match="broken"):
             await pool.wait_ready()
 
 
 async def test_loading_and_unloading():
-    async with Running() as pool:
+    running = Running()
+    async with running as pool:
         await pool.wait_ready()
         await pool.load(spec("second"))
         assert await is_answered(pool, job(1, model="second"))
@@ -217,7 +238,7 @@ async def test_loading_and_unloading():
         assert {info.card.name for info in pool.models()} == {"fake", "second"}
         jobs = [job(n, Fault.SLOW, 1, model="second") for n in range(20)]
         waiting = asyncio.create_task(submit_all(pool, jobs))
-        await asyncio.sleep(0.03)
+        await running.queued(20)
         await pool.unload("second")
         assert all(map(is_own, jobs, await waiting)), "the model was dropped under its jobs"
         with pytest.raises(UnknownModel):
@@ -226,12 +247,12 @@ async def test_loading_and_unloading():
             await pool.unload("second")
 
 
-async def test_closing_ends_what_is_open():
+async def test_closing_ends_jobs_in_flight():
     running = Running()
     async with running as pool:
         await pool.wait_ready()
-        tasks = [asyncio.create_task(pool.submit(job(n, Fault.SLOW, 20))) for n in range(3)]
-        await asyncio.sleep(0.05)
+        tasks = [asyncio.create_task(pool.submit(job(n, Fault.SLOW, 5))) for n in range(3)]
+        await running.queued(3)
     for task in tasks:
         with pytest.raises(Draining):
             await task
@@ -246,8 +267,8 @@ async def test_failures_are_heatlens_errors_only():
         assert answers[1].field == "layers.0"
 
 
-async def test_jobs_that_came_first_prove_the_device_too():
-    """Jobs that wait for the model are served before any canary; the device is then ready all the same."""
+async def test_early_jobs_make_the_device_ready():
+    """Jobs that wait for the model run before any canary pass, and make the device ready as well."""
     running = Running()
     async with running as pool:
         await submit_all(pool, [job(n) for n in range(4)])

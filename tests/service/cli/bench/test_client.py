@@ -115,16 +115,19 @@ async def test_a_broken_response_is_a_failure_and_the_next_request_succeeds(
 
 
 async def test_a_late_response_does_not_reach_the_next_request(serve, respond) -> None:
+    is_late = asyncio.Event()
+
     async def late_once(seen):
         if seen.body == b"slow":
-            await asyncio.sleep(0.4)
+            await asyncio.sleep(0.3)
+            is_late.set()
         return respond(seen.body)
 
     async with serve(late_once) as (_, url), Client(url, timeout_s=0.2) as client:
         with pytest.raises(NoResponse) as failure:
             await client.send(Request(path="/", body=b"slow"))
         assert failure.value.code == TIMEOUT
-        await asyncio.sleep(0.3)
+        await is_late.wait()
         assert (await client.send(Request(path="/", body=b"quick"))).body == b"quick"
 
 

@@ -58,7 +58,7 @@ def test_closed_loop_to_a_file(classifier, folder: Path, tmp_path: Path) -> None
     server.refused.add(20)
     out = tmp_path / "report.json"
     result = run(
-        url, "--clients", 3, "--requests", 40, "--warmup", 0, "--pictures", folder, "--verify",
+        url, "--clients", 3, "--requests", 40, "--warmup", 0, "--images", folder, "--verify",
         "--operation", "predict", "-O", "top_k=3", "--json", out,
     )  # fmt: skip
     assert result.exit_code == 0, said(result)
@@ -66,7 +66,7 @@ def test_closed_loop_to_a_file(classifier, folder: Path, tmp_path: Path) -> None
     assert "1 overloaded" in said(result)
     report = json.loads(out.read_text())
     (row,) = report["runs"]
-    assert (report["operation"], report["pictures"]) == ("predict", 4)
+    assert (report["operation"], report["images"]) == ("predict", 4)
     assert (row["answered"], row["failed"], row["codes"]) == (39, 1, {"overloaded": 1})
     assert row["throughput"] > 0
     assert {seen.line for seen in server.seen} == {"POST /v1/predict?top_k=3 HTTP/1.1"}
@@ -84,9 +84,9 @@ def test_wrong_responses_are_a_failure(serve_apart, respond, folder: Path) -> No
         return respond({"results": [result]}, seen=seen)
 
     server, url = serve_apart(changing)
-    result = run(url, "--requests", 8, "--warmup", 0, "--pictures", folder, "--verify")
+    result = run(url, "--requests", 8, "--warmup", 0, "--images", folder, "--verify")
     assert result.exit_code == 1
-    assert "3 wrong_answer" in said(result)
+    assert "3 wrong_response" in said(result)
 
 
 def test_open_loop_with_drawn_images(classifier, monkeypatch) -> None:
@@ -103,7 +103,7 @@ def test_the_sweep_finds_its_rates(classifier, folder: Path, tmp_path: Path) -> 
     _, url = classifier
     out = tmp_path / "sweep.json"
     result = run(
-        url, "--sweep", "--duration", 0.2, "--warmup", 0, "--pictures", folder, "--json", out
+        url, "--sweep", "--duration", 0.2, "--warmup", 0, "--images", folder, "--json", out
     )
     assert result.exit_code == 0, said(result)
     rows = json.loads(out.read_text())["runs"]
@@ -142,7 +142,7 @@ def test_mistakes_are_explained(arguments: list, text: str) -> None:
 
 
 def test_an_empty_folder(classifier, tmp_path: Path) -> None:
-    result = run(classifier[1], "--pictures", tmp_path)
+    result = run(classifier[1], "--images", tmp_path)
     assert result.exit_code == 1
     assert "There are no images" in said(result)
     with pytest.raises(BenchError):

@@ -151,7 +151,7 @@ async def test_failures_by_code(serve, respond) -> None:
         "http_502": 1,
         "connection_lost": 1,
         "client_timeout": 1,
-        "foreign_answer": 1,
+        "foreign_response": 1,
     }
     assert summary.statuses == {"200": 2, "429": 1, "502": 1, "0": 2}
     assert (summary.answered, summary.failed, summary.sent_in_all) == (1, 5, 6)
@@ -168,7 +168,7 @@ async def test_responses_are_checked_on_request(serve, respond) -> None:
 
     async with serve(swapped) as (_, url):
         run = await measured(url, Closed(clients=1), requests=9, duration_s=9, check=check)
-    assert [sample.code for sample in run.samples] == ["", "wrong_answer", ""] * 3
+    assert [sample.code for sample in run.samples] == ["", "wrong_response", ""] * 3
 
 
 async def test_a_connection_that_was_idle_for_long_is_not_used(serve, respond, monkeypatch) -> None:
