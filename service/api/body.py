@@ -1,4 +1,4 @@
-"""The three forms in which images and options arrive, read into one shape under caps."""
+"""Request bodies: three forms of images and options, read into one shape under caps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol
+from typing import TYPE_CHECKING, Any, Generic
 
 import msgspec
 from fastapi import Request
@@ -27,9 +27,12 @@ from models.errors import (
     UrlInputDisabled,
 )
 from models.imaging.decode import FORMATS, sniff
-from service.api.multipart import IMAGE_PART, OPTIONS_PART, FormLimits, read_form
+from service.api.multipart import IMAGE_PART, OPTIONS_PART, read_form
 from service.api.options import ImageOption, OptionsT, list_options, validate
 from service.settings import LimitSettings
+
+if TYPE_CHECKING:
+    from service.api.fetch import UrlFetcher
 
 FORM = "multipart/form-data"
 JSON = "application/json"
@@ -41,7 +44,7 @@ _CONCURRENT_FETCHES = 4
 
 @dataclass(frozen=True, slots=True)
 class ImageInput:
-    """One encoded image as it was sent, or why it cannot be had; `targets` override the common ones."""
+    """One encoded image as it was sent, or its error; `targets` override the common ones."""
 
     data: bytes = b""
     targets: list[Any] | None = None
@@ -56,35 +59,27 @@ class RequestBody(Generic[OptionsT]):
     options: OptionsT
 
 
-class Fetcher(Protocol):
-    """Gets the bytes behind an image URL."""
-
-    async def fetch(self, url: str, *, max_bytes: int) -> bytes:
-        """Raises `UrlInputDisabled`, `ImageTooLarge` or `ImageUndecodable`, without a field."""
-        ...
-
-
 class InputReader:
-    """Reads submissions.
+    """Reads the bodies of image requests.
 
     Args:
         limits: caps.
         threads: where base64 is decoded.
-        fetcher: gets image URLs; None = they are not allowed.
+        fetcher: fetches image URLs; None = they are not allowed.
     """
 
     def __init__(
-        self, limits: LimitSettings, *, threads: Executor, fetcher: Fetcher | None = None
+        self, limits: LimitSettings, *, threads: Executor, fetcher: UrlFetcher | None
     ) -> None:
         self._limits = limits
         self._threads = threads
         self._fetcher = fetcher
 
     async def read(self, request: Request, options: type[OptionsT]) -> RequestBody[OptionsT]:
-        """Read the body in whichever form it comes, and check the options.
+        """Read the body in any of its forms, and check the options.
 
         Raises:
-            HeatlensError: what is wrong with the body as a whole, or with an option.
+            HeatlensError: the body as a whole, or an option, is wrong.
         """
         if request.headers.get("content-encoding", "identity").lower() != "identity":
             raise UnsupportedMediaType("Compressed bodies are not accepted.")
@@ -95,14 +90,15 @@ class InputReader:
         if media_type == FORM:
             images, more = await self._read_form(body, content_type, options)
         elif media_type in {"", JSON, BYTES, *FORMATS}:
-            images, more = await self._read_whole(await _join(body), media_type)
+            whole = b"".join([chunk async for chunk in body])
+            images, more = await self._read_whole(whole, media_type)
         else:
             allowed = ", ".join([FORM, JSON, *FORMATS, BYTES])
             raise UnsupportedMediaType(f"The content type is not accepted. Allowed: {allowed}.")
         return RequestBody(images=images, options=validate(options, {**given, **more}))
 
     async def _body(self, request: Request) -> AsyncIterator[bytes]:
-        """The body's chunks; stops as soon as they are, or announce to be, too many."""
+        """The body's chunks, up to the cap; a body announced as too large is not read at all."""
         cap = self._limits.max_body_bytes
         announced = request.headers.get("content-length", "")
         size = int(announced) if announced.isascii() and announced.isdecimal() else 0
@@ -115,19 +111,14 @@ class InputReader:
                         break
                     yield chunk
         except ClientDisconnect:
-            raise Cancelled("The client left while sending.") from None
+            raise Cancelled("The client disconnected while sending.") from None
         if size > cap:
             raise BodyTooLarge(f"The body has more than {cap} bytes.")
 
     async def _read_form(
         self, body: AsyncIterator[bytes], content_type: str, options: type[OptionsT]
     ) -> tuple[tuple[ImageInput, ...], dict[str, Any]]:
-        limits = FormLimits(
-            max_image_bytes=self._limits.max_image_bytes,
-            max_options_bytes=self._limits.max_options_bytes,
-            max_images=self._limits.max_images,
-        )
-        form = await read_form(body, content_type=content_type, limits=limits)
+        form = await read_form(body, content_type=content_type, limits=self._limits)
         if not form.images:
             raise MalformedBody(f"The form has no `{IMAGE_PART}` part.")
         images = tuple(
@@ -151,15 +142,18 @@ class InputReader:
         if len(body) > self._limits.max_image_bytes:
             raise ImageTooLarge(f"The image has more than {self._limits.max_image_bytes} bytes.")
         if sniff(body) is None:
+            allowed = ", ".join(FORMATS)
             raise UnsupportedMediaType(
-                f"The body is of no known picture format. Allowed: {', '.join(FORMATS)}."
+                f"The body is not an image of a known format. Allowed: {allowed}."
             )
         return (ImageInput(data=body),), {}
 
     async def _read_json(self, body: bytes) -> tuple[tuple[ImageInput, ...], dict[str, Any]]:
         loop = asyncio.get_running_loop()
         items, images, options = await loop.run_in_executor(self._threads, self._parse_json, body)
-        return await self._fetch_all(items, images), options
+        if self._fetcher is not None:
+            images = await self._fetch_all(self._fetcher, items, images)
+        return tuple(images), options
 
     def _parse_json(
         self, body: bytes
@@ -179,15 +173,13 @@ class InputReader:
         return items, [_from_base64(item, f"images.{i}") for i, item in enumerate(items)], options
 
     async def _fetch_all(
-        self, items: list[ImageOption], images: list[ImageInput]
-    ) -> tuple[ImageInput, ...]:
-        """Fetch the images that are given by URL, a few at a time, within the cap of a body."""
-        if self._fetcher is None:
-            return tuple(images)
-        fetcher, slots = self._fetcher, asyncio.Semaphore(_CONCURRENT_FETCHES)
+        self, fetcher: UrlFetcher, items: list[ImageOption], images: list[ImageInput]
+    ) -> list[ImageInput]:
+        """Fetch the images given by URL, a few at a time, within the cap of a body."""
+        slots = asyncio.Semaphore(_CONCURRENT_FETCHES)
         room = self._limits.max_body_bytes
 
-        async def one(i: int, url: str) -> ImageInput:
+        async def fetch(i: int, url: str) -> ImageInput:
             nonlocal room
             async with slots:
                 try:
@@ -201,21 +193,20 @@ class InputReader:
                 raise BodyTooLarge("The images behind the URLs are too large together.")
             return ImageInput(data=data, targets=items[i].targets)
 
-        wanted = [(i, item.url) for i, item in enumerate(items) if item.url is not None]
+        urls = {i: item.url for i, item in enumerate(items) if item.url is not None}
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = {i: group.create_task(one(i, url)) for i, url in wanted}
+                tasks = {i: group.create_task(fetch(i, url)) for i, url in urls.items()}
         except* HeatlensError as errors:
             raise errors.exceptions[0] from None
-        return tuple(tasks[i].result() if i in tasks else image for i, image in enumerate(images))
+        return [tasks[i].result() if i in tasks else image for i, image in enumerate(images)]
 
 
 def parse_query(pairs: Iterable[tuple[str, str]], options: type[OptionsT]) -> dict[str, Any]:
-    """Options from texts: lists are comma-separated or repeated, everything else is given once.
+    """Options from texts: lists are comma-separated or repeated, others are given once.
 
     Raises:
-        InvalidOption: an option that is repeated or needs JSON; unknown ones are left to
-            `validate`.
+        InvalidOption: an option is repeated or needs JSON; `validate` refuses unknown ones.
     """
     lists = list_options(options)
     values: dict[str, Any] = {}
@@ -230,10 +221,6 @@ def parse_query(pairs: Iterable[tuple[str, str]], options: type[OptionsT]) -> di
         else:
             values[name] = text
     return values
-
-
-async def _join(body: AsyncIterator[bytes]) -> bytes:
-    return b"".join([chunk async for chunk in body])
 
 
 def _text(data: bytes) -> str:
@@ -258,10 +245,12 @@ def _from_base64(item: ImageOption, field: str) -> ImageInput:
     if text is None:
         return ImageInput(targets=item.targets)
     prefix = _DATA_URL.match(text[:256])
-    digits = "".join(text[prefix.end() if prefix else 0 :].split())  # encoders like to break lines
+    # Without white space: encoders like to break lines.
+    digits = "".join(text[prefix.end() if prefix else 0 :].split())
     try:
         data = binascii.a2b_base64(digits, strict_mode=True)
-    except ValueError:  # covers binascii.Error and text that is not ASCII
+    except ValueError:
+        # Not base64 (binascii.Error), or not ASCII.
         error = ImageUndecodable("The text is not base64.", field=f"{field}.b64")
         return ImageInput(targets=item.targets, error=error)
     return ImageInput(data=data, targets=item.targets)

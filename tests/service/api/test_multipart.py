@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.errors import HeatlensError, ImageTooLarge
-from service.api.multipart import Form, FormLimits, read_form
+from service.api.multipart import Form, read_form
+from service.settings import LimitSettings
 
-LIMITS = FormLimits(max_image_bytes=1_000, max_options_bytes=1_000, max_images=5)
+LIMITS = LimitSettings(max_image_mb=0.001, max_options_kb=1, max_images=5)
 CONTENT_TYPE = "multipart/form-data; boundary=XX"
 
 names = st.text(st.characters(exclude_characters='"\\\r\n', codec="utf-8"), min_size=1, max_size=16)
