@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import msgspec
 from fastapi import Request, Response
 
 from models.errors import Cancelled, DeadlineExceeded, ModelReplaced
+from models.types import Operation
 from service.api.body import RequestBody
 from service.api.dependencies import Service
 from service.api.options import AnyOptions
@@ -21,28 +22,23 @@ from service.api.schemas import ExplainResponse, FeaturesResponse, ModelUsed, Pr
 
 _RETRIES = 3
 _RETRY_PAUSE_S = 0.02
+_RESPONSES: Mapping[Operation, Callable[..., Any]] = {
+    "predict": PredictResponse,
+    "explain": ExplainResponse,
+    "features": FeaturesResponse,
+}
 
 T = TypeVar("T")
 OptionsT = TypeVar("OptionsT", bound=AnyOptions)
-ResponseKind = type[PredictResponse] | type[ExplainResponse] | type[FeaturesResponse]
 
 
-async def respond(
-    request: Request, service: Service, options: type[OptionsT], kind: ResponseKind
-) -> Response:
-    """Answer a request with JSON.
-
-    Args:
-        request: the request.
-        service: the parts of the application.
-        options: the options that it may have.
-        kind: the response.
+async def respond(request: Request, service: Service, options: type[OptionsT]) -> Response:
+    """Read, plan and run a request, and respond with JSON.
 
     Raises:
         HeatlensError: the reason why it failed.
     """
-    plan, reply = await run(request, service, options)
-    return images_response(request, plan, reply, kind)
+    return images_response(request, *await run(request, service, options))
 
 
 async def run(
@@ -78,16 +74,17 @@ async def run(
         await asyncio.sleep(_RETRY_PAUSE_S)
 
 
-def images_response(request: Request, plan: Plan, reply: Reply, kind: ResponseKind) -> Response:
+def images_response(request: Request, plan: Plan, reply: Reply) -> Response:
     """The JSON response to a request for images."""
     card = plan.info.card
+    used = ModelUsed(
+        name=card.name, version=card.version, device=reply.device, precision=card.precision
+    )
     return json_response(
-        kind(
+        _RESPONSES[plan.operation](
             request_id=record_of(request).request_id,
-            model=ModelUsed(
-                name=card.name, version=card.version, device=reply.device, precision=card.precision
-            ),
-            results=reply.results,  # type: ignore[arg-type] # of the plan's operation, as `kind` is
+            model=used,
+            results=reply.results,
             timings_ms=reply.timings,
             batch_size=reply.batch_size,
         )
@@ -111,11 +108,16 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise Cancelled("The client left before the answer.")
+        raise Cancelled("The client disconnected before the response.")
     finally:
         working.cancel()
         leaving.cancel()
         await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _read(
@@ -139,14 +141,8 @@ def _plan(
     record.served = Served(
         model=info.card.name, version=info.card.version, operation=options.operation
     )
-    return make_plan(
-        body.images,
-        options,
-        info,
-        limits=limits,
-        started=started,
-        deadline=started + seconds,
-    )
+    deadline = started + seconds
+    return make_plan(body.images, options, info, limits=limits, started=started, deadline=deadline)
 
 
 async def _run(request: Request, service: Service, plan: Plan) -> Reply:
@@ -156,8 +152,3 @@ async def _run(request: Request, service: Service, plan: Plan) -> Reply:
         service.metrics.observe(reply, record.served)
     record.timings, record.batch_size = reply.timings, reply.batch_size
     return reply
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 
 from models.catalog import ModelSpec
 from models.errors import BodyTooLarge, InternalError, InvalidOption, MalformedBody, UnknownModel
-from models.types import ModelCard, ModelState
+from models.types import ModelCard
 from service.api.dependencies import Service, ServiceDep
 from service.api.handler import json_response
 from service.api.openapi import ADMIN, array_of, repository_body, responses
@@ -23,27 +23,20 @@ log = logging.getLogger("heatlens.models")
 
 router = APIRouter(prefix="/v2/repository", tags=["admin"])
 
-_MOST_BYTES = 64_000
-_STATES: Mapping[ModelState, str] = {
-    "loading": "LOADING",
-    "ready": "READY",
-    "unavailable": "UNAVAILABLE",
-    "unloading": "UNLOADING",
-}
+_MAX_BYTES = 64_000
+_INDEX = responses(array_of(RepositoryModel), "Model versions.", errors=ADMIN)
 _DONE = responses({"type": "object"}, "Done; the body is an empty object.", errors=ADMIN)
 
 
 @router.post(
     "/index",
-    summary="List what is, or could be, loaded",
-    response_class=Response,
-    responses=responses(array_of(RepositoryModel), "Model versions.", errors=ADMIN),
+    summary="List the loaded and configured models",
+    responses=_INDEX,
     openapi_extra=repository_body(ready={"type": "boolean"}),
 )
 async def index(request: Request, service: ServiceDep) -> Response:
-    """Every model version that is loaded or configured; with `{"ready": true}` only those that answer requests."""
-    body = await _body(request)
-    only_ready = body.get("ready", False)
+    """Every model version that is loaded or configured; with `{"ready": true}` only ready ones."""
+    only_ready = (await _body(request)).get("ready", False)
     if not isinstance(only_ready, bool):
         raise InvalidOption("Must be true or false.", field="ready")
     listed = [_listed(info.card) for info in service.pool.models()]
@@ -61,23 +54,22 @@ async def index(request: Request, service: ServiceDep) -> Response:
 @router.post(
     "/models/{model}/load",
     summary="Load a model, or load it again",
-    response_class=Response,
     responses=_DONE,
     openapi_extra=repository_body(),
 )
 async def load(model: str, request: Request, service: ServiceDep) -> Response:
-    """Load `name` (every configured version of it) or `name@version`, as the configuration file says now.
+    """Load `name` (every configured version) or `name@version` from the current configuration file.
 
-    A version that is loaded is replaced once the new one is warm; requests are answered by the one
-    or the other, whole. Models come from the configuration only: a configuration or files in
+    A version that is loaded is replaced once the new one is warm; each request is answered by the
+    one or the other. Models come from the configuration only: a configuration or files in
     `parameters` are refused.
     """
-    _refuse_files(await _body(request))
+    await _refuse_files(request)
     name, _, version = model.partition("@")
     specs = [
         spec
         for spec in await _configured(service)
-        if spec.name == name and (not version or spec.version == version)
+        if spec.name == name and version in ("", spec.version)
     ]
     if not specs:
         raise UnknownModel("The configuration has no such model.")
@@ -90,17 +82,16 @@ async def load(model: str, request: Request, service: ServiceDep) -> Response:
 @router.post(
     "/models/{model}/unload",
     summary="Unload a model",
-    response_class=Response,
     responses=_DONE,
     openapi_extra=repository_body(),
 )
 async def unload(model: str, request: Request, service: ServiceDep) -> Response:
-    """Let `name` (every version of it) or `name@version` finish its jobs, then drop it.
+    """Let `name` (every version) or `name@version` finish its jobs, then drop it.
 
     It stays unloaded until it is loaded again, the configuration is reloaded or the service is
-    started again.
+    restarted.
     """
-    _refuse_files(await _body(request))
+    await _refuse_files(request)
     name, _, version = model.partition("@")
     try:
         await service.pool.unload(name, version or None)
@@ -112,16 +103,14 @@ async def unload(model: str, request: Request, service: ServiceDep) -> Response:
 
 
 def _listed(card: ModelCard) -> RepositoryModel:
+    reason = "" if card.state == "ready" else card.reason or ""
     return RepositoryModel(
-        name=card.name,
-        version=card.version,
-        state=_STATES[card.state],
-        reason="" if card.state == "ready" else card.reason or "",
+        name=card.name, version=card.version, state=card.state.upper(), reason=reason
     )
 
 
 async def _configured(service: Service) -> list[ModelSpec]:
-    """The catalog as the configuration has it now.
+    """The models of the current configuration.
 
     Raises:
         InternalError: the configuration is wrong now.
@@ -130,20 +119,20 @@ async def _configured(service: Service) -> list[ModelSpec]:
         return (await asyncio.to_thread(service.read_settings)).models
     except ConfigurationError as error:
         log.error("the configuration is wrong: %s", error)  # noqa: TRY400 # no trace needed
-        raise InternalError("The configuration is wrong; the service's log says where.") from None
+        raise InternalError("The configuration is wrong; see the service's log.") from None
 
 
 async def _body(request: Request) -> dict[str, Any]:
     """The JSON object of a request; an empty body is an empty object, whatever its content type.
 
     Raises:
-        BodyTooLarge: it is far longer than it could need to be.
+        BodyTooLarge: it has more than 64,000 bytes.
         MalformedBody: it is not a JSON object.
     """
     content = b""
     async for chunk in request.stream():
         content += chunk
-        if len(content) > _MOST_BYTES:
+        if len(content) > _MAX_BYTES:
             raise BodyTooLarge("The body of an administrative request has at most 64,000 bytes.")
     if not content.strip():
         return {}
@@ -153,19 +142,17 @@ async def _body(request: Request) -> dict[str, Any]:
         raise MalformedBody("The body is not a JSON object.") from None
 
 
-def _refuse_files(body: Mapping[str, Any]) -> None:
-    """Refuse parameters that would decide what is loaded.
+async def _refuse_files(request: Request) -> None:
+    """Refuse parameters that would decide what is loaded, such as a configuration or a file.
 
     Raises:
-        InvalidOption: there is a configuration or a file among them.
+        InvalidOption: there is one.
     """
-    parameters = body.get("parameters", {})
+    parameters = (await _body(request)).get("parameters", {})
     if not isinstance(parameters, Mapping):
         raise InvalidOption("Must be an object.", field="parameters")
-    for name in parameters:
-        # Triton's clients send it; no model here depends on another.
-        if name != "unload_dependents":
-            raise InvalidOption(
-                "Models are loaded only as the configuration file describes them.",
-                field="parameters",
-            )
+    # Triton's clients send `unload_dependents`; here models do not depend on each other.
+    if parameters.keys() - {"unload_dependents"}:
+        raise InvalidOption(
+            "Models are loaded only as the configuration file describes them.", field="parameters"
+        )

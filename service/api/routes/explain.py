@@ -13,8 +13,9 @@ from msgspec import structs
 
 from models.errors import InvalidOption
 from models.imaging.render import OverlayFormat
-from service.api import handler, openapi
+from service.api import handler
 from service.api.dependencies import ServiceDep
+from service.api.openapi import BINARY, EXPLAIN, INPUT, image_input, responses
 from service.api.options import ExplainOptions
 from service.api.pipeline import Reply
 from service.api.plan import Plan
@@ -23,27 +24,24 @@ from service.api.schemas import ExplainResponse, ExplainResult, ExplanationRespo
 router = APIRouter(prefix="/v1", tags=["explain"])
 
 _FORMATS: Mapping[str, OverlayFormat] = {f"image/{name}": name for name in get_args(OverlayFormat)}
-_DOCUMENT = openapi.responses(
-    ExplainResponse, "Predictions and explanations.", errors=openapi.INPUT, example=openapi.EXPLAIN
+_RESPONSES = responses(
+    ExplainResponse, "Predictions and explanations.", errors=INPUT, example=EXPLAIN
 )
-_DOCUMENT[200]["content"] |= {
-    media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in _FORMATS
-}
+_RESPONSES[200]["content"] |= {media_type: {"schema": BINARY} for media_type in _FORMATS}
 
 
 @router.post(
     "/explain",
     summary="Classify images and show why",
-    response_class=Response,
-    responses=_DOCUMENT,
-    openapi_extra=openapi.image_input(ExplainOptions),
+    responses=_RESPONSES,
+    openapi_extra=image_input(ExplainOptions),
 )
 async def explain(request: Request, service: ServiceDep) -> Response:
     """Predictions with heatmaps, and statistics of the explained layers.
 
     With `Accept: image/png`, `image/jpeg` or `image/webp`, and one image, method, target and layer,
-    the answer is the overlay itself; `X-Class-Id`, `X-Label` (percent-encoded) and `X-Probability`
-    tell what it shows.
+    the response is the overlay itself; `X-Class-Id`, `X-Label` (percent-encoded) and
+    `X-Probability` name its class.
     """
     accept = request.headers.get("accept", "")
 
@@ -54,7 +52,7 @@ async def explain(request: Request, service: ServiceDep) -> Response:
     plan, reply = await handler.run(request, service, ExplainOptions, adapt=adapt)
     if overlay_format(accept, plan.render.overlay_format) is not None:
         return _overlay_response(reply)
-    return handler.images_response(request, plan, reply, ExplainResponse)
+    return handler.images_response(request, plan, reply)
 
 
 def overlay_format(accept: str, default: OverlayFormat) -> OverlayFormat | None:

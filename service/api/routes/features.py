@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from service.api import handler, openapi
+from service.api import handler
 from service.api.dependencies import ServiceDep
+from service.api.openapi import FEATURES, INPUT, image_input, responses
 from service.api.options import FeaturesOptions
 from service.api.schemas import FeaturesResponse
 
@@ -15,12 +16,9 @@ router = APIRouter(prefix="/v1", tags=["features"])
 @router.post(
     "/features",
     summary="Describe feature maps",
-    response_class=Response,
-    responses=openapi.responses(
-        FeaturesResponse, "Statistics of layers.", errors=openapi.INPUT, example=openapi.FEATURES
-    ),
-    openapi_extra=openapi.image_input(FeaturesOptions),
+    responses=responses(FeaturesResponse, "Statistics of layers.", errors=INPUT, example=FEATURES),
+    openapi_extra=image_input(FeaturesOptions),
 )
 async def features(request: Request, service: ServiceDep) -> Response:
-    """Statistics of activations, inputs and gradients of any layers, and their strongest channels."""
-    return await handler.respond(request, service, FeaturesOptions, FeaturesResponse)
+    """Statistics of any layers' activations, inputs and gradients, and their strongest channels."""
+    return await handler.respond(request, service, FeaturesOptions)

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Response
 from models.errors import UnknownModel
 from models.methods import METHODS
 from models.methods.table import Method
-from models.types import LayerInfo, ModelCard, ModelInfo, Preprocess
+from models.types import LayerInfo, ModelCard, ModelInfo
 from service.api.dependencies import Service, ServiceDep
 from service.api.handler import json_response
 from service.api.openapi import MODEL, array_of, responses
@@ -17,11 +17,15 @@ from service.api.schemas import CardResponse, InputResponse, ModelsResponse, ext
 router = APIRouter(prefix="/v1", tags=["models"])
 
 
+_CARD = responses(CardResponse, "The card; `ready` says whether it answers.", errors=MODEL)
+_LABELS = responses(
+    {"type": "array", "items": {"type": "string"}}, "Labels by class index.", errors=MODEL
+)
+_LAYERS = responses(array_of(LayerInfo), "Layers in the model's order.", errors=MODEL)
+
+
 @router.get(
-    "/models",
-    summary="List the models",
-    response_class=Response,
-    responses=responses(ModelsResponse, "Names and cards."),
+    "/models", summary="List the models", responses=responses(ModelsResponse, "Names and cards.")
 )
 async def list_models(service: ServiceDep) -> Response:
     """Every configured model with its card; `models` is KServe's list of names."""
@@ -30,41 +34,24 @@ async def list_models(service: ServiceDep) -> Response:
         ModelsResponse(
             models=tuple(dict.fromkeys(info.card.name for info in infos)),
             default=service.settings.default_model,
-            cards=tuple(card_response(info.card) for info in infos),
+            cards=tuple(_card(info.card) for info in infos),
         )
     )
 
 
-@router.get(
-    "/models/{name}",
-    summary="Show a model's card",
-    response_class=Response,
-    responses=responses(CardResponse, "The card; `ready` says whether it answers.", errors=MODEL),
-)
+@router.get("/models/{name}", summary="Show a model's card", responses=_CARD)
 async def show_model(name: str, service: ServiceDep) -> Response:
     """The card of `name` (its newest ready version) or `name@version`."""
-    return json_response(card_response(_info(name, service).card))
+    return json_response(_card(_info(name, service).card))
 
 
-@router.get(
-    "/models/{name}/labels",
-    summary="List a model's labels",
-    response_class=Response,
-    responses=responses(
-        {"type": "array", "items": {"type": "string"}}, "Labels by class index.", errors=MODEL
-    ),
-)
+@router.get("/models/{name}/labels", summary="List a model's labels", responses=_LABELS)
 async def list_labels(name: str, service: ServiceDep) -> Response:
     """Class names in the order of their indices."""
     return json_response(_info(name, service).labels)
 
 
-@router.get(
-    "/models/{name}/layers",
-    summary="List a model's layers",
-    response_class=Response,
-    responses=responses(array_of(LayerInfo), "Layers in the model's order.", errors=MODEL),
-)
+@router.get("/models/{name}/layers", summary="List a model's layers", responses=_LAYERS)
 async def list_layers(name: str, service: ServiceDep) -> Response:
     """Every module that can be explained or described."""
     return json_response(_info(name, service).layers)
@@ -73,7 +60,6 @@ async def list_layers(name: str, service: ServiceDep) -> Response:
 @router.get(
     "/methods",
     summary="List the explanation methods",
-    response_class=Response,
     responses=responses(array_of(Method), "Methods."),
 )
 async def list_methods() -> Response:
@@ -81,16 +67,12 @@ async def list_methods() -> Response:
     return json_response(list(METHODS.values()))
 
 
-def card_response(card: ModelCard) -> CardResponse:
-    """A card as the API shows it."""
-    return extend(CardResponse, card, input=_input(card.input))
-
-
-def _input(spec: Preprocess | None) -> InputResponse | None:
-    if spec is None:
-        return None
-    height, width = spec.crop
-    return extend(InputResponse, spec, height=height, width=width)
+def _card(card: ModelCard) -> CardResponse:
+    if card.input is None:
+        return extend(CardResponse, card)
+    height, width = card.input.crop
+    shown = extend(InputResponse, card.input, height=height, width=width)
+    return extend(CardResponse, card, input=shown)
 
 
 def _info(name: str, service: Service) -> ModelInfo:
