@@ -1,7 +1,7 @@
-"""Images by URL, without becoming anybody's way into a private network.
+"""Fetches images by URL, guarded against server-side request forgery (SSRF).
 
 Hosts are allow-listed; one parser reads the URL for the check and for the request; the name is
-resolved once, every address must be public, and the connection goes to the very address that was
+resolved once, every address must be public, and the connection goes to the address that was
 checked. Redirects pass the same checks.
 """
 
@@ -21,6 +21,8 @@ Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 _MAX_REDIRECTS = 3
 _PORTS = {"http": 80, "https": 443}
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# Metadata services of Azure and Oracle Cloud, which `ipaddress` may call global.
+_METADATA = frozenset(map(ipaddress.ip_address, ("168.63.129.16", "192.0.0.192")))
 
 
 async def resolve(host: str, port: int) -> Sequence[str]:
@@ -31,28 +33,31 @@ async def resolve(host: str, port: int) -> Sequence[str]:
 
 
 def is_public(address: str) -> bool:
-    """Whether an address is on the public internet, seen through mapped and tunnelled forms."""
+    """Whether an address is on the public internet; mapped and tunnelled forms are recognised.
+
+    The metadata services of clouds are not public, whatever their address.
+    """
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
-        return False  # a scoped address such as fe80::1%eth0
+        return False
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped is not None:
             return is_public(str(ip.ipv4_mapped))
         if ip in _NAT64 or ip.sixtofour is not None or ip.teredo is not None:
             return False
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip in _METADATA)
 
 
 class UrlFetcher:
     """Fetches images over HTTP and HTTPS.
 
     Args:
-        hosts: what may be named: `example.org`, `*.example.org` (any name below it), each with
-            `:port` if it is not the scheme's own.
+        hosts: the hosts allowed in URLs: `example.org`, or `*.example.org` for every name below
+            it, followed by `:port` if that is not the scheme's default.
         timeout_s: for one image, redirects included.
         resolve: finds the addresses of a host.
-        allow: says whether an address may be connected to.
+        allow: returns whether an address may be connected to.
     """
 
     def __init__(
@@ -67,14 +72,13 @@ class UrlFetcher:
         self._timeout_s = timeout_s
         self._resolve = resolve
         self._allow = allow
-        # No proxy or netrc of the environment, no redirects behind our back, no decompression.
+        # Nothing from the environment (proxies, netrc), no unchecked redirects, no decompression,
+        # and no pool of connections: by address, it would mix up hosts.
         self._client = httpx.AsyncClient(
             trust_env=False,
             follow_redirects=False,
             timeout=timeout_s,
-            limits=httpx.Limits(
-                max_keepalive_connections=0
-            ),  # a pool by address would mix hosts up
+            limits=httpx.Limits(max_keepalive_connections=0),
             headers={"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "heatlens"},
         )
 
@@ -83,12 +87,12 @@ class UrlFetcher:
         await self._client.aclose()
 
     async def fetch(self, url: str, *, max_bytes: int) -> bytes:
-        """Get the bytes behind a URL.
+        """Fetch the bytes behind a URL; the errors have no field.
 
         Raises:
-            UrlInputDisabled: the host, or where it leads, is not allowed.
+            UrlInputDisabled: the host, its address or the host of a redirect is not allowed.
             ImageTooLarge: more than `max_bytes`.
-            ImageUndecodable: nothing came, in time or at all.
+            ImageUndecodable: no image came in time.
         """
         try:
             async with asyncio.timeout(self._timeout_s):

@@ -67,6 +67,10 @@ def answer(writer: asyncio.StreamWriter, body: bytes, *, head: str = "", status:
         ("172.16.0.1", False),
         ("192.168.0.1", False),
         ("169.254.169.254", False),
+        ("168.63.129.16", False),
+        ("192.0.0.192", False),
+        ("::ffff:168.63.129.16", False),
+        ("168.63.129.17", True),
         ("100.64.0.1", False),
         ("0.0.0.0", False),
         ("224.0.0.1", False),
@@ -164,7 +168,9 @@ async def test_wildcards(host: str) -> None:
             await made.fetch(f"https://{host}/", max_bytes=100)
 
 
-@pytest.mark.parametrize("addresses", [("10.0.0.1",), ("93.184.216.34", "10.0.0.1"), ()])
+@pytest.mark.parametrize(
+    "addresses", [("10.0.0.1",), ("93.184.216.34", "10.0.0.1"), ("168.63.129.16",), ()]
+)
 async def test_private_addresses_are_not_connected_to(addresses: tuple[str, ...]) -> None:
     find = looks_up(*addresses)
     async with fetcher("a.example", resolve=find, allow=is_public) as made:
