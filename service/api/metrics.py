@@ -21,6 +21,7 @@ from prometheus_client.registry import Collector
 from service.api.pipeline import Reply
 from service.api.readiness import is_up
 from service.api.record import Served
+from service.api.schemas import STAGES
 from service.devices.pool import DevicePool
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -29,7 +30,6 @@ MULTIPROCESS_DIR = "PROMETHEUS_MULTIPROC_DIR"
 _REQUEST_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 _STAGE_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 _BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
-_STAGES = ("decode", "queue", "device", "render")
 _RESTART_REASONS = ("hang", "device_lost", "crash", "exit")
 _GAUGES = {
     "build_info": ("Version of the service.", ["version"]),
@@ -117,7 +117,7 @@ class Metrics:
         model, operation = served.model, served.operation
         by_stage = {
             stage: self.stage_seconds.labels(stage, model, served.version, operation)
-            for stage in _STAGES
+            for stage in STAGES
         }
         computing = "explain" if operation == "explain" else "predict"
         decode, compute, render = (

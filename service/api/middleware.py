@@ -14,7 +14,7 @@ from service import logs, tracing
 from service.api.errors import CLIENT_GONE, error_response, internal_error
 from service.api.metrics import Metrics
 from service.api.record import RequestRecord
-from service.api.schemas import Timings
+from service.api.schemas import STAGES, Timings
 from service.logs import request_id_of
 from service.tracing import HttpTracing, RequestTrace
 
@@ -23,7 +23,6 @@ _log = logging.getLogger(__name__)
 
 _QUIET = frozenset({"/livez", "/readyz", "/healthz", "/metrics"})
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-_STAGES = ("decode", "queue", "device", "render")
 
 
 class RequestContext:
@@ -121,5 +120,5 @@ def _since(started: float) -> float:
 
 
 def _server_timing(timings: Timings | None, total_ms: float) -> str:
-    stages = [(name, getattr(timings, name)) for name in _STAGES] if timings else []
+    stages = [(name, getattr(timings, name)) for name in STAGES] if timings else []
     return ", ".join(f"{name};dur={ms:.3f}" for name, ms in [*stages, ("total", total_ms)])

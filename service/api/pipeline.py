@@ -1,7 +1,7 @@
 """Decode, run on a device, render: the work of a request, independent of HTTP.
 
-Used by the routes and by the command line. Decoding and rendering run in a thread pool (Pillow, zlib
-and numpy release the interpreter), all images of a request at once.
+Used by the routes and by the command line. Decoding and rendering run in a thread pool (Pillow,
+zlib and numpy release the interpreter lock), all images of a request at once.
 """
 
 from __future__ import annotations
@@ -12,27 +12,22 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import TypeVar
 
 import numpy as np
 
-from models.errors import (
-    DeadlineExceeded,
-    HeatlensError,
-    InternalError,
-    ModelReplaced,
-    NotReady,
-    Overloaded,
-)
+from models.errors import DeadlineExceeded, HeatlensError, ModelReplaced, NotReady, Overloaded
 from models.imaging.decode import DecodeLimits, decode
 from models.imaging.preprocess import preprocess
-from models.types import Job, ModelInfo, Struct
+from models.types import Job, ModelInfo, Operation, Struct
 from service import logs, tracing
+from service.api.errors import internal_error
 from service.api.plan import Plan, PlannedImage
 from service.api.responses import DecodedInput, render
 from service.api.schemas import (
+    STAGES,
     ExplainResult,
     FeaturesResult,
     ImageError,
@@ -47,7 +42,7 @@ T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
-_RESULTS: dict[str, type[PredictResult | ExplainResult | FeaturesResult]] = {
+_RESULTS: Mapping[Operation, type[Result]] = {
     "predict": PredictResult,
     "explain": ExplainResult,
     "features": FeaturesResult,
@@ -55,7 +50,7 @@ _RESULTS: dict[str, type[PredictResult | ExplainResult | FeaturesResult]] = {
 
 
 class ImageRun(Struct):
-    """The way of one image: its timings, its batch size and its device."""
+    """Timings, batch size and device of one image."""
 
     timings: Timings
     batch_size: int
@@ -86,7 +81,7 @@ class Pipeline:
     Args:
         pool: the devices.
         limits: caps on images.
-        threads: the pool that decodes and draws.
+        threads: where images are decoded and drawn.
         max_wait_s: estimated wait for a device beyond which a plan is refused before decoding.
     """
 
@@ -110,7 +105,7 @@ class Pipeline:
             Overloaded: every device is busy for too long.
             DeadlineExceeded: the plan's deadline passed.
             ModelReplaced: the model was replaced meanwhile; a plan for the new one may succeed.
-            HeatlensError: the first image's error, when every image failed.
+            HeatlensError: every image failed; this is the first one's error.
         """
         self._refuse_excess(plan)
         try:
@@ -119,17 +114,17 @@ class Pipeline:
                     *(self._try_image(image, plan) for image in plan.images)
                 )
         except TimeoutError:
-            raise DeadlineExceeded("The deadline passed before the answer was ready.") from None
+            raise DeadlineExceeded("The deadline passed before the response was ready.") from None
         for outcome in outcomes:
-            # Not the fault of this image: the plan has to be made again for all of them.
+            # The plan must be made again for all images, not only for this one.
             if isinstance(outcome, ModelReplaced):
                 raise outcome
         return _reply(outcomes, plan)
 
     def _refuse_excess(self, plan: Plan) -> None:
-        """Refuse what the devices would refuse, before it costs the time of decoding it.
+        """Refuse a plan that the devices would refuse, before its images are decoded.
 
-        Long jobs have a share of the devices of their own, of whose queue only the devices know.
+        Long jobs are left to the devices, which queue them apart.
         """
         if any(is_long(image.options) for image in plan.images):
             return
@@ -152,16 +147,16 @@ class Pipeline:
             return error
         except Exception:  # noqa: BLE001 # one image must not fail the others
             _log.exception("An image failed unexpectedly.")
-            return InternalError("Something went wrong in the service.")
+            return internal_error()
 
     async def _run_image(self, image: PlannedImage, plan: Plan) -> tuple[Result, ImageRun]:
         if image.input.error is not None:
             raise image.input.error
         decoding = time.monotonic()
-        decoded, digest = await self._in_thread(lambda: self._prepare(image, plan))
+        decoded = await self._in_thread(lambda: self._prepare(image, plan))
         submitted = time.monotonic()
         tracing.stage("decode", began=decoding, ended=submitted)
-        completion = await self._submit(image, decoded.input, digest, plan)
+        completion = await self._submit(image, decoded, plan)
         answered = time.monotonic()
         result = await self._in_thread(lambda: render(completion.outcome, decoded, plan))
         rendered = time.monotonic()
@@ -176,22 +171,21 @@ class Pipeline:
         run = ImageRun(timings=timings, batch_size=completion.batch_size, device=completion.device)
         return result, run
 
-    async def _submit(
-        self, image: PlannedImage, model_input: np.ndarray, digest: str, plan: Plan
-    ) -> Completion:
+    async def _submit(self, image: PlannedImage, decoded: DecodedInput, plan: Plan) -> Completion:
         card = plan.info.card
+        job = Job(
+            id=uuid.uuid4().hex,
+            operation=plan.operation,
+            model=card.name,
+            version=card.version,
+            input=decoded.input,
+            options=image.options,
+        )
         return await self._pool.submit(
             Submission(
-                job=Job(
-                    id=uuid.uuid4().hex,
-                    operation=plan.operation,
-                    model=card.name,
-                    version=card.version,
-                    input=model_input,
-                    options=image.options,
-                ),
+                job=job,
                 deadline=plan.deadline,
-                digest=digest,
+                digest=decoded.digest,
                 traceparent=tracing.traceparent(),
                 request_id=logs.request_id.get(),
                 fingerprint=card.fingerprint,
@@ -201,7 +195,7 @@ class Pipeline:
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def _prepare(self, image: PlannedImage, plan: Plan) -> tuple[DecodedInput, str]:
+    def _prepare(self, image: PlannedImage, plan: Plan) -> DecodedInput:
         spec = plan.info.card.input
         if spec is None:
             raise NotReady("The model is not ready yet.", field="model")
@@ -210,14 +204,16 @@ class Pipeline:
             image.input.data, limits=self._limits, preprocess=spec, keep_original=whole
         )
         model_input, geometry = preprocess(original, spec)
-        decoded = DecodedInput(
-            input=model_input, geometry=geometry, original=original if whole else None
+        return DecodedInput(
+            input=model_input,
+            digest=digest_of(model_input, plan.info),
+            geometry=geometry,
+            original=original if whole else None,
         )
-        return decoded, digest_of(model_input, plan.info)
 
 
 def digest_of(model_input: np.ndarray, info: ModelInfo) -> str:
-    """Digest of model and input, by which an input is recognised after a worker's exit."""
+    """Digest of model and input, which identifies an input after a worker's exit."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(f"{info.card.name}@{info.card.version}".encode())
     digest.update(np.ascontiguousarray(model_input).data)
@@ -236,10 +232,7 @@ def _reply(outcomes: Sequence[tuple[Result, ImageRun] | HeatlensError], plan: Pl
         else outcome[0]
         for outcome in outcomes
     )
-    slowest = {
-        stage: max(getattr(run.timings, stage) for run in runs)
-        for stage in ("decode", "queue", "device", "render")
-    }
+    slowest = {stage: max(getattr(run.timings, stage) for run in runs) for stage in STAGES}
     return Reply(
         results=results,
         timings=Timings(**slowest, total=_ms(time.monotonic() - plan.started)),

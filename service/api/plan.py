@@ -1,16 +1,18 @@
-"""From a submission to a plan: options resolved against one model, ready to run."""
+"""Plans: a request's options resolved against one model, ready to run."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
+from msgspec import structs
+
+from models.catalog import ModelSpec
 from models.errors import InvalidOption, NotReady, UnknownLayer, UnknownModel
 from models.imaging.colormaps import Colormap
 from models.imaging.render import OverlayFormat
 from models.resolve import resolve_layers, resolve_methods, resolve_targets
-from models.types import Intervention, JobOptions, ModelInfo, Operation, Struct, Target
+from models.types import Intervention, JobOptions, ModelCard, ModelInfo, Operation, Struct
 from service.api.body import ImageInput
 from service.api.options import (
     AnyOptions,
@@ -27,7 +29,7 @@ _UNREADY = {"unavailable": "could not be loaded", "unloading": "is being unloade
 
 
 class RenderOptions(Struct):
-    """How maps become pictures."""
+    """How maps are drawn."""
 
     outputs: tuple[Output, ...] = ("heatmap", "overlay")
     canvas: CanvasName = "input"
@@ -37,14 +39,14 @@ class RenderOptions(Struct):
 
 
 class PlannedImage(Struct):
-    """One image and what is asked of it."""
+    """One image and the options of its job."""
 
     input: ImageInput
     options: JobOptions
 
 
 class Plan(Struct):
-    """A request, resolved.
+    """A resolved request.
 
     Attributes:
         info: the model that answers.
@@ -64,18 +66,18 @@ def find_model(reference: str, infos: Sequence[ModelInfo], settings: Settings) -
     """Find `name` (its newest ready version) or `name@version`, ready or not.
 
     Raises:
-        UnknownModel: none of that name is configured.
-        NotReady: it is configured, but nothing is known of it yet.
+        UnknownModel: it is not configured.
+        NotReady: it is configured, but no device has reported it yet.
     """
     name, _, version = reference.partition("@")
-    found = [
-        info
-        for info in infos
-        if info.card.name == name and (not version or info.card.version == version)
-    ]
+
+    def matches(model: ModelCard | ModelSpec) -> bool:
+        return model.name == name and version in ("", model.version)
+
+    found = [info for info in infos if matches(info.card)]
     if found:
         return max(found, key=lambda info: (info.card.ready, _natural(info.card.version)))
-    if any(s.name == name and (not version or s.version == version) for s in settings.models):
+    if any(map(matches, settings.models)):
         raise NotReady("The model is not loaded yet.", field="model")
     known = ", ".join(dict.fromkeys(info.card.name for info in infos))
     raise UnknownModel(f"There is no such model. Known: {known}.", field="model")
@@ -87,20 +89,24 @@ def choose_model(
     """Find the model that a request names, or the default one, ready to answer.
 
     Raises:
-        UnknownModel: none of that name is configured.
+        UnknownModel: it is not configured.
         NotReady: it is not warm, or could not be loaded.
     """
     info = find_model(reference or settings.default_model, infos, settings)
     if not info.card.ready:
         text = _UNREADY.get(info.card.state, "is not ready yet")
-        raise NotReady(
-            f"The model {text}; GET /v1/models/{info.card.name} says more.", field="model"
-        )
+        text = f"The model {text}; GET /v1/models/{info.card.name} says more."
+        raise NotReady(text, field="model")
     return info
 
 
 def timeout_s(options: AnyOptions, header: str | None, limits: LimitSettings) -> float:
-    """Seconds that a request may take: its option, else its header (milliseconds), else the default; capped.
+    """Seconds that a request may take, capped: its option, its header or the default.
+
+    Args:
+        options: of the request.
+        header: milliseconds, used if the option is not given.
+        limits: the default and the cap.
 
     Raises:
         InvalidOption: the header is not a positive number.
@@ -127,16 +133,18 @@ def make_plan(
     """Resolve labels, ranks, layers and methods against the model.
 
     Raises:
-        HeatlensError: what does not fit the model, naming the option.
+        HeatlensError: an option does not fit the model; `field` names it.
     """
     common = job_options(options, info)
     planned = []
     for i, image in enumerate(images):
-        its = common
+        own = common
         if image.targets is not None:
             targets = resolve_targets(image.targets, info, field=f"images.{i}.targets")
-            its = _with_targets(options, common, targets)
-        planned.append(PlannedImage(input=image, options=its))
+            # Predictions have no targets.
+            if options.operation != "predict":
+                own = structs.replace(common, targets=targets)
+        planned.append(PlannedImage(input=image, options=own))
     results = sum(_count(options.operation, image.options) for image in planned)
     if results > limits.max_results:
         raise InvalidOption(
@@ -153,19 +161,18 @@ def make_plan(
 
 
 def job_options(options: AnyOptions, info: ModelInfo) -> JobOptions:
-    """What a job asks of the device.
+    """Resolve the options of a request into those of its jobs.
 
     Raises:
-        HeatlensError: what does not fit the model, naming the option.
+        HeatlensError: an option does not fit the model; `field` names it.
     """
     changes = _interventions(options.interventions, info)
     classes = max(1, info.card.num_classes)
     if isinstance(options, PredictOptions):
-        layers = resolve_layers(["auto"], info, spatial=True) if options.statistics else ()
         return JobOptions(
             top_k=min(options.top_k, classes),
             targets=(),
-            layers=layers,
+            layers=resolve_layers(["auto"], info, spatial=True) if options.statistics else (),
             statistics=options.statistics,
             interventions=changes,
         )
@@ -197,7 +204,7 @@ def job_options(options: AnyOptions, info: ModelInfo) -> JobOptions:
 
 
 def render_options(options: AnyOptions) -> RenderOptions:
-    """How the answer's pictures are drawn."""
+    """The options by which the maps of a request are drawn."""
     if isinstance(options, ExplainOptions):
         return RenderOptions(
             outputs=tuple(dict.fromkeys(options.outputs)),
@@ -209,15 +216,6 @@ def render_options(options: AnyOptions) -> RenderOptions:
     if isinstance(options, FeaturesOptions):
         return RenderOptions(colormap=options.colormap)
     return RenderOptions()
-
-
-def _with_targets(
-    options: AnyOptions, common: JobOptions, targets: tuple[Target, ...]
-) -> JobOptions:
-    if isinstance(options, PredictOptions):
-        return common  # predictions have no targets
-    values: dict[str, Any] = {name: getattr(common, name) for name in common.__struct_fields__}
-    return JobOptions(**{**values, "targets": targets})
 
 
 def _interventions(
@@ -234,7 +232,7 @@ def _interventions(
 
 
 def _count(operation: Operation, options: JobOptions) -> int:
-    """Explanations, or statistics, that one image's answer holds at most."""
+    """Upper bound of the explanations, or statistics, in the result of one image."""
     if operation == "explain":
         layers = len(options.layers) if options.fuse == "none" else 1
         return len(options.methods) * len(options.targets) * layers

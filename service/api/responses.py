@@ -46,11 +46,13 @@ class DecodedInput:
 
     Attributes:
         input: the model's input, uint8 (H, W, 3).
+        digest: of model and input.
         geometry: the place of that input in the original image.
         original: the whole image, kept only if it is drawn on.
     """
 
     input: np.ndarray
+    digest: str
     geometry: Geometry
     original: DecodedImage | None = None
 

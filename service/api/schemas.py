@@ -186,6 +186,9 @@ class Timings(Struct):
     total: Milliseconds
 
 
+STAGES = ("decode", "queue", "device", "render")
+"""The stages of `Timings`, in order."""
+
 BatchSize = Annotated[int, Meta(description="Images in the device's batch.")]
 
 
