@@ -18,7 +18,13 @@ from service.api.options import AnyOptions
 from service.api.pipeline import Reply
 from service.api.plan import Plan, choose_model, make_plan, timeout_s
 from service.api.record import Served, record_of
-from service.api.schemas import ExplainResponse, FeaturesResponse, ModelUsed, PredictResponse
+from service.api.schemas import (
+    ExplainResponse,
+    FeaturesResponse,
+    ModelUsed,
+    PredictResponse,
+    extend,
+)
 
 _RETRIES = 3
 _RETRY_PAUSE_S = 0.02
@@ -76,14 +82,10 @@ async def run(
 
 def images_response(request: Request, plan: Plan, reply: Reply) -> Response:
     """The JSON response to a request for images."""
-    card = plan.info.card
-    used = ModelUsed(
-        name=card.name, version=card.version, device=reply.device, precision=card.precision
-    )
     return json_response(
         _RESPONSES[plan.operation](
             request_id=record_of(request).request_id,
-            model=used,
+            model=extend(ModelUsed, plan.info.card, device=reply.device),
             results=reply.results,
             timings_ms=reply.timings,
             batch_size=reply.batch_size,

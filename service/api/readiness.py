@@ -1,10 +1,9 @@
-"""Readiness: whether requests can be answered now, and what is missing."""
+"""Readiness: can requests be answered now, and if not, what is missing?"""
 
 from __future__ import annotations
 
-from models.types import ModelInfo
-from service.api.schemas import DeviceReadiness, ModelReadiness, ReadyResponse
-from service.devices.pool import DevicePool, DeviceReport, DeviceStatus
+from service.api.schemas import DeviceReadiness, ModelReadiness, ReadyResponse, extend
+from service.devices.pool import DevicePool, DeviceStatus
 from service.settings import Settings
 
 
@@ -15,16 +14,16 @@ def is_up(status: DeviceStatus, *, within_s: float) -> bool:
 
 
 def readiness(pool: DevicePool, settings: Settings) -> ReadyResponse:
-    """Compute readiness: a recent pass on a device, a warm model, and the default one not loading.
+    """Ready means a recent pass on a device, a warm model, and a default one that is not loading.
 
-    A model that failed to load, or that was unloaded, does not take the others off the air; it is
-    named as missing.
+    A model that failed to load or was unloaded is named as missing and leaves the others ready.
     """
-    statuses = pool.devices()
-    infos = pool.models()
-    within = settings.server.ready_within_s
-    devices = tuple(_device(status, within) for status in statuses)
-    models = tuple(_model(info) for info in infos)
+    within_s = settings.server.ready_within_s
+    devices = tuple(
+        extend(DeviceReadiness, status, ready=is_up(status, within_s=within_s))
+        for status in pool.devices()
+    )
+    models = tuple(extend(ModelReadiness, info.card) for info in pool.models())
     missing = [*map(_missing_device, devices), *map(_missing_model, models)]
     known = {model.name for model in models}
     missing += [f"model {s.name}: not loaded" for s in settings.models if s.name not in known]
@@ -37,22 +36,6 @@ def readiness(pool: DevicePool, settings: Settings) -> ReadyResponse:
         missing=tuple(text for text in missing if text),
         devices=devices,
         models=models,
-    )
-
-
-def _device(status: DeviceStatus, within_s: float) -> DeviceReadiness:
-    report = {name: getattr(status, name) for name in DeviceReport.__struct_fields__}
-    return DeviceReadiness(**report, ready=is_up(status, within_s=within_s))
-
-
-def _model(info: ModelInfo) -> ModelReadiness:
-    card = info.card
-    return ModelReadiness(
-        name=card.name,
-        version=card.version,
-        state=card.state,
-        ready=card.ready,
-        reason=card.reason,
     )
 
 

@@ -1,4 +1,4 @@
-"""Outcomes as responses: maps are drawn, classes get their labels. Runs in threads."""
+"""Turns outcomes into responses: draws the maps and labels the classes. Runs in threads."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class DecodedInput:
 def render(outcome: Outcome, source: DecodedInput, plan: Plan) -> Result:
     """Make the result of one image."""
     labels = plan.info.labels
-    image = image_info(source.geometry)
+    image = extend(ImageInfo, source.geometry)
     predictions = tuple(_prediction(item, labels) for item in outcome.predictions)
     statistics = tuple(_statistics(item, plan.render) for item in outcome.statistics)
     if plan.operation == "predict":
@@ -77,11 +77,6 @@ def render(outcome: Outcome, source: DecodedInput, plan: Plan) -> Result:
         ),
         statistics=statistics,
     )
-
-
-def image_info(geometry: Geometry) -> ImageInfo:
-    """Size of the image and the part of it that the model saw."""
-    return ImageInfo(width=geometry.width, height=geometry.height, region=geometry.region)
 
 
 def _canvas(source: DecodedInput) -> Canvas:

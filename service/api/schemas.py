@@ -1,8 +1,8 @@
 """Every response of the API, field by field.
 
-Structs are encoded straight to JSON by msgspec, and the OpenAPI components are generated from the
-same definitions, so the two cannot drift apart. Where the wire shows what the engine returns, the
-engine's own struct is the response, or its base. Fields that may be absent are `UNSET`.
+msgspec encodes the structs straight to JSON and the OpenAPI components are generated from them, so
+the two cannot drift apart. Where the wire shows a result of the engine, the engine's own struct is
+the response, or its base. Fields that may be absent are `UNSET`.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ Base64 = Annotated[str, Meta(description="Base64 of the bytes.")]
 S = TypeVar("S", bound=Struct)
 
 
-def extend(kind: type[S], base: Struct, **fields: Any) -> S:
-    """Make a response from the struct that it extends: its fields, and those given here."""
-    inherited = {name: getattr(base, name) for name in base.__struct_fields__}
-    return kind(**{**inherited, **fields})
+def extend(kind: type[S], source: Struct, **fields: Any) -> S:
+    """Make a response from the fields that it shares with `source`, and those given here."""
+    shared = [name for name in kind.__struct_fields__ if name in source.__struct_fields__]
+    return kind(**{**{name: getattr(source, name) for name in shared}, **fields})
 
 
 # ---------------------------------------------------------------- errors
@@ -147,6 +147,7 @@ class StatisticsResponse(LayerStatistics):
 
 
 class _Result(Struct):
+    error: ImageError | UnsetType = UNSET
     image: ImageInfo | UnsetType = UNSET
     predictions: tuple[Prediction, ...] | UnsetType = UNSET
 
@@ -155,7 +156,6 @@ class PredictResult(_Result):
     """One image; `error` replaces the rest where one of several images is bad."""
 
     statistics: tuple[StatisticsResponse, ...] | UnsetType = UNSET
-    error: ImageError | UnsetType = UNSET
 
 
 class ExplainResult(_Result):
@@ -163,14 +163,12 @@ class ExplainResult(_Result):
 
     explanations: tuple[ExplanationResponse, ...] | UnsetType = UNSET
     statistics: tuple[StatisticsResponse, ...] | UnsetType = UNSET
-    error: ImageError | UnsetType = UNSET
 
 
 class FeaturesResult(_Result):
     """One image; `error` replaces the rest where one of several images is bad."""
 
     features: tuple[StatisticsResponse, ...] | UnsetType = UNSET
-    error: ImageError | UnsetType = UNSET
 
 
 Result = PredictResult | ExplainResult | FeaturesResult

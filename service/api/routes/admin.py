@@ -16,7 +16,7 @@ from models.types import ModelCard
 from service.api.dependencies import Service, ServiceDep
 from service.api.handler import json_response
 from service.api.openapi import ADMIN, array_of, repository_body, responses
-from service.api.schemas import RepositoryModel
+from service.api.schemas import RepositoryModel, extend
 from service.configuration import ConfigurationError
 
 log = logging.getLogger("heatlens.models")
@@ -104,9 +104,7 @@ async def unload(model: str, request: Request, service: ServiceDep) -> Response:
 
 def _listed(card: ModelCard) -> RepositoryModel:
     reason = "" if card.state == "ready" else card.reason or ""
-    return RepositoryModel(
-        name=card.name, version=card.version, state=card.state.upper(), reason=reason
-    )
+    return extend(RepositoryModel, card, state=card.state.upper(), reason=reason)
 
 
 async def _configured(service: Service) -> list[ModelSpec]:
