@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from fastapi import Depends, FastAPI, Response
+from fastapi import Depends, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from models.imaging.decode import DecodeLimits
@@ -92,7 +92,6 @@ def create_app(
         description=_DESCRIPTION,
         version=version("heatlens"),
         lifespan=lifespan,
-        default_response_class=Response,
         redirect_slashes=False,
     )
     errors.install(app)

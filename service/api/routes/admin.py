@@ -21,7 +21,7 @@ from service.configuration import ConfigurationError
 
 log = logging.getLogger("heatlens.models")
 
-router = APIRouter(prefix="/v2/repository", tags=["admin"])
+router = APIRouter(prefix="/v2/repository", tags=["admin"], default_response_class=Response)
 
 _MAX_BYTES = 64_000
 _INDEX = responses(array_of(RepositoryModel), "Model versions.", errors=ADMIN)

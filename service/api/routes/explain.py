@@ -21,7 +21,7 @@ from service.api.pipeline import Reply
 from service.api.plan import Plan
 from service.api.schemas import ExplainResponse, ExplainResult, ExplanationResponse, ImageData
 
-router = APIRouter(prefix="/v1", tags=["explain"])
+router = APIRouter(prefix="/v1", tags=["explain"], default_response_class=Response)
 
 _FORMATS: Mapping[str, OverlayFormat] = {f"image/{name}": name for name in get_args(OverlayFormat)}
 _RESPONSES = responses(

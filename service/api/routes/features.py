@@ -10,7 +10,7 @@ from service.api.openapi import FEATURES, INPUT, image_input, responses
 from service.api.options import FeaturesOptions
 from service.api.schemas import FeaturesResponse
 
-router = APIRouter(prefix="/v1", tags=["features"])
+router = APIRouter(prefix="/v1", tags=["features"], default_response_class=Response)
 
 
 @router.post(

@@ -13,7 +13,7 @@ from service.api.openapi import OPEN, responses
 from service.api.readiness import readiness
 from service.api.schemas import AliveResponse, ReadyResponse
 
-router = APIRouter(tags=["health"])
+router = APIRouter(tags=["health"], default_response_class=Response)
 
 _ALIVE = responses(AliveResponse, "The process answers.", errors=OPEN)
 _READY = responses(ReadyResponse, "Requests can be answered.", errors=OPEN)

@@ -14,7 +14,7 @@ from service.api.openapi import MODEL, array_of, responses
 from service.api.plan import find_model
 from service.api.schemas import CardResponse, InputResponse, ModelsResponse, extend
 
-router = APIRouter(prefix="/v1", tags=["models"])
+router = APIRouter(prefix="/v1", tags=["models"], default_response_class=Response)
 
 
 _CARD = responses(CardResponse, "The card; `ready` says whether it answers.", errors=MODEL)

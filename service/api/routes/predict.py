@@ -10,7 +10,7 @@ from service.api.openapi import INPUT, PREDICT, image_input, responses
 from service.api.options import PredictOptions
 from service.api.schemas import PredictResponse
 
-router = APIRouter(prefix="/v1", tags=["predict"])
+router = APIRouter(prefix="/v1", tags=["predict"], default_response_class=Response)
 
 
 @router.post(
