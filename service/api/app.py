@@ -1,4 +1,4 @@
-"""The ASGI application: everything is built here and hangs on nothing but its arguments."""
+"""The ASGI application, built from its arguments alone."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def create_app(
     read_settings: Callable[[], Settings] | None = None,
     limiter: ConcurrencyLimiter | None = None,
 ) -> FastAPI:
-    """Build the application; its lifespan starts and closes `pool`, and may be entered again after it ended.
+    """Build the application; its lifespan starts and closes `pool`, and can be entered repeatedly.
 
     Args:
         settings: the configuration.
@@ -66,7 +66,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            threads = ThreadPoolExecutor(max(2, available_cores()), "pictures")
+            threads = ThreadPoolExecutor(max(2, available_cores()), "images")
             stack.callback(threads.shutdown, wait=False, cancel_futures=True)
             fetcher = _fetcher(settings)
             if fetcher is not None:
@@ -96,8 +96,16 @@ def create_app(
     )
     errors.install(app)
     openapi.install(app)
-    _add_cors(app, settings)
-    app.add_middleware(RequestContext, metrics=metrics)  # last added = outermost
+    if settings.security.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.security.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=_EXPOSED,
+        )
+    # The last middleware added is the outermost.
+    app.add_middleware(RequestContext, metrics=metrics)
     _add_routes(app, settings)
     return app
 
@@ -106,7 +114,8 @@ def _fetcher(settings: Settings) -> UrlFetcher | None:
     hosts = settings.security.allowed_url_hosts
     if not hosts:
         return None
-    from service.api.fetch import UrlFetcher  # an HTTP client costs memory: only where needed
+    # The HTTP client costs memory, so it is imported only where it is needed.
+    from service.api.fetch import UrlFetcher
 
     return UrlFetcher(hosts)
 
@@ -117,23 +126,10 @@ def _pipeline(settings: Settings, *, pool: DevicePool, threads: ThreadPoolExecut
     return Pipeline(pool, limits=caps, threads=threads, max_wait_s=limits.max_wait_s)
 
 
-def _add_cors(app: FastAPI, settings: Settings) -> None:
-    origins = settings.security.cors_origins
-    if origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["*"],
-            expose_headers=_EXPOSED,
-        )
-
-
 def _add_routes(app: FastAPI, settings: Settings) -> None:
     known = [Depends(require_api_key)]
-    limited = known
-    if settings.limits.max_concurrent_per_key is not None:
-        limited = [*known, Depends(limit_key)]
+    is_limited = settings.limits.max_concurrent_per_key is not None
+    limited = [*known, Depends(limit_key)] if is_limited else known
     for module in (predict, explain, features):
         app.include_router(module.router, dependencies=limited)
     app.include_router(models.router, dependencies=known)

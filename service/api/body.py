@@ -51,6 +51,10 @@ class ImageInput:
     error: HeatlensError | None = None
 
 
+# Images, and options that are not validated yet.
+_Parsed = tuple[tuple[ImageInput, ...], dict[str, Any]]
+
+
 @dataclass(frozen=True, slots=True)
 class RequestBody(Generic[OptionsT]):
     """A request's images, in order, and its options."""
@@ -117,7 +121,7 @@ class InputReader:
 
     async def _read_form(
         self, body: AsyncIterator[bytes], content_type: str, options: type[OptionsT]
-    ) -> tuple[tuple[ImageInput, ...], dict[str, Any]]:
+    ) -> _Parsed:
         form = await read_form(body, content_type=content_type, limits=self._limits)
         if not form.images:
             raise MalformedBody(f"The form has no `{IMAGE_PART}` part.")
@@ -132,9 +136,7 @@ class InputReader:
                 given |= _json_object(data)
         return images, given
 
-    async def _read_whole(
-        self, body: bytes, media_type: str
-    ) -> tuple[tuple[ImageInput, ...], dict[str, Any]]:
+    async def _read_whole(self, body: bytes, media_type: str) -> _Parsed:
         if not body.strip():
             raise MalformedBody("The body is empty.")
         if media_type == JSON or (not media_type and body.lstrip()[:1] == b"{"):
@@ -148,7 +150,7 @@ class InputReader:
             )
         return (ImageInput(data=body),), {}
 
-    async def _read_json(self, body: bytes) -> tuple[tuple[ImageInput, ...], dict[str, Any]]:
+    async def _read_json(self, body: bytes) -> _Parsed:
         loop = asyncio.get_running_loop()
         items, images, options = await loop.run_in_executor(self._threads, self._parse_json, body)
         if self._fetcher is not None:

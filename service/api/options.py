@@ -1,6 +1,6 @@
-"""The options of a request: names, ranges, defaults and words, one model per operation.
+"""The options of requests: names, ranges, defaults and descriptions, one model per operation.
 
-What depends on the model that answers (labels, layers, methods that apply) is resolved in
+Values that depend on the network (labels, layers, applicable methods) are resolved in
 `service.api.plan`.
 """
 
@@ -29,28 +29,25 @@ _MAX_AGAINST = 1000
 _MAX_NAME = 512
 _MAX_FIELD = 64
 
-_CLASS_SCHEMA: dict[str, Any] = {
-    "anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "minLength": 1}]
+_CLASS_SCHEMAS = [{"type": "integer", "minimum": 0}, {"type": "string", "minLength": 1}]
+_CLASS_SCHEMA = {"anyOf": _CLASS_SCHEMAS}
+_CONTRAST_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "class": _CLASS_SCHEMA,
+        "against": {"type": "array", "items": _CLASS_SCHEMA, "maxItems": _MAX_AGAINST},
+    },
+    "required": ["class"],
+    "additionalProperties": False,
 }
 _TARGET_SCHEMA: dict[str, Any] = {
     "description": "A class index, a label, a rank from `top1` to `top10`, or a contrast.",
-    "anyOf": [
-        *_CLASS_SCHEMA["anyOf"],
-        {
-            "type": "object",
-            "properties": {
-                "class": _CLASS_SCHEMA,
-                "against": {"type": "array", "items": _CLASS_SCHEMA, "maxItems": _MAX_AGAINST},
-            },
-            "required": ["class"],
-            "additionalProperties": False,
-        },
-    ],
+    "anyOf": [*_CLASS_SCHEMAS, _CONTRAST_SCHEMA],
 }
 
 
 def _check_target(value: object) -> object:
-    """Bound what `models.resolve` will look at."""
+    """Bound the work of `models.resolve`."""
     against = value.get("against") if isinstance(value, Mapping) else None
     if isinstance(against, list) and len(against) > _MAX_AGAINST:
         raise ValueError(f"A contrast has at most {_MAX_AGAINST} classes.")
@@ -60,9 +57,10 @@ def _check_target(value: object) -> object:
 Name = Annotated[str, Field(min_length=1, max_length=_MAX_NAME)]
 TargetOption = Annotated[Any, AfterValidator(_check_target), WithJsonSchema(_TARGET_SCHEMA)]
 Targets = Annotated[
-    list[TargetOption],
-    Field(min_length=1, max_length=MAX_TARGETS, examples=[["top1", 281]]),
+    list[TargetOption], Field(min_length=1, max_length=MAX_TARGETS, examples=[["top1", 281]])
 ]
+Layers = Annotated[list[Name], Field(min_length=1, max_length=64, examples=[["auto"]])]
+TopK = Annotated[int, Field(ge=1, le=100, description="Number of predictions.")]
 MethodOption = Annotated[Name, WithJsonSchema({"type": "string", "enum": list(METHODS)})]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -94,7 +92,7 @@ class CommonOptions(_Model):
     ] = None
     interventions: Annotated[
         list[InterventionOption],
-        Field(max_length=16, description="Answer as if these feature maps were changed."),
+        Field(max_length=16, description="Feature maps to change during the pass."),
     ] = []
     timeout_s: Annotated[
         Finite | None,
@@ -107,7 +105,7 @@ class PredictOptions(CommonOptions):
 
     operation: ClassVar[Operation] = "predict"
 
-    top_k: Annotated[int, Field(ge=1, le=100, description="Number of predictions.")] = 5
+    top_k: TopK = 5
     statistics: Annotated[
         bool, Field(description="Statistics of the model's recommended layer.")
     ] = False
@@ -118,32 +116,27 @@ class ExplainOptions(CommonOptions):
 
     operation: ClassVar[Operation] = "explain"
 
-    top_k: Annotated[int, Field(ge=1, le=100, description="Number of predictions.")] = 5
+    top_k: TopK = 5
     methods: Annotated[
         list[MethodOption],
         Field(min_length=1, max_length=len(METHODS), description="See `/v1/methods`."),
     ] = ["gradcam"]
     targets: Annotated[Targets, Field(description="Classes to explain.")] = ["top1"]
     layers: Annotated[
-        list[Name],
-        Field(
-            min_length=1,
-            max_length=64,
-            description="Dotted module names or globs; `auto` is the recommended layer.",
-            examples=[["auto"]],
-        ),
+        Layers,
+        Field(description="Dotted module names or globs; `auto` is the recommended layer."),
     ] = ["auto"]
     fuse: Annotated[Fuse, Field(description="How maps of several layers become one.")] = "none"
     outputs: Annotated[list[Output], Field(min_length=1, max_length=3)] = ["heatmap", "overlay"]
     canvas: Annotated[
-        CanvasName, Field(description="`input` is the model's crop, `original` the whole picture.")
+        CanvasName, Field(description="`input` is the model's crop, `original` the whole image.")
     ] = "input"
     colormap: Annotated[Colormap, Field(description="`coolwarm` suits signed maps.")] = "turbo"
     alpha: Annotated[Finite, Field(ge=0, le=1, description="Opacity of the overlay.")] = 0.5
     overlay_format: OverlayFormat = "jpeg"
     statistics: Annotated[bool, Field(description="Statistics of the explained layers.")] = True
     faithfulness: Annotated[
-        list[Measure], Field(max_length=5, description="Measures, each beside a random map's.")
+        list[Measure], Field(max_length=5, description="Measures, each with that of a random map.")
     ] = []
     samples: Annotated[
         int | None, Field(ge=1, le=10_000, description="Samples of a stochastic method.")
@@ -165,19 +158,14 @@ class FeaturesOptions(CommonOptions):
         "top1"
     ]
     layers: Annotated[
-        list[Name],
-        Field(
-            min_length=1,
-            max_length=64,
-            description="Dotted module names or globs; `auto` is a spread over the depth.",
-            examples=[["auto"]],
-        ),
+        Layers,
+        Field(description="Dotted module names or globs; `auto` is a spread over the depth."),
     ] = ["auto"]
     kinds: Annotated[
         list[Kind], Field(min_length=1, max_length=4, description="Tensors of each layer.")
     ] = ["output"]
     channels: Annotated[int, Field(ge=1, le=4096, description="Top channels to list.")] = 16
-    grid: Annotated[bool, Field(description="Whether to return them as a picture.")] = False
+    grid: Annotated[bool, Field(description="Whether to return their maps as an image.")] = False
     colormap: Annotated[Colormap, Field(description="Colours of the grid.")] = "turbo"
 
 
@@ -185,11 +173,11 @@ class ImageOption(_Model):
     """One image of a JSON request."""
 
     b64: Annotated[
-        str | None, Field(description="Base64 of the encoded picture, or a `data:` URL.")
+        str | None, Field(description="Base64 of the encoded image, or a `data:` URL.")
     ] = None
     url: Annotated[
         Annotated[str, Field(max_length=4096)] | None,
-        Field(description="Where to fetch it; only if the operator allows it."),
+        Field(description="Address to fetch it from, if the operator allows it."),
     ] = None
     targets: Annotated[Targets | None, Field(description="Instead of the common targets.")] = None
 
@@ -212,15 +200,15 @@ def properties(model: type[BaseModel]) -> dict[str, dict[str, Any]]:
 
 
 def validate(model: type[OptionsT], values: Mapping[str, Any], *, prefix: str = "") -> OptionsT:
-    """Check options.
+    """Check the options of a request.
 
     Args:
-        model: what they must be.
-        values: what was sent.
+        model: the options that are allowed.
+        values: the options that were sent.
         prefix: path of `values` in the request, for errors.
 
     Raises:
-        InvalidOption: the first thing that is wrong, naming the field and what is allowed.
+        InvalidOption: the first wrong option; `field` is its path, the text says what is allowed.
     """
     try:
         return model.model_validate(values)
@@ -256,7 +244,7 @@ _SENTENCES: Mapping[str, str] = {
 
 
 def _explain(error: ErrorDetails, model: type[BaseModel]) -> str:
-    """Say in our words what a validator found."""
+    """Translate a validator's finding into a sentence of ours."""
     kind, context = error["type"], error.get("ctx", {})
     if kind == "literal_error":
         allowed = re.findall(r"'([^']*)'", context["expected"])
@@ -265,6 +253,7 @@ def _explain(error: ErrorDetails, model: type[BaseModel]) -> str:
         if len(error["loc"]) > 1:
             return "Unknown key."
         return f"Unknown option. Allowed: {', '.join(model.model_fields)}."
-    if kind == "value_error":  # raised by a validator of this file
+    # Raised by a validator of this file.
+    if kind == "value_error":
         return str(context["error"])
     return _SENTENCES.get(kind, "The value has the wrong type.").format(**context)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+import msgspec
 from msgspec import structs
 
 from models.catalog import ModelSpec
@@ -17,7 +18,6 @@ from service.api.body import ImageInput
 from service.api.options import (
     AnyOptions,
     CanvasName,
-    ExplainOptions,
     FeaturesOptions,
     InterventionOption,
     Output,
@@ -204,18 +204,8 @@ def job_options(options: AnyOptions, info: ModelInfo) -> JobOptions:
 
 
 def render_options(options: AnyOptions) -> RenderOptions:
-    """The options by which the maps of a request are drawn."""
-    if isinstance(options, ExplainOptions):
-        return RenderOptions(
-            outputs=tuple(dict.fromkeys(options.outputs)),
-            canvas=options.canvas,
-            colormap=options.colormap,
-            alpha=options.alpha,
-            overlay_format=options.overlay_format,
-        )
-    if isinstance(options, FeaturesOptions):
-        return RenderOptions(colormap=options.colormap)
-    return RenderOptions()
+    """The options by which maps are drawn, with defaults for those that the request cannot have."""
+    return msgspec.convert(options, RenderOptions, from_attributes=True)
 
 
 def _interventions(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, cast
@@ -82,8 +83,7 @@ class _Generation:
 
     async def finish(self) -> None:
         """Wait for the requests, which end by their deadlines, and run the shutdown."""
-        while self._requests:  # noqa: ASYNC110 # rare and short
-            await asyncio.sleep(_POLL_S)
+        await _wait_until(lambda: not self._requests)
         await self.stop()
 
     async def stop(self) -> None:
@@ -223,7 +223,8 @@ class Reload:
         for key in late:
             log.warning("%s has changed: restart the service to apply it", key)
         log.info("reloading the configuration")
-        await self._settle()
+        # The devices may still be loading their first models.
+        await _wait_until(self._settled, timeout_s=_SETTLE_S)
         if not await self._load_models(settings.models):
             log.error(
                 "the configuration is not reloaded, the old one stays: a model failed to load"
@@ -245,19 +246,14 @@ class Reload:
             self._runtime.write_settings(before)
             return False
         await replaced.finish()
-        until = time.monotonic() + before.limits.max_timeout_s + _RELEASE_S
-        while not replaced.lease.is_last() and time.monotonic() < until:  # noqa: ASYNC110 # a lock
-            await asyncio.sleep(_POLL_S)
+        await _wait_until(
+            replaced.lease.is_last, timeout_s=before.limits.max_timeout_s + _RELEASE_S
+        )
         replaced.lease.close()
         return True
 
-    async def _settle(self) -> None:
-        """Wait until no device is loading its first models."""
-        until = time.monotonic() + _SETTLE_S
-        while time.monotonic() < until:
-            if not any(info.card.state == "loading" for info in self.pool.models()):
-                return
-            await asyncio.sleep(_POLL_S)
+    def _settled(self) -> bool:
+        return all(info.card.state != "loading" for info in self.pool.models())
 
     async def _load_models(self, wanted: Sequence[ModelSpec]) -> bool:
         """Load new, changed and previously broken models; returns whether all succeeded."""
@@ -273,6 +269,12 @@ class Reload:
         for spec in self._runtime.read_catalog():
             if _key(spec) not in kept:
                 await _succeeds(self.pool.unload(*_key(spec)), spec, "unloaded")
+
+
+async def _wait_until(done: Callable[[], bool], *, timeout_s: float = math.inf) -> None:
+    until = time.monotonic() + timeout_s
+    while not done() and time.monotonic() < until:  # noqa: ASYNC110 # rare, and without an event
+        await asyncio.sleep(_POLL_S)
 
 
 def _key(spec: ModelSpec) -> tuple[str, str]:

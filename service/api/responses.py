@@ -22,22 +22,9 @@ from models.imaging.render import (
     shade,
 )
 from models.types import ClassScore, Explanation, Geometry, LayerFeatures, Outcome
+from service.api import schemas
 from service.api.plan import Plan, RenderOptions
-from service.api.schemas import (
-    ExplainResult,
-    ExplanationResponse,
-    FeaturesResult,
-    ImageData,
-    ImageInfo,
-    Point,
-    Prediction,
-    PredictResult,
-    Result,
-    StatisticsResponse,
-    ValueRange,
-    Values,
-    extend,
-)
+from service.api.schemas import ImageData, Prediction, Result, StatisticsResponse, extend
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +47,15 @@ class DecodedInput:
 def render(outcome: Outcome, source: DecodedInput, plan: Plan) -> Result:
     """Make the result of one image."""
     labels = plan.info.labels
-    image = extend(ImageInfo, source.geometry)
+    image = extend(schemas.ImageInfo, source.geometry)
     predictions = tuple(_prediction(item, labels) for item in outcome.predictions)
     statistics = tuple(_statistics(item, plan.render) for item in outcome.statistics)
     if plan.operation == "predict":
-        return PredictResult(image=image, predictions=predictions, statistics=statistics)
+        return schemas.PredictResult(image=image, predictions=predictions, statistics=statistics)
     if plan.operation == "features":
-        return FeaturesResult(image=image, predictions=predictions, features=statistics)
+        return schemas.FeaturesResult(image=image, predictions=predictions, features=statistics)
     canvas = _canvas(source)
-    return ExplainResult(
+    return schemas.ExplainResult(
         image=image,
         predictions=predictions,
         explanations=tuple(
@@ -92,7 +79,7 @@ def _explanation(
     source: DecodedInput,
     labels: tuple[str, ...],
     options: RenderOptions,
-) -> ExplanationResponse:
+) -> schemas.ExplanationResponse:
     location = None
     if not item.degenerate:
         location = locate(item.map, source.geometry, signed=item.signed)
@@ -111,17 +98,17 @@ def _explanation(
             image_format=options.overlay_format,
         )
         overlaid = _image_data(data, f"image/{options.overlay_format}", canvas)
-    return ExplanationResponse(
+    return schemas.ExplanationResponse(
         method=item.method,
         layer=item.layer,
         target=_prediction(item.target, labels),
         heatmap=heatmap or UNSET,
         overlay=overlaid or UNSET,
         values=_values(item.map) if "values" in options.outputs else UNSET,
-        range=ValueRange(min=float(item.map.min()), max=float(item.map.max())),
+        range=schemas.ValueRange(min=float(item.map.min()), max=float(item.map.max())),
         signed=item.signed,
         degenerate=unit is None,
-        peak=Point(x=location.x, y=location.y) if location else None,
+        peak=schemas.Point(x=location.x, y=location.y) if location else None,
         box=location.box if location else None,
         faithfulness=item.faithfulness,
         warnings=item.warnings,
@@ -143,9 +130,9 @@ def _statistics(item: LayerFeatures, options: RenderOptions) -> StatisticsRespon
     return extend(StatisticsResponse, item, grid=grid)
 
 
-def _values(values: np.ndarray) -> Values:
+def _values(values: np.ndarray) -> schemas.Values:
     shape, data = encode_values(values)
-    return Values(shape=(shape[0], shape[1]), dtype="float32", data=_base64(data))
+    return schemas.Values(shape=(shape[0], shape[1]), dtype="float32", data=_base64(data))
 
 
 def _image_data(data: bytes, media_type: str, canvas: Canvas) -> ImageData:
