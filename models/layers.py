@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from models.probe import Call, Trace
-from models.types import LayerInfo
 
 MAX_PREFIX_TOKENS = 16
 MAX_FEATURE_LAYERS = 12
@@ -52,79 +51,72 @@ def to_map(tensor: Tensor, layout: TokenLayout | None) -> Tensor:
 Layouts = Mapping[str, TokenLayout | None]
 
 
-def find_layouts(trace: Trace) -> dict[str, TokenLayout | None]:
-    """Tell which outputs are maps of more than one position, and how they lie.
+def candidate_layouts(trace: Trace) -> dict[str, tuple[TokenLayout | None, ...]]:
+    """Layouts that each output may have by its shape, the likelier first; `prove_layers` decides.
 
-    A 4-D output is a map if two neighbouring dimensions have the proportions of the input:
-    attention heads (N, heads, T, d) and windows (N·windows, …) do not. A 3-D output is one if its
-    tokens, less a few prefix tokens, fill the grid of a map seen before in the pass (the patch
-    embedding); if there was none, a grid of the input's proportions.
+    A 4-D output may be (N, C, h, w) or (N, h, w, C). The tokens of a 3-D output, less a few prefix
+    tokens, may fill the grid of a map before it, or a grid of the input's proportions. Layers whose
+    output has no layout of more than one position are left out.
 
     Returns:
-        The layout of each map by layer name, in the order of the trace; None = plain (N, C, h, w).
+        By layer name, in the order of the trace; None = plain (N, C, h, w).
     """
     # What a dropout or identity returns first was made by no module: attention weights, heads.
     unseen = {group[0].name for group in trace.groups() if isinstance(group[0].module, _PASSIVE)}
-    layouts: dict[str, TokenLayout | None] = {}
+    candidates: dict[str, tuple[TokenLayout | None, ...]] = {}
     grids: dict[tuple[int, int], None] = {}
     for name, call in trace.calls.items():
         shape = () if call.output is None else tuple(call.output.shape)
-        if len(shape) not in (3, 4) or shape[0] != len(trace.scores) or name in unseen:
+        if shape[:1] != (len(trace.scores),) or name in unseen:
             continue
+        layouts: list[TokenLayout | None] = []
         if len(shape) == 3:
-            if layout := _token_layout(shape[1], grids, trace.input_size):
-                layouts[name] = layout
-        elif _is_grid(shape[2:], trace.input_size):
-            layouts[name] = None
-            grids[shape[2], shape[3]] = None
-        elif _is_grid(shape[1:3], trace.input_size):
-            layouts[name] = TokenLayout(grid=(shape[1], shape[2]), channels_last=True)
-            grids[shape[1], shape[2]] = None
-    return layouts
+            layouts += _token_layouts(shape[1], grids, trace.input_size)
+        elif len(shape) == 4:
+            last = TokenLayout(grid=(shape[1], shape[2]), channels_last=True)
+            layouts += [None] if _is_grid(shape[2:], trace.input_size) else []
+            layouts += [last] if _is_grid(shape[1:3], trace.input_size) else []
+            # The input's proportions speak for an order of the dimensions, and prove nothing.
+            layouts.sort(key=lambda layout: not _is_similar(shape, layout, trace.input_size))
+            if layouts:
+                grids[shape[2:4] if layouts[0] is None else shape[1:3]] = None
+        if layouts:
+            candidates[name] = tuple(layouts)
+    return candidates
 
 
 def _is_grid(grid: Sequence[int], input_size: tuple[int, int]) -> bool:
+    """Whether (h, w) can be positions of the input: several each way, no more than its pixels."""
+    pairs = zip(grid, input_size, strict=True)
+    return all(min(2, side) <= size <= side for size, side in pairs) and max(grid) > 1
+
+
+def _is_similar(
+    shape: Sequence[int], layout: TokenLayout | None, input_size: tuple[int, int]
+) -> bool:
     """Whether (h, w) covers the input with one stride in both directions, give or take rounding."""
-    (height, width), (input_height, input_width) = grid, input_size
-    skew = abs(height * input_width - width * input_height)
-    return (
-        height * width > 1
-        and height <= input_height
-        and width <= input_width
-        and skew <= 2 * abs(input_height - input_width)
-    )
+    height, width = shape[2:4] if layout is None else shape[1:3]
+    skew = abs(height * input_size[1] - width * input_size[0])
+    return skew <= 2 * abs(input_size[0] - input_size[1])
 
 
-def _token_layout(
+def _token_layouts(
     tokens: int, grids: Collection[tuple[int, int]], input_size: tuple[int, int]
-) -> TokenLayout | None:
+) -> list[TokenLayout | None]:
+    found: dict[TokenLayout | None, None] = {}
     for height, width in grids:
         if 0 <= tokens - height * width <= MAX_PREFIX_TOKENS:
-            return TokenLayout(grid=(height, width), prefix=tokens - height * width)
-    for prefix in range(0 if grids else min(tokens, MAX_PREFIX_TOKENS + 1)):
+            found[TokenLayout(grid=(height, width), prefix=tokens - height * width)] = None
+    for prefix in range(min(tokens, MAX_PREFIX_TOKENS + 1)):
         patches = tokens - prefix
         height = round((patches * input_size[0] / input_size[1]) ** 0.5)
-        if height and patches % height == 0 and _is_grid((height, patches // height), input_size):
-            return TokenLayout(grid=(height, patches // height), prefix=prefix)
-    return None
-
-
-def layer_infos(
-    trace: Trace, layouts: Layouts, *, target_layer: str | None
-) -> tuple[LayerInfo, ...]:
-    """Describe every module that was called, in the order in which the model defines them."""
-    return tuple(_layer_info(trace.calls[name], layouts, target_layer) for name in trace.names)
-
-
-def _layer_info(call: Call, layouts: Layouts, target_layer: str | None) -> LayerInfo:
-    return LayerInfo(
-        name=call.name,
-        type=type(call.module).__name__,
-        output_shape=() if call.output is None else tuple(call.output.shape[1:]),
-        spatial=call.name in layouts,
-        parameters=sum(parameter.numel() for parameter in call.module.parameters()),
-        recommended=call.name == target_layer,
-    )
+        if not height or patches % height:
+            continue
+        layout = TokenLayout(grid=(height, patches // height), prefix=prefix)
+        shape = (0, height, patches // height)
+        if _is_grid(layout.grid, input_size) and _is_similar(shape, layout, input_size):
+            found[layout] = None
+    return list(found)
 
 
 def choose_target_layer(trace: Trace, layouts: Layouts) -> str | None:

@@ -15,7 +15,7 @@ from models.hooks import HookStack
 from models.targets import class_scores
 from models.types import Preprocess, Task
 
-PROBE_IMAGES = 2
+PROBE_IMAGES = 3
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,6 +27,8 @@ class Call:
         values: identifies the values at the moment of return: a block and its last module, a view
             and an identity share it, an in-place successor does not.
         times: how often the module was called.
+        checksum: see `row_checksum`.
+        input_values: as `values`, of the module's first input.
     """
 
     name: str
@@ -34,6 +36,8 @@ class Call:
     output: Tensor | None
     values: tuple[int, ...]
     times: int
+    checksum: tuple[float, float] | None = None
+    input_values: tuple[int, ...] = ()
 
     @property
     def overwritten(self) -> bool:
@@ -46,16 +50,23 @@ class Trace:
     """One probed forward.
 
     Attributes:
-        input_size: (height, width) of the input.
+        module: the model.
+        probe: (N, 3, H, W), its input.
         scores: (N, classes), with the graph back to every recorded output.
         calls: modules that were called except the root, by name, in the order of their return.
         names: the same names in the order in which the model defines them.
     """
 
-    input_size: tuple[int, int]
+    module: nn.Module
+    probe: Tensor
     scores: Tensor
     calls: Mapping[str, Call]
     names: tuple[str, ...]
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(height, width) of the input."""
+        return (self.probe.shape[2], self.probe.shape[3])
 
     def groups(self) -> list[list[Call]]:
         """Calls that returned the same values, the producer first, in the order of production."""
@@ -110,7 +121,7 @@ def trace(module: nn.Module, task: Task, probe: Tensor) -> Trace:
     times: Counter[str] = Counter()
     names = {child: name for name, child in module.named_modules() if name}
 
-    def record(child: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+    def record(child: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         name = names[child]
         times[name] += 1
         tensor = output if isinstance(output, Tensor) else None
@@ -121,6 +132,8 @@ def trace(module: nn.Module, task: Task, probe: Tensor) -> Trace:
             output=tensor,
             values=() if tensor is None else _values(tensor),
             times=times[name],
+            checksum=None if tensor is None else row_checksum(tensor),
+            input_values=_values(args[0]) if args and isinstance(args[0], Tensor) else (),
         )
 
     with torch.enable_grad(), HookStack() as hooks:
@@ -129,11 +142,20 @@ def trace(module: nn.Module, task: Task, probe: Tensor) -> Trace:
         # Not the leaf itself: a model may work on its input in place.
         scores, _ = class_scores(module(probe.detach().requires_grad_().clone()), task)
     return Trace(
-        input_size=(probe.shape[2], probe.shape[3]),
+        module=module,
+        probe=probe,
         scores=scores,
         calls=calls,
         names=tuple(name for name in names.values() if name in calls),
     )
+
+
+def row_checksum(tensor: Tensor) -> tuple[float, float] | None:
+    """Mean and root mean square of what belongs to the first image, if dimension 0 is the image."""
+    if tensor.ndim == 0 or not tensor.is_floating_point() or not tensor.numel():
+        return None
+    row = tensor.detach()[0].float()
+    return float(row.mean()), float(row.square().mean().sqrt())
 
 
 def _values(tensor: Tensor) -> tuple[int, ...]:

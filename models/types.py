@@ -311,6 +311,9 @@ class LayerInfo(Struct):
             one.
         parameters: number of parameters in the module and below.
         recommended: whether this is the model's `auto` target layer.
+        calls: how often it is called in a pass.
+        usable: whether it was proved that it can be described and changed.
+        reason: why it is not usable, or not spatial; empty if it is both.
     """
 
     name: str
@@ -319,15 +322,13 @@ class LayerInfo(Struct):
     spatial: bool
     parameters: int
     recommended: bool = False
+    calls: int = 1
+    usable: bool = True
+    reason: str = ""
 
 
 class ModelCard(Struct):
-    """What is known of one model version; unready models carry `reason` and few other fields.
-
-    Attributes:
-        fingerprint: digest of what requests are resolved against (labels, layers, input, …); it
-            changes when a version is replaced by another model.
-    """
+    """What is known of one model version; unready models carry `reason` and few other fields."""
 
     name: str
     version: str
@@ -350,13 +351,18 @@ class ModelCard(Struct):
     latency_ms: Annotated[
         dict[int, float], Meta(description="Measured milliseconds by batch size.")
     ] = {}
-    fingerprint: str = ""
 
 
 class ModelInfo(Struct):
-    """A card with the lists that are too long for it."""
+    """A card with everything that is not part of it.
+
+    Attributes:
+        fingerprint: digest of what requests are resolved against (labels, layers, input, …); it
+            changes when a version is replaced by another model.
+    """
 
     card: ModelCard
     labels: tuple[str, ...] = ()
     layers: tuple[LayerInfo, ...] = ()
     feature_layers: tuple[str, ...] = ()
+    fingerprint: str = ""

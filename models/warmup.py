@@ -17,18 +17,16 @@ from models.cuda.staging import CopyStream
 from models.errors import ModelLoadFailed
 from models.head import HeadProbe, probe_head
 from models.layers import (
-    Layouts,
     choose_target_layer,
     feature_layers,
-    find_layouts,
     has_gradient,
-    layer_infos,
 )
 from models.methods.applicability import ModelFacts, supported_methods, try_methods
 from models.preparation.optimise import Findings, optimise
 from models.preparation.precision import DTYPES
 from models.preparation.variant import Needs, Variant
 from models.probe import Trace, probe_batch, trace
+from models.proof import Proofs, layer_infos, layouts_of, prove_layers
 from models.sources import LoadedModel
 from models.types import ModelCard, ModelInfo, Preprocess
 from models.warm_model import WarmModel
@@ -52,8 +50,9 @@ def warm_up(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARM
     spec = loaded.spec
     probe = probe_batch(loaded.preprocess)
     traced = trace(loaded.module, spec.task, probe)
-    layouts = find_layouts(traced)
-    target = _target_layer(spec.target_layer, traced, layouts)
+    proofs = prove_layers(traced)
+    layouts = layouts_of(proofs)
+    target = _target_layer(spec.target_layer, traced, proofs)
     layout = None if target is None else layouts[target]
     head = HeadProbe(kind="flatten")
     if target is not None:
@@ -94,7 +93,7 @@ def warm_up(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARM
         info=ModelInfo(
             card=card,
             labels=loaded.labels,
-            layers=layer_infos(traced, layouts, target_layer=target),
+            layers=layer_infos(traced, proofs, target_layer=target),
             feature_layers=optimised.features,
         ),
         uploads=CopyStream(device) if device.type == "cuda" else None,
@@ -140,7 +139,8 @@ def _graphs(device: torch.device, dtype: torch.dtype) -> Graphs | None:
     return Graphs(GraphRecorder(device), dtype=dtype) if device.type == "cuda" else None
 
 
-def _target_layer(configured: str, traced: Trace, layouts: Layouts) -> str | None:
+def _target_layer(configured: str, traced: Trace, proofs: Proofs) -> str | None:
+    layouts = layouts_of(proofs)
     if configured == "auto":
         return choose_target_layer(traced, layouts)
     if configured not in traced.calls:
@@ -148,7 +148,8 @@ def _target_layer(configured: str, traced: Trace, layouts: Layouts) -> str | Non
         hint = f" Close names: {', '.join(close)}." if close else ""
         raise ModelLoadFailed(f"The model runs no layer named {configured}.{hint}")
     if configured not in layouts:
-        raise ModelLoadFailed(f"The output of target_layer {configured} is not a map of the image.")
+        reason = proofs[configured].reason
+        raise ModelLoadFailed(f"target_layer {configured} cannot be explained: {reason}.")
     if not has_gradient(traced, layouts, configured):
         raise ModelLoadFailed(f"The scores do not depend on the map at target_layer {configured}.")
     return configured

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
+
+logger = logging.getLogger("heatlens.models")
 
 
 @dataclass(frozen=True)
@@ -81,11 +84,12 @@ class FusedConv2d(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(N, C, H, W) → (N, K, h, w); `residual` is added before the activation."""
-        if self._packable(x):
+        if self._packable(x, residual):
             try:
                 return self._run_packed(x, residual)
-            except RuntimeError:
+            except RuntimeError as error:
                 # oneDNN has no kernel for some shapes and dtypes (small grouped bfloat16 sums).
+                logger.warning("a fused convolution runs unpacked from now on: %s", error)
                 self._unpackable = True
         if self.same:
             x = nn.functional.pad(x, self._same_padding(x))
@@ -103,12 +107,14 @@ class FusedConv2d(nn.Module):
         # Torch's own method is not annotated.
         return cast("Self", super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
-    def _packable(self, x: Tensor) -> bool:
+    def _packable(self, x: Tensor, residual: Tensor | None) -> bool:
+        # A graph may begin at either operand, at the residual alone where that layer is explained.
+        recorded = x.requires_grad or (residual is not None and residual.requires_grad)
         return (
             not self._unpackable
             and x.is_cpu
             and x.dtype in _PACKABLE
-            and not (x.requires_grad and torch.is_grad_enabled())
+            and not (recorded and torch.is_grad_enabled())
         )
 
     def _run_packed(self, x: Tensor, residual: Tensor | None) -> Tensor:

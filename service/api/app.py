@@ -1,4 +1,4 @@
-"""The ASGI application, built from its arguments alone."""
+"""The ASGI application, built from the settings and a pool, without global state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from models.imaging.decode import DecodeLimits
 from service.api import errors, openapi
-from service.api.body import InputReader
+from service.api.body import BodyReader
 from service.api.dependencies import Service
 from service.api.limiter import ConcurrencyLimiter
 from service.api.metrics import Metrics
@@ -49,12 +49,12 @@ def create_app(
     read_settings: Callable[[], Settings] | None = None,
     limiter: ConcurrencyLimiter | None = None,
 ) -> FastAPI:
-    """Build the application; its lifespan starts and closes `pool`, and can be entered repeatedly.
+    """Build the application; its lifespan starts and closes `pool`, and may be entered repeatedly.
 
     Args:
         settings: the configuration.
         pool: the devices, not yet started.
-        metrics: those of the process; None makes new ones.
+        metrics: the metrics of the process; None makes new ones.
         read_settings: reads the configuration again, for models to be loaded; None = it never
             changes.
         limiter: the limiter of the process; None makes one for this application alone.
@@ -80,7 +80,7 @@ def create_app(
                 settings=settings,
                 read_settings=read_settings or (lambda: settings),
                 pool=pool,
-                reader=InputReader(settings.limits, threads=threads, fetcher=fetcher),
+                reader=BodyReader(settings.limits, threads=threads, fetcher=fetcher),
                 pipeline=_pipeline(settings, pool=pool, threads=threads),
                 metrics=metrics,
                 limiter=limiter,
@@ -104,7 +104,7 @@ def create_app(
             allow_headers=["*"],
             expose_headers=_EXPOSED,
         )
-    # The last middleware added is the outermost.
+    # Added last, so it is the outermost.
     app.add_middleware(RequestContext, metrics=metrics)
     _add_routes(app, settings)
     return app
@@ -114,7 +114,7 @@ def _fetcher(settings: Settings) -> UrlFetcher | None:
     hosts = settings.security.allowed_url_hosts
     if not hosts:
         return None
-    # The HTTP client costs memory, so it is imported only where it is needed.
+    # Imported only where needed: an HTTP client costs memory.
     from service.api.fetch import UrlFetcher
 
     return UrlFetcher(hosts)
@@ -127,11 +127,11 @@ def _pipeline(settings: Settings, *, pool: DevicePool, threads: ThreadPoolExecut
 
 
 def _add_routes(app: FastAPI, settings: Settings) -> None:
-    known = [Depends(require_api_key)]
+    keyed = [Depends(require_api_key)]
     is_limited = settings.limits.max_concurrent_per_key is not None
-    limited = [*known, Depends(limit_key)] if is_limited else known
+    limited = [*keyed, Depends(limit_key)] if is_limited else keyed
     for module in (predict, explain, features):
         app.include_router(module.router, dependencies=limited)
-    app.include_router(models.router, dependencies=known)
+    app.include_router(models.router, dependencies=keyed)
     app.include_router(admin.router, dependencies=[Depends(require_admin_key)])
     app.include_router(health.router)

@@ -1,4 +1,4 @@
-"""Request bodies: three forms of images and options, read into one shape under caps."""
+"""Reading a request body: three forms of images and options become one, within caps."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _CONCURRENT_FETCHES = 4
 
 @dataclass(frozen=True, slots=True)
 class ImageInput:
-    """One encoded image as it was sent, or its error; `targets` override the common ones."""
+    """One encoded image, or the error in its place; `targets` override the common ones."""
 
     data: bytes = b""
     targets: list[Any] | None = None
@@ -63,12 +63,12 @@ class RequestBody(Generic[OptionsT]):
     options: OptionsT
 
 
-class InputReader:
-    """Reads the bodies of image requests.
+class BodyReader:
+    """Reads request bodies.
 
     Args:
         limits: caps.
-        threads: where base64 is decoded.
+        threads: the pool that decodes base64.
         fetcher: fetches image URLs; None = they are not allowed.
     """
 
@@ -83,7 +83,7 @@ class InputReader:
         """Read the body in any of its forms, and check the options.
 
         Raises:
-            HeatlensError: the body as a whole, or an option, is wrong.
+            HeatlensError: the body as a whole or an option is wrong.
         """
         if request.headers.get("content-encoding", "identity").lower() != "identity":
             raise UnsupportedMediaType("Compressed bodies are not accepted.")
@@ -102,7 +102,7 @@ class InputReader:
         return RequestBody(images=images, options=validate(options, {**given, **more}))
 
     async def _body(self, request: Request) -> AsyncIterator[bytes]:
-        """The body's chunks, up to the cap; a body announced as too large is not read at all."""
+        """The chunks of the body; stops as soon as they exceed the cap, or are announced to."""
         cap = self._limits.max_body_bytes
         announced = request.headers.get("content-length", "")
         size = int(announced) if announced.isascii() and announced.isdecimal() else 0
@@ -133,7 +133,7 @@ class InputReader:
         given = parse_query(texts, options)
         for name, data in form.fields:
             if name == OPTIONS_PART:
-                given |= _json_object(data)
+                given |= json_object(data)
         return images, given
 
     async def _read_whole(self, body: bytes, media_type: str) -> _Parsed:
@@ -160,7 +160,7 @@ class InputReader:
     def _parse_json(
         self, body: bytes
     ) -> tuple[list[ImageOption], list[ImageInput], dict[str, Any]]:
-        options = _json_object(body)
+        options = json_object(body)
         raw = options.pop("images", None)
         if not isinstance(raw, list) or not raw:
             raise InvalidOption("Must be a list of at least one image.", field="images")
@@ -171,13 +171,15 @@ class InputReader:
             if (item.b64 is None) == (item.url is None):
                 raise InvalidOption("Either `b64` or `url` is required.", field=f"images.{i}")
             if item.url is not None and self._fetcher is None:
-                raise UrlInputDisabled("Image URLs are not allowed here.", field=f"images.{i}.url")
+                raise UrlInputDisabled(
+                    "Image URLs are not enabled on this server.", field=f"images.{i}.url"
+                )
         return items, [_from_base64(item, f"images.{i}") for i, item in enumerate(items)], options
 
     async def _fetch_all(
         self, fetcher: UrlFetcher, items: list[ImageOption], images: list[ImageInput]
     ) -> list[ImageInput]:
-        """Fetch the images given by URL, a few at a time, within the cap of a body."""
+        """Fetch the images given by URL, a few at a time, together within the cap on bodies."""
         slots = asyncio.Semaphore(_CONCURRENT_FETCHES)
         room = self._limits.max_body_bytes
 
@@ -192,7 +194,7 @@ class InputReader:
                     return ImageInput(targets=items[i].targets, error=error)
             room -= len(data)
             if room < 0:
-                raise BodyTooLarge("The images behind the URLs are too large together.")
+                raise BodyTooLarge("The images at the URLs are too large together.")
             return ImageInput(data=data, targets=items[i].targets)
 
         urls = {i: item.url for i, item in enumerate(items) if item.url is not None}
@@ -205,21 +207,23 @@ class InputReader:
 
 
 def parse_query(pairs: Iterable[tuple[str, str]], options: type[OptionsT]) -> dict[str, Any]:
-    """Options from texts: lists are comma-separated or repeated, others are given once.
+    """Read options from text: lists are comma-separated or repeated, other options occur once.
 
     Raises:
-        InvalidOption: an option is repeated or needs JSON; `validate` refuses unknown ones.
+        InvalidOption: an option is repeated or needs JSON; unknown ones are left to `validate`.
     """
     lists = list_options(options)
     values: dict[str, Any] = {}
     for name, text in pairs:
         if name == "interventions":
-            raise InvalidOption("Send this as JSON, in the body or the options part.", field=name)
+            raise InvalidOption(
+                "Only possible as JSON, in the body or in the options part.", field=name
+            )
         if name in lists:
             items = [item.strip() for item in text.split(",") if item.strip()]
             values[name] = [*values.get(name, []), *items]
         elif name in values:
-            raise InvalidOption("This is given more than once.", field=name[:64])
+            raise InvalidOption("The option is given more than once.", field=name[:64])
         else:
             values[name] = text
     return values
@@ -232,13 +236,18 @@ def _text(data: bytes) -> str:
         raise MalformedBody("A part of the form is not UTF-8 text.") from None
 
 
-def _json_object(data: bytes) -> dict[str, Any]:
+def json_object(data: bytes) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Raises:
+        MalformedBody: the text is not a JSON object.
+    """
     try:
         document = msgspec.json.decode(data)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, ValueError) as error:
         raise MalformedBody("The JSON is malformed.") from error
     if not isinstance(document, dict):
-        raise MalformedBody("The JSON must be an object.")
+        raise MalformedBody("The JSON is not an object.")
     return document
 
 
@@ -247,12 +256,12 @@ def _from_base64(item: ImageOption, field: str) -> ImageInput:
     if text is None:
         return ImageInput(targets=item.targets)
     prefix = _DATA_URL.match(text[:256])
-    # Without white space: encoders like to break lines.
+    # Encoders may break the text into lines.
     digits = "".join(text[prefix.end() if prefix else 0 :].split())
     try:
         data = binascii.a2b_base64(digits, strict_mode=True)
+    # Covers binascii.Error and text that is not ASCII.
     except ValueError:
-        # Not base64 (binascii.Error), or not ASCII.
         error = ImageUndecodable("The text is not base64.", field=f"{field}.b64")
         return ImageInput(targets=item.targets, error=error)
     return ImageInput(data=data, targets=item.targets)

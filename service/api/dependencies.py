@@ -1,4 +1,4 @@
-"""What the application is made of, and how routes get hold of it."""
+"""The parts of the application, and the dependency through which routes get them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from service.api.body import InputReader
+from service.api.body import BodyReader
 from service.api.limiter import ConcurrencyLimiter
 from service.api.metrics import Metrics
 from service.api.pipeline import Pipeline
@@ -18,17 +18,17 @@ from service.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """One application's parts; made by `create_app`.
+    """The parts of one application; made by `create_app`.
 
     Attributes:
-        read_settings: reads the configuration as it is now; `settings` are those in force.
-        limiter: counts the requests of each key; None = they are not limited.
+        settings: the settings in force.
+        read_settings: reads the configuration as it is now.
     """
 
     settings: Settings
     read_settings: Callable[[], Settings]
     pool: DevicePool
-    reader: InputReader
+    reader: BodyReader
     pipeline: Pipeline
     metrics: Metrics
     limiter: ConcurrencyLimiter

@@ -23,7 +23,7 @@ from service.api.record import record_of
 from service.api.schemas import ErrorResponse
 
 CLIENT_GONE = 499
-"""Status of a request whose client disconnected, in logs and metrics; it is never sent."""
+"""Status in logs and metrics of a request that its client abandoned; never sent."""
 
 CODES: Mapping[int, tuple[str, ...]] = MappingProxyType(
     {

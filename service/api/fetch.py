@@ -1,6 +1,6 @@
-"""Fetches images by URL, guarded against server-side request forgery (SSRF).
+"""Fetching images by URL, guarded against server-side request forgery.
 
-Hosts are allow-listed; one parser reads the URL for the check and for the request; the name is
+Hosts are allow-listed. One parser reads the URL for the check and for the request, the name is
 resolved once, every address must be public, and the connection goes to the address that was
 checked. Redirects pass the same checks.
 """
@@ -21,25 +21,24 @@ Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 _MAX_REDIRECTS = 3
 _PORTS = {"http": 80, "https": 443}
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-# Metadata services of Azure and Oracle Cloud, which `ipaddress` may call global.
+# Metadata services of clouds at addresses that `ipaddress` takes for public; the second one only in
+# Python 3.11.
 _METADATA = frozenset(map(ipaddress.ip_address, ("168.63.129.16", "192.0.0.192")))
 
 
 async def resolve(host: str, port: int) -> Sequence[str]:
-    """Addresses of a host, without blocking the loop."""
+    """Resolve a host to its addresses without blocking the loop."""
     loop = asyncio.get_running_loop()
     found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [str(entry[4][0]) for entry in found]
 
 
 def is_public(address: str) -> bool:
-    """Whether an address is on the public internet; mapped and tunnelled forms are recognised.
-
-    The metadata services of clouds are not public, whatever their address.
-    """
+    """Whether an address, also in a mapped or tunnelled form, is on the public internet."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
+        # Scoped addresses such as fe80::1%eth0.
         return False
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped is not None:
@@ -53,11 +52,11 @@ class UrlFetcher:
     """Fetches images over HTTP and HTTPS.
 
     Args:
-        hosts: the hosts allowed in URLs: `example.org`, or `*.example.org` for every name below
-            it, followed by `:port` if that is not the scheme's default.
+        hosts: the allowed hosts: `example.org`, `*.example.org` (any name below it), each with
+            `:port` if it is not the default port of the scheme.
         timeout_s: for one image, redirects included.
         resolve: finds the addresses of a host.
-        allow: returns whether an address may be connected to.
+        allow: whether an address may be connected to.
     """
 
     def __init__(
@@ -72,8 +71,8 @@ class UrlFetcher:
         self._timeout_s = timeout_s
         self._resolve = resolve
         self._allow = allow
-        # Nothing from the environment (proxies, netrc), no unchecked redirects, no decompression,
-        # and no pool of connections: by address, it would mix up hosts.
+        # No proxy or netrc from the environment, no unchecked redirects, no decompression, and no
+        # connection kept: a pool by address would mix up hosts.
         self._client = httpx.AsyncClient(
             trust_env=False,
             follow_redirects=False,
@@ -90,9 +89,9 @@ class UrlFetcher:
         """Fetch the bytes behind a URL; the errors have no field.
 
         Raises:
-            UrlInputDisabled: the host, its address or the host of a redirect is not allowed.
+            UrlInputDisabled: the host, its address or a redirect is not allowed.
             ImageTooLarge: more than `max_bytes`.
-            ImageUndecodable: no image came in time.
+            ImageUndecodable: no image arrived in time.
         """
         try:
             async with asyncio.timeout(self._timeout_s):

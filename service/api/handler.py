@@ -23,7 +23,7 @@ from service.api.schemas import (
     FeaturesResponse,
     ModelUsed,
     PredictResponse,
-    extend,
+    derive,
 )
 
 _RETRIES = 3
@@ -85,7 +85,7 @@ def images_response(request: Request, plan: Plan, reply: Reply) -> Response:
     return json_response(
         _RESPONSES[plan.operation](
             request_id=record_of(request).request_id,
-            model=extend(ModelUsed, plan.info.card, device=reply.device),
+            model=derive(ModelUsed, plan.info.card, device=reply.device),
             results=reply.results,
             timings_ms=reply.timings,
             batch_size=reply.batch_size,
@@ -110,7 +110,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise Cancelled("The client disconnected before the response.")
+        raise Cancelled("The client disconnected before the response was ready.")
     finally:
         working.cancel()
         leaving.cancel()

@@ -1,8 +1,8 @@
-"""How many requests each key has under way, across all HTTP processes.
+"""A limit on the concurrent requests of each key, across all HTTP processes.
 
 Each process keeps its own counts in a record that the others read. A process counts a request first
-and then looks at the sum, so that two that start at the same moment cannot both slip under the
-limit.
+and then looks at the sum, so that two requests that start at the same moment cannot both slip under
+the limit.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _RETRY_AFTER_S = 1.0
 
 
 class ConcurrencyLimiter:
-    """Counts requests by key.
+    """Counts requests in flight by key.
 
     Args:
-        folder: where processes keep their records; None = this process is the only one.
+        folder: the folder of all processes' records; None = this process is the only one.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -44,16 +44,16 @@ class ConcurrencyLimiter:
 
     @contextmanager
     def slot(self, key: str, *, limit: int) -> Iterator[None]:
-        """Count a request while it is under way.
+        """Count a request while it is in flight.
 
         Raises:
-            Overloaded: the key has as many as it may.
+            Overloaded: the key has reached its limit.
         """
         self._add(key, 1)
         try:
             if self._own[key] + self._elsewhere(key) > limit:
                 raise Overloaded(
-                    f"A key may have {limit} requests under way.",
+                    f"A key may have at most {limit} requests in flight.",
                     retry_after_s=_RETRY_AFTER_S,
                 )
             yield
@@ -61,7 +61,7 @@ class ConcurrencyLimiter:
             self._add(key, -1)
 
     def close(self) -> None:
-        """Forget the others, and be forgotten by them."""
+        """Close the records of the other processes and remove the own one."""
         for record in self._others.values():
             record.close()
         self._others.clear()
@@ -87,10 +87,11 @@ class ConcurrencyLimiter:
         return sum(self._decoder.decode(counts).get(key, 0) for counts in found if counts)
 
     def _list_again(self, folder: Path) -> None:
-        """Open the records of processes that have come; close those of processes that have gone."""
+        """Open the records of new processes; close those of processes that have exited."""
         names = {path.name for path in folder.iterdir()} - {self._name}
         for name in self._others.keys() - names:
             self._others.pop(name).close()
         for name in names - self._others.keys():
-            with suppress(OSError, ValueError):  # it has gone since, or is not yet of its full size
+            # The record may have been removed since, or not be complete yet.
+            with suppress(OSError, ValueError):
                 self._others[name] = SharedRecord(folder / name)

@@ -1,4 +1,4 @@
-"""`multipart/form-data` read as it arrives, within caps, into memory only."""
+"""Reading `multipart/form-data` as it arrives, within caps, into memory only."""
 
 from __future__ import annotations
 
@@ -21,12 +21,7 @@ _MAX_BOUNDARY = 200
 
 @dataclass(slots=True)
 class Form:
-    """The parts of a form.
-
-    Attributes:
-        images: encoded images in order; an error in the place of one that is refused.
-        fields: name and bytes of every other part, in order.
-    """
+    """A form: images in order, each or its error, and the other parts as (name, bytes)."""
 
     images: list[bytes | HeatlensError] = field(default_factory=list)
     fields: list[tuple[str, bytes]] = field(default_factory=list)
@@ -37,17 +32,17 @@ async def read_form(
 ) -> Form:
     """Parse a form chunk by chunk.
 
-    An image over its cap is dropped while it arrives and leaves its error in its place.
+    An image over its cap is dropped while it arrives; its error takes its place.
 
     Raises:
-        MalformedBody: not a form, truncated, or too many parts.
-        TooManyImages: more image parts than allowed.
+        MalformedBody: the body is not a form, is truncated or has too many parts.
+        TooManyImages: there are more image parts than allowed.
         BodyTooLarge: the other parts are too large together.
     """
     _, parameters = parse_options_header(content_type)
     boundary = parameters.get(b"boundary", b"")
     if not 0 < len(boundary) <= _MAX_BOUNDARY:
-        raise MalformedBody("The multipart body names no boundary.")
+        raise MalformedBody("The content type of the multipart body lacks a valid boundary.")
     reader = _Reader(limits)
     parser = MultipartParser(
         boundary,
@@ -73,7 +68,7 @@ async def read_form(
 
 
 class _Reader:
-    """Collects the parts; the parser calls it."""
+    """Collects the parts; its methods are the callbacks of the parser."""
 
     def __init__(self, limits: LimitSettings) -> None:
         self.form = Form()

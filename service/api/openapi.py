@@ -1,4 +1,4 @@
-"""The OpenAPI document: paths from FastAPI, responses from `schemas`, options from `options`."""
+"""The OpenAPI document: routes from FastAPI, responses from `schemas`, options from `options`."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ _TIMEOUT_HEADER: dict[str, Any] = {
 
 
 def array_of(kind: type[Any]) -> dict[str, Any]:
-    """The schema of a list of a response."""
+    """The schema of a list of a component."""
     return {"type": "array", "items": _ref(kind.__name__)}
 
 
@@ -101,17 +101,17 @@ def _ref(name: str) -> dict[str, Any]:
 
 
 def repository_body(**fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The `openapi_extra` of a route of the model repository: an optional JSON object.
+    """The `openapi_extra` of a route of the model repository, whose body is optional.
 
     Args:
-        fields: schema of each field in addition to `parameters`.
+        fields: schema of each field of the body in addition to `parameters`.
     """
     schema = {"type": "object", "properties": {"parameters": {"type": "object"}, **fields}}
     return {"requestBody": {"required": False, "content": {JSON: {"schema": schema}}}}
 
 
 def image_input(options: type[AnyOptions]) -> dict[str, Any]:
-    """The `openapi_extra` of a route for images: query parameters and the three input forms."""
+    """The `openapi_extra` of a route that takes images: query parameters and three body forms."""
     form = {
         "type": "object",
         "required": [IMAGE_PART],
@@ -145,7 +145,7 @@ def _query_parameters(options: type[BaseModel]) -> list[dict[str, Any]]:
             described |= _QUERY_TARGETS
         if described.get("type") == "array":
             parameter |= {"style": "form", "explode": False}
-        # An optional value is absent from a query, never null.
+        # Optional: absent, never null, in a query.
         if "anyOf" in described:
             described |= described.pop("anyOf")[0]
             del described["default"]
@@ -163,14 +163,14 @@ def _request_name(options: type[BaseModel]) -> str:
 
 
 def install(app: FastAPI) -> None:
-    """Complete the document that FastAPI makes of the application when it is first asked for."""
+    """Make this the application's OpenAPI document, generated on its first use."""
     generate = app.openapi
 
     @functools.cache
     def document() -> dict[str, Any]:
         return _complete(generate())
 
-    app.openapi = document  # type: ignore[method-assign] # FastAPI's own way to replace it
+    app.openapi = document  # type: ignore[method-assign] # as FastAPI documents it
 
 
 def _complete(document: dict[str, Any]) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def _complete(document: dict[str, Any]) -> dict[str, Any]:
     document.setdefault("components", {})["schemas"] = dict(sorted(found.items()))
     for path in document["paths"].values():
         for operation in path.values():
-            # The framework documents its own errors, but any text is a valid path parameter here.
+            # The framework's guess, but no path parameter is refused here.
             if "HTTPValidationError" in str(operation["responses"].get("422")):
                 del operation["responses"]["422"]
             for status, response in operation["responses"].items():
@@ -187,7 +187,7 @@ def _complete(document: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
-# The responses that are documented; the structs within them follow by themselves.
+# The documented responses; the structs that they contain are found through them.
 _RESPONSES: tuple[type[Any], ...] = (
     schemas.ErrorResponse,
     schemas.PredictResponse,
@@ -205,6 +205,15 @@ _RESPONSES: tuple[type[Any], ...] = (
 def _response_schemas() -> dict[str, Any]:
     """JSON schemas of all responses, by name."""
     _, found = msgspec.json.schema_components(_RESPONSES, ref_template=_REF.format(model="{name}"))
+    for schema in found.values():
+        schema["description"] = schema["description"].partition("\n\n")[0]
+        # A field with a default is sent like any other; only a field that is `UNSET` is absent.
+        sent = {name for name, field in schema["properties"].items() if "default" in field}
+        schema["required"] = [
+            name for name in schema["properties"] if name in sent.union(schema["required"])
+        ]
+        for name in sent:
+            del schema["properties"][name]["default"]
     for result in (schemas.PredictResult, schemas.ExplainResult, schemas.FeaturesResult):
         whole = [field for field in result.__struct_fields__ if field != "error"]
         found[result.__name__]["oneOf"] = [{"required": whole}, {"required": ["error"]}]

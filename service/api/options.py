@@ -1,6 +1,6 @@
-"""The options of requests: names, ranges, defaults and descriptions, one model per operation.
+"""The options of a request: names, ranges, defaults and descriptions, one model per operation.
 
-Values that depend on the network (labels, layers, applicable methods) are resolved in
+Options that depend on the network (labels, layers, applicable methods) are resolved in
 `service.api.plan`.
 """
 
@@ -47,7 +47,7 @@ _TARGET_SCHEMA: dict[str, Any] = {
 
 
 def _check_target(value: object) -> object:
-    """Bound the work of `models.resolve`."""
+    """Bound the size of a contrast, which `models.resolve` checks later."""
     against = value.get("against") if isinstance(value, Mapping) else None
     if isinstance(against, list) and len(against) > _MAX_AGAINST:
         raise ValueError(f"A contrast has at most {_MAX_AGAINST} classes.")
@@ -77,7 +77,7 @@ class InterventionOption(_Model):
         tuple[Annotated[int, Field(ge=0, le=1_000_000)], ...],
         Field(min_length=1, max_length=4096, examples=[[3, 17]]),
     ]
-    op: Annotated[InterventionOp, Field(description="What happens to them.")]
+    op: Annotated[InterventionOp, Field(description="The operation on these channels.")]
     value: Annotated[Finite, Field(description="Factor of `scale`.")] = 1.0
 
 
@@ -107,7 +107,7 @@ class PredictOptions(CommonOptions):
 
     top_k: TopK = 5
     statistics: Annotated[
-        bool, Field(description="Statistics of the model's recommended layer.")
+        bool, Field(description="Whether to add statistics of the model's recommended layer.")
     ] = False
 
 
@@ -126,7 +126,9 @@ class ExplainOptions(CommonOptions):
         Layers,
         Field(description="Dotted module names or globs; `auto` is the recommended layer."),
     ] = ["auto"]
-    fuse: Annotated[Fuse, Field(description="How maps of several layers become one.")] = "none"
+    fuse: Annotated[
+        Fuse, Field(description="How the maps of several layers are fused into one.")
+    ] = "none"
     outputs: Annotated[list[Output], Field(min_length=1, max_length=3)] = ["heatmap", "overlay"]
     canvas: Annotated[
         CanvasName, Field(description="`input` is the model's crop, `original` the whole image.")
@@ -134,9 +136,11 @@ class ExplainOptions(CommonOptions):
     colormap: Annotated[Colormap, Field(description="`coolwarm` suits signed maps.")] = "turbo"
     alpha: Annotated[Finite, Field(ge=0, le=1, description="Opacity of the overlay.")] = 0.5
     overlay_format: OverlayFormat = "jpeg"
-    statistics: Annotated[bool, Field(description="Statistics of the explained layers.")] = True
+    statistics: Annotated[
+        bool, Field(description="Whether to add statistics of the explained layers.")
+    ] = True
     faithfulness: Annotated[
-        list[Measure], Field(max_length=5, description="Measures, each with that of a random map.")
+        list[Measure], Field(max_length=5, description="Measures, each also of a random map.")
     ] = []
     samples: Annotated[
         int | None, Field(ge=1, le=10_000, description="Samples of a stochastic method.")
@@ -159,13 +163,13 @@ class FeaturesOptions(CommonOptions):
     ]
     layers: Annotated[
         Layers,
-        Field(description="Dotted module names or globs; `auto` is a spread over the depth."),
+        Field(description="Dotted module names or globs; `auto` spreads over the depth."),
     ] = ["auto"]
     kinds: Annotated[
         list[Kind], Field(min_length=1, max_length=4, description="Tensors of each layer.")
     ] = ["output"]
     channels: Annotated[int, Field(ge=1, le=4096, description="Top channels to list.")] = 16
-    grid: Annotated[bool, Field(description="Whether to return their maps as an image.")] = False
+    grid: Annotated[bool, Field(description="Whether to return them as one image.")] = False
     colormap: Annotated[Colormap, Field(description="Colours of the grid.")] = "turbo"
 
 
@@ -177,9 +181,9 @@ class ImageOption(_Model):
     ] = None
     url: Annotated[
         Annotated[str, Field(max_length=4096)] | None,
-        Field(description="Address to fetch it from, if the operator allows it."),
+        Field(description="URL of the image; only if the operator allows it."),
     ] = None
-    targets: Annotated[Targets | None, Field(description="Instead of the common targets.")] = None
+    targets: Annotated[Targets | None, Field(description="Override the common targets.")] = None
 
 
 AnyOptions = PredictOptions | ExplainOptions | FeaturesOptions
@@ -188,7 +192,7 @@ OptionsT = TypeVar("OptionsT", bound=BaseModel)
 
 @lru_cache
 def list_options(model: type[BaseModel]) -> frozenset[str]:
-    """Options that hold a list, which a query may give comma-separated or repeated."""
+    """Names of list options, which a query may give comma-separated or repeated."""
     found = properties(model).items()
     return frozenset(name for name, schema in found if schema.get("type") == "array")
 
@@ -200,15 +204,15 @@ def properties(model: type[BaseModel]) -> dict[str, dict[str, Any]]:
 
 
 def validate(model: type[OptionsT], values: Mapping[str, Any], *, prefix: str = "") -> OptionsT:
-    """Check the options of a request.
+    """Check options.
 
     Args:
-        model: the options that are allowed.
-        values: the options that were sent.
+        model: the options of the operation.
+        values: the values sent.
         prefix: path of `values` in the request, for errors.
 
     Raises:
-        InvalidOption: the first wrong option; `field` is its path, the text says what is allowed.
+        InvalidOption: a value is wrong; the error names the first field and its allowed values.
     """
     try:
         return model.model_validate(values)
@@ -244,7 +248,7 @@ _SENTENCES: Mapping[str, str] = {
 
 
 def _explain(error: ErrorDetails, model: type[BaseModel]) -> str:
-    """Translate a validator's finding into a sentence of ours."""
+    """Describe a validation error in our own words."""
     kind, context = error["type"], error.get("ctx", {})
     if kind == "literal_error":
         allowed = re.findall(r"'([^']*)'", context["expected"])

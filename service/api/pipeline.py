@@ -1,7 +1,7 @@
 """Decode, run on a device, render: the work of a request, independent of HTTP.
 
 Used by the routes and by the command line. Decoding and rendering run in a thread pool (Pillow,
-zlib and numpy release the interpreter lock), all images of a request at once.
+zlib and numpy release the interpreter), all images of a request at once.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _RESULTS: Mapping[Operation, type[Result]] = {
 
 
 class ImageRun(Struct):
-    """Timings, batch size and device of one image."""
+    """The run of one image: timings, batch size and device."""
 
     timings: Timings
     batch_size: int
@@ -122,9 +122,9 @@ class Pipeline:
         return _reply(outcomes, plan)
 
     def _refuse_excess(self, plan: Plan) -> None:
-        """Refuse a plan that the devices would refuse, before its images are decoded.
+        """Refuse a plan that the devices would refuse, before spending time on decoding it.
 
-        Long jobs are left to the devices, which queue them apart.
+        Long jobs have their own share of a device, and only the device knows its queue.
         """
         if any(is_long(image.options) for image in plan.images):
             return
@@ -188,7 +188,7 @@ class Pipeline:
                 digest=decoded.digest,
                 traceparent=tracing.traceparent(),
                 request_id=logs.request_id.get(),
-                fingerprint=card.fingerprint,
+                fingerprint=plan.info.fingerprint,
             )
         )
 

@@ -1,4 +1,4 @@
-"""Plans: a request's options resolved against one model, ready to run."""
+"""Plans: a request body whose options are resolved against one model, ready to run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _UNREADY = {"unavailable": "could not be loaded", "unloading": "is being unloade
 
 
 class RenderOptions(Struct):
-    """How maps are drawn."""
+    """Options of drawing maps."""
 
     outputs: tuple[Output, ...] = ("heatmap", "overlay")
     canvas: CanvasName = "input"
@@ -39,7 +39,7 @@ class RenderOptions(Struct):
 
 
 class PlannedImage(Struct):
-    """One image and the options of its job."""
+    """One image with the options of its job."""
 
     input: ImageInput
     options: JobOptions
@@ -49,7 +49,7 @@ class Plan(Struct):
     """A resolved request.
 
     Attributes:
-        info: the model that answers.
+        info: the model that runs it.
         started: monotonic time at which the request arrived.
         deadline: monotonic time by which it is answered or failed.
     """
@@ -66,47 +66,42 @@ def find_model(reference: str, infos: Sequence[ModelInfo], settings: Settings) -
     """Find `name` (its newest ready version) or `name@version`, ready or not.
 
     Raises:
-        UnknownModel: it is not configured.
-        NotReady: it is configured, but no device has reported it yet.
+        UnknownModel: no such model is configured.
+        NotReady: it is configured, but nothing is known about it yet.
     """
-    name, _, version = reference.partition("@")
-
-    def matches(model: ModelCard | ModelSpec) -> bool:
-        return model.name == name and version in ("", model.version)
-
-    found = [info for info in infos if matches(info.card)]
+    found = [info for info in infos if names(reference, info.card)]
     if found:
         return max(found, key=lambda info: (info.card.ready, _natural(info.card.version)))
-    if any(map(matches, settings.models)):
+    if any(names(reference, spec) for spec in settings.models):
         raise NotReady("The model is not loaded yet.", field="model")
     known = ", ".join(dict.fromkeys(info.card.name for info in infos))
     raise UnknownModel(f"There is no such model. Known: {known}.", field="model")
 
 
+def names(reference: str, model: ModelCard | ModelSpec) -> bool:
+    """Whether `name` or `name@version` names a model version."""
+    name, _, version = reference.partition("@")
+    return model.name == name and version in ("", model.version)
+
+
 def choose_model(
     reference: str | None, infos: Sequence[ModelInfo], settings: Settings
 ) -> ModelInfo:
-    """Find the model that a request names, or the default one, ready to answer.
+    """Find the model that a request names, or the default one, if it is ready.
 
     Raises:
-        UnknownModel: it is not configured.
+        UnknownModel: no such model is configured.
         NotReady: it is not warm, or could not be loaded.
     """
     info = find_model(reference or settings.default_model, infos, settings)
     if not info.card.ready:
         text = _UNREADY.get(info.card.state, "is not ready yet")
-        text = f"The model {text}; GET /v1/models/{info.card.name} says more."
-        raise NotReady(text, field="model")
+        raise NotReady(f"The model {text}; see GET /v1/models/{info.card.name}.", field="model")
     return info
 
 
 def timeout_s(options: AnyOptions, header: str | None, limits: LimitSettings) -> float:
-    """Seconds that a request may take, capped: its option, its header or the default.
-
-    Args:
-        options: of the request.
-        header: milliseconds, used if the option is not given.
-        limits: the default and the cap.
+    """Seconds that a request may take, capped: its option, its header (in ms) or the default.
 
     Raises:
         InvalidOption: the header is not a positive number.
@@ -133,18 +128,18 @@ def make_plan(
     """Resolve labels, ranks, layers and methods against the model.
 
     Raises:
-        HeatlensError: an option does not fit the model; `field` names it.
+        HeatlensError: an option does not fit the model; the error names it.
     """
     common = job_options(options, info)
     planned = []
     for i, image in enumerate(images):
-        own = common
+        resolved = common
         if image.targets is not None:
             targets = resolve_targets(image.targets, info, field=f"images.{i}.targets")
-            # Predictions have no targets.
+            # A prediction has no targets; they are only checked.
             if options.operation != "predict":
-                own = structs.replace(common, targets=targets)
-        planned.append(PlannedImage(input=image, options=own))
+                resolved = structs.replace(common, targets=targets)
+        planned.append(PlannedImage(input=image, options=resolved))
     results = sum(_count(options.operation, image.options) for image in planned)
     if results > limits.max_results:
         raise InvalidOption(
@@ -161,10 +156,10 @@ def make_plan(
 
 
 def job_options(options: AnyOptions, info: ModelInfo) -> JobOptions:
-    """Resolve the options of a request into those of its jobs.
+    """The options of a job, resolved against the model.
 
     Raises:
-        HeatlensError: an option does not fit the model; `field` names it.
+        HeatlensError: an option does not fit the model; the error names it.
     """
     changes = _interventions(options.interventions, info)
     classes = max(1, info.card.num_classes)
@@ -222,7 +217,7 @@ def _interventions(
 
 
 def _count(operation: Operation, options: JobOptions) -> int:
-    """Upper bound of the explanations, or statistics, in the result of one image."""
+    """Maximum number of explanations or statistics in the result of one image."""
     if operation == "explain":
         layers = len(options.layers) if options.fuse == "none" else 1
         return len(options.methods) * len(options.targets) * layers
@@ -232,6 +227,6 @@ def _count(operation: Operation, options: JobOptions) -> int:
 
 
 def _natural(version: str) -> list[tuple[int, int | str]]:
-    """Sort key by which version 10 comes after version 9."""
+    """A sort key: version 10 comes after version 9."""
     parts = re.findall(r"[0-9]+|[A-Za-z]+|[^0-9A-Za-z]+", version)
     return [(1, int(part)) if part.isdecimal() else (0, part) for part in parts]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from service.api.schemas import DeviceReadiness, ModelReadiness, ReadyResponse, extend
+from service.api.schemas import DeviceReadiness, ModelReadiness, ReadyResponse, derive
 from service.devices.pool import DevicePool, DeviceStatus
 from service.settings import Settings
 
@@ -20,10 +20,10 @@ def readiness(pool: DevicePool, settings: Settings) -> ReadyResponse:
     """
     within_s = settings.server.ready_within_s
     devices = tuple(
-        extend(DeviceReadiness, status, ready=is_up(status, within_s=within_s))
+        derive(DeviceReadiness, status, ready=is_up(status, within_s=within_s))
         for status in pool.devices()
     )
-    models = tuple(extend(ModelReadiness, info.card) for info in pool.models())
+    models = tuple(derive(ModelReadiness, info.card) for info in pool.models())
     missing = [*map(_missing_device, devices), *map(_missing_model, models)]
     known = {model.name for model in models}
     missing += [f"model {s.name}: not loaded" for s in settings.models if s.name not in known]

@@ -24,7 +24,7 @@ from models.imaging.render import (
 from models.types import ClassScore, Explanation, Geometry, LayerFeatures, Outcome
 from service.api import schemas
 from service.api.plan import Plan, RenderOptions
-from service.api.schemas import ImageData, Prediction, Result, StatisticsResponse, extend
+from service.api.schemas import ImageData, Prediction, Result, StatisticsResponse, derive
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class DecodedInput:
 def render(outcome: Outcome, source: DecodedInput, plan: Plan) -> Result:
     """Make the result of one image."""
     labels = plan.info.labels
-    image = extend(schemas.ImageInfo, source.geometry)
+    image = derive(schemas.ImageInfo, source.geometry)
     predictions = tuple(_prediction(item, labels) for item in outcome.predictions)
     statistics = tuple(_statistics(item, plan.render) for item in outcome.statistics)
     if plan.operation == "predict":
@@ -118,16 +118,17 @@ def _explanation(
 def _prediction(item: ClassScore, labels: tuple[str, ...]) -> Prediction:
     known = 0 <= item.class_id < len(labels)
     label = labels[item.class_id] if known else f"class {item.class_id}"
-    return extend(Prediction, item, label=label)
+    return derive(Prediction, item, label=label)
 
 
 def _statistics(item: LayerFeatures, options: RenderOptions) -> StatisticsResponse:
     grid: ImageData | UnsetType = UNSET
     if item.grid is not None and item.grid.size:
         data = grid_png(item.grid, colormap=options.colormap)
-        width, height = struct.unpack_from(">II", data, 16)  # the PNG's own header
+        # The size in the header of the PNG.
+        width, height = struct.unpack_from(">II", data, 16)
         grid = ImageData(media_type="image/png", width=width, height=height, data=_base64(data))
-    return extend(StatisticsResponse, item, grid=grid)
+    return derive(StatisticsResponse, item, grid=grid)
 
 
 def _values(values: np.ndarray) -> schemas.Values:

@@ -31,8 +31,8 @@ Base64 = Annotated[str, Meta(description="Base64 of the bytes.")]
 S = TypeVar("S", bound=Struct)
 
 
-def extend(kind: type[S], source: Struct, **fields: Any) -> S:
-    """Make a response from the fields that it shares with `source`, and those given here."""
+def derive(kind: type[S], source: Struct, **fields: Any) -> S:
+    """Make a response from the fields that it shares with another struct, and those given here."""
     shared = [name for name in kind.__struct_fields__ if name in source.__struct_fields__]
     return kind(**{**{name: getattr(source, name) for name in shared}, **fields})
 
@@ -247,7 +247,7 @@ class ModelsResponse(Struct):
 
 
 class AliveResponse(Struct, kw_only=True):
-    """The process answers."""
+    """The process is alive."""
 
     status: Annotated[str, Meta(examples=["alive"])]
     name: str = "heatlens"

@@ -1,4 +1,4 @@
-"""Who may call what: keys for the API, keys for the administration, compared in constant time."""
+"""API keys and admin keys, compared in constant time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ async def presented_key(
     bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
     header: Annotated[str | None, Depends(_header)],
 ) -> str | None:
-    """The key that a request shows, if any."""
+    """The key that a request presents, if any."""
     return bearer.credentials if bearer is not None else header
 
 
@@ -29,10 +29,10 @@ KeyDep = Annotated[str | None, Depends(presented_key)]
 
 
 async def require_api_key(service: ServiceDep, key: KeyDep) -> None:
-    """Let a request pass if no key is configured or it shows one that is.
+    """Let a request pass if no key is configured, or if it presents a configured one.
 
     Raises:
-        Unauthorized: it does not.
+        Unauthorized: there is no key, or an unknown one.
     """
     security = service.settings.security
     if security.api_keys and not _is_one_of(key, [*security.api_keys, *security.admin_keys]):
@@ -40,10 +40,10 @@ async def require_api_key(service: ServiceDep, key: KeyDep) -> None:
 
 
 async def limit_key(service: ServiceDep, key: KeyDep) -> AsyncIterator[None]:
-    """Count a request against its key while it is under way; requests without a key are not counted.
+    """Count a request against its key while it is in flight; a request without one is not counted.
 
     Raises:
-        Overloaded: the key has as many under way as it may.
+        Overloaded: the key has reached its limit.
     """
     limit = service.settings.limits.max_concurrent_per_key
     if limit is None or not key:
@@ -54,25 +54,25 @@ async def limit_key(service: ServiceDep, key: KeyDep) -> AsyncIterator[None]:
 
 
 async def require_admin_key(service: ServiceDep, key: KeyDep) -> None:
-    """Let a request pass if it shows an admin key.
+    """Let a request pass if it presents an admin key.
 
     Raises:
         AdminDisabled: no admin key is configured.
-        Unauthorized: no key, or one that is not known.
-        Forbidden: a key that opens the API only.
+        Unauthorized: there is no key, or an unknown one.
+        Forbidden: the key is an API key.
     """
     security = service.settings.security
     if not security.admin_keys:
-        raise AdminDisabled("The administration is off: no admin key is configured.")
+        raise AdminDisabled("Administration is disabled: no admin key is configured.")
     if _is_one_of(key, security.admin_keys):
         return
     if _is_one_of(key, security.api_keys):
-        raise Forbidden("This key does not open the administration.")
+        raise Forbidden("This requires an admin key.")
     raise Unauthorized("A valid key is required.")
 
 
 def _is_one_of(key: str | None, hashes: Sequence[str]) -> bool:
-    """Compare with every hash, so that the time taken tells nothing."""
+    """Compare a key with every hash, so that the time taken reveals nothing."""
     if not key:
         return False
     digest = _hash(key)

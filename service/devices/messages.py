@@ -43,7 +43,7 @@ class Submission(Message, frozen=True, kw_only=True):
         worker_exits: worker exits that this job was already part of; such a job runs alone.
         traceparent: W3C trace context, empty when tracing is off.
         request_id: id of the HTTP request, for logs.
-        fingerprint: `ModelCard.fingerprint` that the options were resolved against; empty = any.
+        fingerprint: `ModelInfo.fingerprint` that the options were resolved against; empty = any.
     """
 
     job: Job

@@ -34,7 +34,7 @@ def with_fingerprint(info: ModelInfo) -> ModelInfo:
         [(layer.name, layer.output_shape, layer.spatial) for layer in info.layers],
     )
     digest = hashlib.blake2b(msgspec.msgpack.encode(resolved), digest_size=8).hexdigest()
-    return msgspec.structs.replace(info, card=msgspec.structs.replace(card, fingerprint=digest))
+    return msgspec.structs.replace(info, fingerprint=digest)
 
 
 def loading_model(spec: ModelSpec) -> ModelInfo:

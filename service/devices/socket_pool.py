@@ -166,7 +166,7 @@ class SocketPool:
             if hopeless is not None:
                 self._fail(request, hopeless)
             return
-        fitting = [c for c in ready if fingerprint in {"", c.infos[key].card.fingerprint}]
+        fitting = [c for c in ready if fingerprint in {"", c.infos[key].fingerprint}]
         if not fitting:
             self._fail(request, ModelReplaced("The model was replaced; ask again."))
             return

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 from models.catalog import ModelSpec
 from models.errors import HeatlensError, ModelLoadFailed
-from models.types import Failure, Job, ModelCard, ModelInfo, Outcome
+from models.types import Failure, Job, ModelInfo, Outcome
 from service.devices.model_state import with_fingerprint
 from service.worker.queue import Suspended
 
@@ -121,17 +121,17 @@ def classify_exception(error: BaseException) -> Fault:
     return "model"
 
 
-def load_model(backend: Backend, spec: ModelSpec) -> ModelCard | HeatlensError:
+def load_model(backend: Backend, spec: ModelSpec) -> ModelInfo | HeatlensError:
     """Load, verify and warm a model version, replacing the current one.
 
     Returns:
-        Its card, or the error. The original exception, whose traceback holds tensors, is dropped.
+        The model, or the error. The original exception, whose traceback holds tensors, is dropped.
 
     Raises:
         DeviceLost: the device needs a new process.
     """
     try:
-        return with_fingerprint(backend.registry.load(spec)).card
+        return with_fingerprint(backend.registry.load(spec))
     except HeatlensError as error:
         return type(error)(error.message, field=error.field)
     except Exception as error:

@@ -278,16 +278,16 @@ class ComputeThread:
             error = ModelLoadFailed("Loading this model ended device workers; it is not retried.")
         else:
             self._runner.publish("load", subject=subject)
-            card = load_model(self._backend, spec)
-            if isinstance(card, HeatlensError):
-                error = card
+            info = load_model(self._backend, spec)
+            if isinstance(info, HeatlensError):
+                error = info
             else:
                 with self._changed:
                     stale = self._batcher.set_model(
-                        (card.name, card.version),
-                        best_batch=card.best_batch,
-                        latency_ms=card.latency_ms,
-                        fingerprint=card.fingerprint,
+                        model_key(info),
+                        best_batch=info.card.best_batch,
+                        latency_ms=info.card.latency_ms,
+                        fingerprint=info.fingerprint,
                     )
         # The first pass of the engine, rather than of the warm-up, makes the device ready.
         self._canary_at = 0.0

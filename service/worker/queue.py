@@ -219,7 +219,7 @@ class QueuedModel:
         best_batch: best number of jobs in a batch.
         passes: duration of first passes.
         steps: duration of steps of long jobs.
-        fingerprint: see `ModelCard`; empty = unknown.
+        fingerprint: see `ModelInfo`; empty = unknown.
         long_ms: average device time of a long job.
         closing: whether it takes no more jobs.
         batch_cap: limit of jobs in a batch until `cap_until`.

@@ -8,16 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from models.layers import (
-    TokenLayout,
-    choose_target_layer,
-    feature_layers,
-    find_layouts,
-    has_gradient,
-    layer_infos,
-    to_map,
-)
+from models.layers import TokenLayout, choose_target_layer, feature_layers, has_gradient, to_map
 from models.probe import probe_batch, trace
+from models.proof import find_layouts, layer_infos, prove_layers
 from models.types import Preprocess
 
 
@@ -252,7 +245,7 @@ def test_a_model_that_cannot_be_differentiated_has_none():
 def test_layer_infos_list_what_was_called_in_the_order_of_definition():
     module = Head(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))
     found = traced(module)
-    infos = layer_infos(found, find_layouts(found), target_layer="trunk")
+    infos = layer_infos(found, prove_layers(found), target_layer="trunk")
     assert [info.name for info in infos] == [name for name, _ in module.named_modules() if name]
     by_name = {info.name: info for info in infos}
     assert by_name["trunk"].output_shape == (6, 8, 8)

@@ -41,7 +41,7 @@ def test_a_sound_model_gives_its_number_of_scores():
         (lambda x: x.flatten(1)[:, :7] * float("nan"), "not finite"),
         (lambda x: (x.flatten(1), None), "one tensor"),
         (lambda x: {"logits": x}, "one tensor"),
-        (lambda x: x, r"tensor of 2 x 3 x 8 x 8"),
+        (lambda x: x, r"tensor of 3 x 3 x 8 x 8"),
         (lambda x: x.flatten(1)[:1], r"tensor of 1 x 192"),
         (lambda x: x.view(7), r"fails on an input of 3 x 8 x 8\.$"),
     ],

@@ -7,16 +7,17 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter, Request, Response
 
 from models.catalog import ModelSpec
-from models.errors import BodyTooLarge, InternalError, InvalidOption, MalformedBody, UnknownModel
+from models.errors import BodyTooLarge, InternalError, InvalidOption, UnknownModel
 from models.types import ModelCard
+from service.api.body import json_object
 from service.api.dependencies import Service, ServiceDep
 from service.api.handler import json_response
 from service.api.openapi import ADMIN, array_of, repository_body, responses
-from service.api.schemas import RepositoryModel, extend
+from service.api.plan import names
+from service.api.schemas import RepositoryModel, derive
 from service.configuration import ConfigurationError
 
 log = logging.getLogger("heatlens.models")
@@ -30,12 +31,12 @@ _DONE = responses({"type": "object"}, "Done; the body is an empty object.", erro
 
 @router.post(
     "/index",
-    summary="List the loaded and configured models",
+    summary="List the models of the repository",
     responses=_INDEX,
     openapi_extra=repository_body(ready={"type": "boolean"}),
 )
 async def index(request: Request, service: ServiceDep) -> Response:
-    """Every model version that is loaded or configured; with `{"ready": true}` only ready ones."""
+    """Every model version that is loaded or configured; with `{"ready": true}`, the ready ones."""
     only_ready = (await _body(request)).get("ready", False)
     if not isinstance(only_ready, bool):
         raise InvalidOption("Must be true or false.", field="ready")
@@ -60,17 +61,12 @@ async def index(request: Request, service: ServiceDep) -> Response:
 async def load(model: str, request: Request, service: ServiceDep) -> Response:
     """Load `name` (every configured version) or `name@version` from the current configuration file.
 
-    A version that is loaded is replaced once the new one is warm; each request is answered by the
-    one or the other. Models come from the configuration only: a configuration or files in
+    A loaded version is replaced once the new one is warm; each request is answered entirely by the
+    one or the other. Models come only from the configuration file: a configuration or files in
     `parameters` are refused.
     """
     await _refuse_files(request)
-    name, _, version = model.partition("@")
-    specs = [
-        spec
-        for spec in await _configured(service)
-        if spec.name == name and version in ("", spec.version)
-    ]
+    specs = [spec for spec in await _configured(service) if names(model, spec)]
     if not specs:
         raise UnknownModel("The configuration has no such model.")
     for spec in specs:
@@ -104,27 +100,27 @@ async def unload(model: str, request: Request, service: ServiceDep) -> Response:
 
 def _listed(card: ModelCard) -> RepositoryModel:
     reason = "" if card.state == "ready" else card.reason or ""
-    return extend(RepositoryModel, card, state=card.state.upper(), reason=reason)
+    return derive(RepositoryModel, card, state=card.state.upper(), reason=reason)
 
 
 async def _configured(service: Service) -> list[ModelSpec]:
     """The models of the current configuration.
 
     Raises:
-        InternalError: the configuration is wrong now.
+        InternalError: the configuration has become invalid.
     """
     try:
         return (await asyncio.to_thread(service.read_settings)).models
     except ConfigurationError as error:
         log.error("the configuration is wrong: %s", error)  # noqa: TRY400 # no trace needed
-        raise InternalError("The configuration is wrong; see the service's log.") from None
+        raise InternalError("The configuration is invalid; see the service's log.") from None
 
 
 async def _body(request: Request) -> dict[str, Any]:
     """The JSON object of a request; an empty body is an empty object, whatever its content type.
 
     Raises:
-        BodyTooLarge: it has more than 64,000 bytes.
+        BodyTooLarge: it exceeds a fixed cap.
         MalformedBody: it is not a JSON object.
     """
     content = b""
@@ -132,12 +128,7 @@ async def _body(request: Request) -> dict[str, Any]:
         content += chunk
         if len(content) > _MAX_BYTES:
             raise BodyTooLarge("The body of an administrative request has at most 64,000 bytes.")
-    if not content.strip():
-        return {}
-    try:
-        return msgspec.json.decode(content, type=dict[str, Any])
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        raise MalformedBody("The body is not a JSON object.") from None
+    return json_object(content) if content.strip() else {}
 
 
 async def _refuse_files(request: Request) -> None:

@@ -41,7 +41,7 @@ async def explain(request: Request, service: ServiceDep) -> Response:
 
     With `Accept: image/png`, `image/jpeg` or `image/webp`, and one image, method, target and layer,
     the response is the overlay itself; `X-Class-Id`, `X-Label` (percent-encoded) and
-    `X-Probability` name its class.
+    `X-Probability` describe its target.
     """
     accept = request.headers.get("accept", "")
 

@@ -20,5 +20,5 @@ router = APIRouter(prefix="/v1", tags=["features"], default_response_class=Respo
     openapi_extra=image_input(FeaturesOptions),
 )
 async def features(request: Request, service: ServiceDep) -> Response:
-    """Statistics of any layers' activations, inputs and gradients, and their strongest channels."""
+    """Statistics of activations, inputs and gradients of any layers, with their top channels."""
     return await handler.respond(request, service, FeaturesOptions)

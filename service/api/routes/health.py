@@ -1,4 +1,4 @@
-"""`/`, health and metrics: open to all."""
+"""`/`, health and metrics: no key is required."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from service.api.schemas import AliveResponse, ReadyResponse
 
 router = APIRouter(tags=["health"], default_response_class=Response)
 
-_ALIVE = responses(AliveResponse, "The process answers.", errors=OPEN)
+_ALIVE = responses(AliveResponse, "The process is alive.", errors=OPEN)
 _READY = responses(ReadyResponse, "Requests can be answered.", errors=OPEN)
 _READY[503] = {**_READY[200], "description": "Requests cannot be answered yet; see `missing`."}
 _METRICS: dict[int | str, dict[str, Any]] = {
@@ -34,16 +34,16 @@ async def index(request: Request) -> Response:
 
 @router.get("/livez", summary="Liveness", responses=_ALIVE)
 async def livez(request: Request) -> Response:
-    """Answers as long as the process does."""
+    """200 as long as the process is alive."""
     return await index(request)
 
 
 @router.get("/readyz", summary="Readiness", responses=_READY)
 @router.get("/healthz", summary="Readiness", responses=_READY)
 async def readyz(service: ServiceDep) -> Response:
-    """200 if a model is warm and a device completed a real pass recently, otherwise 503.
+    """200 if a device completed a real pass recently and a model is warm, else 503.
 
-    The body names what is missing.
+    The body lists what is missing.
     """
     found = readiness(service.pool, service.settings)
     return json_response(found, status=200 if found.ready else 503)

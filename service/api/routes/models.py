@@ -12,7 +12,7 @@ from service.api.dependencies import Service, ServiceDep
 from service.api.handler import json_response
 from service.api.openapi import MODEL, array_of, responses
 from service.api.plan import find_model
-from service.api.schemas import CardResponse, InputResponse, ModelsResponse, extend
+from service.api.schemas import CardResponse, InputResponse, ModelsResponse, derive
 
 router = APIRouter(prefix="/v1", tags=["models"], default_response_class=Response)
 
@@ -69,10 +69,10 @@ async def list_methods() -> Response:
 
 def _card(card: ModelCard) -> CardResponse:
     if card.input is None:
-        return extend(CardResponse, card)
+        return derive(CardResponse, card)
     height, width = card.input.crop
-    shown = extend(InputResponse, card.input, height=height, width=width)
-    return extend(CardResponse, card, input=shown)
+    shown = derive(InputResponse, card.input, height=height, width=width)
+    return derive(CardResponse, card, input=shown)
 
 
 def _info(name: str, service: Service) -> ModelInfo:

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from models.compat import define_missing_operators
-from models.layers import find_layouts
 from models.methods import METHODS
 from models.methods.applicability import (
     ModelFacts,
@@ -16,6 +15,7 @@ from models.methods.applicability import (
     try_methods,
 )
 from models.probe import trace
+from models.proof import find_layouts
 
 define_missing_operators()
 import torchvision  # noqa: E402  (its operators come first)

@@ -13,10 +13,11 @@ from torch import nn
 from models.compat import define_missing_operators
 from models.errors import MethodNotApplicable
 from models.extractor import Extractor
-from models.layers import TokenLayout, find_layouts
+from models.layers import TokenLayout
 from models.methods import METHODS, implementation
 from models.methods._attention_gradients import Seen, attention_hook, find_transformer
 from models.probe import trace
+from models.proof import find_layouts
 from models.targets import ResolvedTarget
 from models.types import Intervention
 

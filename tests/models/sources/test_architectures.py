@@ -10,14 +10,9 @@ from torch import Tensor, nn
 from torchvision.models import maxvit, swin_transformer, vision_transformer
 
 from models.head import HeadProbe, probe_head
-from models.layers import (
-    TokenLayout,
-    choose_target_layer,
-    feature_layers,
-    find_layouts,
-    to_map,
-)
+from models.layers import TokenLayout, choose_target_layer, feature_layers, to_map
 from models.probe import probe_batch, trace
+from models.proof import find_layouts
 from models.sources import load
 from models.types import Preprocess
 from models.weights import fill_zero_heads, seeded

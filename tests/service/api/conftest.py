@@ -1,4 +1,4 @@
-"""The application on a fake pool, spoken to through ASGI, and pictures drawn on the spot."""
+"""The application on a fake pool, called through ASGI, and drawn images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Serve = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
 
 @pytest.fixture
 def draw() -> Callable[..., bytes]:
-    """Draws a noisy picture of a size, different for each seed, and encodes it."""
+    """Draws and encodes a noisy image of a size, different for each seed."""
 
     def draw(
         seed: int = 0, *, size: tuple[int, int] = (80, 60), image_format: str = "PNG"
@@ -37,13 +37,13 @@ def draw() -> Callable[..., bytes]:
 
 @pytest.fixture
 def png(draw: Callable[..., bytes]) -> bytes:
-    """One picture, 80 by 60."""
+    """One image, 80 by 60."""
     return draw()
 
 
 @pytest.fixture
 def b64(png: bytes) -> str:
-    """The picture as base64."""
+    """The image as base64."""
     return base64.b64encode(png).decode()
 
 
@@ -54,7 +54,7 @@ def pool() -> FakePool:
 
 @pytest.fixture
 def serve(pool: FakePool) -> Serve:
-    """Starts an application on `pool`, with the given sections of the settings, and yields a client of it."""
+    """Starts an application on `pool` with sections of the settings; yields a client of it."""
 
     @asynccontextmanager
     async def serve(

@@ -55,9 +55,9 @@ async def admin(serve: Serve, pool: FakePool, file: File) -> AsyncIterator[httpx
 
 
 async def index(client: httpx.AsyncClient, **body: Any) -> dict[str, str]:
-    answer = await client.post("/v2/repository/index", json=body)
-    assert answer.status_code == 200
-    return {f"{item['name']}@{item['version']}": item["state"] for item in answer.json()}
+    response = await client.post("/v2/repository/index", json=body)
+    assert response.status_code == 200
+    return {f"{item['name']}@{item['version']}": item["state"] for item in response.json()}
 
 
 def held(pool: FakePool) -> set[str]:
@@ -69,8 +69,8 @@ def held(pool: FakePool) -> set[str]:
 
 @pytest.mark.parametrize("path", PATHS)
 async def test_off_without_an_admin_key(client: httpx.AsyncClient, path: str) -> None:
-    answer = await client.post(f"/v2/repository/{path}")
-    assert (answer.status_code, answer.json()["code"]) == (403, "admin_disabled")
+    response = await client.post(f"/v2/repository/{path}")
+    assert (response.status_code, response.json()["code"]) == (403, "admin_disabled")
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -87,8 +87,8 @@ async def test_only_an_admin_key_opens_it(
 ) -> None:
     before = held(pool)
     async with serve(security=KEYS) as client:
-        answer = await client.post(f"/v2/repository/{path}", headers=headers)
-    assert (answer.status_code, answer.json()["code"]) == (status, code)
+        response = await client.post(f"/v2/repository/{path}", headers=headers)
+    assert (response.status_code, response.json()["code"]) == (status, code)
     assert held(pool) == before
 
 
@@ -105,8 +105,8 @@ async def test_load_reads_the_file_of_this_moment(
     admin: httpx.AsyncClient, pool: FakePool, file: File, body: bytes
 ) -> None:
     file.specs = [*file.specs, spec("3")]
-    answer = await admin.post("/v2/repository/models/m@3/load", content=body)
-    assert (answer.status_code, answer.json()) == (200, {})
+    response = await admin.post("/v2/repository/models/m@3/load", content=body)
+    assert (response.status_code, response.json()) == (200, {})
     assert held(pool) == {"m@1", "other@1", "m@3"}
     assert (await index(admin))["m@3"] == "READY"
 
@@ -122,8 +122,12 @@ async def test_requests_meet_the_highest_version_or_the_one_they_pin(
     admin: httpx.AsyncClient, png: bytes
 ) -> None:
     async def version(query: str) -> str:
-        answer = await admin.post(f"/v1/predict{query}", content=png)
-        return answer.json().get("model", answer.json()).get("version", answer.json().get("code"))
+        response = await admin.post(f"/v1/predict{query}", content=png)
+        return (
+            response.json()
+            .get("model", response.json())
+            .get("version", response.json().get("code"))
+        )
 
     await admin.post("/v2/repository/models/m/load")
     assert await version("") == "2"
@@ -137,10 +141,10 @@ async def test_unload_of_a_name_is_of_all_its_versions(
     admin: httpx.AsyncClient, pool: FakePool
 ) -> None:
     await admin.post("/v2/repository/models/m/load")
-    answer = await admin.post(
+    response = await admin.post(
         "/v2/repository/models/m/unload", json={"parameters": {"unload_dependents": True}}
     )
-    assert answer.status_code == 200
+    assert response.status_code == 200
     assert held(pool) == {"other@1"}
     assert (await index(admin))["m@1"] == "UNAVAILABLE"
 
@@ -165,8 +169,8 @@ async def test_what_is_refused(
     admin: httpx.AsyncClient, pool: FakePool, path: str, body: bytes, status: int, code: str
 ) -> None:
     before = held(pool)
-    answer = await admin.post(f"/v2/repository/{path}", content=body)
-    assert (answer.status_code, answer.json()["code"]) == (status, code)
+    response = await admin.post(f"/v2/repository/{path}", content=body)
+    assert (response.status_code, response.json()["code"]) == (status, code)
     assert held(pool) == before
 
 
@@ -177,12 +181,12 @@ async def test_a_model_that_cannot_be_loaded_is_a_typed_error(
         raise ModelLoadFailed("The weights do not fit.")
 
     monkeypatch.setattr(pool, "load", load)
-    answer = await admin.post("/v2/repository/models/m/load")
-    assert (answer.status_code, answer.json()["code"]) == (422, "model_load_failed")
+    response = await admin.post("/v2/repository/models/m/load")
+    assert (response.status_code, response.json()["code"]) == (422, "model_load_failed")
 
 
 async def test_a_wrong_file_is_not_shown(admin: httpx.AsyncClient, file: File) -> None:
     file.wrong = True
-    answer = await admin.post("/v2/repository/models/m/load")
-    assert (answer.status_code, answer.json()["code"]) == (500, "internal")
-    assert "secret-path" not in answer.text
+    response = await admin.post("/v2/repository/models/m/load")
+    assert (response.status_code, response.json()["code"]) == (500, "internal")
+    assert "secret-path" not in response.text

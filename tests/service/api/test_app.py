@@ -1,4 +1,4 @@
-"""The application as a process sees it: what it imports, what it weighs, how it behaves behind a real server."""
+"""The application in its process: its imports, its memory, its behaviour behind a real server."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ async def post(app, path, body):
     assert sent[0]["status"] == 200, sent
 
 async def main():
-    picture = io.BytesIO()
-    Image.effect_noise((500, 375), 60).save(picture, "JPEG")
+    image = io.BytesIO()
+    Image.effect_noise((500, 375), 60).save(image, "JPEG")
     app = service.api.app.create_app(Settings(), FakePool())
     async with app.router.lifespan_context(app):
         for path in ("/v1/predict", "/v1/explain", "/v1/features"):
-            await post(app, path, picture.getvalue())
+            await post(app, path, image.getvalue())
 
 asyncio.run(main())
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
@@ -82,7 +82,7 @@ print(psutil.Process().memory_info().rss / 1e6)
     assert float(run(program)) <= MAX_RESIDENT_MB
 
 
-def test_metrics_of_several_processes_are_one(tmp_path: Path) -> None:
+def test_metrics_of_several_processes_are_added(tmp_path: Path) -> None:
     """With the folder that the supervisor sets, any process reports what all of them counted."""
     count = """
 from service.api.metrics import Metrics
@@ -100,7 +100,7 @@ print(metrics.exposition().decode())
     assert text.count('heatlens_device_up{device="cpu"} 1.0') == 1
 
 
-def test_applications_are_apart() -> None:
+def test_applications_share_no_state() -> None:
     first, second = (create_app(Settings(), FakePool()) for _ in range(2))
     assert first.state is not second.state
     assert first.openapi() == second.openapi()
@@ -153,8 +153,8 @@ async def test_admin_keys(
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=transport, base_url="http://t") as client,
     ):
-        answer = await client.post("/admin", headers=headers)
-    assert (answer.status_code, answer.json().get("code")) == (status, code)
+        response = await client.post("/admin", headers=headers)
+    assert (response.status_code, response.json().get("code")) == (status, code)
 
 
 # ---------------------------------------------------------------- behind uvicorn
@@ -183,8 +183,8 @@ async def test_a_body_too_large_is_answered_while_it_is_still_being_sent() -> No
     settings = Settings(limits={"max_body_mb": 0.1})
     async with serving(settings, FakePool()) as (host, port), httpx.AsyncClient() as client:
         for content in (bytes(5_000_000), stream(500)):
-            answer = await client.post(f"http://{host}:{port}/v1/predict", content=content)
-            assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large")
+            response = await client.post(f"http://{host}:{port}/v1/predict", content=content)
+            assert (response.status_code, response.json()["code"]) == (413, "body_too_large")
 
 
 async def stream(chunks: int) -> AsyncIterator[bytes]:
@@ -195,13 +195,13 @@ async def stream(chunks: int) -> AsyncIterator[bytes]:
 @pytest.mark.anyio
 async def test_closing_the_connection_cancels_the_job() -> None:
     pool = FakePool(delay_s=30)
-    picture = b"BM" + (70).to_bytes(4, "little") + bytes(4) + (54).to_bytes(4, "little")
-    picture += (40).to_bytes(4, "little") + (2).to_bytes(4, "little") * 2
-    picture += (1).to_bytes(2, "little") + (24).to_bytes(2, "little") + bytes(24) + bytes(16)
+    image = b"BM" + (70).to_bytes(4, "little") + bytes(4) + (54).to_bytes(4, "little")
+    image += (40).to_bytes(4, "little") + (2).to_bytes(4, "little") * 2
+    image += (1).to_bytes(2, "little") + (24).to_bytes(2, "little") + bytes(24) + bytes(16)
     async with serving(Settings(), pool) as (host, port):
         _, writer = await asyncio.open_connection(host, port)
-        head = f"POST /v1/predict HTTP/1.1\r\nHost: t\r\nContent-Length: {len(picture)}\r\n\r\n"
-        writer.write(head.encode() + picture)
+        head = f"POST /v1/predict HTTP/1.1\r\nHost: t\r\nContent-Length: {len(image)}\r\n\r\n"
+        writer.write(head.encode() + image)
         await asyncio.wait_for(pool.arrived.wait(), 10)
         writer.close()
         await writer.wait_closed()

@@ -26,8 +26,8 @@ async def test_deadline_of_the_option(
 ) -> None:
     pool.delay_s = 30
     started = time.monotonic()
-    answer = await client.post("/v1/predict", content=png, params={"timeout_s": 0.2})
-    assert (answer.status_code, answer.json()["code"]) == (504, "deadline_exceeded")
+    response = await client.post("/v1/predict", content=png, params={"timeout_s": 0.2})
+    assert (response.status_code, response.json()["code"]) == (504, "deadline_exceeded")
     assert time.monotonic() - started < 5
     assert pool.cancelled == [pool.submitted[0].id]
 
@@ -37,8 +37,8 @@ async def test_deadline_of_the_header(
 ) -> None:
     pool.delay_s = 30
     headers = {"X-Request-Timeout-Ms": "200"}
-    answer = await client.post("/v1/predict", content=png, headers=headers)
-    assert answer.json()["code"] == "deadline_exceeded"
+    response = await client.post("/v1/predict", content=png, headers=headers)
+    assert response.json()["code"] == "deadline_exceeded"
 
 
 @pytest.mark.parametrize("header", ["0", "-5", "soon", "1e3", "9" * 20, ""])
@@ -80,8 +80,8 @@ async def test_a_body_that_trickles_in_is_cut_off(serve: Callable[..., Any]) -> 
             await asyncio.sleep(0.05)
 
     async with serve(limits={"timeout_s": 0.3}) as client:
-        answer = await client.post("/v1/predict", content=trickle())
-    assert (answer.status_code, answer.json()["code"]) == (504, "deadline_exceeded")
+        response = await client.post("/v1/predict", content=trickle())
+    assert (response.status_code, response.json()["code"]) == (504, "deadline_exceeded")
 
 
 # ---------------------------------------------------------------- disconnects
@@ -164,19 +164,17 @@ async def test_an_answer_in_time_leaves_no_task_behind(
     assert asyncio.all_tasks() == before
 
 
-# ---------------------------------------------------------------- models that are replaced meanwhile
+# ---------------------------------------------------------------- models that are replaced
 
 
 @pytest.mark.parametrize("path", ["/v1/predict", "/v1/explain", "/v1/features"])
 async def test_a_request_whose_model_was_replaced_is_asked_again(
     client: httpx.AsyncClient, pool: FakePool, png: bytes, path: str
 ) -> None:
-    """Options are resolved anew, against the labels of the model that answers."""
+    """Options are resolved anew, against the labels of the model that responses."""
     (old,) = pool.infos
-    new = structs.replace(
-        old, labels=("a", "b", "c", "d", "e"), card=structs.replace(old.card, fingerprint="new")
-    )
-    pool.infos = [structs.replace(old, card=structs.replace(old.card, fingerprint="old"))]
+    new = structs.replace(old, labels=("a", "b", "c", "d", "e"), fingerprint="new")
+    pool.infos = [structs.replace(old, fingerprint="old")]
 
     def replaced(job: Job) -> ModelReplaced | None:
         (submission,) = (s for s in pool.submissions if s.job is job)
@@ -186,9 +184,9 @@ async def test_a_request_whose_model_was_replaced_is_asked_again(
         return ModelReplaced("It was replaced.")
 
     pool.fault = replaced
-    answer = await client.post(path, files=[("image", png)] * 2)
-    assert answer.status_code == 200
-    labels = {item["label"] for r in answer.json()["results"] for item in r["predictions"]}
+    response = await client.post(path, files=[("image", png)] * 2)
+    assert response.status_code == 200
+    labels = {item["label"] for r in response.json()["results"] for item in r["predictions"]}
     assert labels <= set(new.labels)
     assert [s.fingerprint for s in pool.submissions] == ["old", "old", "new", "new"]
 
@@ -197,7 +195,7 @@ async def test_a_model_that_is_replaced_over_and_over_is_a_typed_error(
     client: httpx.AsyncClient, pool: FakePool, png: bytes
 ) -> None:
     pool.fault = lambda job: ModelReplaced("It was replaced.")
-    answer = await client.post("/v1/predict", content=png)
-    assert (answer.status_code, answer.json()["code"]) == (503, "model_replaced")
-    assert answer.json()["retryable"] is True
+    response = await client.post("/v1/predict", content=png)
+    assert (response.status_code, response.json()["code"]) == (503, "model_replaced")
+    assert response.json()["retryable"] is True
     assert len(pool.submitted) == 4

@@ -19,16 +19,16 @@ from tests.fakes import FakePool, fake_info
 pytestmark = pytest.mark.anyio
 
 
-def check(answer: httpx.Response, status: int, code: str, field: str | None = None) -> str:
+def check(response: httpx.Response, status: int, code: str, field: str | None = None) -> str:
     """The shape that every error has; returns its text."""
-    body = answer.json()
-    assert (answer.status_code, body["code"], body.get("field")) == (status, code, field)
-    assert answer.headers["content-type"] == "application/json"
+    body = response.json()
+    assert (response.status_code, body["code"], body.get("field")) == (status, code, field)
+    assert response.headers["content-type"] == "application/json"
     assert set(body) - {"field"} == {"error", "code", "request_id", "retryable"}
-    assert body["request_id"] == answer.headers["x-request-id"]
-    assert answer.headers["server-timing"].startswith("total;dur=")
+    assert body["request_id"] == response.headers["x-request-id"]
+    assert response.headers["server-timing"].startswith("total;dur=")
     assert body["retryable"] is ERRORS[code].retryable
-    assert ("retry-after" in answer.headers) is body["retryable"]
+    assert ("retry-after" in response.headers) is body["retryable"]
     text: str = body["error"]
     assert text.endswith(".")
     return text
@@ -87,8 +87,8 @@ async def test_wrong_options(
     field: str,
     text: str,
 ) -> None:
-    answer = await client.post(f"/v1/{route}", content=png, params=options)
-    assert text in check(answer, status, code, field)
+    response = await client.post(f"/v1/{route}", content=png, params=options)
+    assert text in check(response, status, code, field)
 
 
 JSON_OPTIONS: list[tuple[dict[str, Any], int, str, str]] = [
@@ -125,16 +125,16 @@ JSON_OPTIONS: list[tuple[dict[str, Any], int, str, str]] = [
 async def test_wrong_json_options(
     client: httpx.AsyncClient, b64: str, options: dict[str, Any], status: int, code: str, field: str
 ) -> None:
-    answer = await client.post("/v1/explain", json={"images": [{"b64": b64}], **options})
-    check(answer, status, code, field)
+    response = await client.post("/v1/explain", json={"images": [{"b64": b64}], **options})
+    check(response, status, code, field)
 
 
 async def test_targets_of_an_image_are_blamed_by_their_path(
     client: httpx.AsyncClient, b64: str
 ) -> None:
     images = [{"b64": b64}, {"b64": b64, "targets": [0, 99]}]
-    answer = await client.post("/v1/explain", json={"images": images})
-    check(answer, 422, "target_out_of_range", "images.1.targets.1")
+    response = await client.post("/v1/explain", json={"images": images})
+    check(response, 422, "target_out_of_range", "images.1.targets.1")
 
 
 async def test_inapplicable_method(client: httpx.AsyncClient, pool: FakePool, png: bytes) -> None:
@@ -144,8 +144,8 @@ async def test_inapplicable_method(client: httpx.AsyncClient, pool: FakePool, pn
         MethodSupport(name="gradcam", applicable=True),
     )
     pool.infos = [structs.replace(info, card=structs.replace(info.card, methods=methods))]
-    answer = await client.post("/v1/explain", content=png, params={"methods": "cam"})
-    text = check(answer, 422, "method_not_applicable", "methods.0")
+    response = await client.post("/v1/explain", content=png, params={"methods": "cam"})
+    text = check(response, 422, "method_not_applicable", "methods.0")
     assert "Applicable: gradcam." in text
 
 
@@ -158,9 +158,9 @@ async def test_unknown_routes(client: httpx.AsyncClient, path: str) -> None:
 
 
 async def test_wrong_methods(client: httpx.AsyncClient) -> None:
-    answer = await client.get("/v1/predict")
-    check(answer, 405, "method_not_allowed")
-    assert answer.headers["allow"] == "POST"
+    response = await client.get("/v1/predict")
+    check(response, 405, "method_not_allowed")
+    assert response.headers["allow"] == "POST"
     check(await client.request("BREW", "/livez"), 405, "method_not_allowed")
 
 
@@ -184,10 +184,10 @@ async def test_errors_of_the_device(
     client: httpx.AsyncClient, pool: FakePool, png: bytes, code: str
 ) -> None:
     pool.fault = lambda _: ERRORS[code]("Our words.", retry_after_s=2.2)
-    answer = await client.post("/v1/predict", content=png)
-    assert check(answer, STATUS[code], code) == "Our words."
+    response = await client.post("/v1/predict", content=png)
+    assert check(response, STATUS[code], code) == "Our words."
     if ERRORS[code].retryable:
-        assert answer.headers["retry-after"] == "3"
+        assert response.headers["retry-after"] == "3"
 
 
 @pytest.mark.parametrize("seconds", [None, 0.0, 0.01])
@@ -195,8 +195,8 @@ async def test_retry_after_is_never_zero(
     client: httpx.AsyncClient, pool: FakePool, png: bytes, seconds: float | None
 ) -> None:
     pool.fault = lambda _: ERRORS["overloaded"]("Our words.", retry_after_s=seconds)
-    answer = await client.post("/v1/predict", content=png)
-    assert answer.headers["retry-after"] == "1"
+    response = await client.post("/v1/predict", content=png)
+    assert response.headers["retry-after"] == "1"
 
 
 async def test_a_device_error_of_one_image_is_its_own(
@@ -207,9 +207,9 @@ async def test_a_device_error_of_one_image_is_its_own(
         return ERRORS["input_quarantined"]("Our words.") if is_second else None
 
     pool.fault = second
-    answer = await client.post("/v1/predict", files=[("image", png)] * 3)
-    assert answer.status_code == 200
-    errors = [result.get("error") for result in answer.json()["results"]]
+    response = await client.post("/v1/predict", files=[("image", png)] * 3)
+    assert response.status_code == 200
+    errors = [result.get("error") for result in response.json()["results"]]
     assert errors.count(None) == 2
     assert {"code": "input_quarantined", "error": "Our words."} in errors
 
@@ -232,8 +232,8 @@ async def test_before_anything_is_known_of_the_models(
     pool.infos = []
     pool.statuses = [DeviceStatus(device="cpu", state="starting")]
     check(await client.post("/v1/predict", content=png), 503, "not_ready", "model")
-    answer = await client.post("/v1/predict", content=png, params={"model": "nope"})
-    check(answer, 404, "unknown_model", "model")
+    response = await client.post("/v1/predict", content=png, params={"model": "nope"})
+    check(response, 404, "unknown_model", "model")
 
 
 # ---------------------------------------------------------------- faults of ours
@@ -247,9 +247,9 @@ async def test_a_fault_says_nothing_but_is_logged(
 
     pool.fault = boom
     with caplog.at_level(logging.ERROR):
-        answer = await client.post("/v1/predict", content=png)
-    check(answer, 500, "internal")
-    assert "secret" not in answer.text
+        response = await client.post("/v1/predict", content=png)
+    check(response, 500, "internal")
+    assert "secret" not in response.text
     assert "secret 1234" in caplog.text
 
 
@@ -264,9 +264,9 @@ async def test_a_fault_in_a_route_says_nothing_but_is_logged(
 
     monkeypatch.setattr(pool, "models", boom)
     with caplog.at_level(logging.ERROR):
-        answer = await client.get("/v1/models")
-    check(answer, 500, "internal")
-    assert "secret" not in answer.text
+        response = await client.get("/v1/models")
+    check(response, 500, "internal")
+    assert "secret" not in response.text
     assert "secret 1234" in caplog.text
 
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.anyio
 Draw = Callable[..., bytes]
 
 
-def picture(encoded: dict[str, Any]) -> Image.Image:
+def decoded(encoded: dict[str, Any]) -> Image.Image:
     image = Image.open(io.BytesIO(base64.b64decode(encoded["data"])))
     assert Image.MIME[image.format] == encoded["media_type"]
     assert image.size == (encoded["width"], encoded["height"])
@@ -33,23 +33,23 @@ def picture(encoded: dict[str, Any]) -> Image.Image:
 
 
 def model_input(data: bytes) -> np.ndarray:
-    """What the fake model sees of a picture."""
+    """The part of an image that the fake model sees."""
     spec = Preprocess(resize=36, crop=(32, 32))
     return preprocess(decode(data, limits=DecodeLimits(), preprocess=spec), spec)[0]
 
 
 async def explain(client: httpx.AsyncClient, png: bytes, **options: Any) -> dict[str, Any]:
-    answer = await client.post("/v1/explain", content=png, params=options)
-    assert answer.status_code == 200, answer.text
-    return answer.json()
+    response = await client.post("/v1/explain", content=png, params=options)
+    assert response.status_code == 200, response.text
+    return response.json()
 
 
 async def test_answer_field_by_field(client: httpx.AsyncClient, png: bytes) -> None:
-    answer = await client.post("/v1/explain", content=png, headers={"X-Request-ID": "mine-1"})
-    assert answer.headers["content-type"] == "application/json"
-    body = answer.json()
+    response = await client.post("/v1/explain", content=png, headers={"X-Request-ID": "mine-1"})
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
     assert list(body) == ["request_id", "model", "results", "timings_ms", "batch_size"]
-    assert body["request_id"] == answer.headers["x-request-id"] == "mine-1"
+    assert body["request_id"] == response.headers["x-request-id"] == "mine-1"
     assert body["model"] == {
         "name": "efficientnet_lite0",
         "version": "1",
@@ -118,9 +118,9 @@ async def test_numbers_are_the_pools_own(client: httpx.AsyncClient, png: bytes) 
     )
 
 
-async def test_pictures(client: httpx.AsyncClient, png: bytes) -> None:
+async def test_drawn_images(client: httpx.AsyncClient, png: bytes) -> None:
     (explanation,) = (await explain(client, png))["results"][0]["explanations"]
-    heatmap, overlay = picture(explanation["heatmap"]), picture(explanation["overlay"])
+    heatmap, overlay = decoded(explanation["heatmap"]), decoded(explanation["overlay"])
     assert (heatmap.format, heatmap.mode, heatmap.size) == ("PNG", "P", (32, 32))
     assert "transparency" in heatmap.info
     assert (overlay.format, overlay.size) == ("JPEG", (32, 32))
@@ -131,32 +131,32 @@ async def test_overlay_formats(client: httpx.AsyncClient, png: bytes, image_form
     body = await explain(client, png, overlay_format=image_format, outputs="overlay")
     (explanation,) = body["results"][0]["explanations"]
     assert "heatmap" not in explanation
-    assert picture(explanation["overlay"]).format == image_format.upper()
+    assert decoded(explanation["overlay"]).format == image_format.upper()
 
 
 @pytest.mark.parametrize("colormap", COLORMAPS)
 async def test_colormaps(client: httpx.AsyncClient, png: bytes, colormap: str) -> None:
     body = await explain(client, png, colormap=colormap, outputs="heatmap")
-    heatmap = picture(body["results"][0]["explanations"][0]["heatmap"])
+    heatmap = decoded(body["results"][0]["explanations"][0]["heatmap"])
     palette = np.frombuffer(bytes(heatmap.palette.palette), np.uint8).reshape(-1, 3)
     np.testing.assert_array_equal(palette, COLORMAPS[colormap])
 
 
 async def test_alpha(client: httpx.AsyncClient, png: bytes) -> None:
     body = await explain(client, png, alpha=0, overlay_format="png")
-    overlay = picture(body["results"][0]["explanations"][0]["overlay"])
+    overlay = decoded(body["results"][0]["explanations"][0]["overlay"])
     np.testing.assert_array_equal(np.asarray(overlay.convert("RGB")), model_input(png))
 
 
 async def test_original_canvas(client: httpx.AsyncClient, draw: Draw) -> None:
     body = await explain(client, draw(size=(2000, 1500)), canvas="original")
     (explanation,) = body["results"][0]["explanations"]
-    assert picture(explanation["heatmap"]).size == (1024, 768)
-    assert picture(explanation["overlay"]).size == (1024, 768)
+    assert decoded(explanation["heatmap"]).size == (1024, 768)
+    assert decoded(explanation["overlay"]).size == (1024, 768)
     assert body["results"][0]["image"]["width"] == 2000
 
 
-async def test_peak_and_box_lie_in_the_picture(client: httpx.AsyncClient, png: bytes) -> None:
+async def test_peak_and_box_lie_in_the_image(client: httpx.AsyncClient, png: bytes) -> None:
     (result,) = (await explain(client, png))["results"]
     region = result["image"]["region"]
     (explanation,) = result["explanations"]
@@ -190,7 +190,7 @@ async def test_fused_layers_are_one(client: httpx.AsyncClient, png: bytes) -> No
 
 
 async def test_options_reach_the_job(client: httpx.AsyncClient, pool: FakePool, b64: str) -> None:
-    answer = await client.post(
+    response = await client.post(
         "/v1/explain",
         json={
             "images": [{"b64": b64}],
@@ -206,7 +206,7 @@ async def test_options_reach_the_job(client: httpx.AsyncClient, pool: FakePool, 
             "seed": 9,
         },
     )
-    assert answer.status_code == 200, answer.text
+    assert response.status_code == 200, response.text
     (job,) = pool.submitted
     options = job.options
     assert (job.operation, job.model, job.version) == ("explain", "efficientnet_lite0", "1")
@@ -228,7 +228,7 @@ async def test_options_reach_the_job(client: httpx.AsyncClient, pool: FakePool, 
         0.5,
     )
     assert (options.samples, options.steps, options.seed) == (7, 8, 9)
-    body = answer.json()["results"][0]
+    body = response.json()["results"][0]
     assert body["explanations"][0]["faithfulness"] == {"deletion": {"value": 0.1, "random": 0.3}}
     assert body["statistics"] == []
 
@@ -242,9 +242,9 @@ async def test_degenerate_map(client: httpx.AsyncClient) -> None:
     assert explanation["peak"] is None
     assert explanation["box"] is None
     assert explanation["range"] == {"min": 0.0, "max": 0.0}
-    heatmap = np.asarray(picture(explanation["heatmap"]).convert("RGBA"))
+    heatmap = np.asarray(decoded(explanation["heatmap"]).convert("RGBA"))
     assert not heatmap[..., 3].any()
-    overlay = np.asarray(picture(explanation["overlay"]).convert("RGB"))
+    overlay = np.asarray(decoded(explanation["overlay"]).convert("RGB"))
     assert (overlay == 128).all()
 
 
@@ -261,9 +261,9 @@ async def test_32_images_keep_their_order(
     client: httpx.AsyncClient, draw: Draw, pool: FakePool
 ) -> None:
     files = [("image", (f"{i}.png", draw(i), "image/png")) for i in range(32)]
-    answer = await client.post("/v1/explain", files=files, params={"outputs": "values"})
-    assert answer.status_code == 200, answer.text
-    results = answer.json()["results"]
+    response = await client.post("/v1/explain", files=files, params={"outputs": "values"})
+    assert response.status_code == 200, response.text
+    results = response.json()["results"]
     assert len(results) == 32
     assert len({job.id for job in pool.submitted}) == 32
     assert len({s.digest for s in pool.submissions}) == 32
@@ -280,13 +280,13 @@ async def test_one_bad_image_does_not_spoil_the_others(
     files = [
         ("image", ("a.png", png)),
         ("image", ("b.png", png[:200])),
-        ("image", ("c.txt", b"no picture")),
+        ("image", ("c.txt", b"not an image")),
         ("image", ("d.png", b"")),
         ("image", ("e.png", png)),
     ]
-    answer = await client.post("/v1/explain", files=files)
-    assert answer.status_code == 200
-    results = answer.json()["results"]
+    response = await client.post("/v1/explain", files=files)
+    assert response.status_code == 200
+    results = response.json()["results"]
     assert [list(result) == ["error"] for result in results] == [False, True, True, True, False]
     assert [results[i]["error"]["code"] for i in (1, 2, 3)] == [
         "image_undecodable",
@@ -297,20 +297,20 @@ async def test_one_bad_image_does_not_spoil_the_others(
 
 
 async def test_all_bad_images_fail_the_request(client: httpx.AsyncClient, png: bytes) -> None:
-    files = [("image", ("b.png", png[:200])), ("image", ("c.txt", b"no picture"))]
-    answer = await client.post("/v1/explain", files=files)
-    assert answer.status_code == 422
-    assert answer.json()["code"] == "image_undecodable"
+    files = [("image", ("b.png", png[:200])), ("image", ("c.txt", b"not an image"))]
+    response = await client.post("/v1/explain", files=files)
+    assert response.status_code == 422
+    assert response.json()["code"] == "image_undecodable"
 
 
 async def test_targets_of_an_image_override_the_common_ones(
     client: httpx.AsyncClient, b64: str
 ) -> None:
     images = [{"b64": b64}, {"b64": b64, "targets": ["goldfish", 4]}]
-    answer = await client.post("/v1/explain", json={"images": images, "targets": [2]})
+    response = await client.post("/v1/explain", json={"images": images, "targets": [2]})
     explained = [
         [e["target"]["class_id"] for e in result["explanations"]]
-        for result in answer.json()["results"]
+        for result in response.json()["results"]
     ]
     assert explained == [[2], [3, 4]]
 
@@ -329,30 +329,30 @@ async def test_targets_of_an_image_override_the_common_ones(
         ("image/avif, image/webp;q=0.9, image/png;q=0.8, */*;q=0.1", "image/webp"),
     ],
 )
-async def test_answer_as_a_picture(
+async def test_response_as_an_image(
     client: httpx.AsyncClient, png: bytes, accept: str, media_type: str
 ) -> None:
-    answer = await client.post("/v1/explain", content=png, headers={"Accept": accept})
-    assert answer.status_code == 200
-    assert answer.headers["content-type"] == media_type
-    image = Image.open(io.BytesIO(answer.content))
+    response = await client.post("/v1/explain", content=png, headers={"Accept": accept})
+    assert response.status_code == 200
+    assert response.headers["content-type"] == media_type
+    image = Image.open(io.BytesIO(response.content))
     assert (Image.MIME[image.format], image.size) == (media_type, (32, 32))
     body = await explain(client, png, overlay_format=media_type.removeprefix("image/"))
     best = body["results"][0]["predictions"][0]
-    assert answer.headers["x-class-id"] == str(best["class_id"])
-    assert unquote(answer.headers["x-label"]) == best["label"]
-    assert float(answer.headers["x-probability"]) == pytest.approx(best["probability"], abs=1e-6)
-    assert answer.headers["x-request-id"]
+    assert response.headers["x-class-id"] == str(best["class_id"])
+    assert unquote(response.headers["x-label"]) == best["label"]
+    assert float(response.headers["x-probability"]) == pytest.approx(best["probability"], abs=1e-6)
+    assert response.headers["x-request-id"]
     data = body["results"][0]["explanations"][0]["overlay"]["data"]
-    assert answer.content == base64.b64decode(data)
+    assert response.content == base64.b64decode(data)
 
 
 @pytest.mark.parametrize(
     "accept", ["*/*", "application/json", "application/json, image/png;q=0.9", "image/avif", "x"]
 )
-async def test_answer_as_json(client: httpx.AsyncClient, png: bytes, accept: str) -> None:
-    answer = await client.post("/v1/explain", content=png, headers={"Accept": accept})
-    assert answer.headers["content-type"] == "application/json"
+async def test_response_as_json(client: httpx.AsyncClient, png: bytes, accept: str) -> None:
+    response = await client.post("/v1/explain", content=png, headers={"Accept": accept})
+    assert response.headers["content-type"] == "application/json"
 
 
 @pytest.mark.parametrize(
@@ -363,20 +363,20 @@ async def test_answer_as_json(client: httpx.AsyncClient, png: bytes, accept: str
         ({"layers": "stem,body"}, "layers"),
     ],
 )
-async def test_a_picture_shows_one_thing(
+async def test_an_image_shows_one_explanation(
     client: httpx.AsyncClient, png: bytes, options: dict[str, str], field: str
 ) -> None:
     headers = {"Accept": "image/png"}
-    answer = await client.post("/v1/explain", content=png, headers=headers, params=options)
-    assert (answer.status_code, answer.json()["field"]) == (422, field)
+    response = await client.post("/v1/explain", content=png, headers=headers, params=options)
+    assert (response.status_code, response.json()["field"]) == (422, field)
     files = [("image", png), ("image", png)]
-    answer = await client.post("/v1/explain", files=files, headers=headers)
-    assert (answer.status_code, answer.json()["field"]) == (422, "images")
+    response = await client.post("/v1/explain", files=files, headers=headers)
+    assert (response.status_code, response.json()["field"]) == (422, "images")
 
 
-async def test_a_picture_of_fused_layers(client: httpx.AsyncClient, png: bytes) -> None:
+async def test_an_image_of_fused_layers(client: httpx.AsyncClient, png: bytes) -> None:
     params = {"layers": "stem,body", "fuse": "max"}
-    answer = await client.post(
+    response = await client.post(
         "/v1/explain", content=png, headers={"Accept": "image/png"}, params=params
     )
-    assert answer.headers["content-type"] == "image/png"
+    assert response.headers["content-type"] == "image/png"

@@ -1,4 +1,4 @@
-"""The three forms of input: the same answer from each, and every way to get one wrong."""
+"""The three forms of a body: the same response to each, and every error in one."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ OPTIONS = {"methods": ["gradcam", "layercam"], "targets": ["top1", "goldfish"], 
 QUERY = {"methods": "gradcam,layercam", "targets": ["top1", "goldfish"], "alpha": "0.25"}
 
 
-def same(answer: httpx.Response) -> Any:
-    """What of an answer must not depend on the form."""
-    assert answer.status_code == 200, answer.text
-    body = answer.json()
+def same(response: httpx.Response) -> Any:
+    """The parts of a response that must not depend on the form."""
+    assert response.status_code == 200, response.text
+    body = response.json()
     return body["model"], body["results"]
 
 
-async def test_every_form_gives_the_same_answer(
+async def test_every_form_gives_the_same_response(
     client: httpx.AsyncClient, png: bytes, b64: str
 ) -> None:
     url = "/v1/explain"
@@ -34,7 +34,7 @@ async def test_every_form_gives_the_same_answer(
     options = ("options", (None, json.dumps(OPTIONS), "application/json"))
     part = ("image", ("cat.png", png, "image/png"))
     fields = {"methods": "gradcam,layercam", "targets": "top1,goldfish", "alpha": "0.25"}
-    answers = [
+    responses = [
         await client.post(url, content=png, headers={"Content-Type": "image/png"}, params=QUERY),
         await client.post(url, content=png, headers={"Content-Type": "image/jpeg"}, params=QUERY),
         await client.post(
@@ -51,18 +51,18 @@ async def test_every_form_gives_the_same_answer(
         await client.post(url, json={"images": [{"b64": b64}]}, params=QUERY),
         await client.post(url, content=json.dumps({"images": [{"b64": b64}], **OPTIONS})),
     ]
-    first = same(answers[0])
+    first = same(responses[0])
     assert len(first[1][0]["explanations"]) == 4
-    for answer in answers[1:]:
-        assert same(answer) == first
+    for response in responses[1:]:
+        assert same(response) == first
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])
-async def test_every_picture_format(
+async def test_every_image_format(
     client: httpx.AsyncClient, draw: Callable[..., bytes], image_format: str
 ) -> None:
-    answer = await client.post("/v1/predict", content=draw(image_format=image_format))
-    assert answer.status_code == 200
+    response = await client.post("/v1/predict", content=draw(image_format=image_format))
+    assert response.status_code == 200
 
 
 async def test_a_body_in_pieces(client: httpx.AsyncClient, png: bytes) -> None:
@@ -106,7 +106,7 @@ def part(name: str, data: bytes) -> bytes:
 BAD: dict[str, tuple[dict[str, Any], int, str, str | None]] = {
     "empty": ({"content": b""}, 400, "malformed_body", None),
     "blank": ({"content": b" \n"}, 400, "malformed_body", None),
-    "not a picture": ({"content": b"hello"}, 415, "unsupported_media_type", None),
+    "not an image": ({"content": b"hello"}, 415, "unsupported_media_type", None),
     "svg": (
         {"content": b"<svg/>", "headers": {"Content-Type": "image/svg+xml"}},
         415,
@@ -239,9 +239,9 @@ BAD: dict[str, tuple[dict[str, Any], int, str, str | None]] = {
 @pytest.mark.parametrize("name", BAD)
 async def test_wrong_bodies(client: httpx.AsyncClient, name: str) -> None:
     request, status, code, field = BAD[name]
-    answer = await client.post("/v1/predict", **request)
-    body = answer.json()
-    assert (answer.status_code, body["code"], body.get("field")) == (status, code, field)
+    response = await client.post("/v1/predict", **request)
+    body = response.json()
+    assert (response.status_code, body["code"], body.get("field")) == (status, code, field)
     assert body["retryable"] is False
 
 
@@ -249,9 +249,9 @@ async def test_wrong_bodies(client: httpx.AsyncClient, name: str) -> None:
 async def test_compressed_bodies_are_not_accepted(
     client: httpx.AsyncClient, png: bytes, encoding: str
 ) -> None:
-    # The picture is sent as it is: what is refused is the encoding, not the bytes.
-    answer = await client.post("/v1/predict", content=png, headers={"Content-Encoding": encoding})
-    assert (answer.status_code, answer.json()["code"]) == (415, "unsupported_media_type")
+    # The image is sent as it is: the header is refused, not the bytes.
+    response = await client.post("/v1/predict", content=png, headers={"Content-Encoding": encoding})
+    assert (response.status_code, response.json()["code"]) == (415, "unsupported_media_type")
     plain = {"Content-Encoding": "identity"}
     assert (await client.post("/v1/predict", content=png, headers=plain)).status_code == 200
 
@@ -259,15 +259,15 @@ async def test_compressed_bodies_are_not_accepted(
 async def test_a_form_cut_after_its_first_image(client: httpx.AsyncClient, png: bytes) -> None:
     whole = form(part("image", png), part("image", png))
     for end in (-4, -100, -len(png) - 10):
-        answer = await client.post(
+        response = await client.post(
             "/v1/predict", content=whole["content"][:end], headers=whole["headers"]
         )
-        assert (answer.status_code, answer.json()["code"]) == (400, "malformed_body")
+        assert (response.status_code, response.json()["code"]) == (400, "malformed_body")
 
 
 async def test_an_empty_json_body_is_malformed(client: httpx.AsyncClient) -> None:
-    answer = await client.post("/v1/predict", headers={"Content-Type": "application/json"})
-    assert answer.json()["code"] == "malformed_body"
+    response = await client.post("/v1/predict", headers={"Content-Type": "application/json"})
+    assert response.json()["code"] == "malformed_body"
 
 
 # ---------------------------------------------------------------- limits
@@ -288,8 +288,8 @@ async def test_body_limit(serve: Callable[..., Any], png: bytes) -> None:
         assert read <= 22  # it stops where the limit is passed
         lied = await client.post("/v1/predict", content=endless(), headers={"Content-Length": "5"})
         exact = await client.post("/v1/predict", content=bytes(20_000))
-    for answer in (announced, streamed, lied):
-        assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large")
+    for response in (announced, streamed, lied):
+        assert (response.status_code, response.json()["code"]) == (413, "body_too_large")
     assert exact.json()["code"] == "unsupported_media_type"
 
 
@@ -318,8 +318,8 @@ async def test_image_limits(serve: Callable[..., Any], png: bytes) -> None:
         coded = await client.post("/v1/predict", json={"images": [{"b64": b64}]})
         alone = await client.post("/v1/predict", files=[("image", large)])
         both = await client.post("/v1/predict", files=[("image", large), ("image", png)])
-    for answer in (raw, coded, alone):
-        assert (answer.status_code, answer.json()["code"]) == (413, "image_too_large")
+    for response in (raw, coded, alone):
+        assert (response.status_code, response.json()["code"]) == (413, "image_too_large")
     assert both.status_code == 200
     results = both.json()["results"]
     assert results[0] == {
@@ -341,16 +341,16 @@ async def test_image_count(serve: Callable[..., Any], png: bytes, b64: str) -> N
         form = await client.post("/v1/predict", files=[("image", png)] * 3)
         coded = await client.post("/v1/predict", json={"images": [{"b64": b64}] * 3})
         fine = await client.post("/v1/predict", files=[("image", png)] * 2)
-    for answer in (form, coded):
-        assert (answer.status_code, answer.json()["code"]) == (413, "too_many_images")
+    for response in (form, coded):
+        assert (response.status_code, response.json()["code"]) == (413, "too_many_images")
     assert fine.status_code == 200
 
 
 async def test_options_limit(serve: Callable[..., Any], png: bytes) -> None:
     async with serve(limits={"max_options_kb": 1}) as client:
         options = ("options", (None, " " * 2_000 + "{}", "application/json"))
-        answer = await client.post("/v1/predict", files=[("image", png), options])
-    assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large")
+        response = await client.post("/v1/predict", files=[("image", png), options])
+    assert (response.status_code, response.json()["code"]) == (413, "body_too_large")
 
 
 async def test_results_limit(serve: Callable[..., Any], png: bytes) -> None:
@@ -365,5 +365,5 @@ async def test_results_limit(serve: Callable[..., Any], png: bytes) -> None:
             "/v1/features", content=png, params={"kinds": "output,input,grad_output"}
         )
     assert (fine.status_code, fused.status_code) == (200, 200)
-    for answer in (many, features):
-        assert (answer.status_code, answer.json()["code"]) == (422, "invalid_option")
+    for response in (many, features):
+        assert (response.status_code, response.json()["code"]) == (422, "invalid_option")

@@ -90,14 +90,14 @@ async def test_the_request_over_the_limit_is_told_to_come_again(png_bytes: bytes
         async def ask(key: str, path: str = "/v1/predict") -> httpx.Response:
             return await client.post(path, content=png_bytes, headers={"X-API-Key": key})
 
-        answers = await asyncio.gather(*(ask("one") for _ in range(4)), ask("two"))
-        assert sorted(answer.status_code for answer in answers[:4]) == [200, 200, 429, 429]
-        assert answers[4].status_code == 200, "another key pays for it"
-        refused = next(answer for answer in answers if answer.status_code == 429)
+        responses = await asyncio.gather(*(ask("one") for _ in range(4)), ask("two"))
+        assert sorted(response.status_code for response in responses[:4]) == [200, 200, 429, 429]
+        assert responses[4].status_code == 200, "another key pays for it"
+        refused = next(response for response in responses if response.status_code == 429)
         assert refused.json()["code"] == "overloaded"
         assert int(refused.headers["Retry-After"]) >= 1
-        answers = [await ask("one"), await ask("one", "/v1/explain")]
-        assert [answer.status_code for answer in answers] == [200, 200]
+        responses = [await ask("one"), await ask("one", "/v1/explain")]
+        assert [response.status_code for response in responses] == [200, 200]
         wrong = await ask("three")
         assert wrong.status_code == 401
 

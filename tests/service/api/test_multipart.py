@@ -16,7 +16,7 @@ from models.errors import HeatlensError, ImageTooLarge
 from service.api.multipart import Form, read_form
 from service.settings import LimitSettings
 
-LIMITS = LimitSettings(max_image_mb=0.001, max_options_kb=1, max_images=5)
+LIMITS = LimitSettings(max_image_mb=0.001, max_options_kb=1.0, max_images=5)
 CONTENT_TYPE = "multipart/form-data; boundary=XX"
 
 names = st.text(st.characters(exclude_characters='"\\\r\n', codec="utf-8"), min_size=1, max_size=16)
@@ -42,7 +42,7 @@ def parse(body: bytes, content_type: str, *, cuts: list[int] | None = None) -> F
 def test_what_was_sent_arrives(
     images: list[bytes], fields: list[tuple[str, bytes]], cuts: list[int]
 ) -> None:
-    parts = [("image", ("picture.png", data)) for data in images]
+    parts = [("image", ("image.png", data)) for data in images]
     parts += [(name, (None, data)) for name, data in fields]
     if not parts:
         return

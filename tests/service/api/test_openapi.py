@@ -1,4 +1,4 @@
-"""The OpenAPI document: complete, typed, and true."""
+"""The OpenAPI document: complete, typed and true to the responses."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ def strict(schema: Any) -> Any:
     return found
 
 
-def conforms(document: dict[str, Any], answer: httpx.Response, path: str, method: str) -> None:
-    """Assert that an answer is what the document says, and nothing besides."""
-    response = document["paths"][path][method]["responses"][str(answer.status_code)]
-    media_type = answer.headers["content-type"].partition(";")[0]
-    schema = response["content"][media_type]["schema"]
-    for name in response["headers"]:
-        assert name == "Retry-After" or name in answer.headers
+def conforms(document: dict[str, Any], response: httpx.Response, path: str, method: str) -> None:
+    """Assert that a response is what the document says, and nothing else."""
+    documented = document["paths"][path][method]["responses"][str(response.status_code)]
+    media_type = response.headers["content-type"].partition(";")[0]
+    schema = documented["content"][media_type]["schema"]
+    for name in documented["headers"]:
+        assert name == "Retry-After" or name in response.headers
     if media_type == "application/json":
         whole = {**schema, "components": strict(document["components"])}
-        Draft202012Validator(whole).validate(answer.json())
+        Draft202012Validator(whole).validate(response.json())
 
 
-async def test_answers_are_what_is_documented(
+async def test_responses_are_as_documented(
     client: httpx.AsyncClient, document: dict[str, Any], pool: FakePool, png: bytes
 ) -> None:
-    pictures = [("image", png), ("image", b"no picture")]
+    images = [("image", png), ("image", b"not an image")]
     everything = {
         "explain": {
             "outputs": "heatmap,overlay,values",
@@ -67,23 +67,23 @@ async def test_answers_are_what_is_documented(
     for name in OPERATIONS:
         path = f"/v1/{name}"
         for options in ({}, everything[name]):
-            answer = await client.post(path, files=pictures, params=options)
-            assert answer.status_code == 200, answer.text
-            conforms(document, answer, path, "post")
+            response = await client.post(path, files=images, params=options)
+            assert response.status_code == 200, response.text
+            conforms(document, response, path, "post")
         conforms(document, await client.post(path), path, "post")
         conforms(document, await client.post(path, content=b"x"), path, "post")
         conforms(document, await client.post(path, content=png, params={"x": 1}), path, "post")
-    answer = await client.post("/v1/explain", content=png, headers={"Accept": "image/webp"})
-    conforms(document, answer, "/v1/explain", "post")
+    response = await client.post("/v1/explain", content=png, headers={"Accept": "image/webp"})
+    conforms(document, response, "/v1/explain", "post")
     for path in document["paths"]:
         if "get" in document["paths"][path]:
             for model in ("efficientnet_lite0", "nope"):
-                answer = await client.get(path.replace("{name}", model))
-                conforms(document, answer, path, "get")
+                response = await client.get(path.replace("{name}", model))
+                conforms(document, response, path, "get")
     pool.infos = []
-    answer = await client.get("/v1/models/efficientnet_lite0")
-    assert answer.json()["code"] == "not_ready"
-    conforms(document, answer, "/v1/models/{name}", "get")
+    response = await client.get("/v1/models/efficientnet_lite0")
+    assert response.json()["code"] == "not_ready"
+    conforms(document, response, "/v1/models/{name}", "get")
     pool.statuses = [DeviceStatus(device="cpu", state="lost")]
     conforms(document, await client.get("/readyz"), "/readyz", "get")
 
@@ -93,9 +93,33 @@ async def test_the_check_above_can_fail(
 ) -> None:
     result = document["components"]["schemas"]["PredictResult"]["properties"]
     del result["statistics"]
-    answer = await client.post("/v1/predict", content=png)
+    response = await client.post("/v1/predict", content=png)
     with pytest.raises(ValueError, match="statistics"):
-        conforms(document, answer, "/v1/predict", "post")
+        conforms(document, response, "/v1/predict", "post")
+
+
+@pytest.mark.parametrize(
+    ("name", "optional"),
+    [
+        ("CardResponse", set()),
+        ("Method", set()),
+        ("LayerInfo", set()),
+        ("DeviceReadiness", set()),
+        ("StatisticsResponse", {"target", "grid"}),
+        ("ExplanationResponse", {"heatmap", "overlay", "values"}),
+        ("ErrorResponse", {"field"}),
+    ],
+)
+async def test_fields_that_are_always_sent_are_required(
+    document: dict[str, Any], name: str, optional: set[str]
+) -> None:
+    schema = document["components"]["schemas"][name]
+    assert set(schema["required"]) == set(schema["properties"]) - optional
+    assert not any("default" in field for field in schema["properties"].values())
+
+
+async def test_descriptions_are_for_clients(document: dict[str, Any]) -> None:
+    assert "Attributes:" not in json.dumps(document)
 
 
 async def test_examples_are_valid(document: dict[str, Any]) -> None:
@@ -114,7 +138,7 @@ async def test_examples_are_valid(document: dict[str, Any]) -> None:
     assert found > 30
 
 
-async def test_every_reference_leads_somewhere(document: dict[str, Any]) -> None:
+async def test_every_reference_resolves(document: dict[str, Any]) -> None:
     text = json.dumps(document)
     names = {piece.split('"')[0] for piece in text.split('"#/components/schemas/')[1:]}
     assert names
@@ -166,7 +190,7 @@ async def test_keys_are_documented(document: dict[str, Any]) -> None:
     assert set(document["components"]["securitySchemes"]) == {"HTTPBearer", "APIKeyHeader"}
 
 
-async def test_documents_of_two_applications_are_apart(serve: Callable[..., Any]) -> None:
+async def test_applications_have_their_own_documents(serve: Callable[..., Any]) -> None:
     async with serve() as first, serve() as second:
         assert (await first.get("/openapi.json")).json() == (
             await second.get("/openapi.json")

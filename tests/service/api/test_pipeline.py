@@ -30,7 +30,7 @@ from tests.fakes import FakePool, fake_info
 pytestmark = pytest.mark.anyio
 
 
-def picture(seed: int = 0) -> bytes:
+def draw(seed: int = 0) -> bytes:
     noise = np.random.default_rng(seed).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).save(buffer, "PNG")
@@ -76,13 +76,13 @@ async def test_excess_is_refused_before_it_is_decoded() -> None:
     async with pipeline(pool, max_wait_s=2.0) as made:
         pool.statuses = waiting(5.0, 3.5)
         with pytest.raises(Overloaded) as caught:
-            await made.run(plan_of(ImageInput(data=b"not even a picture")))
+            await made.run(plan_of(ImageInput(data=b"not an image")))
         assert caught.value.retry_after_s == pytest.approx(1.5)
         assert not pool.submitted
         pool.statuses = waiting(5.0, 1.9)
-        await made.run(plan_of(ImageInput(data=picture())))
+        await made.run(plan_of(ImageInput(data=draw())))
         pool.statuses = waiting(5.0, models=("other@1",))  # says nothing of this model's devices
-        await made.run(plan_of(ImageInput(data=picture())))
+        await made.run(plan_of(ImageInput(data=draw())))
 
 
 async def test_long_jobs_are_refused_by_devices_only() -> None:
@@ -90,12 +90,12 @@ async def test_long_jobs_are_refused_by_devices_only() -> None:
     async with pipeline(pool, max_wait_s=2.0) as made:
         pool.statuses = waiting(5.0)
         options = ExplainOptions(methods=["rise"])
-        await made.run(plan_of(ImageInput(data=picture()), options=options))
+        await made.run(plan_of(ImageInput(data=draw()), options=options))
 
 
 async def test_images_are_submitted_together() -> None:
     pool = FakePool(delay_s=0.2)
-    images = [ImageInput(data=picture(i)) for i in range(10)]
+    images = [ImageInput(data=draw(i)) for i in range(10)]
     async with pipeline(pool) as made:
         started = time.monotonic()
         reply = await made.run(plan_of(*images))
@@ -112,7 +112,7 @@ async def test_images_are_submitted_together() -> None:
     ],
 )
 async def test_result_types(options: Any, result: type) -> None:
-    images = [ImageInput(data=picture()), ImageInput(error=ImageUndecodable("Bad."))]
+    images = [ImageInput(data=draw()), ImageInput(error=ImageUndecodable("Bad."))]
     async with pipeline(FakePool()) as made:
         reply = await made.run(plan_of(*images, options=options))
     assert [type(item) for item in reply.results] == [result, result]
@@ -128,7 +128,7 @@ async def test_timings_are_the_slowest_images() -> None:
                 outcome, queue_ms=n, device_ms=10 - n, batch_size=n, device=f"cpu:{n % 2}"
             )
 
-    images = [ImageInput(data=picture(i)) for i in range(3)]
+    images = [ImageInput(data=draw(i)) for i in range(3)]
     async with pipeline(Slow()) as made:
         reply = await made.run(plan_of(*images))
     assert (reply.timings.queue, reply.timings.device, reply.batch_size) == (3, 9, 3)
@@ -139,7 +139,7 @@ async def test_timings_are_the_slowest_images() -> None:
 
 async def test_the_first_error_speaks_when_all_fail() -> None:
     pool = FakePool(fault=lambda _: Overloaded("Later.", retry_after_s=4))
-    images = [ImageInput(data=picture()), ImageInput(error=ImageUndecodable("Bad."))]
+    images = [ImageInput(data=draw()), ImageInput(error=ImageUndecodable("Bad."))]
     async with pipeline(pool) as made:
         with pytest.raises(Overloaded) as caught:
             await made.run(plan_of(*images))
@@ -151,13 +151,13 @@ async def test_deadline(seconds: float) -> None:
     pool = FakePool(delay_s=30)
     async with pipeline(pool) as made:
         with pytest.raises(DeadlineExceeded):
-            await made.run(plan_of(ImageInput(data=picture()), seconds=seconds))
+            await made.run(plan_of(ImageInput(data=draw()), seconds=seconds))
     assert len(pool.cancelled) == len(pool.submitted)
 
 
 async def test_cancelling_cancels_every_job() -> None:
     pool = FakePool(delay_s=30)
-    images = [ImageInput(data=picture(i)) for i in range(4)]
+    images = [ImageInput(data=draw(i)) for i in range(4)]
     async with pipeline(pool) as made:
         running = asyncio.create_task(made.run(plan_of(*images)))
         while len(pool.submitted) < 4:  # noqa: ASYNC110 - four arrivals, not one event
@@ -177,7 +177,7 @@ async def test_a_fault_of_one_image_stays_its_own(caplog: pytest.LogCaptureFixtu
         if calls == 2:
             raise ZeroDivisionError("secret")
 
-    images = [ImageInput(data=picture(i)) for i in range(3)]
+    images = [ImageInput(data=draw(i)) for i in range(3)]
     async with pipeline(FakePool(fault=second)) as made:
         reply = await made.run(plan_of(*images))
     errors = [item.error for item in reply.results if item.error]
@@ -203,5 +203,5 @@ def test_digest_depends_on_input_and_model() -> None:
 
 async def test_predictions_ignore_targets_of_an_image() -> None:
     async with pipeline(FakePool()) as made:
-        reply = await made.run(plan_of(ImageInput(data=picture(), targets=["tabby"])))
+        reply = await made.run(plan_of(ImageInput(data=draw(), targets=["tabby"])))
     assert reply.results[0].predictions

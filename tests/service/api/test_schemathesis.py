@@ -1,4 +1,4 @@
-"""Whatever the OpenAPI document allows gets an answer that the document describes, and never a fault."""
+"""Requests that the OpenAPI document allows get a documented response, and never a fault."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ CHECKS = [
 ]
 
 
-def picture() -> bytes:
+def draw() -> bytes:
     buffer = io.BytesIO()
     Image.linear_gradient("L").resize((40, 30)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-PNG = picture()
+PNG = draw()
 B64 = base64.b64encode(PNG).decode()
 
 
 @schemathesis.serializer("image/bmp", "image/tiff")
-def serialize_picture(_: Any, value: Any) -> bytes:
-    """What is drawn for a picture is a string of any bytes."""
+def serialize_image(_: Any, value: Any) -> bytes:
+    """An image is generated as a string of any bytes."""
     return value if isinstance(value, bytes) else str(value).encode()
 
 
@@ -70,8 +70,8 @@ def test_documented_requests(case: schemathesis.Case) -> None:
 
 @options_schema.include(path_regex="^/v1/(predict|explain|features)$").parametrize()
 @settings(max_examples=15, suppress_health_check=list(HealthCheck))
-def test_documented_options_of_a_real_picture(case: schemathesis.Case) -> None:
-    """The body as it is drawn is hardly ever a picture: put one in its place."""
+def test_documented_options_of_a_real_image(case: schemathesis.Case) -> None:
+    """A generated body is hardly ever an image: send a real one instead."""
     if case.media_type == "application/json" and isinstance(case.body, dict):
         case.body = {**case.body, "images": [{"b64": B64}]}
     else:

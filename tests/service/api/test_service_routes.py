@@ -82,8 +82,8 @@ async def test_versions(client: httpx.AsyncClient, pool: FakePool, png: bytes) -
     newest = pool.infos[1]
     broken = structs.replace(newest.card, ready=False, state="unavailable")
     pool.infos[1] = structs.replace(newest, card=broken)
-    answer = await client.post("/v1/predict", content=png, params={"model": "m"})
-    assert answer.json()["model"]["version"] == "9"
+    response = await client.post("/v1/predict", content=png, params={"model": "m"})
+    assert response.json()["model"]["version"] == "9"
 
 
 async def test_a_broken_model_shows_its_reason(client: httpx.AsyncClient, pool: FakePool) -> None:
@@ -91,17 +91,17 @@ async def test_a_broken_model_shows_its_reason(client: httpx.AsyncClient, pool: 
         fake_info(spec("m")).card, ready=False, state="unavailable", reason="No such file: w.pth"
     )
     pool.infos = [structs.replace(fake_info(), card=card)]
-    answer = await client.get("/v1/models/m")
-    assert answer.status_code == 200
-    assert answer.json()["ready"] is False
-    assert answer.json()["reason"] == "No such file: w.pth"
+    response = await client.get("/v1/models/m")
+    assert response.status_code == 200
+    assert response.json()["ready"] is False
+    assert response.json()["reason"] == "No such file: w.pth"
 
 
 @pytest.mark.parametrize("tail", ["", "/labels", "/layers"])
 async def test_unknown_model(client: httpx.AsyncClient, tail: str) -> None:
-    answer = await client.get(f"/v1/models/nope{tail}")
-    assert (answer.status_code, answer.json()["code"]) == (404, "unknown_model")
-    assert "field" not in answer.json()
+    response = await client.get(f"/v1/models/nope{tail}")
+    assert (response.status_code, response.json()["code"]) == (404, "unknown_model")
+    assert "field" not in response.json()
 
 
 async def test_methods(client: httpx.AsyncClient) -> None:
@@ -127,20 +127,20 @@ async def test_methods(client: httpx.AsyncClient) -> None:
 
 async def test_alive(client: httpx.AsyncClient) -> None:
     for path in ("/", "/livez"):
-        answer = await client.get(path)
-        assert answer.status_code == 200
-        assert answer.json()["status"] == "alive"
-        assert answer.json()["name"] == "heatlens"
-        assert answer.json()["docs"] == "/docs"
+        response = await client.get(path)
+        assert response.status_code == 200
+        assert response.json()["status"] == "alive"
+        assert response.json()["name"] == "heatlens"
+        assert response.json()["docs"] == "/docs"
     assert (await client.get("/docs")).status_code == 200
 
 
 async def test_ready(client: httpx.AsyncClient) -> None:
     for path in ("/readyz", "/healthz"):
-        answer = await client.get(path)
-        assert (answer.status_code, answer.json()["ready"]) == (200, True)
-        assert answer.json()["missing"] == []
-        assert answer.json()["devices"][0]["device"] == "cpu"
+        response = await client.get(path)
+        assert (response.status_code, response.json()["ready"]) == (200, True)
+        assert response.json()["missing"] == []
+        assert response.json()["devices"][0]["device"] == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -158,10 +158,10 @@ async def test_not_ready_without_a_device(
     client: httpx.AsyncClient, pool: FakePool, status: DeviceStatus | None, missing: str
 ) -> None:
     pool.statuses = [status] if status else []
-    answer = await client.get("/readyz")
-    assert answer.status_code == 503
-    assert answer.json()["ready"] is False
-    assert missing in answer.json()["missing"]
+    response = await client.get("/readyz")
+    assert response.status_code == 503
+    assert response.json()["ready"] is False
+    assert missing in response.json()["missing"]
     assert (await client.get("/livez")).status_code == 200
     up = b'heatlens_device_up{device="cpu"} 0.0'
     assert (up in (await client.get("/metrics")).content) is (status is not None)
@@ -169,9 +169,9 @@ async def test_not_ready_without_a_device(
 
 async def test_one_lost_device_of_two_is_named(client: httpx.AsyncClient, pool: FakePool) -> None:
     pool.statuses = [*pool.statuses, DeviceStatus(device="cuda:1", state="lost", restarts=2)]
-    answer = await client.get("/readyz")
-    assert answer.status_code == 200
-    assert answer.json()["missing"] == ["device cuda:1: lost"]
+    response = await client.get("/readyz")
+    assert response.status_code == 200
+    assert response.json()["missing"] == ["device cuda:1: lost"]
 
 
 async def test_readiness_of_models(serve: Serve, pool: FakePool) -> None:
@@ -179,20 +179,20 @@ async def test_readiness_of_models(serve: Serve, pool: FakePool) -> None:
     async with serve(models=models) as client:
         main, other = fake_info(spec("main")), fake_info(spec("other"))
         pool.infos = [other]
-        answer = await client.get("/readyz")
-        assert answer.status_code == 200  # it was unloaded, the others serve on
-        assert "model main: not loaded" in answer.json()["missing"]
+        response = await client.get("/readyz")
+        assert response.status_code == 200  # it was unloaded, the others serve on
+        assert "model main: not loaded" in response.json()["missing"]
         loading = structs.replace(main.card, ready=False, state="loading")
         pool.infos = [structs.replace(main, card=loading), other]
-        answer = await client.get("/readyz")
-        assert answer.status_code == 503  # the default model is still to come
-        assert "model main@1: loading" in answer.json()["missing"]
+        response = await client.get("/readyz")
+        assert response.status_code == 503  # the default model is still to come
+        assert "model main@1: loading" in response.json()["missing"]
         broken = structs.replace(main.card, ready=False, state="unavailable", reason="why")
         pool.infos = [structs.replace(main, card=broken), other]
-        answer = await client.get("/readyz")
-        assert answer.status_code == 200  # a broken model does not take the others off the air
-        assert answer.json()["missing"] == ["model main@1: unavailable"]
-        assert answer.json()["models"][0]["reason"] == "why"
+        response = await client.get("/readyz")
+        assert response.status_code == 200  # a broken model does not take the others off the air
+        assert response.json()["missing"] == ["model main@1: unavailable"]
+        assert response.json()["models"][0]["reason"] == "why"
         pool.infos = [structs.replace(main, card=broken)]
         assert (await client.get("/readyz")).status_code == 503
 
@@ -216,10 +216,10 @@ async def test_metrics(client: httpx.AsyncClient, pool: FakePool, png: bytes) ->
             batches=(BatchCount(model="m", version="2", reason="idle", batches=3, images=7),),
         )
     ]
-    answer = await client.get("/metrics")
-    assert answer.headers["content-type"].startswith("text/plain; version=")
+    response = await client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=")
     lines = dict(
-        line.rsplit(" ", 1) for line in answer.text.splitlines() if not line.startswith("#")
+        line.rsplit(" ", 1) for line in response.text.splitlines() if not line.startswith("#")
     )
     requests = "http_request_duration_seconds_count"
     assert lines[requests + '{method="POST",route="/v1/explain",status="200"}'] == "1.0"
@@ -298,11 +298,11 @@ async def test_keys(serve: Serve, png: bytes, headers: dict[str, str], status: i
             ("GET", "/v1/models/efficientnet_lite0/layers"),
             ("GET", "/v1/methods"),
         ]:
-            answer = await client.request(method, path, content=png, headers=headers)
-            assert answer.status_code == status, path
+            response = await client.request(method, path, content=png, headers=headers)
+            assert response.status_code == status, path
             if status == 401:
-                assert answer.json()["code"] == "unauthorized"
-                assert answer.headers["www-authenticate"] == "Bearer"
+                assert response.json()["code"] == "unauthorized"
+                assert response.headers["www-authenticate"] == "Bearer"
 
 
 async def test_health_and_metrics_need_no_key(serve: Serve) -> None:
@@ -316,15 +316,15 @@ async def test_cors(serve: Serve, png: bytes) -> None:
     asked = {**origin, "Access-Control-Request-Method": "POST"}
     async with serve(security={"cors_origins": ["https://app.example"]}) as client:
         preflight = await client.options("/v1/predict", headers=asked)
-        answer = await client.post("/v1/predict", content=png, headers=origin)
+        response = await client.post("/v1/predict", content=png, headers=origin)
         other = await client.post(
             "/v1/predict", content=png, headers={"Origin": "https://evil.example"}
         )
     assert preflight.status_code == 200
     assert preflight.headers["access-control-allow-origin"] == "https://app.example"
     assert preflight.headers["x-request-id"]
-    assert answer.headers["access-control-allow-origin"] == "https://app.example"
-    assert "X-Request-ID" in answer.headers["access-control-expose-headers"]
+    assert response.headers["access-control-allow-origin"] == "https://app.example"
+    assert "X-Request-ID" in response.headers["access-control-expose-headers"]
     assert "access-control-allow-origin" not in other.headers
 
 
@@ -333,24 +333,24 @@ async def test_cors(serve: Serve, png: bytes) -> None:
 
 @pytest.mark.parametrize("inbound", ["abc-123", "01JZ8Q4M7V9WK3T5R2XN6B1C0D", "a" * 128])
 async def test_sane_request_ids_are_kept(client: httpx.AsyncClient, inbound: str) -> None:
-    answer = await client.get("/v1/models", headers={"X-Request-ID": inbound})
-    assert answer.headers["x-request-id"] == inbound
+    response = await client.get("/v1/models", headers={"X-Request-ID": inbound})
+    assert response.headers["x-request-id"] == inbound
 
 
 @pytest.mark.parametrize("inbound", ["", "a b", "a\tb", "é", "<script>", "a" * 129])
 async def test_strange_request_ids_are_replaced(client: httpx.AsyncClient, inbound: str) -> None:
     headers = {"X-Request-ID": inbound.encode()}
-    answer = await client.get("/v1/nope", headers=headers)
-    assert answer.headers["x-request-id"] != inbound
-    assert len(answer.headers["x-request-id"]) == 26
-    assert answer.json()["request_id"] == answer.headers["x-request-id"]
+    response = await client.get("/v1/nope", headers=headers)
+    assert response.headers["x-request-id"] != inbound
+    assert len(response.headers["x-request-id"]) == 26
+    assert response.json()["request_id"] == response.headers["x-request-id"]
 
 
 async def test_server_timing(client: httpx.AsyncClient, png: bytes) -> None:
-    answer = await client.post("/v1/predict", content=png)
-    stages = dict(item.split(";dur=") for item in answer.headers["server-timing"].split(", "))
+    response = await client.post("/v1/predict", content=png)
+    stages = dict(item.split(";dur=") for item in response.headers["server-timing"].split(", "))
     assert list(stages) == ["decode", "queue", "device", "render", "total"]
-    timings = answer.json()["timings_ms"]
+    timings = response.json()["timings_ms"]
     assert float(stages["decode"]) == timings["decode"]
     assert float(stages["total"]) >= timings["total"] > 0
 

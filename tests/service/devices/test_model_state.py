@@ -81,7 +81,7 @@ def fingerprint(**changes: object) -> str:
     card = {k: v for k, v in changes.items() if k in ModelCard.__struct_fields__}
     rest = {k: v for k, v in changes.items() if k not in card}
     info = msgspec.structs.replace(INFO, card=msgspec.structs.replace(INFO.card, **card), **rest)
-    return with_fingerprint(info).card.fingerprint
+    return with_fingerprint(info).fingerprint
 
 
 @pytest.mark.parametrize(

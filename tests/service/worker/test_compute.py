@@ -94,7 +94,7 @@ async def test_who_waits_while_a_model_is_replaced_learns_the_new_one_first():
     await pool.start()
     try:
         await pool.wait_ready()
-        old = pool.models()[0].card.fingerprint
+        old = pool.models()[0].fingerprint
         assert old
 
         def fresh(number: int, fault: Fault = Fault.NONE, argument: int = 0) -> Submission:
@@ -120,12 +120,12 @@ async def test_who_waits_while_a_model_is_replaced_learns_the_new_one_first():
             try:
                 await task
             except ModelReplaced:
-                seen.append(pool.models()[0].card.fingerprint)
+                seen.append(pool.models()[0].fingerprint)
         await loading
         await running
         assert len(seen) > 1
         assert heard.index("models") < heard.index("1")
-        assert set(seen) == {pool.models()[0].card.fingerprint} != {old}
+        assert set(seen) == {pool.models()[0].fingerprint} != {old}
     finally:
         await pool.close()
 
