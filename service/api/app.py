@@ -81,7 +81,7 @@ def create_app(
                 read_settings=read_settings or (lambda: settings),
                 pool=pool,
                 reader=BodyReader(settings.limits, threads=threads, fetcher=fetcher),
-                pipeline=_pipeline(settings, pool=pool, threads=threads),
+                pipeline=_pipeline(settings, pool, threads),
                 metrics=metrics,
                 limiter=limiter,
             )
@@ -120,7 +120,7 @@ def _fetcher(settings: Settings) -> UrlFetcher | None:
     return UrlFetcher(hosts)
 
 
-def _pipeline(settings: Settings, *, pool: DevicePool, threads: ThreadPoolExecutor) -> Pipeline:
+def _pipeline(settings: Settings, pool: DevicePool, threads: ThreadPoolExecutor) -> Pipeline:
     limits = settings.limits
     caps = DecodeLimits(max_bytes=limits.max_image_bytes, max_pixels=limits.max_pixels)
     return Pipeline(pool, limits=caps, threads=threads, max_wait_s=limits.max_wait_s)

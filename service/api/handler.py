@@ -12,26 +12,20 @@ from fastapi import Request, Response
 
 from models.errors import Cancelled, DeadlineExceeded, ModelReplaced
 from models.types import Operation
+from service.api import schemas
 from service.api.body import RequestBody
 from service.api.dependencies import Service
 from service.api.options import AnyOptions
 from service.api.pipeline import Reply
 from service.api.plan import Plan, choose_model, make_plan, timeout_s
 from service.api.record import Served, record_of
-from service.api.schemas import (
-    ExplainResponse,
-    FeaturesResponse,
-    ModelUsed,
-    PredictResponse,
-    derive,
-)
 
 _RETRIES = 3
 _RETRY_PAUSE_S = 0.02
 _RESPONSES: Mapping[Operation, Callable[..., Any]] = {
-    "predict": PredictResponse,
-    "explain": ExplainResponse,
-    "features": FeaturesResponse,
+    "predict": schemas.PredictResponse,
+    "explain": schemas.ExplainResponse,
+    "features": schemas.FeaturesResponse,
 }
 
 T = TypeVar("T")
@@ -59,7 +53,7 @@ async def run(
     Args:
         request: the request.
         service: the parts of the application.
-        options: the options that it may have.
+        options: the type of its options.
         adapt: changes the plan before it is run.
 
     Raises:
@@ -85,7 +79,7 @@ def images_response(request: Request, plan: Plan, reply: Reply) -> Response:
     return json_response(
         _RESPONSES[plan.operation](
             request_id=record_of(request).request_id,
-            model=derive(ModelUsed, plan.info.card, device=reply.device),
+            model=schemas.derive(schemas.ModelUsed, plan.info.card, device=reply.device),
             results=reply.results,
             timings_ms=reply.timings,
             batch_size=reply.batch_size,

@@ -23,18 +23,11 @@ from models.imaging.decode import DecodeLimits, decode
 from models.imaging.preprocess import preprocess
 from models.types import Job, ModelInfo, Operation, Struct
 from service import logs, tracing
+from service.api import schemas
 from service.api.errors import internal_error
 from service.api.plan import Plan, PlannedImage
 from service.api.responses import DecodedInput, render
-from service.api.schemas import (
-    STAGES,
-    ExplainResult,
-    FeaturesResult,
-    ImageError,
-    PredictResult,
-    Result,
-    Timings,
-)
+from service.api.schemas import STAGES, ImageError, Result, Timings
 from service.devices.messages import Completion, Submission
 from service.devices.pool import DevicePool, is_long
 
@@ -43,9 +36,9 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 _RESULTS: Mapping[Operation, type[Result]] = {
-    "predict": PredictResult,
-    "explain": ExplainResult,
-    "features": FeaturesResult,
+    "predict": schemas.PredictResult,
+    "explain": schemas.ExplainResult,
+    "features": schemas.FeaturesResult,
 }
 
 
@@ -58,10 +51,9 @@ class ImageRun(Struct):
 
 
 class Reply(Struct):
-    """The results of a plan.
+    """The results of a plan, one per image in order.
 
     Attributes:
-        results: one per image, in order.
         timings: of the request; each stage is that of its slowest image.
         batch_size: the largest batch of its images.
         device: the devices of its images, comma-separated.
@@ -227,10 +219,10 @@ def _reply(outcomes: Sequence[tuple[Result, ImageRun] | HeatlensError], plan: Pl
         raise errors[0]
     failed = _RESULTS[plan.operation]
     results = tuple(
-        failed(error=ImageError(code=outcome.code, error=outcome.message))
-        if isinstance(outcome, HeatlensError)
-        else outcome[0]
-        for outcome in outcomes
+        failed(error=ImageError(code=item.code, error=item.message))
+        if isinstance(item, HeatlensError)
+        else item[0]
+        for item in outcomes
     )
     slowest = {stage: max(getattr(run.timings, stage) for run in runs) for stage in STAGES}
     return Reply(

@@ -58,10 +58,7 @@ def render(outcome: Outcome, source: DecodedInput, plan: Plan) -> Result:
     return schemas.ExplainResult(
         image=image,
         predictions=predictions,
-        explanations=tuple(
-            _explanation(item, canvas=canvas, source=source, labels=labels, options=plan.render)
-            for item in outcome.explanations
-        ),
+        explanations=tuple(_explanation(e, canvas, source, plan) for e in outcome.explanations),
         statistics=statistics,
     )
 
@@ -73,19 +70,15 @@ def _canvas(source: DecodedInput) -> Canvas:
 
 
 def _explanation(
-    item: Explanation,
-    *,
-    canvas: Canvas,
-    source: DecodedInput,
-    labels: tuple[str, ...],
-    options: RenderOptions,
+    item: Explanation, canvas: Canvas, source: DecodedInput, plan: Plan
 ) -> schemas.ExplanationResponse:
-    location = None
+    options = plan.render
+    location = unit = None
     if not item.degenerate:
         location = locate(item.map, source.geometry, signed=item.signed)
-    unit = None if item.degenerate else shade(item.map, canvas, signed=item.signed)
-    heatmap: ImageData | None = None
-    overlaid: ImageData | None = None
+        unit = shade(item.map, canvas, signed=item.signed)
+    heatmap: ImageData | UnsetType = UNSET
+    overlaid: ImageData | UnsetType = UNSET
     if "heatmap" in options.outputs:
         data = heatmap_png(unit, canvas, colormap=options.colormap, signed=item.signed)
         heatmap = _image_data(data, "image/png", canvas)
@@ -98,20 +91,17 @@ def _explanation(
             image_format=options.overlay_format,
         )
         overlaid = _image_data(data, f"image/{options.overlay_format}", canvas)
-    return schemas.ExplanationResponse(
-        method=item.method,
-        layer=item.layer,
-        target=_prediction(item.target, labels),
-        heatmap=heatmap or UNSET,
-        overlay=overlaid or UNSET,
+    return derive(
+        schemas.ExplanationResponse,
+        item,
+        target=_prediction(item.target, plan.info.labels),
+        heatmap=heatmap,
+        overlay=overlaid,
         values=_values(item.map) if "values" in options.outputs else UNSET,
         range=schemas.ValueRange(min=float(item.map.min()), max=float(item.map.max())),
-        signed=item.signed,
         degenerate=unit is None,
-        peak=schemas.Point(x=location.x, y=location.y) if location else None,
+        peak=derive(schemas.Point, location) if location else None,
         box=location.box if location else None,
-        faithfulness=item.faithfulness,
-        warnings=item.warnings,
     )
 
 

@@ -24,6 +24,7 @@ from service.api.schemas import ExplainResponse, ExplainResult, ExplanationRespo
 router = APIRouter(prefix="/v1", tags=["explain"], default_response_class=Response)
 
 _FORMATS: Mapping[str, OverlayFormat] = {f"image/{name}": name for name in get_args(OverlayFormat)}
+_QUALITY = re.compile(r"q\s*=\s*([01](?:\.[0-9]{0,3})?)")
 _RESPONSES = responses(
     ExplainResponse, "Predictions and explanations.", errors=INPUT, example=EXPLAIN
 )
@@ -67,19 +68,13 @@ def overlay_format(accept: str, default: OverlayFormat) -> OverlayFormat | None:
     best_quality = json_quality = 0.0
     for item in accept.lower().split(","):
         media_type, *parameters = (part.strip() for part in item.split(";"))
-        quality = _quality(parameters)
+        qualities = (float(match[1]) for match in map(_QUALITY.fullmatch, parameters) if match)
+        quality = next(qualities, 1.0)
         if media_type in ("application/json", "application/*"):
             json_quality = max(json_quality, quality)
         elif media_type in formats and quality > best_quality:
             best, best_quality = formats[media_type], quality
     return best if best_quality > json_quality else None
-
-
-def _quality(parameters: list[str]) -> float:
-    for parameter in parameters:
-        if match := re.fullmatch(r"q\s*=\s*([01](?:\.[0-9]{0,3})?)", parameter):
-            return float(match[1])
-    return 1.0
 
 
 def _for_overlay(plan: Plan, wanted: OverlayFormat) -> Plan:
