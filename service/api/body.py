@@ -144,9 +144,8 @@ class BodyReader:
         if len(body) > self._limits.max_image_bytes:
             raise ImageTooLarge(f"The image has more than {self._limits.max_image_bytes} bytes.")
         if sniff(body) is None:
-            allowed = ", ".join(FORMATS)
             raise UnsupportedMediaType(
-                f"The body is not an image of a known format. Allowed: {allowed}."
+                f"The body is not an image of a known format. Allowed: {', '.join(FORMATS)}."
             )
         return (ImageInput(data=body),), {}
 
@@ -171,9 +170,8 @@ class BodyReader:
             if (item.b64 is None) == (item.url is None):
                 raise InvalidOption("Either `b64` or `url` is required.", field=f"images.{i}")
             if item.url is not None and self._fetcher is None:
-                raise UrlInputDisabled(
-                    "Image URLs are not enabled on this server.", field=f"images.{i}.url"
-                )
+                text = "Image URLs are not enabled on this server."
+                raise UrlInputDisabled(text, field=f"images.{i}.url")
         return items, [_from_base64(item, f"images.{i}") for i, item in enumerate(items)], options
 
     async def _fetch_all(
@@ -216,9 +214,8 @@ def parse_query(pairs: Iterable[tuple[str, str]], options: type[OptionsT]) -> di
     values: dict[str, Any] = {}
     for name, text in pairs:
         if name == "interventions":
-            raise InvalidOption(
-                "Only possible as JSON, in the body or in the options part.", field=name
-            )
+            reason = "Only possible as JSON, in the body or in the options part."
+            raise InvalidOption(reason, field=name)
         if name in lists:
             items = [item.strip() for item in text.split(",") if item.strip()]
             values[name] = [*values.get(name, []), *items]

@@ -60,7 +60,11 @@ async def run(
         HeatlensError: the reason why it failed.
     """
     started = time.monotonic()
-    body = await _read(request, service, options)
+    try:
+        async with asyncio.timeout(service.settings.limits.timeout_s):
+            body = await service.reader.read(request, options)
+    except TimeoutError:
+        raise DeadlineExceeded("The body did not arrive in time.") from None
     retries = _RETRIES
     while True:
         plan = adapt(_plan(request, service, body, started=started))
@@ -114,16 +118,6 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-async def _read(
-    request: Request, service: Service, options: type[OptionsT]
-) -> RequestBody[OptionsT]:
-    try:
-        async with asyncio.timeout(service.settings.limits.timeout_s):
-            return await service.reader.read(request, options)
-    except TimeoutError:
-        raise DeadlineExceeded("The body did not arrive in time.") from None
 
 
 def _plan(

@@ -39,23 +39,18 @@ INPUT = (400, *KEYED, 403, 413, 415, 422, 429, 503, 504)
 ADMIN = (400, *KEYED, 403, 413, 422, 503)
 
 BINARY = {"type": "string", "format": "binary"}
-_HEADERS: dict[str, Any] = {
-    "X-Request-ID": {
-        "description": "The request's id; a sane inbound one is kept.",
-        "schema": {"type": "string"},
-    },
-    "Server-Timing": {
-        "description": "Milliseconds per stage and in total.",
-        "schema": {"type": "string"},
-    },
+
+
+def _header(description: str, **schema: Any) -> dict[str, Any]:
+    return {"description": description, "schema": schema}
+
+
+_HEADERS = {
+    "X-Request-ID": _header("The request's id; a sane inbound one is kept.", type="string"),
+    "Server-Timing": _header("Milliseconds per stage and in total.", type="string"),
 }
-_RETRY_AFTER: dict[str, Any] = {
-    "Retry-After": {
-        "description": "Seconds after which a retry makes sense.",
-        "schema": {"type": "integer", "minimum": 1},
-    }
-}
-_TIMEOUT_HEADER: dict[str, Any] = {
+_RETRY_AFTER = _header("Seconds after which a retry makes sense.", type="integer", minimum=1)
+_TIMEOUT_HEADER = {
     "name": "X-Request-Timeout-Ms",
     "in": "header",
     "description": "Deadline in milliseconds, if `timeout_s` is not given.",
@@ -75,14 +70,7 @@ def responses(
     errors: tuple[int, ...] = KEYED,
     example: Any = None,
 ) -> dict[int | str, dict[str, Any]]:
-    """A route's `responses`: its JSON response and the errors that it may return.
-
-    Args:
-        schema: the response, or its JSON schema.
-        description: of the response.
-        errors: statuses.
-        example: a response.
-    """
+    """A route's `responses`: its JSON response (or the schema of it) and its error statuses."""
     shape = schema if isinstance(schema, Mapping) else _ref(schema.__name__)
     found: dict[int | str, dict[str, Any]] = {200: _json_content(description, shape, example)}
     for status in sorted(errors):
@@ -101,10 +89,9 @@ def _ref(name: str) -> dict[str, Any]:
 
 
 def repository_body(**fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The `openapi_extra` of a route of the model repository, whose body is optional.
+    """The `openapi_extra` of a route of the model repository; its body is optional.
 
-    Args:
-        fields: schema of each field of the body in addition to `parameters`.
+    `fields` are schemas of the body's fields in addition to `parameters`.
     """
     schema = {"type": "object", "properties": {"parameters": {"type": "object"}, **fields}}
     return {"requestBody": {"required": False, "content": {JSON: {"schema": schema}}}}
@@ -182,7 +169,7 @@ def _complete(document: dict[str, Any]) -> dict[str, Any]:
             if "HTTPValidationError" in str(operation["responses"].get("422")):
                 del operation["responses"]["422"]
             for status, response in operation["responses"].items():
-                retry = _RETRY_AFTER if status in ("429", "503") else {}
+                retry = {"Retry-After": _RETRY_AFTER} if status in ("429", "503") else {}
                 response["headers"] = {**_HEADERS, **retry}
     return document
 
@@ -208,12 +195,10 @@ def _response_schemas() -> dict[str, Any]:
     for schema in found.values():
         schema["description"] = schema["description"].partition("\n\n")[0]
         # A field with a default is sent like any other; only a field that is `UNSET` is absent.
-        sent = {name for name, field in schema["properties"].items() if "default" in field}
-        schema["required"] = [
-            name for name in schema["properties"] if name in sent.union(schema["required"])
-        ]
-        for name in sent:
-            del schema["properties"][name]["default"]
+        fields = schema["properties"].items()
+        schema["required"] = [n for n, f in fields if n in schema["required"] or "default" in f]
+        for _, field in fields:
+            field.pop("default", None)
     for result in (schemas.PredictResult, schemas.ExplainResult, schemas.FeaturesResult):
         whole = [field for field in result.__struct_fields__ if field != "error"]
         found[result.__name__]["oneOf"] = [{"required": whole}, {"required": ["error"]}]

@@ -223,20 +223,18 @@ def validate(model: type[OptionsT], values: Mapping[str, Any], *, prefix: str = 
         raise InvalidOption(_explain(first, model), field=field or None) from None
 
 
+_TYPES: Mapping[str, str] = {
+    "bool": "Must be true or false.",
+    "int": "Must be an integer.",
+    "float": "Must be a number.",
+    "string": "Must be text.",
+    "list": "Must be a list.",
+    "dict": "Must be an object.",
+    "model": "Must be an object.",
+}
 _SENTENCES: Mapping[str, str] = {
     "missing": "This is required.",
-    "list_type": "Must be a list.",
-    "bool_parsing": "Must be true or false.",
-    "bool_type": "Must be true or false.",
-    "int_parsing": "Must be an integer.",
-    "int_type": "Must be an integer.",
-    "int_from_float": "Must be an integer.",
-    "float_parsing": "Must be a number.",
-    "float_type": "Must be a number.",
     "finite_number": "Must be a finite number.",
-    "string_type": "Must be text.",
-    "dict_type": "Must be an object.",
-    "model_type": "Must be an object.",
     "greater_than": "Must be greater than {gt}.",
     "greater_than_equal": "Must be at least {ge}.",
     "less_than_equal": "Must be at most {le}.",
@@ -260,4 +258,5 @@ def _explain(error: ErrorDetails, model: type[BaseModel]) -> str:
     # Raised by a validator of this file.
     if kind == "value_error":
         return str(context["error"])
-    return _SENTENCES.get(kind, "The value has the wrong type.").format(**context)
+    of_type = _TYPES.get(kind.partition("_")[0], "The value has the wrong type.")
+    return _SENTENCES.get(kind, of_type).format(**context)

@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 
 import msgspec
-from msgspec import structs
 
 from models.catalog import ModelSpec
 from models.errors import InvalidOption, NotReady, UnknownLayer, UnknownModel
@@ -138,7 +137,7 @@ def make_plan(
             targets = resolve_targets(image.targets, info, field=f"images.{i}.targets")
             # A prediction has no targets; they are only checked.
             if options.operation != "predict":
-                resolved = structs.replace(common, targets=targets)
+                resolved = msgspec.structs.replace(common, targets=targets)
         planned.append(PlannedImage(input=image, options=resolved))
     results = sum(_count(options.operation, image.options) for image in planned)
     if results > limits.max_results:

@@ -1,4 +1,4 @@
-"""Readiness: can requests be answered now, and if not, what is missing?"""
+"""Readiness to answer requests, and the reasons against it."""
 
 from __future__ import annotations
 

@@ -65,11 +65,7 @@ class _Generation:
         self._requests = 0
 
     async def start(self) -> None:
-        """Run the application's startup.
-
-        Raises:
-            RuntimeError: it failed; uvicorn logs the reason.
-        """
+        """Run the application's startup; raises `RuntimeError` if it fails (uvicorn logs why)."""
         await self._lifespan.startup()
         if self._lifespan.should_exit:
             raise RuntimeError("the application did not start")
@@ -137,8 +133,6 @@ class Reload:
             self._leading = True
             self._spawn(self._lead())
 
-    # ---------------------------------------------------------------- lifespan
-
     async def _run(self, receive: Receive, send: Send) -> None:
         await receive()
         try:
@@ -148,12 +142,12 @@ class Reload:
             log.exception("the HTTP process cannot start")
             await send({"type": "lifespan.startup.failed"})
             return
-        watching = asyncio.create_task(self._watch())
+        self._spawn(self._watch())
         if self._requested:
             self.request()
         await send({"type": "lifespan.startup.complete"})
         await receive()
-        for task in (watching, *self._tasks):
+        for task in tuple(self._tasks):
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
@@ -201,8 +195,6 @@ class Reload:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    # ---------------------------------------------------------------- leading
 
     async def _lead(self) -> None:
         try:

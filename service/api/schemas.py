@@ -37,9 +37,6 @@ def derive(kind: type[S], source: Struct, **fields: Any) -> S:
     return kind(**{**{name: getattr(source, name) for name in shared}, **fields})
 
 
-# ---------------------------------------------------------------- errors
-
-
 class ImageError(Struct):
     """The reason why one image of several failed."""
 
@@ -58,9 +55,6 @@ class ErrorResponse(ImageError):
         Annotated[str, Meta(description="The offending option.", examples=["methods.0"])]
         | UnsetType
     ) = UNSET
-
-
-# ---------------------------------------------------------------- images
 
 
 class ModelUsed(Struct):
@@ -219,9 +213,6 @@ class FeaturesResponse(_Response):
     batch_size: BatchSize
 
 
-# ---------------------------------------------------------------- models
-
-
 class InputResponse(Preprocess, kw_only=True):
     """The preprocessing of images, and the size of the model's input."""
 
@@ -241,9 +232,6 @@ class ModelsResponse(Struct):
     models: tuple[str, ...]
     default: str
     cards: tuple[CardResponse, ...]
-
-
-# ---------------------------------------------------------------- health
 
 
 class AliveResponse(Struct, kw_only=True):
@@ -272,15 +260,12 @@ class ModelReadiness(Struct):
 
 
 class ReadyResponse(Struct):
-    """Whether requests can be answered, and what is missing."""
+    """Readiness to answer requests, and everything that is missing."""
 
     ready: bool
     missing: tuple[str, ...]
     devices: tuple[DeviceReadiness, ...]
     models: tuple[ModelReadiness, ...]
-
-
-# ---------------------------------------------------------------- administration
 
 
 class RepositoryModel(Struct):

@@ -16,8 +16,7 @@ from service.api.schemas import CardResponse, InputResponse, ModelsResponse, der
 
 router = APIRouter(prefix="/v1", tags=["models"], default_response_class=Response)
 
-
-_CARD = responses(CardResponse, "The card; `ready` says whether it answers.", errors=MODEL)
+_CARD = responses(CardResponse, "The card; `ready` says whether it serves requests.", errors=MODEL)
 _LABELS = responses(
     {"type": "array", "items": {"type": "string"}}, "Labels by class index.", errors=MODEL
 )
