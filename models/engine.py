@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.capture import Capture
-from models.errors import HeatlensError, InternalError, InvalidOption
+from models.errors import HeatlensError, InternalError, InvalidOption, UnknownLayer
 from models.extractor import Extractor, Tap
 from models.graphed_pass import run_graphed
 from models.interventions import changes_for
@@ -19,6 +19,7 @@ from models.layers import TokenLayout, to_map
 from models.outcomes import BatchOutcomes
 from models.preparation.variant import Needs
 from models.registry import ModelRegistry
+from models.resolve import not_before_the_head
 from models.shared_pass import differentiates_layers, run_shared_pass
 from models.steps import Forward, InputGradient, LayerGradient, Step, Unbatched
 from models.targets import ScoreWeights, class_scores
@@ -244,12 +245,23 @@ def _fault(job: Job, warm: WarmModel) -> Failure | None:
             job.id,
             InvalidOption(f"The model takes images of {width} x {height} pixels, 3 channels."),
         )
+    explained = job.operation == "explain"
+    for i, layer in enumerate(job.options.layers):
+        if reason := warm.refusal(layer, spatial=explained):
+            error = UnknownLayer(f"{layer} cannot be used: {reason}.", field=f"layers.{i}")
+            return Failure.of(job.id, error)
+        if explained and "cam" in job.options.methods and layer != warm.target_layer:
+            return Failure.of(job.id, not_before_the_head(layer, warm.target_layer))
     for i, change in enumerate(job.options.interventions):
+        if reason := warm.refusal(change.layer, spatial=False):
+            field = f"interventions.{i}.layer"
+            error = UnknownLayer(f"{change.layer} cannot be changed: {reason}.", field=field)
+            return Failure.of(job.id, error)
         channels = warm.channels(change.layer)
         if channels is None or any(not 0 <= c < channels for c in change.channels):
             limit = "no output to change" if channels is None else f"{channels} channels"
-            error = InvalidOption(f"{change.layer} has {limit}.", field=f"interventions.{i}")
-            return Failure.of(job.id, error)
+            wrong = InvalidOption(f"{change.layer} has {limit}.", field=f"interventions.{i}")
+            return Failure.of(job.id, wrong)
     return None
 
 

@@ -58,7 +58,8 @@ class Extractor:
             activation = extractor.caught("layer4", "output")
             gradient = extractor.caught("layer4", "grad_output")
 
-    A module that is called several times in a pass gives what its last call gave.
+    A module that is called several times in a pass gives what its last call gave, so `models.proof`
+    refuses such a layer.
     """
 
     def __init__(
@@ -219,9 +220,13 @@ class Extractor:
         self._roots.append(root)
         if value is not None:
             self._catch(value, root)
-        if gradient.kind == "grad_output" or self._tensor_hooks_only:
+        received = root.clone()
+        if gradient.kind == "grad_output":
             self._hooks.tensor(root, self._tensor_hook(gradient))
-        return root.clone()
+        elif self._tensor_hooks_only:
+            # Of the clone that this module receives: others may use the same tensor.
+            self._hooks.tensor(received, self._tensor_hook(gradient))
+        return received
 
     def _tensor_hook(self, tap: Tap) -> Callable[[Tensor], None]:
         def hook(gradient: Tensor) -> None:

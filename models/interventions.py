@@ -24,13 +24,17 @@ def changes_for(
     for row, changes in enumerate(interventions):
         for change in changes:
             by_layer.setdefault(change.layer, []).append((row, change))
-    return [(name, _hook(found, layouts.get(name) is not None)) for name, found in by_layer.items()]
+    images = len(interventions)
+    return [
+        (name, _hook(found, layouts.get(name) is not None, images))
+        for name, found in by_layer.items()
+    ]
 
 
-def _hook(changes: list[tuple[int, Intervention]], channels_last: bool) -> ForwardHook:
+def _hook(changes: list[tuple[int, Intervention]], channels_last: bool, images: int) -> ForwardHook:
     def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        if not isinstance(output, Tensor):
-            raise InvalidOption("Only layers whose output is one tensor can be changed.")
+        if not isinstance(output, Tensor) or len(output) != images:
+            raise InvalidOption("Only layers whose output has one row per image can be changed.")
         changed = output.clone()
         for row, change in changes:
             _apply(changed[row], change, channels_last or output.ndim == 3)
@@ -52,5 +56,6 @@ def _apply(image: Tensor, change: Intervention, channels_last: bool) -> None:
     elif change.op == "scale":
         channels_first[chosen] = values * change.value
     else:
-        mean = values.flatten(1).mean(1)
+        # A feature of a vector has one position, and is its own mean.
+        mean = values.reshape(len(chosen), -1).mean(1)
         channels_first[chosen] = mean.view(-1, *[1] * (values.ndim - 1)).expand_as(values)

@@ -70,6 +70,18 @@ def layouts_of(proofs: Proofs) -> dict[str, TokenLayout | None]:
     return {name: proof.layout for name, proof in proofs.items() if proof.spatial}
 
 
+def input_layouts(
+    trace: Trace, layouts: Mapping[str, TokenLayout | None]
+) -> dict[str, TokenLayout | None]:
+    """The layouts of inputs that are another layer's output, by the name of the layer they enter."""
+    produced = {call.values: layouts[name] for name, call in trace.calls.items() if name in layouts}
+    return {
+        name: produced[call.input_values]
+        for name, call in trace.calls.items()
+        if call.input_values in produced
+    }
+
+
 def layer_infos(trace: Trace, proofs: Proofs, *, target_layer: str | None) -> tuple[LayerInfo, ...]:
     """Describe every module that was called, in the order in which the model defines them."""
     return tuple(

@@ -99,11 +99,31 @@ def _matches(glob: str, info: ModelInfo, *, spatial: bool, field: str) -> list[s
     if not found:
         path = f"/v1/models/{info.card.name}/layers"
         raise UnknownLayer(f"No layer matches; GET {path} lists them.", field=field)
-    usable = [x.name for x in found if x.output_shape and (x.spatial or not spatial)]
-    if not usable:
-        need = "a spatial output" if spatial else "a tensor as output"
-        raise UnknownLayer(f"No layer that matches has {need}.", field=field)
-    return usable
+    fitting = [layer.name for layer in found if layer.usable and (layer.spatial or not spatial)]
+    if not fitting:
+        purpose = "explained" if spatial else "described"
+        raise UnknownLayer(f"{found[0].name} cannot be {purpose}: {found[0].reason}.", field=field)
+    return fitting
+
+
+def check_cam(methods: Sequence[str], layers: Sequence[str], info: ModelInfo) -> None:
+    """Refuse CAM at any layer but the one whose maps the head's weights belong to.
+
+    Raises:
+        MethodNotApplicable: `cam` is asked for at another layer.
+    """
+    for layer in layers:
+        if "cam" in methods and layer != info.card.target_layer:
+            raise not_before_the_head(layer, info.card.target_layer)
+
+
+def not_before_the_head(layer: str, target_layer: str | None) -> MethodNotApplicable:
+    """The error for CAM at a layer that is not followed by the head at once."""
+    return MethodNotApplicable(
+        f"cam explains only the layer before the head, {target_layer}, not {layer}; "
+        "gradcam explains any.",
+        field="methods",
+    )
 
 
 def _target(raw: RawTarget, info: ModelInfo, field: str) -> Target:

@@ -158,7 +158,8 @@ def _closed_form_layers(warm: WarmModel, jobs: Sequence[Job]) -> tuple[str, ...]
 
 
 def _tap(warm: WarmModel, place: Place, wish: _Wish) -> Tap:
-    layout = warm.layouts.get(place[0])
+    layer, kind = place
+    layout = (warm.input_layouts if kind.endswith("input") else warm.layouts).get(layer)
 
     def pick(tensor: Tensor, rows: list[int]) -> Tensor:
         return tensor if len(rows) == len(tensor) else tensor[indices(rows, tensor.device)]

@@ -82,6 +82,9 @@ def reduce(tensor: Tensor, *, channels_last: bool = False, keep_maps: bool = Fal
         keep_maps: whether to keep the maps themselves (tensors with two spatial dimensions only).
     """
     values = tensor.float()
+    if 0 in values.stride():
+        # An expanded tensor, such as the gradient of a mean, has no memory order of its own.
+        values = values.contiguous()
     shape = tuple(values.shape[1:])
     if channels_last and values.ndim > 2:
         values = values.movedim(-1, 1)

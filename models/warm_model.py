@@ -38,6 +38,7 @@ class WarmModel:
         head: what follows the target layer.
         layouts: of every layer that is a map, by name; None = plain (N, C, h, w). Other layers are
             not in it.
+        input_layouts: the same of the layers' first inputs.
         info: what the service tells about the model.
         uploads: how images reach the device; None on the CPU.
         graphs: recorded passes; None where none are made.
@@ -55,6 +56,7 @@ class WarmModel:
     target_layer: str | None
     head: HeadProbe
     layouts: Layouts
+    input_layouts: Layouts = field(default_factory=dict)
     info: ModelInfo
     uploads: Uploads | None = None
     graphs: Graphs | None = None
@@ -81,6 +83,13 @@ class WarmModel:
             return None
         last = self.layouts.get(layer) is not None or len(known.output_shape) == 2
         return known.output_shape[-1 if last else 0]
+
+    def refusal(self, layer: str, *, spatial: bool) -> str | None:
+        """The reason why a layer cannot be used, or not be explained if `spatial`; None if it can."""
+        known = self._layers.get(layer)
+        if known is None:
+            return "the model runs no such layer"
+        return None if known.usable and (known.spatial or not spatial) else known.reason
 
     def module_for(self, needs: Needs) -> nn.Module:
         """The fastest module for a pass with these needs."""

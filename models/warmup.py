@@ -26,7 +26,7 @@ from models.preparation.optimise import Findings, optimise
 from models.preparation.precision import DTYPES
 from models.preparation.variant import Needs, Variant
 from models.probe import Trace, probe_batch, trace
-from models.proof import Proofs, layer_infos, layouts_of, prove_layers
+from models.proof import Proofs, input_layouts, layer_infos, layouts_of, prove_layers
 from models.sources import LoadedModel
 from models.types import ModelCard, ModelInfo, Preprocess
 from models.warm_model import WarmModel
@@ -90,6 +90,7 @@ def warm_up(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARM
         target_layer=target,
         head=head.to(device),
         layouts=layouts,
+        input_layouts=input_layouts(traced, layouts),
         info=ModelInfo(
             card=card,
             labels=loaded.labels,

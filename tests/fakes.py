@@ -53,7 +53,14 @@ def fake_info(
         )
         for name in LAYERS
     ]
-    pool = LayerInfo(name="pool", type="Flatten", output_shape=(8,), spatial=False, parameters=0)
+    pool = LayerInfo(
+        name="pool",
+        type="Flatten",
+        output_shape=(8,),
+        spatial=False,
+        parameters=0,
+        reason="its output is not a map of the image",
+    )
     return ModelInfo(
         card=ModelCard(
             name=spec.name,

@@ -11,7 +11,8 @@ from models.catalog import ModelSpec
 from models.errors import InvalidOption, NotReady, UnknownLayer, UnknownModel
 from models.imaging.colormaps import Colormap
 from models.imaging.render import OverlayFormat
-from models.resolve import resolve_layers, resolve_methods, resolve_targets
+from models.methods import METHODS
+from models.resolve import check_cam, resolve_layers, resolve_methods, resolve_targets
 from models.types import Intervention, JobOptions, ModelCard, ModelInfo, Operation, Struct
 from service.api.body import ImageInput
 from service.api.options import (
@@ -182,11 +183,14 @@ def job_options(options: AnyOptions, info: ModelInfo) -> JobOptions:
             grid=options.grid,
             interventions=changes,
         )
+    methods = resolve_methods(options.methods, info)
+    layers = _explained_layers(options.layers, methods, info)
+    check_cam(methods, layers, info)
     return JobOptions(
         top_k=min(options.top_k, classes),
         targets=targets,
-        methods=resolve_methods(options.methods, info),
-        layers=resolve_layers(options.layers, info, spatial=True),
+        methods=methods,
+        layers=layers,
         fuse=options.fuse,
         statistics=options.statistics,
         interventions=changes,
@@ -197,6 +201,16 @@ def job_options(options: AnyOptions, info: ModelInfo) -> JobOptions:
     )
 
 
+def _explained_layers(
+    wanted: Sequence[str], methods: Sequence[str], info: ModelInfo
+) -> tuple[str, ...]:
+    """The layers to explain; none where the model recommends none and the methods need none."""
+    needs_none = all(METHODS[name].of_input for name in methods)
+    if info.card.target_layer is None and list(wanted) == ["auto"] and needs_none:
+        return ()
+    return resolve_layers(wanted, info, spatial=True)
+
+
 def render_options(options: AnyOptions) -> RenderOptions:
     """The options by which maps are drawn, with defaults for those that the request cannot have."""
     return msgspec.convert(options, RenderOptions, from_attributes=True)
@@ -205,20 +219,22 @@ def render_options(options: AnyOptions) -> RenderOptions:
 def _interventions(
     wanted: Sequence[InterventionOption], info: ModelInfo
 ) -> tuple[Intervention, ...]:
-    layers = {layer.name for layer in info.layers}
+    layers = {layer.name: layer for layer in info.layers}
     for i, item in enumerate(wanted):
+        field = f"interventions.{i}.layer"
         if item.layer not in layers:
-            raise UnknownLayer(
-                f"No layer has this name; GET /v1/models/{info.card.name}/layers lists them.",
-                field=f"interventions.{i}.layer",
-            )
+            path = f"/v1/models/{info.card.name}/layers"
+            raise UnknownLayer(f"No layer has this name; GET {path} lists them.", field=field)
+        if not layers[item.layer].usable:
+            reason = layers[item.layer].reason
+            raise UnknownLayer(f"{item.layer} cannot be changed: {reason}.", field=field)
     return tuple(Intervention(**dict(item)) for item in wanted)
 
 
 def _count(operation: Operation, options: JobOptions) -> int:
     """Maximum number of explanations or statistics in the result of one image."""
     if operation == "explain":
-        layers = len(options.layers) if options.fuse == "none" else 1
+        layers = max(1, len(options.layers)) if options.fuse == "none" else 1
         return len(options.methods) * len(options.targets) * layers
     gradients = sum(kind.startswith("grad_") for kind in options.kinds)
     per_layer = len(options.kinds) - gradients + gradients * len(options.targets)

@@ -218,7 +218,7 @@ def test_a_bad_neighbour_is_refused_and_the_others_answered(flat_engine):
     nowhere = job("nowhere", interventions=(Intervention(layer="x", channels=(0,), op="zero"),))
     found = finish(flat_engine, [bad, job("good", seed=1), wrong, nowhere])
     assert [type(f) for f in found] == [Failure, Outcome, Failure, Failure]
-    assert {f.code for f in found if isinstance(f, Failure)} == {"invalid_option"}
+    assert {f.code for f in found if isinstance(f, Failure)} == {"invalid_option", "unknown_layer"}
     assert_same(found[1], finish(flat_engine, [job("good", seed=1)])[0])
 
 

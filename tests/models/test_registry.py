@@ -107,8 +107,8 @@ def test_facts_about_layers(registry):
     ("target", "message"),
     [
         ("0.7", r"no layer named 0\.7\. Close names: 0\.\d"),
-        ("2", "target_layer 2 is not a map"),
-        ("1", "target_layer 1 is not a map"),
+        ("2", "target_layer 2 cannot be explained: its output is not a map"),
+        ("1", "target_layer 1 cannot be explained: its output is not a map"),
     ],
 )
 def test_a_configured_target_layer_must_be_a_map(registry, target, message):

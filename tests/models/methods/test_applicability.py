@@ -120,13 +120,13 @@ class Seen(nn.Module):
 def test_relevance_is_tried_on_a_small_picture(pool_net):
     net = Seen(pool_net)
     assert "lrp" not in reasons_of(net, 200)
-    assert net.sides == [200, 96, 96]  # traced, scored, explained
+    assert net.sides == [200, 200, 96, 96]  # traced, proved, scored, explained
 
 
 def test_relevance_is_tried_on_a_whole_picture_where_the_model_takes_no_other(flat_net):
     net = Seen(flat_net)
     assert "tanh" in reasons_of(net, 8)["lrp"]
-    assert net.sides == [8, 96, 8, 8]
+    assert net.sides == [8, 8, 96, 8, 8]
 
 
 @pytest.mark.parametrize("net", [Silu(), nn.Sequential(nn.Flatten(), nn.Linear(192, 5))])

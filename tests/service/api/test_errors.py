@@ -50,7 +50,7 @@ OPTIONS: list[tuple[str, dict[str, Any], int, str, str, str]] = [
     ("explain", {"targets": "unicorn"}, 404, "unknown_label", "targets.0", "/labels"),
     ("explain", {"targets": ",".join("0" * 17)}, 422, "invalid_option", "targets", "at most 16"),
     ("explain", {"layers": "nope.*"}, 404, "unknown_layer", "layers.0", "/layers"),
-    ("explain", {"layers": "pool"}, 404, "unknown_layer", "layers.0", "spatial"),
+    ("explain", {"layers": "pool"}, 404, "unknown_layer", "layers.0", "not a map of the image"),
     ("explain", {"model": "nope"}, 404, "unknown_model", "model", "efficientnet_lite0"),
     ("explain", {"model": "efficientnet_lite0@9"}, 404, "unknown_model", "model", "Known"),
     ("explain", {"alpha": "2"}, 422, "invalid_option", "alpha", "at most 1"),

@@ -69,6 +69,9 @@ async def test_labels_and_layers(client: httpx.AsyncClient) -> None:
         "spatial": True,
         "parameters": 100,
         "recommended": True,
+        "calls": 1,
+        "usable": True,
+        "reason": "",
     }
 
 
