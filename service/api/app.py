@@ -81,7 +81,7 @@ def create_app(
                 read_settings=read_settings or (lambda: settings),
                 pool=pool,
                 reader=BodyReader(settings.limits, threads=threads, fetcher=fetcher),
-                pipeline=_pipeline(settings, pool=pool, threads=threads),
+                pipeline=_pipeline(settings, pool, threads),
                 metrics=metrics,
                 limiter=limiter,
             )
@@ -96,7 +96,14 @@ def create_app(
     )
     errors.install(app)
     openapi.install(app)
-    _add_cors(app, settings)
+    if settings.security.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.security.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=_EXPOSED,
+        )
     # Added last, so it is the outermost.
     app.add_middleware(RequestContext, metrics=metrics)
     _add_routes(app, settings)
@@ -113,29 +120,16 @@ def _fetcher(settings: Settings) -> UrlFetcher | None:
     return UrlFetcher(hosts)
 
 
-def _pipeline(settings: Settings, *, pool: DevicePool, threads: ThreadPoolExecutor) -> Pipeline:
+def _pipeline(settings: Settings, pool: DevicePool, threads: ThreadPoolExecutor) -> Pipeline:
     limits = settings.limits
     caps = DecodeLimits(max_bytes=limits.max_image_bytes, max_pixels=limits.max_pixels)
     return Pipeline(pool, limits=caps, threads=threads, max_wait_s=limits.max_wait_s)
 
 
-def _add_cors(app: FastAPI, settings: Settings) -> None:
-    origins = settings.security.cors_origins
-    if origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["*"],
-            expose_headers=_EXPOSED,
-        )
-
-
 def _add_routes(app: FastAPI, settings: Settings) -> None:
     keyed = [Depends(require_api_key)]
-    limited = keyed
-    if settings.limits.max_concurrent_per_key is not None:
-        limited = [*keyed, Depends(limit_key)]
+    is_limited = settings.limits.max_concurrent_per_key is not None
+    limited = [*keyed, Depends(limit_key)] if is_limited else keyed
     for module in (predict, explain, features):
         app.include_router(module.router, dependencies=limited)
     app.include_router(models.router, dependencies=keyed)

@@ -8,7 +8,7 @@ import re
 from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol
+from typing import TYPE_CHECKING, Any, Generic
 
 import msgspec
 from fastapi import Request
@@ -31,6 +31,9 @@ from service.api.multipart import IMAGE_PART, OPTIONS_PART, read_form
 from service.api.options import ImageOption, OptionsT, list_options, validate
 from service.settings import LimitSettings
 
+if TYPE_CHECKING:
+    from service.api.fetch import UrlFetcher
+
 FORM = "multipart/form-data"
 JSON = "application/json"
 BYTES = "application/octet-stream"
@@ -48,24 +51,16 @@ class ImageInput:
     error: HeatlensError | None = None
 
 
+# Images, and options that are not validated yet.
+_Parsed = tuple[tuple[ImageInput, ...], dict[str, Any]]
+
+
 @dataclass(frozen=True, slots=True)
 class RequestBody(Generic[OptionsT]):
     """A request's images, in order, and its options."""
 
     images: tuple[ImageInput, ...]
     options: OptionsT
-
-
-class Fetcher(Protocol):
-    """Fetches images by URL."""
-
-    async def fetch(self, url: str, *, max_bytes: int) -> bytes:
-        """Fetch an image.
-
-        Raises:
-            HeatlensError: `UrlInputDisabled`, `ImageTooLarge` or `ImageUndecodable`, no field.
-        """
-        ...
 
 
 class BodyReader:
@@ -78,7 +73,7 @@ class BodyReader:
     """
 
     def __init__(
-        self, limits: LimitSettings, *, threads: Executor, fetcher: Fetcher | None = None
+        self, limits: LimitSettings, *, threads: Executor, fetcher: UrlFetcher | None
     ) -> None:
         self._limits = limits
         self._threads = threads
@@ -99,7 +94,8 @@ class BodyReader:
         if media_type == FORM:
             images, more = await self._read_form(body, content_type, options)
         elif media_type in {"", JSON, BYTES, *FORMATS}:
-            images, more = await self._read_whole(await _join(body), media_type)
+            whole = b"".join([chunk async for chunk in body])
+            images, more = await self._read_whole(whole, media_type)
         else:
             allowed = ", ".join([FORM, JSON, *FORMATS, BYTES])
             raise UnsupportedMediaType(f"The content type is not accepted. Allowed: {allowed}.")
@@ -125,7 +121,7 @@ class BodyReader:
 
     async def _read_form(
         self, body: AsyncIterator[bytes], content_type: str, options: type[OptionsT]
-    ) -> tuple[tuple[ImageInput, ...], dict[str, Any]]:
+    ) -> _Parsed:
         form = await read_form(body, content_type=content_type, limits=self._limits)
         if not form.images:
             raise MalformedBody(f"The form has no `{IMAGE_PART}` part.")
@@ -140,9 +136,7 @@ class BodyReader:
                 given |= json_object(data)
         return images, given
 
-    async def _read_whole(
-        self, body: bytes, media_type: str
-    ) -> tuple[tuple[ImageInput, ...], dict[str, Any]]:
+    async def _read_whole(self, body: bytes, media_type: str) -> _Parsed:
         if not body.strip():
             raise MalformedBody("The body is empty.")
         if media_type == JSON or (not media_type and body.lstrip()[:1] == b"{"):
@@ -155,10 +149,12 @@ class BodyReader:
             )
         return (ImageInput(data=body),), {}
 
-    async def _read_json(self, body: bytes) -> tuple[tuple[ImageInput, ...], dict[str, Any]]:
+    async def _read_json(self, body: bytes) -> _Parsed:
         loop = asyncio.get_running_loop()
         items, images, options = await loop.run_in_executor(self._threads, self._parse_json, body)
-        return await self._fetch_all(items, images), options
+        if self._fetcher is not None:
+            images = await self._fetch_all(self._fetcher, items, images)
+        return tuple(images), options
 
     def _parse_json(
         self, body: bytes
@@ -174,21 +170,18 @@ class BodyReader:
             if (item.b64 is None) == (item.url is None):
                 raise InvalidOption("Either `b64` or `url` is required.", field=f"images.{i}")
             if item.url is not None and self._fetcher is None:
-                raise UrlInputDisabled(
-                    "Image URLs are not enabled on this server.", field=f"images.{i}.url"
-                )
+                text = "Image URLs are not enabled on this server."
+                raise UrlInputDisabled(text, field=f"images.{i}.url")
         return items, [_from_base64(item, f"images.{i}") for i, item in enumerate(items)], options
 
     async def _fetch_all(
-        self, items: list[ImageOption], images: list[ImageInput]
-    ) -> tuple[ImageInput, ...]:
+        self, fetcher: UrlFetcher, items: list[ImageOption], images: list[ImageInput]
+    ) -> list[ImageInput]:
         """Fetch the images given by URL, a few at a time, together within the cap on bodies."""
-        if self._fetcher is None:
-            return tuple(images)
-        fetcher, slots = self._fetcher, asyncio.Semaphore(_CONCURRENT_FETCHES)
+        slots = asyncio.Semaphore(_CONCURRENT_FETCHES)
         room = self._limits.max_body_bytes
 
-        async def one(i: int, url: str) -> ImageInput:
+        async def fetch(i: int, url: str) -> ImageInput:
             nonlocal room
             async with slots:
                 try:
@@ -202,13 +195,13 @@ class BodyReader:
                 raise BodyTooLarge("The images at the URLs are too large together.")
             return ImageInput(data=data, targets=items[i].targets)
 
-        wanted = [(i, item.url) for i, item in enumerate(items) if item.url is not None]
+        urls = {i: item.url for i, item in enumerate(items) if item.url is not None}
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = {i: group.create_task(one(i, url)) for i, url in wanted}
+                tasks = {i: group.create_task(fetch(i, url)) for i, url in urls.items()}
         except* HeatlensError as errors:
             raise errors.exceptions[0] from None
-        return tuple(tasks[i].result() if i in tasks else image for i, image in enumerate(images))
+        return [tasks[i].result() if i in tasks else image for i, image in enumerate(images)]
 
 
 def parse_query(pairs: Iterable[tuple[str, str]], options: type[OptionsT]) -> dict[str, Any]:
@@ -221,9 +214,8 @@ def parse_query(pairs: Iterable[tuple[str, str]], options: type[OptionsT]) -> di
     values: dict[str, Any] = {}
     for name, text in pairs:
         if name == "interventions":
-            raise InvalidOption(
-                "Only possible as JSON, in the body or in the options part.", field=name
-            )
+            reason = "Only possible as JSON, in the body or in the options part."
+            raise InvalidOption(reason, field=name)
         if name in lists:
             items = [item.strip() for item in text.split(",") if item.strip()]
             values[name] = [*values.get(name, []), *items]
@@ -232,10 +224,6 @@ def parse_query(pairs: Iterable[tuple[str, str]], options: type[OptionsT]) -> di
         else:
             values[name] = text
     return values
-
-
-async def _join(body: AsyncIterator[bytes]) -> bytes:
-    return b"".join([chunk async for chunk in body])
 
 
 def _text(data: bytes) -> str:

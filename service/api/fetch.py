@@ -86,7 +86,7 @@ class UrlFetcher:
         await self._client.aclose()
 
     async def fetch(self, url: str, *, max_bytes: int) -> bytes:
-        """Get the bytes behind a URL.
+        """Fetch the bytes behind a URL; the errors have no field.
 
         Raises:
             UrlInputDisabled: the host, its address or a redirect is not allowed.

@@ -4,45 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import msgspec
 from fastapi import Request, Response
 
 from models.errors import Cancelled, DeadlineExceeded, ModelReplaced
+from models.types import Operation
+from service.api import schemas
 from service.api.body import RequestBody
 from service.api.dependencies import Service
 from service.api.options import AnyOptions
 from service.api.pipeline import Reply
 from service.api.plan import Plan, choose_model, make_plan, timeout_s
 from service.api.record import Served, record_of
-from service.api.schemas import ExplainResponse, FeaturesResponse, ModelUsed, PredictResponse
 
 _RETRIES = 3
 _RETRY_PAUSE_S = 0.02
+_RESPONSES: Mapping[Operation, Callable[..., Any]] = {
+    "predict": schemas.PredictResponse,
+    "explain": schemas.ExplainResponse,
+    "features": schemas.FeaturesResponse,
+}
 
 T = TypeVar("T")
 OptionsT = TypeVar("OptionsT", bound=AnyOptions)
-ResponseKind = type[PredictResponse] | type[ExplainResponse] | type[FeaturesResponse]
 
 
-async def respond(
-    request: Request, service: Service, options: type[OptionsT], kind: ResponseKind
-) -> Response:
-    """Answer a request with JSON.
-
-    Args:
-        request: the request.
-        service: the parts of the application.
-        options: the options that it may have.
-        kind: the response.
+async def respond(request: Request, service: Service, options: type[OptionsT]) -> Response:
+    """Read, plan and run a request, and respond with JSON.
 
     Raises:
         HeatlensError: the reason why it failed.
     """
-    plan, reply = await run(request, service, options)
-    return images_response(request, plan, reply, kind)
+    return images_response(request, *await run(request, service, options))
 
 
 async def run(
@@ -57,14 +53,18 @@ async def run(
     Args:
         request: the request.
         service: the parts of the application.
-        options: the options that it may have.
+        options: the type of its options.
         adapt: changes the plan before it is run.
 
     Raises:
         HeatlensError: the reason why it failed.
     """
     started = time.monotonic()
-    body = await _read(request, service, options)
+    try:
+        async with asyncio.timeout(service.settings.limits.timeout_s):
+            body = await service.reader.read(request, options)
+    except TimeoutError:
+        raise DeadlineExceeded("The body did not arrive in time.") from None
     retries = _RETRIES
     while True:
         plan = adapt(_plan(request, service, body, started=started))
@@ -78,16 +78,13 @@ async def run(
         await asyncio.sleep(_RETRY_PAUSE_S)
 
 
-def images_response(request: Request, plan: Plan, reply: Reply, kind: ResponseKind) -> Response:
+def images_response(request: Request, plan: Plan, reply: Reply) -> Response:
     """The JSON response to a request for images."""
-    card = plan.info.card
     return json_response(
-        kind(
+        _RESPONSES[plan.operation](
             request_id=record_of(request).request_id,
-            model=ModelUsed(
-                name=card.name, version=card.version, device=reply.device, precision=card.precision
-            ),
-            results=reply.results,  # type: ignore[arg-type] # of the plan's operation, as `kind` is
+            model=schemas.derive(schemas.ModelUsed, plan.info.card, device=reply.device),
+            results=reply.results,
             timings_ms=reply.timings,
             batch_size=reply.batch_size,
         )
@@ -118,14 +115,9 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
-async def _read(
-    request: Request, service: Service, options: type[OptionsT]
-) -> RequestBody[OptionsT]:
-    try:
-        async with asyncio.timeout(service.settings.limits.timeout_s):
-            return await service.reader.read(request, options)
-    except TimeoutError:
-        raise DeadlineExceeded("The body did not arrive in time.") from None
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _plan(
@@ -139,14 +131,8 @@ def _plan(
     record.served = Served(
         model=info.card.name, version=info.card.version, operation=options.operation
     )
-    return make_plan(
-        body.images,
-        options,
-        info,
-        limits=limits,
-        started=started,
-        deadline=started + seconds,
-    )
+    deadline = started + seconds
+    return make_plan(body.images, options, info, limits=limits, started=started, deadline=deadline)
 
 
 async def _run(request: Request, service: Service, plan: Plan) -> Reply:
@@ -156,8 +142,3 @@ async def _run(request: Request, service: Service, plan: Plan) -> Reply:
         service.metrics.observe(reply, record.served)
     record.timings, record.batch_size = reply.timings, reply.batch_size
     return reply
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

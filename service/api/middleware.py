@@ -14,7 +14,7 @@ from service import logs, tracing
 from service.api.errors import CLIENT_GONE, error_response, internal_error
 from service.api.metrics import Metrics
 from service.api.record import RequestRecord
-from service.api.schemas import Timings
+from service.api.schemas import STAGES, Timings
 from service.logs import request_id_of
 from service.tracing import HttpTracing, RequestTrace
 
@@ -23,7 +23,6 @@ _log = logging.getLogger(__name__)
 
 _QUIET = frozenset({"/livez", "/readyz", "/healthz", "/metrics"})
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-_STAGES = ("decode", "queue", "device", "render")
 
 
 class RequestContext:
@@ -44,12 +43,10 @@ class RequestContext:
         trace = _trace(scope)
         traced = tracing.current.set(trace)
         started = time.perf_counter()
-        status: int | None = None
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                record.status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = record.request_id
                 headers["Server-Timing"] = _server_timing(record.timings, _since(started))
@@ -61,31 +58,26 @@ class RequestContext:
         try:
             await self._app(scope, receive, send_with_headers)
         except ClientDisconnect:
-            status = CLIENT_GONE
+            record.status = CLIENT_GONE
         except Exception:  # noqa: BLE001 # the last line of defence
             _log.exception("A request failed unexpectedly.")
             record.error_code = "internal"
-            if status is None:
+            if record.status is None:
                 response = error_response(internal_error(), request_id=record.request_id)
                 await response(scope, receive, send_with_headers)
         finally:
             self._metrics.inflight.dec()
-            if status in (None, CLIENT_GONE):
-                status, record.error_code = CLIENT_GONE, "cancelled"
-            self._finish(scope, record, status=status, duration_ms=_since(started), trace=trace)
+            self._finish(scope, record, trace, duration_ms=_since(started))
             tracing.current.reset(traced)
             logs.request_id.reset(token)
 
     def _finish(
-        self,
-        scope: Scope,
-        record: RequestRecord,
-        *,
-        status: int,
-        duration_ms: float,
-        trace: RequestTrace | None,
+        self, scope: Scope, record: RequestRecord, trace: RequestTrace | None, *, duration_ms: float
     ) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
+        status = record.status or CLIENT_GONE
+        if status == CLIENT_GONE:
+            record.error_code = "cancelled"
         code, seconds = record.error_code, duration_ms / 1000
         # Clients choose the method's name: only known ones may become a label.
         method = scope["method"] if scope["method"] in _METHODS else "other"
@@ -121,5 +113,5 @@ def _since(started: float) -> float:
 
 
 def _server_timing(timings: Timings | None, total_ms: float) -> str:
-    stages = [(name, getattr(timings, name)) for name in _STAGES] if timings else []
+    stages = [(name, getattr(timings, name)) for name in STAGES] if timings else []
     return ", ".join(f"{name};dur={ms:.3f}" for name, ms in [*stages, ("total", total_ms)])

@@ -6,15 +6,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
+from python_multipart.multipart import MultipartParser, MultipartState, parse_options_header
 
-from models.errors import (
-    BodyTooLarge,
-    HeatlensError,
-    ImageTooLarge,
-    MalformedBody,
-    TooManyImages,
-)
+from models.errors import BodyTooLarge, HeatlensError, ImageTooLarge, MalformedBody, TooManyImages
 from service.settings import LimitSettings
 
 IMAGE_PART = "image"
@@ -43,7 +37,7 @@ async def read_form(
     Raises:
         MalformedBody: the body is not a form, is truncated or has too many parts.
         TooManyImages: there are more image parts than allowed.
-        BodyTooLarge: the other parts are too large.
+        BodyTooLarge: the other parts are too large together.
     """
     _, parameters = parse_options_header(content_type)
     boundary = parameters.get(b"boundary", b"")
@@ -60,7 +54,6 @@ async def read_form(
             "on_headers_finished": reader.begin_data,
             "on_part_data": reader.add_data,
             "on_part_end": reader.end_part,
-            "on_end": reader.end,
         },
     )
     try:
@@ -69,7 +62,7 @@ async def read_form(
         parser.finalize()
     except FormParserError as error:
         raise MalformedBody("The multipart body is malformed.") from error
-    if not reader.complete:
+    if parser.state != MultipartState.END:
         raise MalformedBody("The multipart body is truncated.")
     return reader.form
 
@@ -79,15 +72,12 @@ class _Reader:
 
     def __init__(self, limits: LimitSettings) -> None:
         self.form = Form()
-        self.complete = False
         self._limits = limits
         self._field_bytes = 0
         self.begin_part()
 
     def begin_part(self) -> None:
-        self._header_name = b""
-        self._header_value = b""
-        self._disposition = b""
+        self._header_name = self._header_value = self._disposition = b""
         self._name = ""
         self._data = bytearray()
         self._error: HeatlensError | None = None
@@ -105,26 +95,22 @@ class _Reader:
 
     def begin_data(self) -> None:
         kind, parameters = parse_options_header(self._disposition.decode("latin-1"))
-        name = parameters.get(b"name", b"").decode("utf-8", "replace")
-        if kind != b"form-data" or not 0 < len(name) <= _MAX_NAME:
+        self._name = parameters.get(b"name", b"").decode("utf-8", "replace")
+        if kind != b"form-data" or not 0 < len(self._name) <= _MAX_NAME:
             raise MalformedBody("Each part of the form needs a name.")
-        self._name = name
-        if name == IMAGE_PART and len(self.form.images) >= self._limits.max_images:
-            raise TooManyImages(f"A request has at most {self._limits.max_images} images.")
-        if name != IMAGE_PART and len(self.form.fields) >= _MAX_FIELDS:
+        if self._name != IMAGE_PART and len(self.form.fields) >= _MAX_FIELDS:
             raise MalformedBody("The form has too many parts.")
+        if self._name == IMAGE_PART and len(self.form.images) >= self._limits.max_images:
+            raise TooManyImages(f"A request has at most {self._limits.max_images} images.")
 
     def add_data(self, data: bytes, start: int, end: int) -> None:
+        limits, size = self._limits, end - start
         if self._name != IMAGE_PART:
-            self._field_bytes += end - start
-            if self._field_bytes > self._limits.max_options_bytes:
-                raise BodyTooLarge(
-                    f"The options have more than {self._limits.max_options_bytes} bytes."
-                )
-        elif self._error is None and len(self._data) + end - start > self._limits.max_image_bytes:
-            self._error = ImageTooLarge(
-                f"The image has more than {self._limits.max_image_bytes} bytes."
-            )
+            self._field_bytes += size
+            if self._field_bytes > limits.max_options_bytes:
+                raise BodyTooLarge(f"The options have more than {limits.max_options_bytes} bytes.")
+        elif self._error is None and len(self._data) + size > limits.max_image_bytes:
+            self._error = ImageTooLarge(f"The image has more than {limits.max_image_bytes} bytes.")
             self._data.clear()
         if self._error is None:
             self._data += memoryview(data)[start:end]
@@ -134,6 +120,3 @@ class _Reader:
             self.form.images.append(self._error or bytes(self._data))
         else:
             self.form.fields.append((self._name, bytes(self._data)))
-
-    def end(self) -> None:
-        self.complete = True

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from models.imaging.decode import FORMATS
-from models.imaging.locate import Box
 from models.methods.table import Method
-from models.types import ChannelStatistics, Faithfulness, LayerInfo, Quantiles, Region
+from models.types import LayerInfo
 from service.api import schemas
 from service.api.body import BYTES, FORM, JSON
 from service.api.errors import CODES
@@ -32,32 +31,30 @@ _REF = "#/components/schemas/{model}"
 _JSON_ONLY = frozenset({"interventions"})
 _QUERY_TARGETS = {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": 16}
 
+# Error statuses of routes: without a key, with one, about a model, for images, with an admin key.
 OPEN = (404, 405, 500)
-"""Error statuses of routes that need no key."""
 KEYED = (401, *OPEN)
-"""Error statuses of routes that need a key."""
 MODEL = (*KEYED, 503)
-"""Error statuses of routes about one model."""
 INPUT = (400, *KEYED, 403, 413, 415, 422, 429, 503, 504)
-"""Error statuses of routes that take images."""
 ADMIN = (400, *KEYED, 403, 413, 422, 503)
-"""Error statuses of routes that need an admin key."""
 
-_HEADERS: dict[str, Any] = {
-    "X-Request-ID": {
-        "description": "The request's id; a sane inbound one is kept.",
-        "schema": {"type": "string"},
-    },
-    "Server-Timing": {
-        "description": "Milliseconds per stage and in total.",
-        "schema": {"type": "string"},
-    },
+BINARY = {"type": "string", "format": "binary"}
+
+
+def _header(description: str, **schema: Any) -> dict[str, Any]:
+    return {"description": description, "schema": schema}
+
+
+_HEADERS = {
+    "X-Request-ID": _header("The request's id; a sane inbound one is kept.", type="string"),
+    "Server-Timing": _header("Milliseconds per stage and in total.", type="string"),
 }
-_RETRY_AFTER: dict[str, Any] = {
-    "Retry-After": {
-        "description": "Seconds after which a retry makes sense.",
-        "schema": {"type": "integer", "minimum": 1},
-    }
+_RETRY_AFTER = _header("Seconds after which a retry makes sense.", type="integer", minimum=1)
+_TIMEOUT_HEADER = {
+    "name": "X-Request-Timeout-Ms",
+    "in": "header",
+    "description": "Deadline in milliseconds, if `timeout_s` is not given.",
+    "schema": {"type": "integer", "minimum": 1, "maximum": 86_400_000},
 }
 
 
@@ -73,25 +70,18 @@ def responses(
     errors: tuple[int, ...] = KEYED,
     example: Any = None,
 ) -> dict[int | str, dict[str, Any]]:
-    """A route's `responses`: its JSON response and the errors it may return.
-
-    Args:
-        schema: the response, or its JSON schema.
-        description: of the response.
-        errors: statuses.
-        example: a response.
-    """
-    shape = dict(schema) if isinstance(schema, Mapping) else _ref(schema.__name__)
-    content = {"schema": shape} if example is None else {"schema": shape, "example": example}
-    found: dict[int | str, dict[str, Any]] = {
-        200: {"description": description, "content": {JSON: content}}
-    }
+    """A route's `responses`: its JSON response (or the schema of it) and its error statuses."""
+    shape = schema if isinstance(schema, Mapping) else _ref(schema.__name__)
+    found: dict[int | str, dict[str, Any]] = {200: _json_content(description, shape, example)}
     for status in sorted(errors):
-        found[status] = {
-            "description": f"Codes: {', '.join(f'`{code}`' for code in CODES[status])}.",
-            "content": {JSON: {"schema": _ref("ErrorResponse"), "example": ERROR}},
-        }
+        codes = ", ".join(f"`{code}`" for code in CODES[status])
+        found[status] = _json_content(f"Codes: {codes}.", _ref("ErrorResponse"), ERROR)
     return found
+
+
+def _json_content(description: str, schema: Mapping[str, Any], example: Any) -> dict[str, Any]:
+    media = {"schema": schema} if example is None else {"schema": schema, "example": example}
+    return {"description": description, "content": {JSON: media}}
 
 
 def _ref(name: str) -> dict[str, Any]:
@@ -99,10 +89,9 @@ def _ref(name: str) -> dict[str, Any]:
 
 
 def repository_body(**fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The `openapi_extra` of a route of the model repository, whose body is optional.
+    """The `openapi_extra` of a route of the model repository; its body is optional.
 
-    Args:
-        fields: schema of each field of the body in addition to `parameters`.
+    `fields` are schemas of the body's fields in addition to `parameters`.
     """
     schema = {"type": "object", "properties": {"parameters": {"type": "object"}, **fields}}
     return {"requestBody": {"required": False, "content": {JSON: {"schema": schema}}}}
@@ -110,38 +99,26 @@ def repository_body(**fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def image_input(options: type[AnyOptions]) -> dict[str, Any]:
     """The `openapi_extra` of a route that takes images: query parameters and three body forms."""
-    name = options.__name__
-    image = {"type": "string", "format": "binary"}
     form = {
         "type": "object",
         "required": [IMAGE_PART],
         "properties": {
-            IMAGE_PART: {"type": "array", "items": image, "minItems": 1},
-            OPTIONS_PART: _ref(name),
+            IMAGE_PART: {"type": "array", "items": BINARY, "minItems": 1},
+            OPTIONS_PART: _ref(options.__name__),
         },
     }
     json_body: dict[str, Any] = {"schema": _ref(_request_name(options))}
     if options is ExplainOptions:
         json_body["example"] = EXPLAIN_REQUEST
+    content = {
+        FORM: {"schema": form, "encoding": {OPTIONS_PART: {"contentType": JSON}}},
+        JSON: json_body,
+        **{media_type: {"schema": BINARY} for media_type in (*FORMATS, BYTES)},
+    }
     return {
         "parameters": [*_query_parameters(options), _TIMEOUT_HEADER],
-        "requestBody": {
-            "required": True,
-            "content": {
-                FORM: {"schema": form, "encoding": {OPTIONS_PART: {"contentType": JSON}}},
-                JSON: json_body,
-                **{media_type: {"schema": image} for media_type in (*FORMATS, BYTES)},
-            },
-        },
+        "requestBody": {"required": True, "content": content},
     }
-
-
-_TIMEOUT_HEADER: dict[str, Any] = {
-    "name": "X-Request-Timeout-Ms",
-    "in": "header",
-    "description": "Deadline in milliseconds, if `timeout_s` is not given.",
-    "schema": {"type": "integer", "minimum": 1, "maximum": 86_400_000},
-}
 
 
 def _query_parameters(options: type[BaseModel]) -> list[dict[str, Any]]:
@@ -155,8 +132,8 @@ def _query_parameters(options: type[BaseModel]) -> list[dict[str, Any]]:
             described |= _QUERY_TARGETS
         if described.get("type") == "array":
             parameter |= {"style": "form", "explode": False}
+        # Optional: absent, never null, in a query.
         if "anyOf" in described:
-            # Optional: absent, never null, in a query.
             described |= described.pop("anyOf")[0]
             del described["default"]
         if text := described.pop("description", None):
@@ -169,34 +146,59 @@ def _request_name(options: type[BaseModel]) -> str:
     return options.__name__.replace("Options", "Request")
 
 
-RESPONSES: tuple[type[Any], ...] = (
+# ---------------------------------------------------------------- document
+
+
+def install(app: FastAPI) -> None:
+    """Make this the application's OpenAPI document, generated on its first use."""
+    generate = app.openapi
+
+    @functools.cache
+    def document() -> dict[str, Any]:
+        return _complete(generate())
+
+    app.openapi = document  # type: ignore[method-assign] # as FastAPI documents it
+
+
+def _complete(document: dict[str, Any]) -> dict[str, Any]:
+    found = {**_option_schemas(), **_response_schemas()}
+    document.setdefault("components", {})["schemas"] = dict(sorted(found.items()))
+    for path in document["paths"].values():
+        for operation in path.values():
+            # The framework's guess, but no path parameter is refused here.
+            if "HTTPValidationError" in str(operation["responses"].get("422")):
+                del operation["responses"]["422"]
+            for status, response in operation["responses"].items():
+                retry = {"Retry-After": _RETRY_AFTER} if status in ("429", "503") else {}
+                response["headers"] = {**_HEADERS, **retry}
+    return document
+
+
+# The documented responses; the structs that they contain are found through them.
+_RESPONSES: tuple[type[Any], ...] = (
     schemas.ErrorResponse,
     schemas.PredictResponse,
     schemas.ExplainResponse,
     schemas.FeaturesResponse,
     schemas.ModelsResponse,
-    schemas.CardResponse,
-    LayerInfo,
-    Method,
     schemas.AliveResponse,
     schemas.ReadyResponse,
     schemas.RepositoryModel,
+    LayerInfo,
+    Method,
 )
-"""The documented responses; the structs that they contain are found through them."""
 
 
 def _response_schemas() -> dict[str, Any]:
     """JSON schemas of all responses, by name."""
-    _, found = msgspec.json.schema_components(RESPONSES, ref_template=_REF.format(model="{name}"))
+    _, found = msgspec.json.schema_components(_RESPONSES, ref_template=_REF.format(model="{name}"))
     for schema in found.values():
         schema["description"] = schema["description"].partition("\n\n")[0]
         # A field with a default is sent like any other; only a field that is `UNSET` is absent.
-        sent = {name for name, field in schema["properties"].items() if "default" in field}
-        schema["required"] = [
-            name for name in schema["properties"] if name in sent.union(schema["required"])
-        ]
-        for name in sent:
-            del schema["properties"][name]["default"]
+        fields = schema["properties"].items()
+        schema["required"] = [n for n, f in fields if n in schema["required"] or "default" in f]
+        for _, field in fields:
+            field.pop("default", None)
     for result in (schemas.PredictResult, schemas.ExplainResult, schemas.FeaturesResult):
         whole = [field for field in result.__struct_fields__ if field != "error"]
         found[result.__name__]["oneOf"] = [{"required": whole}, {"required": ["error"]}]
@@ -204,135 +206,36 @@ def _response_schemas() -> dict[str, Any]:
     return found
 
 
-def _components() -> dict[str, Any]:
+def _option_schemas() -> dict[str, Any]:
+    """JSON schemas of all options, and of the JSON bodies that hold them, by name."""
     operations = (PredictOptions, ExplainOptions, FeaturesOptions)
     _, described = models_json_schema(
         [(model, "validation") for model in (*operations, ImageOption)], ref_template=_REF
     )
     found: dict[str, Any] = described["$defs"]
+    images = {"type": "array", "items": _ref("ImageOption"), "minItems": 1}
     for model in operations:
         options = found[model.__name__]
         found[_request_name(model)] = {
             **options,
             "title": _request_name(model),
             "description": "Images and options as JSON.",
-            "properties": {
-                "images": {"type": "array", "items": _ref("ImageOption"), "minItems": 1},
-                **options["properties"],
-            },
+            "properties": {"images": images, **options["properties"]},
             "required": ["images"],
         }
     found["ImageOption"]["oneOf"] = [
         {"required": [one], "properties": {one: {"type": "string"}}} for one in ("b64", "url")
     ]
-    return {**found, **_response_schemas()}
-
-
-def install(app: FastAPI) -> None:
-    """Make this the application's OpenAPI document, generated on its first use."""
-
-    def document() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            app.openapi_schema = _document(app)
-        return app.openapi_schema
-
-    app.openapi = document  # type: ignore[method-assign] # as FastAPI documents it
-
-
-def _document(app: FastAPI) -> dict[str, Any]:
-    document = get_openapi(
-        title=app.title,
-        version=app.version,
-        description=app.description,
-        routes=app.routes,
-        tags=app.openapi_tags,
-    )
-    document["components"] = {
-        **document.get("components", {}),
-        "schemas": dict(sorted(_components().items())),
-    }
-    for path in document["paths"].values():
-        for operation in path.values():
-            if "HTTPValidationError" in str(operation["responses"].get("422")):
-                # The framework's guess, but no path parameter is refused here.
-                del operation["responses"]["422"]
-            for status, response in operation["responses"].items():
-                retry = _RETRY_AFTER if status in ("429", "503") else {}
-                response["headers"] = {**_HEADERS, **retry}
-    return document
+    return found
 
 
 # ---------------------------------------------------------------- examples
 
-_REQUEST_ID = "01JZ8Q4M7V9WK3T5R2XN6B1C0D"
-_MODEL_USED = schemas.ModelUsed(
-    name="efficientnet_lite0", version="1", device="cpu", precision="fp32"
-)
-_REGION = Region(x=85.9, y=23.4, width=328.1, height=328.1)
-_IMAGE = schemas.ImageInfo(width=500, height=375, region=_REGION)
-_TABBY = schemas.Prediction(class_id=281, label="tabby", score=9.21, probability=0.61)
-_TIMINGS = schemas.Timings(decode=2.1, queue=0.4, device=21.7, render=1.2, total=26.0)
-_STATISTICS = schemas.StatisticsResponse(
-    layer="bn2",
-    kind="output",
-    shape=(1280, 7, 7),
-    mean=0.31,
-    std=0.6,
-    min=0.0,
-    max=6.0,
-    l2=12.4,
-    sparsity=0.62,
-    dead_channels=12,
-    quantiles=Quantiles(p01=0.0, p25=0.0, p50=0.0, p75=0.4, p99=3.2),
-    top_channels=(ChannelStatistics(index=711, mean=4.2, max=6.0, weight=0.031),),
-)
-_EXPLANATION = schemas.ExplanationResponse(
-    method="gradcam",
-    layer="bn2",
-    target=_TABBY,
-    heatmap=schemas.ImageData(media_type="image/png", width=224, height=224, data="iVBORw0KGgo="),
-    overlay=schemas.ImageData(media_type="image/jpeg", width=224, height=224, data="/9j/4AAQSkY="),
-    range=schemas.ValueRange(min=0.0, max=3.7),
-    signed=False,
-    degenerate=False,
-    peak=schemas.Point(x=241.0, y=180.5),
-    box=Box(x=120, y=60, width=260, height=290),
-    faithfulness={"deletion": Faithfulness(value=0.11, random=0.32)},
-)
 
-
-def _example(kind: Callable[..., msgspec.Struct], result: schemas.Result) -> Any:
-    response = kind(
-        request_id=_REQUEST_ID,
-        model=_MODEL_USED,
-        results=(result,),
-        timings_ms=_TIMINGS,
-        batch_size=4,
-    )
-    return msgspec.to_builtins(response)
-
-
-PREDICT = _example(
-    schemas.PredictResponse,
-    schemas.PredictResult(image=_IMAGE, predictions=(_TABBY,), statistics=()),
-)
-EXPLAIN = _example(
-    schemas.ExplainResponse,
-    schemas.ExplainResult(
-        image=_IMAGE,
-        predictions=(_TABBY,),
-        explanations=(_EXPLANATION,),
-        statistics=(_STATISTICS,),
-    ),
-)
-FEATURES = _example(
-    schemas.FeaturesResponse,
-    schemas.FeaturesResult(image=_IMAGE, predictions=(_TABBY,), features=(_STATISTICS,)),
-)
 ERROR: dict[str, Any] = {
     "error": "Unknown method. Allowed: gradcam, layercam.",
     "code": "invalid_option",
-    "request_id": _REQUEST_ID,
+    "request_id": "01JZ8Q4M7V9WK3T5R2XN6B1C0D",
     "retryable": False,
     "field": "methods.0",
 }
@@ -341,3 +244,36 @@ EXPLAIN_REQUEST: dict[str, Any] = {
     "methods": ["gradcam", "layercam"],
     "targets": ["top1", {"class": 281, "against": [282, "top2"]}],
 }
+EXPLAIN: dict[str, Any] = msgspec.json.decode("""{
+  "request_id": "01JZ8Q4M7V9WK3T5R2XN6B1C0D",
+  "model": {"name": "efficientnet_lite0", "version": "1", "device": "cpu", "precision": "fp32"},
+  "results": [{
+    "image": {
+      "width": 500, "height": 375,
+      "region": {"x": 85.9, "y": 23.4, "width": 328.1, "height": 328.1}
+    },
+    "predictions": [{"class_id": 281, "label": "tabby", "score": 9.21, "probability": 0.61}],
+    "explanations": [{
+      "method": "gradcam", "layer": "bn2",
+      "target": {"class_id": 281, "label": "tabby", "score": 9.21, "probability": 0.61},
+      "heatmap": {"media_type": "image/png", "width": 224, "height": 224, "data": "iVBORw0KGgo="},
+      "overlay": {"media_type": "image/jpeg", "width": 224, "height": 224, "data": "/9j/4AAQSkY="},
+      "range": {"min": 0.0, "max": 3.7}, "signed": false, "degenerate": false,
+      "peak": {"x": 241.0, "y": 180.5}, "box": {"x": 120, "y": 60, "width": 260, "height": 290},
+      "faithfulness": {"deletion": {"value": 0.11, "random": 0.32}}, "warnings": []
+    }],
+    "statistics": [{
+      "layer": "bn2", "kind": "output", "shape": [1280, 7, 7],
+      "mean": 0.31, "std": 0.6, "min": 0.0, "max": 6.0, "l2": 12.4,
+      "sparsity": 0.62, "dead_channels": 12,
+      "quantiles": {"p01": 0.0, "p25": 0.0, "p50": 0.0, "p75": 0.4, "p99": 3.2},
+      "top_channels": [{"index": 711, "mean": 4.2, "max": 6.0, "weight": 0.031}]
+    }]
+  }],
+  "timings_ms": {"decode": 2.1, "queue": 0.4, "device": 21.7, "render": 1.2, "total": 26.0},
+  "batch_size": 4
+}""")
+_RESULT = EXPLAIN["results"][0]
+_IMAGE = {key: _RESULT[key] for key in ("image", "predictions")}
+PREDICT = {**EXPLAIN, "results": [{**_IMAGE, "statistics": []}]}
+FEATURES = {**EXPLAIN, "results": [{**_IMAGE, "features": _RESULT["statistics"]}]}

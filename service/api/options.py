@@ -29,23 +29,20 @@ _MAX_AGAINST = 1000
 _MAX_NAME = 512
 _MAX_FIELD = 64
 
-_CLASS_SCHEMA: dict[str, Any] = {
-    "anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "minLength": 1}]
+_CLASS_SCHEMAS = [{"type": "integer", "minimum": 0}, {"type": "string", "minLength": 1}]
+_CLASS_SCHEMA = {"anyOf": _CLASS_SCHEMAS}
+_CONTRAST_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "class": _CLASS_SCHEMA,
+        "against": {"type": "array", "items": _CLASS_SCHEMA, "maxItems": _MAX_AGAINST},
+    },
+    "required": ["class"],
+    "additionalProperties": False,
 }
 _TARGET_SCHEMA: dict[str, Any] = {
     "description": "A class index, a label, a rank from `top1` to `top10`, or a contrast.",
-    "anyOf": [
-        *_CLASS_SCHEMA["anyOf"],
-        {
-            "type": "object",
-            "properties": {
-                "class": _CLASS_SCHEMA,
-                "against": {"type": "array", "items": _CLASS_SCHEMA, "maxItems": _MAX_AGAINST},
-            },
-            "required": ["class"],
-            "additionalProperties": False,
-        },
-    ],
+    "anyOf": [*_CLASS_SCHEMAS, _CONTRAST_SCHEMA],
 }
 
 
@@ -60,8 +57,7 @@ def _check_target(value: object) -> object:
 Name = Annotated[str, Field(min_length=1, max_length=_MAX_NAME)]
 TargetOption = Annotated[Any, AfterValidator(_check_target), WithJsonSchema(_TARGET_SCHEMA)]
 Targets = Annotated[
-    list[TargetOption],
-    Field(min_length=1, max_length=MAX_TARGETS, examples=[["top1", 281]]),
+    list[TargetOption], Field(min_length=1, max_length=MAX_TARGETS, examples=[["top1", 281]])
 ]
 Layers = Annotated[list[Name], Field(min_length=1, max_length=64, examples=[["auto"]])]
 TopK = Annotated[int, Field(ge=1, le=100, description="Number of predictions.")]
@@ -96,7 +92,7 @@ class CommonOptions(_Model):
     ] = None
     interventions: Annotated[
         list[InterventionOption],
-        Field(max_length=16, description="Answer as if these feature maps were changed."),
+        Field(max_length=16, description="Feature maps to change during the pass."),
     ] = []
     timeout_s: Annotated[
         Finite | None,
@@ -127,7 +123,8 @@ class ExplainOptions(CommonOptions):
     ] = ["gradcam"]
     targets: Annotated[Targets, Field(description="Classes to explain.")] = ["top1"]
     layers: Annotated[
-        Layers, Field(description="Dotted module names or globs; `auto` is the recommended layer.")
+        Layers,
+        Field(description="Dotted module names or globs; `auto` is the recommended layer."),
     ] = ["auto"]
     fuse: Annotated[
         Fuse, Field(description="How the maps of several layers are fused into one.")
@@ -165,7 +162,8 @@ class FeaturesOptions(CommonOptions):
         "top1"
     ]
     layers: Annotated[
-        Layers, Field(description="Dotted module names or globs; `auto` spreads over the depth.")
+        Layers,
+        Field(description="Dotted module names or globs; `auto` spreads over the depth."),
     ] = ["auto"]
     kinds: Annotated[
         list[Kind], Field(min_length=1, max_length=4, description="Tensors of each layer.")
@@ -225,20 +223,18 @@ def validate(model: type[OptionsT], values: Mapping[str, Any], *, prefix: str = 
         raise InvalidOption(_explain(first, model), field=field or None) from None
 
 
+_TYPES: Mapping[str, str] = {
+    "bool": "Must be true or false.",
+    "int": "Must be an integer.",
+    "float": "Must be a number.",
+    "string": "Must be text.",
+    "list": "Must be a list.",
+    "dict": "Must be an object.",
+    "model": "Must be an object.",
+}
 _SENTENCES: Mapping[str, str] = {
     "missing": "This is required.",
-    "list_type": "Must be a list.",
-    "bool_parsing": "Must be true or false.",
-    "bool_type": "Must be true or false.",
-    "int_parsing": "Must be an integer.",
-    "int_type": "Must be an integer.",
-    "int_from_float": "Must be an integer.",
-    "float_parsing": "Must be a number.",
-    "float_type": "Must be a number.",
     "finite_number": "Must be a finite number.",
-    "string_type": "Must be text.",
-    "dict_type": "Must be an object.",
-    "model_type": "Must be an object.",
     "greater_than": "Must be greater than {gt}.",
     "greater_than_equal": "Must be at least {ge}.",
     "less_than_equal": "Must be at most {le}.",
@@ -262,4 +258,5 @@ def _explain(error: ErrorDetails, model: type[BaseModel]) -> str:
     # Raised by a validator of this file.
     if kind == "value_error":
         return str(context["error"])
-    return _SENTENCES.get(kind, "The value has the wrong type.").format(**context)
+    of_type = _TYPES.get(kind.partition("_")[0], "The value has the wrong type.")
+    return _SENTENCES.get(kind, of_type).format(**context)

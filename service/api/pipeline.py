@@ -12,34 +12,22 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import TypeVar
 
 import numpy as np
 
-from models.errors import (
-    DeadlineExceeded,
-    HeatlensError,
-    InternalError,
-    ModelReplaced,
-    NotReady,
-    Overloaded,
-)
+from models.errors import DeadlineExceeded, HeatlensError, ModelReplaced, NotReady, Overloaded
 from models.imaging.decode import DecodeLimits, decode
 from models.imaging.preprocess import preprocess
-from models.types import Job, ModelInfo, Struct
+from models.types import Job, ModelInfo, Operation, Struct
 from service import logs, tracing
+from service.api import schemas
+from service.api.errors import internal_error
 from service.api.plan import Plan, PlannedImage
 from service.api.responses import DecodedInput, render
-from service.api.schemas import (
-    ExplainResult,
-    FeaturesResult,
-    ImageError,
-    PredictResult,
-    Result,
-    Timings,
-)
+from service.api.schemas import STAGES, ImageError, Result, Timings
 from service.devices.messages import Completion, Submission
 from service.devices.pool import DevicePool, is_long
 
@@ -47,10 +35,10 @@ T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
-_RESULTS: dict[str, type[PredictResult | ExplainResult | FeaturesResult]] = {
-    "predict": PredictResult,
-    "explain": ExplainResult,
-    "features": FeaturesResult,
+_RESULTS: Mapping[Operation, type[Result]] = {
+    "predict": schemas.PredictResult,
+    "explain": schemas.ExplainResult,
+    "features": schemas.FeaturesResult,
 }
 
 
@@ -63,10 +51,9 @@ class ImageRun(Struct):
 
 
 class Reply(Struct):
-    """The results of a plan.
+    """The results of a plan, one per image in order.
 
     Attributes:
-        results: one per image, in order.
         timings: of the request; each stage is that of its slowest image.
         batch_size: the largest batch of its images.
         device: the devices of its images, comma-separated.
@@ -86,7 +73,7 @@ class Pipeline:
     Args:
         pool: the devices.
         limits: caps on images.
-        threads: the pool that decodes and draws.
+        threads: where images are decoded and drawn.
         max_wait_s: estimated wait for a device beyond which a plan is refused before decoding.
     """
 
@@ -110,7 +97,7 @@ class Pipeline:
             Overloaded: every device is busy for too long.
             DeadlineExceeded: the plan's deadline passed.
             ModelReplaced: the model was replaced meanwhile; a plan for the new one may succeed.
-            HeatlensError: the first image's error, when every image failed.
+            HeatlensError: every image failed; this is the first one's error.
         """
         self._refuse_excess(plan)
         try:
@@ -121,7 +108,7 @@ class Pipeline:
         except TimeoutError:
             raise DeadlineExceeded("The deadline passed before the response was ready.") from None
         for outcome in outcomes:
-            # Not the fault of this image: the plan has to be made again for all of them.
+            # The plan must be made again for all images, not only for this one.
             if isinstance(outcome, ModelReplaced):
                 raise outcome
         return _reply(outcomes, plan)
@@ -152,16 +139,16 @@ class Pipeline:
             return error
         except Exception:  # noqa: BLE001 # one image must not fail the others
             _log.exception("An image failed unexpectedly.")
-            return InternalError("Something went wrong in the service.")
+            return internal_error()
 
     async def _run_image(self, image: PlannedImage, plan: Plan) -> tuple[Result, ImageRun]:
         if image.input.error is not None:
             raise image.input.error
         decoding = time.monotonic()
-        decoded, digest = await self._in_thread(lambda: self._prepare(image, plan))
+        decoded = await self._in_thread(lambda: self._prepare(image, plan))
         submitted = time.monotonic()
         tracing.stage("decode", began=decoding, ended=submitted)
-        completion = await self._submit(image, decoded.input, digest, plan)
+        completion = await self._submit(image, decoded, plan)
         answered = time.monotonic()
         result = await self._in_thread(lambda: render(completion.outcome, decoded, plan))
         rendered = time.monotonic()
@@ -176,22 +163,21 @@ class Pipeline:
         run = ImageRun(timings=timings, batch_size=completion.batch_size, device=completion.device)
         return result, run
 
-    async def _submit(
-        self, image: PlannedImage, model_input: np.ndarray, digest: str, plan: Plan
-    ) -> Completion:
+    async def _submit(self, image: PlannedImage, decoded: DecodedInput, plan: Plan) -> Completion:
         card = plan.info.card
+        job = Job(
+            id=uuid.uuid4().hex,
+            operation=plan.operation,
+            model=card.name,
+            version=card.version,
+            input=decoded.input,
+            options=image.options,
+        )
         return await self._pool.submit(
             Submission(
-                job=Job(
-                    id=uuid.uuid4().hex,
-                    operation=plan.operation,
-                    model=card.name,
-                    version=card.version,
-                    input=model_input,
-                    options=image.options,
-                ),
+                job=job,
                 deadline=plan.deadline,
-                digest=digest,
+                digest=decoded.digest,
                 traceparent=tracing.traceparent(),
                 request_id=logs.request_id.get(),
                 fingerprint=plan.info.fingerprint,
@@ -201,7 +187,7 @@ class Pipeline:
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def _prepare(self, image: PlannedImage, plan: Plan) -> tuple[DecodedInput, str]:
+    def _prepare(self, image: PlannedImage, plan: Plan) -> DecodedInput:
         spec = plan.info.card.input
         if spec is None:
             raise NotReady("The model is not ready yet.", field="model")
@@ -210,14 +196,16 @@ class Pipeline:
             image.input.data, limits=self._limits, preprocess=spec, keep_original=whole
         )
         model_input, geometry = preprocess(original, spec)
-        decoded = DecodedInput(
-            input=model_input, geometry=geometry, original=original if whole else None
+        return DecodedInput(
+            input=model_input,
+            digest=digest_of(model_input, plan.info),
+            geometry=geometry,
+            original=original if whole else None,
         )
-        return decoded, digest_of(model_input, plan.info)
 
 
 def digest_of(model_input: np.ndarray, info: ModelInfo) -> str:
-    """Digest of model and input, by which an input is recognised after a worker's exit."""
+    """Digest of model and input, which identifies an input after a worker's exit."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(f"{info.card.name}@{info.card.version}".encode())
     digest.update(np.ascontiguousarray(model_input).data)
@@ -231,15 +219,12 @@ def _reply(outcomes: Sequence[tuple[Result, ImageRun] | HeatlensError], plan: Pl
         raise errors[0]
     failed = _RESULTS[plan.operation]
     results = tuple(
-        failed(error=ImageError(code=outcome.code, error=outcome.message))
-        if isinstance(outcome, HeatlensError)
-        else outcome[0]
-        for outcome in outcomes
+        failed(error=ImageError(code=item.code, error=item.message))
+        if isinstance(item, HeatlensError)
+        else item[0]
+        for item in outcomes
     )
-    slowest = {
-        stage: max(getattr(run.timings, stage) for run in runs)
-        for stage in ("decode", "queue", "device", "render")
-    }
+    slowest = {stage: max(getattr(run.timings, stage) for run in runs) for stage in STAGES}
     return Reply(
         results=results,
         timings=Timings(**slowest, total=_ms(time.monotonic() - plan.started)),

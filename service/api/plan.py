@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from msgspec import structs
+import msgspec
 
 from models.catalog import ModelSpec
 from models.errors import InvalidOption, NotReady, UnknownLayer, UnknownModel
@@ -18,7 +18,6 @@ from service.api.body import ImageInput
 from service.api.options import (
     AnyOptions,
     CanvasName,
-    ExplainOptions,
     FeaturesOptions,
     InterventionOption,
     Output,
@@ -139,7 +138,7 @@ def make_plan(
             targets = resolve_targets(image.targets, info, field=f"images.{i}.targets")
             # A prediction has no targets; they are only checked.
             if options.operation != "predict":
-                resolved = structs.replace(common, targets=targets)
+                resolved = msgspec.structs.replace(common, targets=targets)
         planned.append(PlannedImage(input=image, options=resolved))
     results = sum(_count(options.operation, image.options) for image in planned)
     if results > limits.max_results:
@@ -165,11 +164,10 @@ def job_options(options: AnyOptions, info: ModelInfo) -> JobOptions:
     changes = _interventions(options.interventions, info)
     classes = max(1, info.card.num_classes)
     if isinstance(options, PredictOptions):
-        layers = resolve_layers(["auto"], info, spatial=True) if options.statistics else ()
         return JobOptions(
             top_k=min(options.top_k, classes),
             targets=(),
-            layers=layers,
+            layers=resolve_layers(["auto"], info, spatial=True) if options.statistics else (),
             statistics=options.statistics,
             interventions=changes,
         )
@@ -214,18 +212,8 @@ def _explained_layers(
 
 
 def render_options(options: AnyOptions) -> RenderOptions:
-    """The options of drawing the maps of a response."""
-    if isinstance(options, ExplainOptions):
-        return RenderOptions(
-            outputs=tuple(dict.fromkeys(options.outputs)),
-            canvas=options.canvas,
-            colormap=options.colormap,
-            alpha=options.alpha,
-            overlay_format=options.overlay_format,
-        )
-    if isinstance(options, FeaturesOptions):
-        return RenderOptions(colormap=options.colormap)
-    return RenderOptions()
+    """The options by which maps are drawn, with defaults for those that the request cannot have."""
+    return msgspec.convert(options, RenderOptions, from_attributes=True)
 
 
 def _interventions(

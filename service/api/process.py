@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import uvicorn
@@ -36,12 +36,9 @@ _CLOSE_HEADER = (b"connection", b"close")
 
 
 class ConnectionDraining:
-    """ASGI middleware that, while `draining`, ends each connection with its next response.
+    """ASGI middleware: while `draining` is true, each connection is closed with its next response.
 
-    So a client learns from a response that its connection ends, and not from a failed request.
-
-    Attributes:
-        draining: whether connections are to end.
+    A client then learns from a response, not from a failed request, that its connection ends.
     """
 
     def __init__(self, app: Reload) -> None:
@@ -63,10 +60,10 @@ class HttpServer(uvicorn.Server):
     """uvicorn with our handling of signals.
 
     SIGTERM drains and a second one stops at once; SIGHUP reloads the configuration; SIGINT is left
-    to the supervisor. Draining: no new connection is accepted here; a kept-alive connection ends
-    with its next response; after half a second idle connections are closed, too; accepted requests
-    finish. Shortly before the grace period ends, the pool fails the remaining jobs with `Draining`,
-    so that even those requests get a typed answer.
+    to the supervisor. While draining, no new connection is accepted; a kept-alive connection closes
+    with its next response, an idle one after half a second; accepted requests finish. Shortly
+    before the grace period ends, the pool fails the remaining jobs with `Draining`, so that even
+    those requests get a typed error.
     """
 
     def __init__(
@@ -106,7 +103,8 @@ class HttpServer(uvicorn.Server):
         for server in self.servers:
             server.close()
         until = time.monotonic() + min(_LINGER_S, grace_s / 4)
-        while self.server_state.connections and time.monotonic() < until:  # noqa: ASYNC110 # uvicorn's set has no event
+        # uvicorn's set of connections has no event to wait for.
+        while self.server_state.connections and time.monotonic() < until:  # noqa: ASYNC110
             await asyncio.sleep(_LINGER_POLL_S)
         self.should_exit = True
 
@@ -123,7 +121,7 @@ def _default_app(runtime: RuntimeDir) -> MakeApp:
 
     def make(settings: Settings, pool: DevicePool) -> ASGIApp:
         nonlocal metrics
-        # One for the process: a second one would overwrite the shared counters of the first.
+        # One per process: a second one would overwrite the shared counters of the first.
         metrics = metrics or Metrics(pool)
         return create_app(
             settings, pool, metrics=metrics, read_settings=source.read, limiter=limiter
@@ -135,9 +133,8 @@ def _default_app(runtime: RuntimeDir) -> MakeApp:
 def main(arguments: Sequence[str] | None = None, *, make_app: MakeApp | None = None) -> int:
     """Serve until SIGTERM; returns the exit code."""
     parser = argparse.ArgumentParser(prog="heatlens HTTP process")
-    parser.add_argument("--runtime", type=Path, required=True)
-    parser.add_argument("--socket", type=int, required=True)
-    parser.add_argument("--parent", type=int, required=True)
+    for name, kind in {"runtime": Path, "socket": int, "parent": int}.items():
+        parser.add_argument(f"--{name}", type=kind, required=True)
     parsed = parser.parse_args(arguments)
     die_with_parent(parsed.parent)
     runtime = RuntimeDir(parsed.runtime)
@@ -154,19 +151,8 @@ def main(arguments: Sequence[str] | None = None, *, make_app: MakeApp | None = N
         server_header=False,
     )
     server = HttpServer(config, draining=draining, reload=reload)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(server.serve(sockets=[socket.socket(fileno=parsed.socket)]))
+    server.run(sockets=[socket.socket(fileno=parsed.socket)])
     return 0 if server.started else EXIT_NOT_STARTED
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """The faster loop where it is installed."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory
 
 
 if __name__ == "__main__":

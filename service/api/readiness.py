@@ -1,4 +1,4 @@
-"""Readiness: whether requests can be answered now, and what is missing."""
+"""Readiness to answer requests, and the reasons against it."""
 
 from __future__ import annotations
 
@@ -14,18 +14,16 @@ def is_up(status: DeviceStatus, *, within_s: float) -> bool:
 
 
 def readiness(pool: DevicePool, settings: Settings) -> ReadyResponse:
-    """Compute readiness: a recent pass on a device, a warm model, and the default one not loading.
+    """Ready means a recent pass on a device, a warm model, and a default one that is not loading.
 
-    A model that failed to load, or that was unloaded, does not take the others off the air; it is
-    named as missing.
+    A model that failed to load or was unloaded is named as missing and leaves the others ready.
     """
-    statuses = pool.devices()
-    infos = pool.models()
-    within = settings.server.ready_within_s
+    within_s = settings.server.ready_within_s
     devices = tuple(
-        derive(DeviceReadiness, status, ready=is_up(status, within_s=within)) for status in statuses
+        derive(DeviceReadiness, status, ready=is_up(status, within_s=within_s))
+        for status in pool.devices()
     )
-    models = tuple(derive(ModelReadiness, info.card) for info in infos)
+    models = tuple(derive(ModelReadiness, info.card) for info in pool.models())
     missing = [*map(_missing_device, devices), *map(_missing_model, models)]
     known = {model.name for model in models}
     missing += [f"model {s.name}: not loaded" for s in settings.models if s.name not in known]

@@ -27,14 +27,15 @@ class RequestRecord:
 
     Attributes:
         request_id: the inbound id if it is sane, otherwise a new one.
+        status: of the response; None until it starts.
         error_code: code of the error that was sent; empty if there was none.
         served: None for requests that name no model.
         images: number of images sent.
-        timings: None until the images were answered.
-        batch_size: the same.
+        timings, batch_size: None until all images have a result.
     """
 
     request_id: str
+    status: int | None = None
     error_code: str = ""
     served: Served | None = None
     images: int = 0
@@ -42,7 +43,7 @@ class RequestRecord:
     batch_size: int | None = None
 
     def attach(self, scope: Scope) -> None:
-        """Make the record available to everything that answers the request."""
+        """Make the record available to everything that handles the request."""
         scope.setdefault("state", {})[_KEY] = self
 
     def log_fields(self) -> dict[str, object]:

@@ -1,8 +1,8 @@
-"""Reload of the configuration while an HTTP process serves: a new application is swapped in.
+"""Reloads the configuration while an HTTP process serves, by swapping in a new application.
 
 SIGHUP reaches one HTTP process. It loads new and changed models, publishes the settings and unloads
 removed models at the end; every HTTP process swaps in an application built from the published
-settings. Requests that have begun finish in the application that accepted them.
+settings. Requests finish in the application that accepted them.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, cast
 
 import uvicorn
@@ -39,23 +40,21 @@ _RELEASE_S = 5.0
 
 
 class _BorrowedPool:
-    """A pool whose start and close do nothing: it outlives the application that uses it."""
+    """A pool that outlives the application using it: it is neither started nor closed again."""
 
     def __init__(self, pool: DevicePool) -> None:
         self._pool = pool
 
-    async def start(self) -> None:
-        """Do nothing: the pool has been started."""
+    async def start(self) -> None: ...
 
-    async def close(self) -> None:
-        """Do nothing: the next application uses the pool."""
+    async def close(self) -> None: ...
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._pool, name)
 
 
 class _Generation:
-    """An application with the settings it was built from, and the count of its requests."""
+    """An application with the lease of its settings and the count of its requests."""
 
     def __init__(self, app: ASGIApp, lease: SettingsLease) -> None:
         config = uvicorn.Config(app, lifespan="on", log_config=None, proxy_headers=False)
@@ -66,11 +65,7 @@ class _Generation:
         self._requests = 0
 
     async def start(self) -> None:
-        """Run the application's startup.
-
-        Raises:
-            RuntimeError: it failed; uvicorn logs the reason.
-        """
+        """Run the application's startup; raises `RuntimeError` if it fails (uvicorn logs why)."""
         await self._lifespan.startup()
         if self._lifespan.should_exit:
             raise RuntimeError("the application did not start")
@@ -84,8 +79,7 @@ class _Generation:
 
     async def finish(self) -> None:
         """Wait for the requests, which end by their deadlines, and run the shutdown."""
-        while self._requests:  # noqa: ASYNC110 # seldom, and short
-            await asyncio.sleep(_POLL_S)
+        await _wait_until(lambda: not self._requests)
         await self.stop()
 
     async def stop(self) -> None:
@@ -94,7 +88,7 @@ class _Generation:
 
 
 class Reload:
-    """The ASGI application of an HTTP process; serves by the published settings.
+    """The ASGI application of an HTTP process; always serves with the published settings.
 
     Args:
         runtime: the supervisor's folder.
@@ -133,13 +127,11 @@ class Reload:
             await self._serving(scope, receive, send)
 
     def request(self) -> None:
-        """Reload the configuration for all HTTP processes, after a reload under way."""
+        """Reload the configuration of all HTTP processes, after any reload in progress."""
         self._requested = True
         if self.started and not self._leading:
             self._leading = True
             self._spawn(self._lead())
-
-    # ---------------------------------------------------------------- lifespan
 
     async def _run(self, receive: Receive, send: Send) -> None:
         await receive()
@@ -150,12 +142,12 @@ class Reload:
             log.exception("the HTTP process cannot start")
             await send({"type": "lifespan.startup.failed"})
             return
-        watching = asyncio.create_task(self._watch())
+        self._spawn(self._watch())
         if self._requested:
             self.request()
         await send({"type": "lifespan.startup.complete"})
         await receive()
-        for task in (watching, *self._tasks):
+        for task in tuple(self._tasks):
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
@@ -178,12 +170,12 @@ class Reload:
         return generation
 
     async def _swap(self) -> _Generation:
-        """Serve by the published settings from now on; returns the replaced application."""
+        """Serve with the published settings from now on; returns the replaced application."""
         replaced, self._current = self._serving, await self._build()
         return replaced
 
     async def _watch(self) -> None:
-        """Swap when another process has published settings."""
+        """Swap whenever another process publishes settings."""
         while True:
             await asyncio.sleep(_WATCH_S)
             if self._leading or self._serving.lease.is_current():
@@ -199,12 +191,10 @@ class Reload:
         await replaced.finish()
         replaced.lease.close()
 
-    def _spawn(self, work: object) -> None:
-        task: asyncio.Task[None] = asyncio.create_task(work)  # type: ignore[arg-type] # a coroutine
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    # ---------------------------------------------------------------- leading
 
     async def _lead(self) -> None:
         try:
@@ -219,13 +209,14 @@ class Reload:
         try:
             read = await asyncio.to_thread(self._runtime.read_source().read)
         except ConfigurationError as error:
-            log.error("the configuration is wrong, the old one stays: %s", error)  # noqa: TRY400 # no trace needed
+            log.error("the configuration is wrong, the old one stays: %s", error)  # noqa: TRY400
             return
         settings, late = reloaded(self.settings, read)
         for key in late:
             log.warning("%s has changed: restart the service to apply it", key)
         log.info("reloading the configuration")
-        await self._settle()
+        # The devices may still be loading their first models.
+        await _wait_until(self._settled, timeout_s=_SETTLE_S)
         if not await self._load_models(settings.models):
             log.error(
                 "the configuration is not reloaded, the old one stays: a model failed to load"
@@ -237,7 +228,7 @@ class Reload:
         log.info("the configuration is reloaded")
 
     async def _publish(self, settings: Settings) -> bool:
-        """Have all HTTP processes swap; returns once no request is served by the old settings."""
+        """Have all HTTP processes swap; returns once no request uses the old settings."""
         before = self.settings
         self._runtime.write_settings(settings)
         try:
@@ -247,48 +238,47 @@ class Reload:
             self._runtime.write_settings(before)
             return False
         await replaced.finish()
-        until = time.monotonic() + before.limits.max_timeout_s + _RELEASE_S
-        while not replaced.lease.is_last() and time.monotonic() < until:  # noqa: ASYNC110 # a lock
-            await asyncio.sleep(_POLL_S)
+        await _wait_until(
+            replaced.lease.is_last, timeout_s=before.limits.max_timeout_s + _RELEASE_S
+        )
         replaced.lease.close()
         return True
 
-    async def _settle(self) -> None:
-        """Wait until no device is loading its first models."""
-        until = time.monotonic() + _SETTLE_S
-        while time.monotonic() < until:
-            if not any(info.card.state == "loading" for info in self.pool.models()):
-                return
-            await asyncio.sleep(_POLL_S)
+    def _settled(self) -> bool:
+        return all(info.card.state != "loading" for info in self.pool.models())
 
     async def _load_models(self, wanted: Sequence[ModelSpec]) -> bool:
-        """Load new, changed and previously broken models; whether all succeeded."""
+        """Load new, changed and previously broken models; returns whether all succeeded."""
         ready = {model_key(info) for info in self.pool.models() if info.card.ready}
-        held = {(spec.name, spec.version): spec for spec in self._runtime.read_catalog()}
-        succeeded = True
-        for spec in wanted:
-            key = (spec.name, spec.version)
-            if key in ready and held.get(key) == spec:
-                continue
-            try:
-                await self.pool.load(spec)
-            except HeatlensError as error:
-                log.error("model %s@%s was not loaded: %s", *key, error.message)  # noqa: TRY400 # typed
-                succeeded = False
-            else:
-                log.info("model %s@%s is loaded", *key)
-        return succeeded
+        current = [spec for spec in self._runtime.read_catalog() if _key(spec) in ready]
+        changes = [spec for spec in wanted if spec not in current]
+        results = [await _succeeds(self.pool.load(spec), spec, "loaded") for spec in changes]
+        return all(results)
 
     async def _unload_models(self, wanted: Sequence[ModelSpec]) -> None:
         """Unload models that are no longer configured."""
-        kept = {(spec.name, spec.version) for spec in wanted}
+        kept = set(map(_key, wanted))
         for spec in self._runtime.read_catalog():
-            key = (spec.name, spec.version)
-            if key in kept:
-                continue
-            try:
-                await self.pool.unload(*key)
-            except HeatlensError as error:
-                log.error("model %s@%s was not unloaded: %s", *key, error.message)  # noqa: TRY400 # typed
-            else:
-                log.info("model %s@%s is unloaded", *key)
+            if _key(spec) not in kept:
+                await _succeeds(self.pool.unload(*_key(spec)), spec, "unloaded")
+
+
+async def _wait_until(done: Callable[[], bool], *, timeout_s: float = math.inf) -> None:
+    until = time.monotonic() + timeout_s
+    while not done() and time.monotonic() < until:  # noqa: ASYNC110 # rare, and without an event
+        await asyncio.sleep(_POLL_S)
+
+
+def _key(spec: ModelSpec) -> tuple[str, str]:
+    return spec.name, spec.version
+
+
+async def _succeeds(change: Awaitable[None], spec: ModelSpec, done: str) -> bool:
+    """Await a change of a model and log its result."""
+    try:
+        await change
+    except HeatlensError as error:
+        log.error("model %s@%s was not %s: %s", *_key(spec), done, error.message)  # noqa: TRY400
+        return False
+    log.info("model %s@%s is %s", *_key(spec), done)
+    return True

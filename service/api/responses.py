@@ -1,4 +1,4 @@
-"""Outcomes as responses: maps are drawn, classes get their labels. Runs in threads."""
+"""Turns outcomes into responses: draws the maps and labels the classes. Runs in threads."""
 
 from __future__ import annotations
 
@@ -22,22 +22,9 @@ from models.imaging.render import (
     shade,
 )
 from models.types import ClassScore, Explanation, Geometry, LayerFeatures, Outcome
+from service.api import schemas
 from service.api.plan import Plan, RenderOptions
-from service.api.schemas import (
-    ExplainResult,
-    ExplanationResponse,
-    FeaturesResult,
-    ImageData,
-    ImageInfo,
-    Point,
-    Prediction,
-    PredictResult,
-    Result,
-    StatisticsResponse,
-    ValueRange,
-    Values,
-    derive,
-)
+from service.api.schemas import ImageData, Prediction, Result, StatisticsResponse, derive
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +33,13 @@ class DecodedInput:
 
     Attributes:
         input: the model's input, uint8 (H, W, 3).
+        digest: of model and input.
         geometry: the place of that input in the original image.
         original: the whole image, kept only if it is drawn on.
     """
 
     input: np.ndarray
+    digest: str
     geometry: Geometry
     original: DecodedImage | None = None
 
@@ -58,28 +47,20 @@ class DecodedInput:
 def render(outcome: Outcome, source: DecodedInput, plan: Plan) -> Result:
     """Make the result of one image."""
     labels = plan.info.labels
-    image = image_info(source.geometry)
+    image = derive(schemas.ImageInfo, source.geometry)
     predictions = tuple(_prediction(item, labels) for item in outcome.predictions)
     statistics = tuple(_statistics(item, plan.render) for item in outcome.statistics)
     if plan.operation == "predict":
-        return PredictResult(image=image, predictions=predictions, statistics=statistics)
+        return schemas.PredictResult(image=image, predictions=predictions, statistics=statistics)
     if plan.operation == "features":
-        return FeaturesResult(image=image, predictions=predictions, features=statistics)
+        return schemas.FeaturesResult(image=image, predictions=predictions, features=statistics)
     canvas = _canvas(source)
-    return ExplainResult(
+    return schemas.ExplainResult(
         image=image,
         predictions=predictions,
-        explanations=tuple(
-            _explanation(item, canvas=canvas, source=source, labels=labels, options=plan.render)
-            for item in outcome.explanations
-        ),
+        explanations=tuple(_explanation(e, canvas, source, plan) for e in outcome.explanations),
         statistics=statistics,
     )
-
-
-def image_info(geometry: Geometry) -> ImageInfo:
-    """Size of the image and the part of it that the model saw."""
-    return ImageInfo(width=geometry.width, height=geometry.height, region=geometry.region)
 
 
 def _canvas(source: DecodedInput) -> Canvas:
@@ -89,19 +70,15 @@ def _canvas(source: DecodedInput) -> Canvas:
 
 
 def _explanation(
-    item: Explanation,
-    *,
-    canvas: Canvas,
-    source: DecodedInput,
-    labels: tuple[str, ...],
-    options: RenderOptions,
-) -> ExplanationResponse:
-    location = None
+    item: Explanation, canvas: Canvas, source: DecodedInput, plan: Plan
+) -> schemas.ExplanationResponse:
+    options = plan.render
+    location = unit = None
     if not item.degenerate:
         location = locate(item.map, source.geometry, signed=item.signed)
-    unit = None if item.degenerate else shade(item.map, canvas, signed=item.signed)
-    heatmap: ImageData | None = None
-    overlaid: ImageData | None = None
+        unit = shade(item.map, canvas, signed=item.signed)
+    heatmap: ImageData | UnsetType = UNSET
+    overlaid: ImageData | UnsetType = UNSET
     if "heatmap" in options.outputs:
         data = heatmap_png(unit, canvas, colormap=options.colormap, signed=item.signed)
         heatmap = _image_data(data, "image/png", canvas)
@@ -114,20 +91,17 @@ def _explanation(
             image_format=options.overlay_format,
         )
         overlaid = _image_data(data, f"image/{options.overlay_format}", canvas)
-    return ExplanationResponse(
-        method=item.method,
-        layer=item.layer,
-        target=_prediction(item.target, labels),
-        heatmap=heatmap or UNSET,
-        overlay=overlaid or UNSET,
+    return derive(
+        schemas.ExplanationResponse,
+        item,
+        target=_prediction(item.target, plan.info.labels),
+        heatmap=heatmap,
+        overlay=overlaid,
         values=_values(item.map) if "values" in options.outputs else UNSET,
-        range=ValueRange(min=float(item.map.min()), max=float(item.map.max())),
-        signed=item.signed,
+        range=schemas.ValueRange(min=float(item.map.min()), max=float(item.map.max())),
         degenerate=unit is None,
-        peak=Point(x=location.x, y=location.y) if location else None,
+        peak=derive(schemas.Point, location) if location else None,
         box=location.box if location else None,
-        faithfulness=item.faithfulness,
-        warnings=item.warnings,
     )
 
 
@@ -147,9 +121,9 @@ def _statistics(item: LayerFeatures, options: RenderOptions) -> StatisticsRespon
     return derive(StatisticsResponse, item, grid=grid)
 
 
-def _values(values: np.ndarray) -> Values:
+def _values(values: np.ndarray) -> schemas.Values:
     shape, data = encode_values(values)
-    return Values(shape=(shape[0], shape[1]), dtype="float32", data=_base64(data))
+    return schemas.Values(shape=(shape[0], shape[1]), dtype="float32", data=_base64(data))
 
 
 def _image_data(data: bytes, media_type: str, canvas: Canvas) -> ImageData:

@@ -1,8 +1,8 @@
 """Every response of the API, field by field.
 
-Structs are encoded straight to JSON by msgspec, and the OpenAPI components are generated from the
-same definitions, so the two cannot drift apart. Where the wire shows what the engine returns, the
-engine's own struct is the response, or its base. Fields that may be absent are `UNSET`.
+msgspec encodes the structs straight to JSON and the OpenAPI components are generated from them, so
+the two cannot drift apart. Where the wire shows a result of the engine, the engine's own struct is
+the response, or its base. Fields that may be absent are `UNSET`.
 """
 
 from __future__ import annotations
@@ -33,11 +33,8 @@ S = TypeVar("S", bound=Struct)
 
 def derive(kind: type[S], source: Struct, **fields: Any) -> S:
     """Make a response from the fields that it shares with another struct, and those given here."""
-    shared = set(kind.__struct_fields__).intersection(source.__struct_fields__)
+    shared = [name for name in kind.__struct_fields__ if name in source.__struct_fields__]
     return kind(**{**{name: getattr(source, name) for name in shared}, **fields})
-
-
-# ---------------------------------------------------------------- errors
 
 
 class ImageError(Struct):
@@ -58,9 +55,6 @@ class ErrorResponse(ImageError):
         Annotated[str, Meta(description="The offending option.", examples=["methods.0"])]
         | UnsetType
     ) = UNSET
-
-
-# ---------------------------------------------------------------- images
 
 
 class ModelUsed(Struct):
@@ -147,6 +141,7 @@ class StatisticsResponse(LayerStatistics):
 
 
 class _Result(Struct):
+    error: ImageError | UnsetType = UNSET
     image: ImageInfo | UnsetType = UNSET
     predictions: tuple[Prediction, ...] | UnsetType = UNSET
 
@@ -155,7 +150,6 @@ class PredictResult(_Result):
     """One image; `error` replaces the rest where one of several images is bad."""
 
     statistics: tuple[StatisticsResponse, ...] | UnsetType = UNSET
-    error: ImageError | UnsetType = UNSET
 
 
 class ExplainResult(_Result):
@@ -163,14 +157,12 @@ class ExplainResult(_Result):
 
     explanations: tuple[ExplanationResponse, ...] | UnsetType = UNSET
     statistics: tuple[StatisticsResponse, ...] | UnsetType = UNSET
-    error: ImageError | UnsetType = UNSET
 
 
 class FeaturesResult(_Result):
     """One image; `error` replaces the rest where one of several images is bad."""
 
     features: tuple[StatisticsResponse, ...] | UnsetType = UNSET
-    error: ImageError | UnsetType = UNSET
 
 
 Result = PredictResult | ExplainResult | FeaturesResult
@@ -185,6 +177,9 @@ class Timings(Struct):
     render: Milliseconds
     total: Milliseconds
 
+
+STAGES = ("decode", "queue", "device", "render")
+"""The stages of `Timings`, in order."""
 
 BatchSize = Annotated[int, Meta(description="Images in the device's batch.")]
 
@@ -218,9 +213,6 @@ class FeaturesResponse(_Response):
     batch_size: BatchSize
 
 
-# ---------------------------------------------------------------- models
-
-
 class InputResponse(Preprocess, kw_only=True):
     """The preprocessing of images, and the size of the model's input."""
 
@@ -241,9 +233,6 @@ class ModelsResponse(Struct):
     models: tuple[str, ...]
     default: str
     cards: tuple[CardResponse, ...]
-
-
-# ---------------------------------------------------------------- health
 
 
 class AliveResponse(Struct, kw_only=True):
@@ -272,15 +261,12 @@ class ModelReadiness(Struct):
 
 
 class ReadyResponse(Struct):
-    """Whether requests can be answered, and what is missing."""
+    """Readiness to answer requests, and everything that is missing."""
 
     ready: bool
     missing: tuple[str, ...]
     devices: tuple[DeviceReadiness, ...]
     models: tuple[ModelReadiness, ...]
-
-
-# ---------------------------------------------------------------- administration
 
 
 class RepositoryModel(Struct):

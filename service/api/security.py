@@ -76,10 +76,7 @@ def _is_one_of(key: str | None, hashes: Sequence[str]) -> bool:
     if not key:
         return False
     digest = _hash(key)
-    found = False
-    for known in hashes:
-        found |= hmac.compare_digest(digest, known)
-    return found
+    return sum(hmac.compare_digest(digest, known) for known in hashes) > 0
 
 
 def _hash(key: str) -> str:

@@ -11,40 +11,33 @@ from fastapi import APIRouter, Request, Response
 
 from models.catalog import ModelSpec
 from models.errors import BodyTooLarge, InternalError, InvalidOption, UnknownModel
-from models.types import ModelCard, ModelState
+from models.types import ModelCard
 from service.api.body import json_object
 from service.api.dependencies import Service, ServiceDep
 from service.api.handler import json_response
 from service.api.openapi import ADMIN, array_of, repository_body, responses
 from service.api.plan import names
-from service.api.schemas import RepositoryModel
+from service.api.schemas import RepositoryModel, derive
 from service.configuration import ConfigurationError
 
 log = logging.getLogger("heatlens.models")
 
-router = APIRouter(prefix="/v2/repository", tags=["admin"])
+router = APIRouter(prefix="/v2/repository", tags=["admin"], default_response_class=Response)
 
 _MAX_BYTES = 64_000
-_STATES: Mapping[ModelState, str] = {
-    "loading": "LOADING",
-    "ready": "READY",
-    "unavailable": "UNAVAILABLE",
-    "unloading": "UNLOADING",
-}
+_INDEX = responses(array_of(RepositoryModel), "Model versions.", errors=ADMIN)
 _DONE = responses({"type": "object"}, "Done; the body is an empty object.", errors=ADMIN)
 
 
 @router.post(
     "/index",
     summary="List the models of the repository",
-    response_class=Response,
-    responses=responses(array_of(RepositoryModel), "Model versions.", errors=ADMIN),
+    responses=_INDEX,
     openapi_extra=repository_body(ready={"type": "boolean"}),
 )
 async def index(request: Request, service: ServiceDep) -> Response:
     """Every model version that is loaded or configured; with `{"ready": true}`, the ready ones."""
-    body = await _body(request)
-    only_ready = body.get("ready", False)
+    only_ready = (await _body(request)).get("ready", False)
     if not isinstance(only_ready, bool):
         raise InvalidOption("Must be true or false.", field="ready")
     listed = [_listed(info.card) for info in service.pool.models()]
@@ -62,7 +55,6 @@ async def index(request: Request, service: ServiceDep) -> Response:
 @router.post(
     "/models/{model}/load",
     summary="Load a model, or load it again",
-    response_class=Response,
     responses=_DONE,
     openapi_extra=repository_body(),
 )
@@ -73,7 +65,7 @@ async def load(model: str, request: Request, service: ServiceDep) -> Response:
     one or the other. Models come only from the configuration file: a configuration or files in
     `parameters` are refused.
     """
-    _refuse_files(await _body(request))
+    await _refuse_files(request)
     specs = [spec for spec in await _configured(service) if names(model, spec)]
     if not specs:
         raise UnknownModel("The configuration has no such model.")
@@ -86,7 +78,6 @@ async def load(model: str, request: Request, service: ServiceDep) -> Response:
 @router.post(
     "/models/{model}/unload",
     summary="Unload a model",
-    response_class=Response,
     responses=_DONE,
     openapi_extra=repository_body(),
 )
@@ -96,7 +87,7 @@ async def unload(model: str, request: Request, service: ServiceDep) -> Response:
     It stays unloaded until it is loaded again, the configuration is reloaded or the service is
     restarted.
     """
-    _refuse_files(await _body(request))
+    await _refuse_files(request)
     name, _, version = model.partition("@")
     try:
         await service.pool.unload(name, version or None)
@@ -108,12 +99,8 @@ async def unload(model: str, request: Request, service: ServiceDep) -> Response:
 
 
 def _listed(card: ModelCard) -> RepositoryModel:
-    return RepositoryModel(
-        name=card.name,
-        version=card.version,
-        state=_STATES[card.state],
-        reason="" if card.state == "ready" else _why(card),
-    )
+    reason = "" if card.state == "ready" else _why(card)
+    return derive(RepositoryModel, card, state=card.state.upper(), reason=reason)
 
 
 def _why(card: ModelCard) -> str:
@@ -150,19 +137,17 @@ async def _body(request: Request) -> dict[str, Any]:
     return json_object(content) if content.strip() else {}
 
 
-def _refuse_files(body: Mapping[str, Any]) -> None:
-    """Refuse parameters that would decide what is loaded.
+async def _refuse_files(request: Request) -> None:
+    """Refuse parameters that would decide what is loaded, such as a configuration or a file.
 
     Raises:
-        InvalidOption: there is a configuration or a file among them.
+        InvalidOption: there is one.
     """
-    parameters = body.get("parameters", {})
+    parameters = (await _body(request)).get("parameters", {})
     if not isinstance(parameters, Mapping):
         raise InvalidOption("Must be an object.", field="parameters")
-    for name in parameters:
-        # Triton's clients send it; no model here depends on another.
-        if name != "unload_dependents":
-            raise InvalidOption(
-                "Models are loaded only as the configuration file describes them.",
-                field="parameters",
-            )
+    # Triton's clients send `unload_dependents`; here models do not depend on each other.
+    if parameters.keys() - {"unload_dependents"}:
+        raise InvalidOption(
+            "Models are loaded only as the configuration file describes them.", field="parameters"
+        )

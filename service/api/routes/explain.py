@@ -13,30 +13,29 @@ from msgspec import structs
 
 from models.errors import InvalidOption
 from models.imaging.render import OverlayFormat
-from service.api import handler, openapi
+from service.api import handler
 from service.api.dependencies import ServiceDep
+from service.api.openapi import BINARY, EXPLAIN, INPUT, image_input, responses
 from service.api.options import ExplainOptions
 from service.api.pipeline import Reply
 from service.api.plan import Plan
 from service.api.schemas import ExplainResponse, ExplainResult, ExplanationResponse, ImageData
 
-router = APIRouter(prefix="/v1", tags=["explain"])
+router = APIRouter(prefix="/v1", tags=["explain"], default_response_class=Response)
 
 _FORMATS: Mapping[str, OverlayFormat] = {f"image/{name}": name for name in get_args(OverlayFormat)}
-_DOCUMENT = openapi.responses(
-    ExplainResponse, "Predictions and explanations.", errors=openapi.INPUT, example=openapi.EXPLAIN
+_QUALITY = re.compile(r"q\s*=\s*([01](?:\.[0-9]{0,3})?)")
+_RESPONSES = responses(
+    ExplainResponse, "Predictions and explanations.", errors=INPUT, example=EXPLAIN
 )
-_DOCUMENT[200]["content"] |= {
-    media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in _FORMATS
-}
+_RESPONSES[200]["content"] |= {media_type: {"schema": BINARY} for media_type in _FORMATS}
 
 
 @router.post(
     "/explain",
     summary="Classify images and show why",
-    response_class=Response,
-    responses=_DOCUMENT,
-    openapi_extra=openapi.image_input(ExplainOptions),
+    responses=_RESPONSES,
+    openapi_extra=image_input(ExplainOptions),
 )
 async def explain(request: Request, service: ServiceDep) -> Response:
     """Predictions with heatmaps, and statistics of the explained layers.
@@ -54,7 +53,7 @@ async def explain(request: Request, service: ServiceDep) -> Response:
     plan, reply = await handler.run(request, service, ExplainOptions, adapt=adapt)
     if overlay_format(accept, plan.render.overlay_format) is not None:
         return _overlay_response(reply)
-    return handler.images_response(request, plan, reply, ExplainResponse)
+    return handler.images_response(request, plan, reply)
 
 
 def overlay_format(accept: str, default: OverlayFormat) -> OverlayFormat | None:
@@ -69,19 +68,13 @@ def overlay_format(accept: str, default: OverlayFormat) -> OverlayFormat | None:
     best_quality = json_quality = 0.0
     for item in accept.lower().split(","):
         media_type, *parameters = (part.strip() for part in item.split(";"))
-        quality = _quality(parameters)
+        qualities = (float(match[1]) for match in map(_QUALITY.fullmatch, parameters) if match)
+        quality = next(qualities, 1.0)
         if media_type in ("application/json", "application/*"):
             json_quality = max(json_quality, quality)
         elif media_type in formats and quality > best_quality:
             best, best_quality = formats[media_type], quality
     return best if best_quality > json_quality else None
-
-
-def _quality(parameters: list[str]) -> float:
-    for parameter in parameters:
-        if match := re.fullmatch(r"q\s*=\s*([01](?:\.[0-9]{0,3})?)", parameter):
-            return float(match[1])
-    return 1.0
 
 
 def _for_overlay(plan: Plan, wanted: OverlayFormat) -> Plan:

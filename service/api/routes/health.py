@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter, Request, Response
 
 from service.api import metrics
@@ -11,31 +13,33 @@ from service.api.openapi import OPEN, responses
 from service.api.readiness import readiness
 from service.api.schemas import AliveResponse, ReadyResponse
 
-router = APIRouter(tags=["health"])
+router = APIRouter(tags=["health"], default_response_class=Response)
 
 _ALIVE = responses(AliveResponse, "The process is alive.", errors=OPEN)
 _READY = responses(ReadyResponse, "Requests can be answered.", errors=OPEN)
 _READY[503] = {**_READY[200], "description": "Requests cannot be answered yet; see `missing`."}
+_METRICS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "Prometheus's text format.",
+        "content": {"text/plain": {"schema": {"type": "string"}}},
+    }
+}
 
 
-def _alive(request: Request) -> Response:
+@router.get("/", summary="Name and version", responses=_ALIVE)
+async def index(request: Request) -> Response:
+    """Name and version; also KServe's liveness call."""
     return json_response(AliveResponse(status="alive", version=request.app.version))
 
 
-@router.get("/", summary="Name and version", response_class=Response, responses=_ALIVE)
-async def index(request: Request) -> Response:
-    """Name and version; also KServe's liveness call."""
-    return _alive(request)
-
-
-@router.get("/livez", summary="Liveness", response_class=Response, responses=_ALIVE)
+@router.get("/livez", summary="Liveness", responses=_ALIVE)
 async def livez(request: Request) -> Response:
     """200 as long as the process is alive."""
-    return _alive(request)
+    return await index(request)
 
 
-@router.get("/readyz", summary="Readiness", response_class=Response, responses=_READY)
-@router.get("/healthz", summary="Readiness", response_class=Response, responses=_READY)
+@router.get("/readyz", summary="Readiness", responses=_READY)
+@router.get("/healthz", summary="Readiness", responses=_READY)
 async def readyz(service: ServiceDep) -> Response:
     """200 if a device completed a real pass recently and a model is warm, else 503.
 
@@ -45,17 +49,7 @@ async def readyz(service: ServiceDep) -> Response:
     return json_response(found, status=200 if found.ready else 503)
 
 
-@router.get(
-    "/metrics",
-    summary="Prometheus metrics",
-    response_class=Response,
-    responses={
-        200: {
-            "description": "Prometheus's text format.",
-            "content": {"text/plain": {"schema": {"type": "string"}}},
-        }
-    },
-)
+@router.get("/metrics", summary="Prometheus metrics", responses=_METRICS)
 async def show_metrics(service: ServiceDep) -> Response:
     """Metrics of all HTTP processes and devices."""
     return Response(service.metrics.exposition(), headers={"Content-Type": metrics.CONTENT_TYPE})

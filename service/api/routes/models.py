@@ -8,21 +8,24 @@ from msgspec import UNSET
 from models.errors import UnknownModel
 from models.methods import METHODS
 from models.methods.table import Method
-from models.types import LayerInfo, ModelCard, ModelInfo, Preprocess
+from models.types import LayerInfo, ModelCard, ModelInfo
 from service.api.dependencies import Service, ServiceDep
 from service.api.handler import json_response
 from service.api.openapi import MODEL, array_of, responses
 from service.api.plan import find_model
 from service.api.schemas import CardResponse, InputResponse, ModelsResponse, derive
 
-router = APIRouter(prefix="/v1", tags=["models"])
+router = APIRouter(prefix="/v1", tags=["models"], default_response_class=Response)
+
+_CARD = responses(CardResponse, "The card; `ready` says whether it serves requests.", errors=MODEL)
+_LABELS = responses(
+    {"type": "array", "items": {"type": "string"}}, "Labels by class index.", errors=MODEL
+)
+_LAYERS = responses(array_of(LayerInfo), "Layers in the model's order.", errors=MODEL)
 
 
 @router.get(
-    "/models",
-    summary="List the models",
-    response_class=Response,
-    responses=responses(ModelsResponse, "Names and cards."),
+    "/models", summary="List the models", responses=responses(ModelsResponse, "Names and cards.")
 )
 async def list_models(service: ServiceDep) -> Response:
     """Every configured model with its card; `models` is KServe's list of names."""
@@ -31,41 +34,24 @@ async def list_models(service: ServiceDep) -> Response:
         ModelsResponse(
             models=tuple(dict.fromkeys(info.card.name for info in infos)),
             default=service.settings.default_model,
-            cards=tuple(card_response(info.card) for info in infos),
+            cards=tuple(_card(info.card) for info in infos),
         )
     )
 
 
-@router.get(
-    "/models/{name}",
-    summary="Show a model's card",
-    response_class=Response,
-    responses=responses(CardResponse, "The card; `ready` says whether it answers.", errors=MODEL),
-)
+@router.get("/models/{name}", summary="Show a model's card", responses=_CARD)
 async def show_model(name: str, service: ServiceDep) -> Response:
     """The card of `name` (its newest ready version) or `name@version`."""
-    return json_response(card_response(_info(name, service).card))
+    return json_response(_card(_info(name, service).card))
 
 
-@router.get(
-    "/models/{name}/labels",
-    summary="List a model's labels",
-    response_class=Response,
-    responses=responses(
-        {"type": "array", "items": {"type": "string"}}, "Labels by class index.", errors=MODEL
-    ),
-)
+@router.get("/models/{name}/labels", summary="List a model's labels", responses=_LABELS)
 async def list_labels(name: str, service: ServiceDep) -> Response:
     """Class names in the order of their indices."""
     return json_response(_info(name, service).labels)
 
 
-@router.get(
-    "/models/{name}/layers",
-    summary="List a model's layers",
-    response_class=Response,
-    responses=responses(array_of(LayerInfo), "Layers in the model's order.", errors=MODEL),
-)
+@router.get("/models/{name}/layers", summary="List a model's layers", responses=_LAYERS)
 async def list_layers(name: str, service: ServiceDep) -> Response:
     """Every module that can be explained or described."""
     return json_response(_info(name, service).layers)
@@ -74,7 +60,6 @@ async def list_layers(name: str, service: ServiceDep) -> Response:
 @router.get(
     "/methods",
     summary="List the explanation methods",
-    response_class=Response,
     responses=responses(array_of(Method), "Methods."),
 )
 async def list_methods() -> Response:
@@ -82,16 +67,12 @@ async def list_methods() -> Response:
     return json_response(list(METHODS.values()))
 
 
-def card_response(card: ModelCard) -> CardResponse:
-    """A card as the API shows it."""
-    return derive(CardResponse, card, input=_input(card.input), cause=UNSET)
-
-
-def _input(spec: Preprocess | None) -> InputResponse | None:
-    if spec is None:
-        return None
-    height, width = spec.crop
-    return derive(InputResponse, spec, height=height, width=width)
+def _card(card: ModelCard) -> CardResponse:
+    shown: InputResponse | None = None
+    if card.input is not None:
+        height, width = card.input.crop
+        shown = derive(InputResponse, card.input, height=height, width=width)
+    return derive(CardResponse, card, input=shown, cause=UNSET)
 
 
 def _info(name: str, service: Service) -> ModelInfo:
