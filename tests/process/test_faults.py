@@ -122,7 +122,7 @@ async def test_kills_under_load_lose_nothing(start_service, make_job):
     async def killer():
         for _ in range(5):
             await eventually(lambda: are_ready(pool))
-            await eventually(more_answers(30))
+            await eventually(more_answers(10))
             # A job that runs alone because it was part of an exit must not be killed by chance:
             # that quarantines it.
             await eventually(lambda: not any(job.worker_exits for job in running.status().jobs))
