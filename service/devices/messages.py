@@ -80,13 +80,12 @@ class Unload(Message, frozen=True, kw_only=True):
 
 
 class Completion(Struct):
-    """The outcome of a job with how it was run.
+    """The outcome of a job and the conditions of its run.
 
     Attributes:
         queue_ms: time from arrival in the worker to the start of its first batch.
         device_ms: time its batches occupied the device.
         batch_size: jobs in its first batch.
-        device: the device it ran on.
     """
 
     outcome: Outcome

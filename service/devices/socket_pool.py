@@ -65,6 +65,13 @@ class _InFlight:
         """Set an error as the result, unless there is one."""
         self.resolve(Failure.of(self.submission.job.id, error))
 
+    def suspect(self) -> None:
+        """Count a worker exit against a job that was on the device; the second one ends it."""
+        exits = self.submission.worker_exits + 1
+        self.submission = msgspec.structs.replace(self.submission, worker_exits=exits)
+        if exits >= 2:
+            self.fail(InputQuarantined(_QUARANTINED))
+
 
 class SocketPool:
     """Implements `DevicePool`: routes jobs to workers and survives their exits.
@@ -133,21 +140,18 @@ class SocketPool:
         """Run one job; see `DevicePool.submit`."""
         if self._closed:
             raise Draining("The service is stopping.")
+        job_id = submission.job.id
         request = _InFlight(submission, asyncio.get_running_loop().create_future())
-        self._in_flight[submission.job.id] = request
+        self._in_flight[job_id] = request
         try:
             self._dispatch(request)
             return await wait_for(request.result, deadline=submission.deadline)
         finally:
-            self._discard(request)
-
-    def _discard(self, request: _InFlight) -> None:
-        job_id = request.submission.job.id
-        del self._in_flight[job_id]
-        if request.connection is not None:
-            request.connection.outstanding.pop(job_id, None)
-            if not request.result.done() or request.result.cancelled():
-                request.connection.send(Cancel(job_id=job_id))
+            del self._in_flight[job_id]
+            if request.connection is not None:
+                request.connection.outstanding.pop(job_id, None)
+                if not request.result.done() or request.result.cancelled():
+                    request.connection.send(Cancel(job_id=job_id))
 
     def _dispatch(self, request: _InFlight) -> None:
         """Send a job to a device, let it wait for one, or fail it if waiting is pointless."""
@@ -196,7 +200,7 @@ class SocketPool:
         return None
 
     def _dispatch_waiting(self) -> None:
-        for request in list(self._in_flight.values()):
+        for request in self._in_flight.values():
             if request.connection is None and not request.result.done():
                 self._dispatch(request)
 
@@ -217,9 +221,8 @@ class SocketPool:
         for state in states.devices:
             running = state.state == "running"
             connection = self._connections.get(state.device)
-            if connection is not None and (
-                not running or state.incarnation != connection.incarnation
-            ):
+            current = connection is not None and connection.incarnation == state.incarnation
+            if connection is not None and not (running and current):
                 self._on_disconnect(connection, state)
             if running and state.device not in self._connections:
                 self._connections[state.device] = WorkerConnection(
@@ -242,15 +245,8 @@ class SocketPool:
             if request.connection is connection:
                 request.connection = None
                 if request.submission.job.id in suspects:
-                    self._suspect(request)
+                    request.suspect()
         self._commands.on_disconnect(connection)
-
-    def _suspect(self, request: _InFlight) -> None:
-        """Count a worker exit against a job that was on the device; the second one ends it."""
-        exits = request.submission.worker_exits + 1
-        request.submission = msgspec.structs.replace(request.submission, worker_exits=exits)
-        if exits >= 2:
-            request.fail(InputQuarantined(_QUARANTINED))
 
     def _on_message(self, connection: WorkerConnection, message: FromWorker) -> None:
         match message:

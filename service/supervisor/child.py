@@ -63,7 +63,6 @@ class Child:
         settings: the restart budget.
 
     Attributes:
-        name: see above.
         incarnation: number of the current or last process; 0 = none yet.
         started_at: start time of that process.
         start_at: due time of the next start; None if none is due.

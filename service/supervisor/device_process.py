@@ -56,7 +56,7 @@ class DeviceProcess:
         self._settings = settings
         self._runtime = runtime
         self._threads = threads
-        self._status: WorkerStatusFile | None = None
+        self._file: WorkerStatusFile | None = None
         self._hung = False
         self._exits: tuple[WorkerExit, ...] = ()
         self._load_exits: Counter[str] = Counter()
@@ -81,17 +81,20 @@ class DeviceProcess:
         code = self.child.reap()
         if code is not None:
             self._on_exit(code, now, restart=restart)
-        elif self.child.running and not self._hung and self._is_hung(now):
-            log.error("%s hangs: killing it", self.child.name)
-            self._hung = True
-            self.child.signal(signal.SIGKILL)
+        elif self.child.running and not self._hung:
+            # Until it writes its status a worker is importing: allow as much time as for a model.
+            starting = WorkerStatus(activity="load", since=self.child.started_at)
+            self._hung = is_hung(self._status() or starting, now=now, settings=self._settings)
+            if self._hung:
+                log.error("%s hangs: killing it", self.child.name)
+                self.child.signal(signal.SIGKILL)
 
     def start_if_due(self, now: float) -> None:
         """Start the first worker, or the next one when its pause is over."""
         if not self.child.is_due(now):
             return
         incarnation = self.child.incarnation + 1
-        self._status = WorkerStatusFile.create(self._runtime.status_file(self.device, incarnation))
+        self._file = WorkerStatusFile.create(self._runtime.status_file(self.device, incarnation))
         self._hung = False
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(self._threads))
         self.child.start(
@@ -112,7 +115,7 @@ class DeviceProcess:
 
     def _on_exit(self, code: int, now: float, *, restart: bool) -> None:
         reason = "hang" if self._hung else describe_exit(code)
-        status = self._last_status() or WorkerStatus()
+        status = self._status() or WorkerStatus()
         level = logging.ERROR if restart else logging.INFO
         log.log(level, "%s exited: %s", self.child.name, reason, extra=_request_ids(status))
         self._record_exit(reason, status)
@@ -124,19 +127,14 @@ class DeviceProcess:
             if not self.child.given_up:
                 self._restart_reasons["hang" if self._hung else _exit_reason(code)] += 1
 
-    def _last_status(self) -> WorkerStatus | None:
-        return self._status.read() if self._status is not None else None
-
-    def _is_hung(self, now: float) -> bool:
-        # Until it writes its status a worker is importing: allow as much time as for a model.
-        starting = WorkerStatus(activity="load", since=self.child.started_at)
-        return is_hung(self._last_status() or starting, now=now, settings=self._settings)
+    def _status(self) -> WorkerStatus | None:
+        return self._file.read() if self._file is not None else None
 
     def _record_exit(self, reason: str, status: WorkerStatus) -> None:
         """Record which jobs and which model were on the device."""
-        if self._status is not None:
-            self._status.close()
-            self._status = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
         # A job that was part of an exit before ran alone: no other job can have caused this one.
         self._quarantined += [job.digest for job in status.jobs if job.worker_exits and job.digest]
         self._proven.update(status.models)

@@ -115,16 +115,15 @@ class Worker:
 
     def _make_compute(self) -> ComputeThread:
         options, settings = self._options, self._settings
-        states = DeviceStatesFile.open(options.runtime.states_file)
-        refused = (states.read() or DeviceStates()).refused_models
-        states.close()
+        with contextlib.closing(DeviceStatesFile.open(options.runtime.states_file)) as file:
+            states = file.read() or DeviceStates()
         specs = [spec for spec in options.runtime.read_catalog() if holds(spec, options.device)]
         specs.sort(key=lambda spec: spec.name != settings.default_model)
         return ComputeThread(
             batcher=Batcher(max_wait_s=settings.limits.max_wait_s),
             make_backend=lambda: self._make_backend(options, settings),
             specs=specs,
-            refused=refused,
+            refused=states.refused_models,
             listener=self,
             write_status=self._status.write,
             device=options.device,

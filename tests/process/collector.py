@@ -1,4 +1,4 @@
-"""An OpenTelemetry collector that keeps what it is sent over OTLP/HTTP."""
+"""An OpenTelemetry collector that records the spans received over OTLP/HTTP."""
 
 from __future__ import annotations
 

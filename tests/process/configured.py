@@ -24,7 +24,7 @@ BASE: dict[str, Any] = {
 
 
 def toml(values: dict[str, Any]) -> str:
-    """The configuration as TOML, whose values these are written as in JSON."""
+    """The configuration as TOML; its values are written as in JSON."""
     lines = [f"{key} = {json.dumps(v)}" for key, v in values.items() if isinstance(v, str)]
     for name, section in values.items():
         if isinstance(section, dict):

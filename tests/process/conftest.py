@@ -1,4 +1,4 @@
-"""A running service to break: real supervisor, real device workers with the fake engine, a small HTTP process."""
+"""A service to break: real supervisor and workers, with a fake engine and a small HTTP process."""
 
 from __future__ import annotations
 
@@ -27,9 +27,8 @@ from service.settings import Settings
 
 @pytest.fixture
 def start_service() -> Iterator[Callable[..., Service]]:
-    folder = Path(
-        tempfile.mkdtemp(prefix="hl-", dir="/tmp")
-    )  # pytest's own paths are too long for sockets
+    # The paths of pytest's own folders are too long for sockets.
+    folder = Path(tempfile.mkdtemp(prefix="hl-", dir="/tmp"))
     started: list[Service] = []
 
     def start(

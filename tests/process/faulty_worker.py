@@ -1,4 +1,4 @@
-"""A device worker with the fake engine: what `Supervisor(worker_command=...)` is given in tests."""
+"""A device worker with the fake engine, for `Supervisor(worker_command=...)`."""
 
 from __future__ import annotations
 

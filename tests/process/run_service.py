@@ -1,4 +1,4 @@
-"""A supervisor as its own process: `run_service.py SETTINGS_JSON [real-http] [real-worker] [config=PATH]`.
+"""Runs a supervisor: `run_service.py SETTINGS_JSON [real-http] [real-worker] [config=PATH]`.
 
 With `config` the settings come from that file, and can be read from it again.
 """

@@ -1,7 +1,6 @@
-"""An HTTP process with a small ASGI application, so that these tests need nothing of the service's own.
+"""An HTTP process with a small ASGI application in place of the service's own.
 
-`POST /` with a image of the fake engine as its body answers the class that was found, or the
-error's code.
+The response to `POST /` with an image of the fake engine is its class, or the error's code.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Models loaded, replaced and unloaded on a real engine under steady requests: each answer is one model's, whole."""
+"""Models loaded, replaced and unloaded on a real engine under steady requests.
+
+Each response comes from a single model.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,7 @@ def explain(running, model: str) -> Traffic:
 
 
 def winners(traffic: Traffic) -> list[str]:
-    """What was found, after a check that each answer agrees with itself."""
+    """The winning classes, after a check that each response is consistent."""
     found = []
     for answer in traffic.answers:
         body = answer.json()

@@ -1,4 +1,4 @@
-"""A project whose own files are called `models` and `service`, beside the configuration."""
+"""A project with its own `models` and `service` files next to the configuration."""
 
 from __future__ import annotations
 

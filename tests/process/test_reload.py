@@ -97,16 +97,16 @@ def test_every_process_swaps_without_closing_a_connection(configured):
 
 
 def test_no_model_goes_while_a_request_by_the_old_configuration_runs(configured):
-    """The default model of the old configuration answers requests that began under it."""
+    """The default model of the old configuration serves requests that began under it."""
     other = {"name": "other", "source": "python:fake.fast"}
     running = configured(models=[FAKE, other], default_model="fake")
     slow = png(image_of(1, Fault.SLOW, 50))
     with ThreadPoolExecutor() as threads:
-        asked = threads.submit(running.ask, content=slow)
+        request = threads.submit(running.ask, content=slow)
         until(lambda: running.service.status().jobs)
         running.reload(models=[other], default_model="other")
-        assert asked.done(), "the reload is complete before its last request by the old one"
-        assert asked.result().json()["model"]["name"] == "fake"
+        assert request.done(), "the reload is complete before its last request by the old one"
+        assert request.result().json()["model"]["name"] == "fake"
     assert running.ask().json()["model"]["name"] == "other"
 
 

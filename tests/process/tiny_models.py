@@ -1,4 +1,4 @@
-"""Networks for `python:` models whose answers tell which of them answered; they load in no time."""
+"""Tiny networks for `python:` models, distinguishable by their results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SIDE = 32
 
 
 class Constant(nn.Module):
-    """Always finds the same class, whatever it sees: the image only has the smallest of votes."""
+    """Always finds the same class; the image hardly changes the scores."""
 
     def __init__(self, winner: int) -> None:
         super().__init__()
@@ -37,5 +37,5 @@ def second() -> nn.Module:
 
 
 def broken() -> nn.Module:
-    """Cannot be made."""
+    """Fails to build."""
     raise RuntimeError("no such luck")

@@ -1,4 +1,4 @@
-"""Steady requests over kept connections, every answer of which is kept too."""
+"""Steady requests over kept-alive connections, with a record of all responses."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 class Traffic:
-    """Clients, each in a thread of its own with a connection of its own, that ask again as soon as they are answered.
+    """Clients that send their next request when the last one has ended, each in its own thread.
+
+    Each has its own connection.
 
     Args:
-        url: what they ask.
-        content: what client `n` sends the `i`-th time.
-        pause_s: between an answer and the next request.
+        url: the URL to send to.
+        content: the body of the `i`-th request of client `n`.
+        pause_s: time between a response and the next request.
 
     Attributes:
-        answers: every answer.
-        errors: what no answer came of: on this machine only a fault of the service's.
+        answers: every response.
+        errors: failures without a response.
     """
 
     def __init__(
@@ -64,11 +66,11 @@ class Traffic:
             thread.join(30)
 
     def after(self, count: int) -> None:
-        """Wait until there are `count` answers more than now."""
+        """Wait for `count` further responses."""
         wanted = len(self.answers) + count
         until = time.monotonic() + 30
         while len(self.answers) < wanted:
-            assert time.monotonic() < until, "nothing is answered any more"
+            assert time.monotonic() < until, "there are no more responses"
             time.sleep(0.01)
 
     def _ask(self, number: int) -> None:
@@ -88,9 +90,9 @@ class Traffic:
 
     @property
     def connections(self) -> int:
-        """How many connections were needed."""
+        """The number of connections that were opened."""
         return len(self._local_ports)
 
     def statuses(self) -> set[int]:
-        """Every status there was."""
+        """The statuses of all responses."""
         return {answer.status_code for answer in self.answers}

@@ -1,4 +1,4 @@
-"""The fake engine of the process tests serves these tests, too."""
+"""Makes the fake engine of the process tests available to these tests."""
 
 from __future__ import annotations
 

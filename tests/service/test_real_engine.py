@@ -1,4 +1,4 @@
-"""The API over the real engine on a tiny network: what only both together can show."""
+"""The API over the real engine on a tiny network."""
 
 from __future__ import annotations
 
@@ -309,7 +309,7 @@ async def test_the_same_seed_gives_the_same_map(client, name):
 async def until(pool, *, busy: bool) -> None:
     """Wait until something runs, or nothing does."""
     async with asyncio.timeout(20):
-        while bool(pool.devices()[0].queue_depth) != busy:  # noqa: ASYNC110  (it happens in a thread)
+        while bool(pool.devices()[0].queue_depth) != busy:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
 

@@ -243,7 +243,7 @@ def test_a_source_travels_and_reads_the_same(tmp_path: Path) -> None:
     assert there.read().limits.max_images == 4
     path.write_text("[limits]\nmax_images = 5\n[server]\nport = 1\n")
     assert there.read().limits.max_images == 5
-    assert there.read().server.port == 9000, "what the command line says still wins"
+    assert there.read().server.port == 9000, "the command line still wins"
 
 
 def test_what_is_taken_over() -> None:

@@ -28,7 +28,7 @@ INBOUND = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
 class Memory:
-    """A provider whose spans are at hand."""
+    """A provider that keeps its spans in memory."""
 
     def __init__(self) -> None:
         self._exporter = InMemorySpanExporter()

@@ -245,7 +245,7 @@ def test_serve_passes_its_options_on(config: Path, monkeypatch: pytest.MonkeyPat
     assert result.exit_code == 7
     level, settings, source = seen
     assert level == "warning"
-    assert source.read() == settings, "a reload forgets what was said on the command line"
+    assert source.read() == settings, "a reload forgets the options of the command line"
     assert source.path == config.absolute()
     assert settings.server.port == 9001
     assert settings.server.devices == ["cpu:0", "cpu:1"]

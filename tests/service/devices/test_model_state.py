@@ -24,12 +24,12 @@ def info(name="m", version="1", *, state="ready", **rest) -> ModelInfo:
 
 
 def test_cards_of_several_devices_become_one():
-    said = {
+    reported = {
         "cpu:0": [info(state="loading"), info(version="2")],
         "cpu:1": [info()],
         "cpu:2": [info(state="unavailable", reason="why")],
     }
-    first, second = merge(said, connected={"cpu:0", "cpu:1"}, coming={"cpu:0", "cpu:1"})
+    first, second = merge(reported, connected={"cpu:0", "cpu:1"}, coming={"cpu:0", "cpu:1"})
     assert (first.card.version, second.card.version) == ("1", "2")
     assert first.card.devices == ("cpu:1",)
     assert first.card.versions == second.card.versions == ("1", "2")
@@ -37,12 +37,12 @@ def test_cards_of_several_devices_become_one():
 
 
 def test_a_model_stays_ready_while_its_device_comes_back_and_not_when_it_does_not():
-    said = {"cpu": keep_known_models([info(), info("gone")], [info(state="loading")])}
-    (restarting,) = merge(said, connected=set(), coming={"cpu"})
+    reported = {"cpu": keep_known_models([info(), info("gone")], [info(state="loading")])}
+    (restarting,) = merge(reported, connected=set(), coming={"cpu"})
     assert restarting.card.ready
     assert restarting.card.devices == ()
     assert restarting.labels == ("ready",)
-    (lost,) = merge(said, connected=set(), coming=set())
+    (lost,) = merge(reported, connected=set(), coming=set())
     assert not lost.card.ready
 
 

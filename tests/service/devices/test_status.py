@@ -39,7 +39,7 @@ def test_what_is_written_is_read_elsewhere(tmp_path):
 
 
 def test_a_half_written_record_is_passed_over(tmp_path):
-    """Cut a write off after each byte: the former record stays readable, and the next write works."""
+    """Cut a write off after each byte: the former record stays readable, the next write works."""
     path = tmp_path / "record"
     SharedRecord.create(path, capacity=50).write(b"first")
     record = SharedRecord(path)

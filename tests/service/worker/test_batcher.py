@@ -1,4 +1,4 @@
-"""The Batcher against a plain record of what went in and came out, in any order of events."""
+"""The batcher against a plain record of its inputs and outputs, in any order of events."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def ids(batch) -> list[str]:
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Whatever happens in whatever order: no job is lost, answered twice, or run when it must not be."""
+    """In any order of events each job is finished exactly once and runs only when it may."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,7 +215,7 @@ def test_a_hopeless_deadline_does_not_shrink_the_batch():
 
 @pytest.mark.parametrize("share", [0.5, 0.75])
 def test_fair_share_in_device_time(share):
-    """Both classes always have work; steps take 50 ms and batches 5 ms: time, not turns, is shared."""
+    """Both classes always have work; steps take 50 ms, batches 5 ms: time is shared, not turns."""
     queue = batcher(interactive_share=share, max_wait_s=1e9)
     used = {"interactive": 0.0, "long": 0.0}
     now, number = 0.0, 0

@@ -80,17 +80,17 @@ class Running:
         await self.pool.close()
 
 
-def is_own(asked: Submission, completion: Completion | BaseException) -> bool:
+def is_own(submission: Submission, completion: Completion | BaseException) -> bool:
     return (
         isinstance(completion, Completion)
-        and completion.outcome.id == asked.job.id
+        and completion.outcome.id == submission.job.id
         and completion.device == "cpu"
-        and completion.outcome.predictions[0].class_id == expected_class(asked.job.input)
+        and completion.outcome.predictions[0].class_id == expected_class(submission.job.input)
     )
 
 
-async def is_answered(pool, asked: Submission) -> bool:
-    return is_own(asked, await pool.submit(asked))
+async def is_answered(pool, submission: Submission) -> bool:
+    return is_own(submission, await pool.submit(submission))
 
 
 async def submit_all(pool, jobs):
@@ -171,9 +171,9 @@ async def test_a_lost_device_fails_everything_and_stays_lost():
 async def test_long_jobs_end_and_are_cancelled_between_steps():
     running = Running()
     async with running as pool:
-        asked = job(1, Fault.LONG, 5)
-        answer = await pool.submit(asked)
-        assert is_own(asked, answer)
+        submission = job(1, Fault.LONG, 5)
+        answer = await pool.submit(submission)
+        assert is_own(submission, answer)
         assert answer.device_ms >= 50
         endless = asyncio.create_task(pool.submit(job(2, Fault.LONG, 255)))
         await running.queued(1)
@@ -268,7 +268,7 @@ async def test_failures_are_heatlens_errors_only():
 
 
 async def test_early_jobs_make_the_device_ready():
-    """Jobs that wait for the model run before any canary pass, and make the device ready as well."""
+    """Jobs that wait for the model run before any canary pass and make the device ready."""
     running = Running()
     async with running as pool:
         await submit_all(pool, [job(n) for n in range(4)])

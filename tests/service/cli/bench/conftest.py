@@ -1,4 +1,4 @@
-"""A small HTTP server whose responses each test writes itself."""
+"""A small HTTP server with responses written by each test."""
 
 from __future__ import annotations
 

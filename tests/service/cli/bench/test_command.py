@@ -30,7 +30,7 @@ def said(result) -> str:
 
 @pytest.fixture
 def classifier(serve_apart, respond):
-    """Takes the mean colour of an image for its scores; refuses the requests numbered in `refused`."""
+    """Takes the mean colour of an image as its scores; refuses the requests in `refused`."""
     refused: set[int] = set()
 
     async def classify(seen):
