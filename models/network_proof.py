@@ -247,8 +247,11 @@ class Fingerprint:
         scores = module(probe)
         return cls(state=_state(module), scores=scores)
 
-    def check(self, module: nn.Module, probe: Tensor) -> None:
+    def check(self, module: nn.Module, probe: Tensor) -> Tensor:
         """Check that the network is still the same; counters of passes may go on.
+
+        Returns:
+            The scores of the probe.
 
         Raises:
             ModelLoadFailed: it is not.
@@ -256,7 +259,7 @@ class Fingerprint:
         now = Fingerprint.of(module, probe)
         changed = _differences(self.state, now.state)
         if not changed and torch.equal(now.scores, self.scores):
-            return
+            return now.scores
         again = Fingerprint.of(module, probe)
         # What another plain pass changes as well is the network's own.
         changed -= _differences(now.state, again.state)
@@ -267,6 +270,7 @@ class Fingerprint:
                 f"The network keeps something of the images that it was checked with{names}, so "
                 "that its later scores would depend on earlier images."
             )
+        return now.scores
 
 
 def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> set[str]:

@@ -68,7 +68,7 @@ def warm_up(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARM
         differentiable=reaches_input(traced.scores),
         refusals=try_methods(loaded.module, traced, layouts, task=task, probe=probe),
     )
-    before.check(loaded.module, probe)
+    probed = probe, before.check(loaded.module, probe)
 
     def choose_features(fused: Variant | None) -> tuple[str, ...]:
         # Layers of the faster module, so that describing them costs no other pass.
@@ -76,7 +76,7 @@ def warm_up(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARM
         return feature_layers(traced, quick)
 
     findings = Findings(target, layout, head, choose_features)
-    optimised = optimise(loaded.module, probe, spec=spec, device=device, findings=findings)
+    optimised = optimise(loaded.module, probed, spec=spec, device=device, findings=findings)
     dtype = DTYPES[optimised.precision]
     graphs = _graphs(device, dtype) if spec.cuda_graphs else None
     uploads = CopyStream(device) if spec.copy_stream and device.type == "cuda" else None
