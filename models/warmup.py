@@ -15,6 +15,7 @@ from models.cuda.graphs import Graphs
 from models.cuda.recorder import GraphRecorder
 from models.cuda.staging import CopyStream
 from models.errors import ModelLoadFailed
+from models.fingerprint import Fingerprint
 from models.head import HeadProbe, head_batch, probe_head
 from models.layers import (
     Layouts,
@@ -25,7 +26,7 @@ from models.layers import (
     layer_infos,
 )
 from models.methods.applicability import ModelFacts, supported_methods, try_methods
-from models.network_proof import Fingerprint, reaches_input
+from models.network_proof import reaches_input
 from models.preparation.optimise import Findings, optimise
 from models.preparation.precision import DTYPES
 from models.preparation.variant import Needs, Variant

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import ModelLoadFailed, cause_of
-from models.network_proof import Fingerprint, prove_network
+from models.fingerprint import Fingerprint
+from models.network_proof import prove_network
 from models.probe import probe_batch
 from models.types import Preprocess
 
