@@ -83,11 +83,11 @@ class _Cut:
 
 
 def head_batch(preprocess: Preprocess) -> Tensor:
-    """Return (5, 3, H, W): noise twice, strong noise, a black image and a white one."""
-    noise = probe_batch(preprocess)
+    """Return (4, 3, H, W): noise, strong noise, a black image and a white one."""
+    noise, other = probe_batch(preprocess)
     mean, std = (torch.tensor(v)[:, None, None] for v in (preprocess.mean, preprocess.std))
-    flat = [(level - mean) / std + torch.zeros_like(noise[0]) for level in (0.0, 1.0)]
-    return torch.stack([*noise, STRONG * noise[0], *flat])
+    flat = [(level - mean) / std + torch.zeros_like(noise) for level in (0.0, 1.0)]
+    return torch.stack([noise, STRONG * other, *flat])
 
 
 def probe_head(

@@ -15,6 +15,7 @@ from models.cuda.graphs import Graphs
 from models.cuda.recorder import GraphRecorder
 from models.cuda.staging import CopyStream
 from models.errors import ModelLoadFailed
+from models.fingerprint import Fingerprint
 from models.head import HeadProbe, head_batch, probe_head
 from models.layers import (
     choose_target_layer,
@@ -22,7 +23,7 @@ from models.layers import (
     has_gradient,
 )
 from models.methods.applicability import ModelFacts, supported_methods, try_methods
-from models.network_proof import Fingerprint, reaches_input
+from models.network_proof import reaches_input
 from models.preparation.optimise import Findings, optimise
 from models.preparation.precision import DTYPES
 from models.preparation.variant import Needs, Variant
@@ -67,7 +68,7 @@ def warm_up(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARM
         differentiable=reaches_input(traced.scores),
         refusals=try_methods(loaded.module, traced, layouts, task=task, probe=probe),
     )
-    before.check(loaded.module, probe)
+    probed = probe, before.check(loaded.module, probe)
 
     def choose_features(fused: Variant | None) -> tuple[str, ...]:
         # Layers of the faster module, so that describing them costs no other pass.
@@ -75,7 +76,7 @@ def warm_up(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARM
         return feature_layers(traced, quick)
 
     findings = Findings(target, layout, head, choose_features)
-    optimised = optimise(loaded.module, probe, spec=spec, device=device, findings=findings)
+    optimised = optimise(loaded.module, probed, spec=spec, device=device, findings=findings)
     dtype = DTYPES[optimised.precision]
     graphs = _graphs(device, dtype) if spec.cuda_graphs else None
     uploads = CopyStream(device) if spec.copy_stream and device.type == "cuda" else None

@@ -67,16 +67,20 @@ class Optimised:
 
 
 def optimise(
-    module: nn.Module, probe: Tensor, *, spec: ModelSpec, device: torch.device, findings: Findings
+    module: nn.Module,
+    probed: tuple[Tensor, Tensor],
+    *,
+    spec: ModelSpec,
+    device: torch.device,
+    findings: Findings,
 ) -> Optimised:
     """Optimise a model for its device, with the precision and runtime that its entry asks for.
 
-    The module is frozen, float32 and on the CPU, and is moved; the probe (N, 3, H, W) is of the
-    size that will be served.
+    The module is frozen, float32 and on the CPU, and is moved; what was probed are images
+    (N, 3, H, W) of the size that will be served, and the module's scores of them.
     """
     steps: list[str] = []
-    with torch.inference_mode():
-        expected = module(probe)
+    probe, expected = probed
     probe = probe.contiguous(memory_format=torch.channels_last)
     probed = probe, expected
     moved = _attempt("channels_last", steps, lambda: _channels_last(module, probed))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import ModelLoadFailed, cause_of
-from models.network_proof import Fingerprint, prove_network
+from models.fingerprint import Fingerprint
+from models.network_proof import prove_network
 from models.probe import probe_batch
 from models.types import Preprocess
 
@@ -116,6 +117,8 @@ def frozen(module: nn.Module) -> nn.Module:
         (Answer(lambda y, m: y[:, :1]), 'set task = "binary"'),
         (Answer(lambda y, m: y[:, 0]), 'tensor of 3, .* set task = "binary"'),
         (Answer(lambda y, m: m), "with a tensor of 3 x 8 x 5 x 5"),
+        (Answer(lambda y, m: y[:1]), "with a tensor of 1 x 4"),
+        (Answer(lambda y, m: y.view(7)), r"fails on an input of 3 x 12 x 12\.$"),
         (Answer(lambda y, m: (y, m)), r"tuple of 2 \(a tensor of 3 x 4, a tensor of 3 x 8 x 5"),
         (Answer(lambda y, m: {"a": y, "b": m}), "dictionary with the keys a, b"),
         (Answer(lambda y, m: {"out": m}), "with a tensor of 3 x 8 x 5 x 5"),

@@ -248,9 +248,10 @@ def test_other_devices_are_served_by_torch(on_torch):
         head=HeadProbe(kind="gap_linear", closed_form=True, weight=torch.zeros(5, 6)),
         choose_features=lambda _: (),
     )
+    net, images = blocks(), torch.randn(2, 3, SIDE, SIDE)
     prepared = optimise(
-        blocks(),
-        torch.randn(2, 3, SIDE, SIDE),
+        net,
+        (images, net(images)),
         spec=default_spec().model_copy(update={"runtime": "openvino"}),
         device=torch.device("meta"),
         findings=findings,
