@@ -17,7 +17,8 @@ from PIL import Image
 
 from models.imaging import png
 from models.imaging.colormaps import COLORMAPS, Colormap
-from models.imaging.decode import CANVAS_SIDE, DecodedImage
+from models.imaging.decode import DecodedImage
+from models.imaging.jpeg import CANVAS_SIDE
 from models.types import Geometry
 
 OverlayFormat = Literal["jpeg", "png", "webp"]
