@@ -8,6 +8,7 @@ own errors with our own words.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -175,7 +176,11 @@ def _open(data: bytes, media_type: str) -> Image.Image:
 def _decode_tiff(data: bytes, limits: DecodeLimits) -> DecodedImage | None:
     """Decode an image whose samples Pillow has no mode for; None if Pillow is to decode it."""
     tags = tiff.directory(data)
-    layout = None if tags is None else tiff.layout(tags)
+    if tags is None:
+        return None
+    if math.prod(tiff.tile_size(tags)) > limits.max_pixels:
+        raise ImageTooLarge("The image has too large tiles to decode.")
+    layout = tiff.layout(tags)
     if layout is None:
         return None
     _check_size(layout.size, limits)

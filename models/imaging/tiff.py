@@ -32,8 +32,8 @@ _TILES = (324, 325)
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _CMYK = 0, 1, 2, 5
 _COLOURS = {_WHITE_IS_ZERO: 1, _BLACK_IS_ZERO: 1, _RGB: 3, _CMYK: 4}
 
-# None, LZW, deflate (old and new), PackBits, LZMA, Zstandard: data of any kind, not only pixels.
-_BYTE_COMPRESSIONS = frozenset((1, 5, 8, 32946, 32773, 34925, 50000))
+# None, LZW, deflate (new and old), PackBits and Zstandard: they keep data of any kind.
+_BYTE_COMPRESSIONS = frozenset((1, 5, 8, 32946, 32773, 50000))
 _KINDS = {1: "u", 2: "i", 3: "f", 4: "u"}
 _TYPES = frozenset(f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)) | {"f2", "f4", "f8"}
 _ASSOCIATED_ALPHA, _ALPHA = 1, 2
@@ -56,7 +56,7 @@ class Layout:
         planar: whether each band is stored by itself.
         dtype: of a sample.
         predictor: what was done to rows before they were compressed.
-        column: width of a tile; None for strips.
+        tile: width and height of a tile; None for strips.
         order: byte order, as `struct` writes it.
         tags: the file's directory.
     """
@@ -69,16 +69,15 @@ class Layout:
     planar: bool
     dtype: np.dtype
     predictor: int
-    column: int | None
+    tile: tuple[int, int] | None
     order: str
     tags: Mapping[int, object]
 
     @property
-    def stored_width(self) -> int:
-        """Pixels of a stored row: that of all tiles, where there are tiles."""
-        if self.column is None:
-            return self.size[0]
-        return -(-self.size[0] // self.column) * self.column
+    def stored(self) -> tuple[int, int]:
+        """Width and height of what is stored: whole tiles, where there are tiles."""
+        (width, height), (across, down) = self.size, self.tile or (1, 1)
+        return -(-width // across) * across, -(-height // down) * down
 
     @property
     def interleaved(self) -> int:
@@ -95,6 +94,11 @@ def directory(data: bytes) -> ImageFileDirectory_v2 | None:
     tags.load(file)
     complete = _WIDTH in tags and _HEIGHT in tags and (_STRIPS[0] in tags or _TILES[0] in tags)
     return tags if complete else None
+
+
+def tile_size(tags: ImageFileDirectory_v2) -> tuple[int, int]:
+    """Width and height of a tile, which is decoded as a whole; zeros for strips."""
+    return _number(tags, _TILE_WIDTH, 0), _number(tags, _TILE_HEIGHT, 0)
 
 
 def unsupported(tags: Mapping[int, object]) -> UnsupportedMediaType:
@@ -136,7 +140,7 @@ def layout(tags: ImageFileDirectory_v2) -> Layout | None:
         planar=planar,
         dtype=np.dtype(order + name),
         predictor=_number(tags, _PREDICTOR, _NO_PREDICTOR),
-        column=_number(tags, _TILE_WIDTH, 0) if _TILES[0] in tags else None,
+        tile=tile_size(tags) if _TILES[0] in tags else None,
         order=order,
         tags=tags,
     )
@@ -151,7 +155,7 @@ def read(data: bytes, layout: Layout, *, max_pixels: int) -> tuple[Image.Image, 
     Raises:
         ImageTooLarge: more samples than are decoded for an image of `max_pixels`.
     """
-    width, height = layout.stored_width, layout.size[1]
+    width, height = layout.stored
     if width * height * layout.bands * layout.dtype.itemsize > _MAX_SAMPLE_BYTES * max_pixels:
         raise ImageTooLarge("The image has too many samples to decode.")
     colours = _COLOURS[layout.photometric]
@@ -196,10 +200,11 @@ def _rows(data: bytes, layout: Layout, *, plane: int) -> np.ndarray:
     with TiffImageFile(file) as image:
         image.load()
         stored = np.array(image)
-    shape = (layout.size[1], layout.stored_width, layout.interleaved)
+    width = layout.stored[0]
+    shape = (layout.size[1], width, layout.interleaved)
     if layout.predictor == _NO_PREDICTOR:
         return stored.view(layout.dtype).reshape(shape)
-    columns = layout.column or layout.stored_width
+    columns = width if layout.tile is None else layout.tile[0]
     size = columns * layout.interleaved * layout.dtype.itemsize
     parts = [
         _undo_predictor(np.ascontiguousarray(stored[:, start : start + size]), layout, columns)
@@ -228,7 +233,7 @@ def _as_bytes(data: bytes, layout: Layout, plane: int) -> bytes:
     """The same file with a directory by which each row of a plane is a row of bytes."""
     size = layout.interleaved * layout.dtype.itemsize
     tags: dict[int, tuple[int, ...]] = {
-        _WIDTH: (layout.stored_width * size,),
+        _WIDTH: (layout.stored[0] * size,),
         _HEIGHT: (layout.size[1],),
         _BITS: (8,),
         _PHOTOMETRIC: (_BLACK_IS_ZERO,),
@@ -237,10 +242,10 @@ def _as_bytes(data: bytes, layout: Layout, plane: int) -> bytes:
     for tag in (_COMPRESSION, _FILL_ORDER, _ROWS_PER_STRIP, _TILE_HEIGHT):
         if tag in layout.tags:
             tags[tag] = _numbers(layout.tags, tag, ())
-    if layout.column is not None:
-        tags[_TILE_WIDTH] = (layout.column * size,)
+    if layout.tile is not None:
+        tags[_TILE_WIDTH] = (layout.tile[0] * size,)
     planes = layout.bands if layout.planar else 1
-    for tag in _STRIPS if layout.column is None else _TILES:
+    for tag in _STRIPS if layout.tile is None else _TILES:
         numbers = _numbers(layout.tags, tag, ())
         share = len(numbers) // planes
         if share:
