@@ -19,6 +19,13 @@ from models.errors import (
 IMAGE_PART = "image"
 OPTIONS_PART = "options"
 
+IMAGE_NAMES = frozenset(
+    (IMAGE_PART, "image[]", "images", "images[]", "file", "file[]", "files", "files[]")
+) | {"data", "upload", "picture", "photo"}
+"""Names by which a part is an image; clients and form libraries differ."""
+
+_FILE_TYPES = ("", "application/octet-stream")
+
 _MAX_FIELDS = 64
 _MAX_NAME = 64
 _MAX_BOUNDARY = 200
@@ -44,7 +51,8 @@ class Form:
 async def read_form(chunks: AsyncIterator[bytes], *, content_type: str, limits: FormLimits) -> Form:
     """Parse a form chunk by chunk.
 
-    An image over its cap is dropped while it arrives and leaves its error in its place.
+    A part is an image if it has one of the usual names, or a file name and the content type of an
+    image or none in particular. An image over its cap is dropped while it arrives and leaves its error in its place.
 
     Raises:
         MalformedBody: not a form, truncated, or too many parts.
@@ -94,7 +102,9 @@ class _Reader:
         self._header_name = b""
         self._header_value = b""
         self._disposition = b""
+        self._content_type = ""
         self._name = ""
+        self._is_image = False
         self._data = bytearray()
         self._error: HeatlensError | None = None
 
@@ -105,8 +115,12 @@ class _Reader:
         self._header_value += data[start:end]
 
     def end_header(self) -> None:
-        if self._header_name.lower() == b"content-disposition":
+        name = self._header_name.lower()
+        if name == b"content-disposition":
             self._disposition = self._header_value
+        elif name == b"content-type":
+            media_type = self._header_value.partition(b";")[0]
+            self._content_type = media_type.decode("latin-1").strip().lower()
         self._header_name = self._header_value = b""
 
     def begin_data(self) -> None:
@@ -115,17 +129,24 @@ class _Reader:
         if kind != b"form-data" or not 0 < len(name) <= _MAX_NAME:
             raise MalformedBody("Each part of the form needs a name.")
         self._name = name
-        if name == IMAGE_PART and len(self.form.images) >= self._limits.max_images:
+        self._is_image = name in IMAGE_NAMES or (
+            b"filename" in parameters and name != OPTIONS_PART and self._may_be_image()
+        )
+        if self._is_image and len(self.form.images) >= self._limits.max_images:
             raise TooManyImages(f"A request has at most {self._limits.max_images} images.")
-        if name != IMAGE_PART and len(self.form.fields) >= _MAX_FIELDS:
+        if not self._is_image and len(self.form.fields) >= _MAX_FIELDS:
             raise MalformedBody("The form has too many parts.")
 
+    def _may_be_image(self) -> bool:
+        return self._content_type.startswith("image/") or self._content_type in _FILE_TYPES
+
     def add_data(self, data: bytes, start: int, end: int) -> None:
-        if self._name != IMAGE_PART:
+        if not self._is_image:
             self._field_bytes += end - start
             if self._field_bytes > self._limits.max_options_bytes:
                 raise BodyTooLarge(
-                    f"The options have more than {self._limits.max_options_bytes} bytes."
+                    f"The parts of the form that are not images, up to `{self._name}`, have more "
+                    f"than {self._limits.max_options_bytes} bytes."
                 )
         elif self._error is None and len(self._data) + end - start > self._limits.max_image_bytes:
             self._error = ImageTooLarge(
@@ -136,7 +157,7 @@ class _Reader:
             self._data += memoryview(data)[start:end]
 
     def end_part(self) -> None:
-        if self._name == IMAGE_PART:
+        if self._is_image:
             self.form.images.append(self._error or bytes(self._data))
         else:
             self.form.fields.append((self._name, bytes(self._data)))

@@ -212,7 +212,12 @@ class Pipeline:
             image.input.data, limits=self._limits, preprocess=spec, keep_original=whole
         )
         model_input, geometry = preprocess(picture, spec)
-        view = View(input=model_input, geometry=geometry, picture=picture if whole else None)
+        view = View(
+            input=model_input,
+            geometry=geometry,
+            picture=picture if whole else None,
+            warnings=picture.warnings,
+        )
         return view, digest_of(model_input, plan.info)
 
 

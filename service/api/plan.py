@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from models.errors import InvalidOption, NotReady, UnknownLayer, UnknownModel
-from models.imaging.colormaps import Colormap
-from models.imaging.render import OverlayFormat
+from models.imaging.render import ClipChoice, ColormapChoice, OverlayFormat
 from models.resolve import resolve_layers, resolve_methods, resolve_targets
 from models.types import Intervention, JobOptions, ModelInfo, Operation, Struct, Target
 from service.api.body import ImageInput
@@ -31,7 +30,8 @@ class RenderOptions(Struct):
 
     outputs: tuple[Output, ...] = ("heatmap", "overlay")
     canvas: CanvasName = "input"
-    colormap: Colormap = "turbo"
+    colormap: ColormapChoice = "auto"
+    clip: ClipChoice = "auto"
     alpha: float = 0.5
     overlay_format: OverlayFormat = "jpeg"
 
@@ -203,6 +203,7 @@ def render_options(options: AnyOptions) -> RenderOptions:
             outputs=tuple(dict.fromkeys(options.outputs)),
             canvas=options.canvas,
             colormap=options.colormap,
+            clip=options.clip,
             alpha=options.alpha,
             overlay_format=options.overlay_format,
         )

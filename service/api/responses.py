@@ -20,7 +20,9 @@ from models.imaging.render import (
     original_canvas,
     overlay,
     shade,
+    style_of,
 )
+from models.methods import METHODS
 from models.types import ClassScore, Explanation, Geometry, LayerStatistics, Outcome
 from service.api.plan import Plan, RenderOptions
 from service.api.schemas import (
@@ -48,12 +50,14 @@ class View:
     Attributes:
         input: what the model saw, uint8 (H, W, 3).
         geometry: where that lies in the original.
-        picture: the whole picture, kept only when it is drawn upon.
+    picture: the whole picture, kept only when it is drawn upon.
+        warnings: what had to be assumed to decode it.
     """
 
     input: np.ndarray
     geometry: Geometry
     picture: DecodedImage | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def render(outcome: Outcome, view: View, plan: Plan) -> Result:
@@ -63,9 +67,13 @@ def render(outcome: Outcome, view: View, plan: Plan) -> Result:
     predictions = tuple(_prediction(item, labels) for item in outcome.predictions)
     statistics = tuple(_statistics(item, plan.render) for item in outcome.statistics)
     if plan.operation == "predict":
-        return PredictResult(image=image, predictions=predictions, statistics=statistics)
+        return PredictResult(
+            image=image, predictions=predictions, statistics=statistics, warnings=view.warnings
+        )
     if plan.operation == "features":
-        return FeaturesResult(image=image, predictions=predictions, features=statistics)
+        return FeaturesResult(
+            image=image, predictions=predictions, features=statistics, warnings=view.warnings
+        )
     canvas = _canvas(view)
     return ExplainResult(
         image=image,
@@ -75,6 +83,7 @@ def render(outcome: Outcome, view: View, plan: Plan) -> Result:
             for item in outcome.explanations
         ),
         statistics=statistics,
+        warnings=view.warnings,
     )
 
 
@@ -105,17 +114,23 @@ def _explanation(
     location = None
     if not item.degenerate:
         location = locate(item.map, view.geometry, signed=item.signed)
-    unit = None if item.degenerate else shade(item.map, canvas, signed=item.signed)
+    style = style_of(
+        signed=item.signed,
+        of_pixels=METHODS[item.method].family == "pixels",
+        colormap=options.colormap,
+        clip=options.clip,
+    )
+    unit = None if item.degenerate else shade(item.map, canvas, style)
     heatmap: ImageData | None = None
     laid_over: ImageData | None = None
     if "heatmap" in options.outputs:
-        data = heatmap_png(unit, canvas, colormap=options.colormap, signed=item.signed)
+        data = heatmap_png(unit, canvas, style)
         heatmap = _picture(data, "image/png", canvas)
     if "overlay" in options.outputs:
         data = overlay(
             unit,
             canvas,
-            colormap=options.colormap,
+            style,
             alpha=options.alpha,
             image_format=options.overlay_format,
         )
@@ -150,7 +165,8 @@ def _prediction(item: ClassScore, labels: tuple[str, ...]) -> Prediction:
 def _statistics(item: LayerStatistics, options: RenderOptions) -> StatisticsResponse:
     grid: ImageData | None = None
     if item.grid is not None and item.grid.size:
-        data = grid_png(item.grid, colormap=options.colormap)
+        colormap = "turbo" if options.colormap == "auto" else options.colormap
+        data = grid_png(item.grid, colormap=colormap)
         width, height = struct.unpack_from(">II", data, 16)  # the PNG's own header
         grid = ImageData(media_type="image/png", width=width, height=height, data=_base64(data))
     return StatisticsResponse(

@@ -173,6 +173,7 @@ class PredictResult(Struct):
     image: ImageInfo | UnsetType = UNSET
     predictions: tuple[Prediction, ...] | UnsetType = UNSET
     statistics: tuple[StatisticsResponse, ...] | UnsetType = UNSET
+    warnings: tuple[str, ...] | UnsetType = UNSET
     error: ImageError | UnsetType = UNSET
 
 
@@ -183,6 +184,7 @@ class ExplainResult(Struct):
     predictions: tuple[Prediction, ...] | UnsetType = UNSET
     explanations: tuple[ExplanationResponse, ...] | UnsetType = UNSET
     statistics: tuple[StatisticsResponse, ...] | UnsetType = UNSET
+    warnings: tuple[str, ...] | UnsetType = UNSET
     error: ImageError | UnsetType = UNSET
 
 
@@ -192,6 +194,7 @@ class FeaturesResult(Struct):
     image: ImageInfo | UnsetType = UNSET
     predictions: tuple[Prediction, ...] | UnsetType = UNSET
     features: tuple[StatisticsResponse, ...] | UnsetType = UNSET
+    warnings: tuple[str, ...] | UnsetType = UNSET
     error: ImageError | UnsetType = UNSET
 
 

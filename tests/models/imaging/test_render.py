@@ -19,6 +19,7 @@ from models.imaging.decode import DecodedImage, DecodeLimits, decode
 from models.imaging.preprocess import preprocess
 from models.imaging.render import (
     Canvas,
+    Style,
     encode_values,
     heatmap_png,
     input_canvas,
@@ -26,6 +27,7 @@ from models.imaging.render import (
     original_canvas,
     overlay,
     shade,
+    style_of,
     upsample,
 )
 from models.types import Geometry, Preprocess
@@ -34,6 +36,11 @@ SPEC = Preprocess(resize=256, crop=(224, 224))
 COFFEE = Image.fromarray(pictures.coffee())
 VALUES = st.floats(-1e3, 1e3, width=32)
 MAPS = arrays(np.float32, array_shapes(min_dims=2, max_dims=2, max_side=14), elements=VALUES)
+
+
+def plain(*, signed: bool = False, colormap: str = "turbo") -> Style:
+    """A map is drawn as it is, with one opacity."""
+    return Style(signed=signed, colormap=colormap, clip=0.0, fading=False)
 
 
 def random_map(*shape: int, seed: int = 0) -> np.ndarray:
@@ -137,7 +144,7 @@ def test_constant_maps_are_degenerate(signed: bool, value: float) -> None:
     if np.isfinite(value):
         # Interpolating a constant leaves rounding behind, which must not be blown up.
         assert normalise(upsample(values, height=225, width=223), signed=signed) is None
-    assert shade(values, input_canvas(np.zeros((9, 9, 3), np.uint8)), signed=signed) is None
+    assert shade(values, input_canvas(np.zeros((9, 9, 3), np.uint8)), plain(signed=signed)) is None
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -159,9 +166,9 @@ def test_an_empty_map_is_degenerate() -> None:
 def test_heatmaps_hold_levels_colours_and_opacity(
     canvas: Canvas, signed: bool, colormap: str
 ) -> None:
-    unit = shade(random_map(7, 7), canvas, signed=signed)
+    unit = shade(random_map(7, 7), canvas, plain(signed=signed))
     assert unit is not None
-    image = opened(heatmap_png(unit, canvas, colormap=colormap, signed=signed))
+    image = opened(heatmap_png(unit, canvas, plain(colormap=colormap, signed=signed)))
     assert image.mode == "P"
     assert image.size == (224, 224)
     assert np.abs(np.asarray(image) - unit * 255).max() <= 0.5001
@@ -171,7 +178,7 @@ def test_heatmaps_hold_levels_colours_and_opacity(
 def test_opacity_grows_with_the_value(canvas: Canvas) -> None:
     ramp = np.linspace(0, 1, 224, dtype=np.float32)[None].repeat(224, axis=0)
     for signed in (False, True):
-        data = heatmap_png(ramp, canvas, colormap="turbo", signed=signed)
+        data = heatmap_png(ramp, canvas, plain(signed=signed))
         opacity = np.asarray(opened(data).convert("RGBA"))[0, :, 3].astype(int)
         strength = opacity[112:] if signed else opacity
         assert (np.diff(strength) >= 0).all()
@@ -184,15 +191,15 @@ def test_opacity_grows_with_the_value(canvas: Canvas) -> None:
 def test_zero_is_transparent(canvas: Canvas, signed: bool) -> None:
     values = np.zeros((224, 224), np.float32)
     values[5, 7] = 2
-    unit = shade(values, canvas, signed=signed)
-    data = heatmap_png(unit, canvas, colormap="coolwarm", signed=signed)
+    unit = shade(values, canvas, plain(signed=signed))
+    data = heatmap_png(unit, canvas, plain(colormap="coolwarm", signed=signed))
     opacity = np.asarray(opened(data).convert("RGBA"))[..., 3]
     assert np.argwhere(opacity).tolist() == [[5, 7]]
 
 
 @pytest.mark.parametrize("signed", [False, True])
 def test_degenerate_heatmaps_are_transparent(canvas: Canvas, signed: bool) -> None:
-    data = heatmap_png(None, canvas, colormap="turbo", signed=signed)
+    data = heatmap_png(None, canvas, plain(signed=signed))
     image = opened(data).convert("RGBA")
     assert image.size == (224, 224)
     assert np.asarray(image)[..., 3].max() == 0
@@ -203,9 +210,9 @@ def test_degenerate_heatmaps_are_transparent(canvas: Canvas, signed: bool) -> No
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 1.0])
 def test_overlays_blend(canvas: Canvas, alpha: float) -> None:
-    unit = shade(random_map(7, 7), canvas, signed=False)
+    unit = shade(random_map(7, 7), canvas, plain())
     assert unit is not None
-    data = overlay(unit, canvas, colormap="viridis", alpha=alpha, image_format="png")
+    data = overlay(unit, canvas, plain(colormap="viridis"), alpha=alpha, image_format="png")
     got = np.asarray(opened(data)).astype(float)
     colours = COLORMAPS["viridis"][np.rint(unit * 255).astype(int)]
     expected = (1 - alpha) * canvas.base + alpha * colours
@@ -218,7 +225,9 @@ def test_brightness_does_not_depend_on_the_map(canvas: Canvas) -> None:
     one[:100] = 1
     two[:10] = 1
     drawn = [
-        np.asarray(opened(overlay(unit, canvas, colormap="jet", alpha=0.5, image_format="png")))
+        np.asarray(
+            opened(overlay(unit, canvas, plain(colormap="jet"), alpha=0.5, image_format="png"))
+        )
         for unit in (one, two)
     ]
     assert np.array_equal(drawn[0][100:], drawn[1][100:])
@@ -229,15 +238,15 @@ def test_brightness_does_not_depend_on_the_map(canvas: Canvas) -> None:
     ("image_format", "kind"), [("jpeg", "JPEG"), ("png", "PNG"), ("webp", "WEBP")]
 )
 def test_overlay_formats(canvas: Canvas, image_format: str, kind: str) -> None:
-    unit = shade(random_map(7, 7), canvas, signed=False)
-    image = opened(overlay(unit, canvas, colormap="turbo", alpha=0.5, image_format=image_format))
-    exact = opened(overlay(unit, canvas, colormap="turbo", alpha=0.5, image_format="png"))
+    unit = shade(random_map(7, 7), canvas, plain())
+    image = opened(overlay(unit, canvas, plain(), alpha=0.5, image_format=image_format))
+    exact = opened(overlay(unit, canvas, plain(), alpha=0.5, image_format="png"))
     assert (image.format, image.mode, image.size) == (kind, "RGB", (224, 224))
     assert np.abs(np.asarray(image).astype(int) - np.asarray(exact)).mean() < 6
 
 
 def test_degenerate_overlays_are_the_picture(canvas: Canvas) -> None:
-    data = overlay(None, canvas, colormap="turbo", alpha=0.5, image_format="png")
+    data = overlay(None, canvas, plain(), alpha=0.5, image_format="png")
     assert np.array_equal(np.asarray(opened(data)), canvas.base)
 
 
@@ -314,16 +323,16 @@ def test_the_map_lies_where_the_crop_lay(size: tuple[int, int], spec: Preprocess
     window[canvas.rows, canvas.columns] = True
     assert np.array_equal(window, seen)
 
-    unit = shade(values, canvas, signed=True)
+    unit = shade(values, canvas, plain(signed=True))
     assert unit is not None
     inside = expected[seen].reshape(unit.shape)
     assert np.abs(unit - (inside / np.abs(inside).max() / 2 + 0.5)).max() <= 1e-5
 
-    heatmap = opened(heatmap_png(unit, canvas, colormap="coolwarm", signed=True))
+    heatmap = opened(heatmap_png(unit, canvas, plain(colormap="coolwarm", signed=True)))
     assert heatmap.size == canvas.base.shape[1::-1]
     assert np.asarray(heatmap.convert("RGBA"))[..., 3][~seen].sum() == 0
 
-    data = overlay(unit, canvas, colormap="coolwarm", alpha=1.0, image_format="png")
+    data = overlay(unit, canvas, plain(colormap="coolwarm"), alpha=1.0, image_format="png")
     drawn = np.asarray(opened(data))
     assert np.array_equal(drawn[~seen], canvas.base[~seen])
     levels = np.rint(unit * 255).astype(int)
@@ -350,13 +359,98 @@ def test_nothing_is_changed_and_threads_agree(canvas: Canvas) -> None:
         values.setflags(write=False)
 
     def draw(values: np.ndarray) -> tuple[bytes, bytes]:
-        unit = shade(values, canvas, signed=False)
+        unit = shade(values, canvas, plain())
         return (
-            heatmap_png(unit, canvas, colormap="turbo", signed=False),
-            overlay(unit, canvas, colormap="turbo", alpha=0.5, image_format="jpeg"),
+            heatmap_png(unit, canvas, plain()),
+            overlay(unit, canvas, plain(), alpha=0.5, image_format="jpeg"),
         )
 
     expected = [draw(values) for values in maps]
     with ThreadPoolExecutor(8) as pool:
         for _ in range(5):
             assert list(pool.map(draw, maps)) == expected
+
+
+# ---------------------------------------------------------------- styles
+
+
+@pytest.mark.parametrize(
+    ("signed", "of_pixels", "expected"),
+    [
+        (False, False, Style(signed=False, colormap="turbo", clip=0.0, fading=False)),
+        (True, False, Style(signed=True, colormap="coolwarm", clip=0.0, fading=True)),
+        (False, True, Style(signed=False, colormap="turbo", clip=0.01, fading=True)),
+        (True, True, Style(signed=True, colormap="coolwarm", clip=0.01, fading=True)),
+    ],
+)
+def test_styles_suit_their_maps(signed: bool, of_pixels: bool, expected: Style) -> None:
+    assert style_of(signed=signed, of_pixels=of_pixels) == expected
+
+
+def test_what_is_asked_for_beats_the_style() -> None:
+    style = style_of(signed=True, of_pixels=True, colormap="gray", clip=0.0)
+    assert (style.colormap, style.clip) == ("gray", 0.0)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_the_strongest_values_saturate(canvas: Canvas, signed: bool) -> None:
+    """One pixel that is a thousand times stronger than all others does not hide them."""
+    values = np.abs(random_map(224, 224))
+    values[3, 5] = 1000 * values.max()
+    if signed:
+        values *= np.sign(random_map(224, 224, seed=1))
+    untouched = values.copy()
+    shares = {}
+    for clip in (0.0, 0.01, 0.1):
+        unit = shade(values, canvas, Style(signed=signed, colormap="turbo", clip=clip, fading=True))
+        assert unit is not None
+        strength = np.abs(unit * 2 - 1) if signed else unit
+        shares[clip] = np.mean(strength > 0.999)
+        assert np.argmax(strength == strength.max()) >= 0
+        assert (np.median(strength) < 0.01) == (clip == 0)
+    assert shares == {0.0: pytest.approx(0, abs=1e-4), 0.01: pytest.approx(0.01, abs=1e-3),
+                      0.1: pytest.approx(0.1, abs=1e-3)}  # fmt: skip
+    assert np.array_equal(values, untouched)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_map_of_few_values_keeps_them(canvas: Canvas, signed: bool) -> None:
+    values = np.zeros((224, 224), np.float32)
+    values[:3, :3] = np.arange(1, 10).reshape(3, 3)
+    style = Style(signed=signed, colormap="turbo", clip=0.01, fading=True)
+    unit = shade(values, canvas, style)
+    whole = shade(values, canvas, plain(signed=signed))
+    assert unit is not None
+    assert np.array_equal(unit, whole)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_fading_overlays_leave_the_image_where_nothing_is_said(
+    canvas: Canvas, signed: bool
+) -> None:
+    values = np.zeros((224, 224), np.float32)
+    values[100:, :100] = np.linspace(0, 1, 100)
+    if signed:
+        values[:100, 100:] = -1
+    style = style_of(signed=signed, of_pixels=True, clip=0.0)
+    unit = shade(values, canvas, style)
+    drawn = np.asarray(opened(overlay(unit, canvas, style, alpha=0.5, image_format="png")))
+    assert np.array_equal(drawn[values == 0], canvas.base[values == 0])
+    colours = COLORMAPS[style.colormap].astype(int)
+    distance = np.abs(drawn.astype(int) - colours[-1]).sum(-1)
+    assert np.median(distance[100:, 95:100]) < np.median(distance[100:, 20:25])
+    if signed:
+        against = np.abs(drawn[:100, 100:] - colours[0]).mean()
+        assert against < np.abs(canvas.base[:100, 100:] - colours[0]).mean() / 2
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_alpha_scales_what_fades(canvas: Canvas, signed: bool) -> None:
+    style = style_of(signed=signed, of_pixels=True)
+    unit = shade(random_map(224, 224), canvas, style)
+    changes = []
+    for alpha in (0.0, 0.25, 0.5, 1.0):
+        drawn = opened(overlay(unit, canvas, style, alpha=alpha, image_format="png"))
+        changes.append(np.abs(np.asarray(drawn).astype(int) - canvas.base).mean())
+    assert changes[0] == 0
+    assert changes == sorted(changes)

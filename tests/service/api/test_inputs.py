@@ -168,7 +168,7 @@ BAD: dict[str, tuple[dict[str, Any], int, str, str | None]] = {
         "images.0.b64",
     ),
     "cut base64": (
-        {"json": {"images": [{"b64": "iVBORw0"}]}},
+        {"json": {"images": [{"b64": "iVBOR"}]}},
         422,
         "image_undecodable",
         "images.0.b64",

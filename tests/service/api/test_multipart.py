@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.errors import HeatlensError, ImageTooLarge
-from service.api.multipart import Form, FormLimits, read_form
+from service.api.multipart import IMAGE_NAMES, Form, FormLimits, read_form
 
 LIMITS = FormLimits(max_image_bytes=1_000, max_options_bytes=1_000, max_images=5)
 CONTENT_TYPE = "multipart/form-data; boundary=XX"
@@ -34,7 +34,7 @@ def parse(body: bytes, content_type: str, *, cuts: list[int] | None = None) -> F
 @given(
     images=st.lists(st.binary(max_size=300), max_size=5),
     fields=st.lists(
-        st.tuples(names.filter(lambda n: n != "image"), st.binary(max_size=50)), max_size=5
+        st.tuples(names.filter(lambda n: n not in IMAGE_NAMES), st.binary(max_size=50)), max_size=5
     ),
     cuts=st.lists(st.integers(0, 10_000), max_size=20),
 )
