@@ -33,7 +33,9 @@ _PIXEL_CLIP = 0.01
 
 # Opacity of a heatmap's strongest value: the image below stays visible.
 _PEAK_OPACITY = 0.85
-_FADE_ALPHA, _FADE_GAMMA = 0.25, 0.6
+# The power of alpha that an overlay which fades takes as its greatest opacity. A single pixel is only
+# seen if it is more opaque than an area needs to be: an alpha of 0.5 gives 0.84.
+_FADE_ALPHA = 0.25
 _JPEG_QUALITY = 85
 _WEBP_QUALITY = 80
 
@@ -296,7 +298,7 @@ def _strength(signed: bool) -> np.ndarray:
 
 def _fade(alpha: float, signed: bool) -> np.ndarray:
     """Opacity of each palette index in an overlay that fades, uint8 (256,)."""
-    opacity = 255 * alpha**_FADE_ALPHA * _strength(signed) ** _FADE_GAMMA
+    opacity = 255 * alpha**_FADE_ALPHA * _strength(signed)
     return np.asarray(np.rint(opacity).astype(np.uint8))
 
 

@@ -237,7 +237,7 @@ def _form_image(item: bytes | HeatlensError) -> ImageInput:
     if isinstance(item, HeatlensError):
         return ImageInput(error=item)
     if not item:
-        return ImageInput(error=ImageUndecodable("The image part of the form is empty."))
+        return ImageInput(error=UnsupportedMediaType("The image part of the form is empty."))
     return ImageInput(data=item)
 
 

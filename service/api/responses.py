@@ -68,11 +68,17 @@ def render(outcome: Outcome, view: View, plan: Plan) -> Result:
     statistics = tuple(_statistics(item, plan.render) for item in outcome.statistics)
     if plan.operation == "predict":
         return PredictResult(
-            image=image, predictions=predictions, statistics=statistics, warnings=view.warnings
+            image=image,
+            predictions=predictions,
+            statistics=statistics,
+            warnings=view.warnings or UNSET,
         )
     if plan.operation == "features":
         return FeaturesResult(
-            image=image, predictions=predictions, features=statistics, warnings=view.warnings
+            image=image,
+            predictions=predictions,
+            features=statistics,
+            warnings=view.warnings or UNSET,
         )
     canvas = _canvas(view)
     return ExplainResult(
@@ -83,7 +89,7 @@ def render(outcome: Outcome, view: View, plan: Plan) -> Result:
             for item in outcome.explanations
         ),
         statistics=statistics,
-        warnings=view.warnings,
+        warnings=view.warnings or UNSET,
     )
 
 
