@@ -20,7 +20,8 @@ from skimage import data
 from benchmarks.photographs import answer, job_for, model_input
 from models.catalog import default_spec
 from models.engine import Engine
-from models.imaging.render import input_canvas, overlay, shade, style_of
+from models.imaging.render import input_canvas, overlay, shade
+from models.imaging.style import style_of
 from models.methods import METHODS
 from models.registry import ModelRegistry
 from models.types import Explanation, JobOptions, Outcome

@@ -103,9 +103,9 @@ def decode(
     """Decode the first frame of an image to upright RGB.
 
     EXIF orientation is applied, transparency composited on white, and every other mode (CMYK,
-    palette, grey, 1-bit, 16-bit, 32-bit, float) becomes RGB; colour profiles and all other metadata
-    are ignored, as the libraries that trained the models do. Large JPEGs are decoded at a reduced size, still twice
-    what `preprocess` resizes to.
+    palette, grey, 1-bit, 16-bit, 32-bit, float) becomes RGB. Colour profiles and all other metadata
+    are ignored, as the libraries that trained the models do. Large JPEGs are decoded at a reduced
+    size, still twice what `preprocess` resizes to.
 
     Args:
         data: the encoded image.

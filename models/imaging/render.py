@@ -16,25 +16,18 @@ import numpy as np
 from PIL import Image
 
 from models.imaging import png
-from models.imaging.colormaps import COLORMAPS, Colormap
+from models.imaging.colormaps import COLORMAPS
 from models.imaging.decode import DecodedImage
 from models.imaging.jpeg import CANVAS_SIDE
+from models.imaging.style import Style
 from models.types import Geometry
 
 OverlayFormat = Literal["jpeg", "png", "webp"]
-ColormapChoice = Literal["auto", Colormap]
-ClipChoice = float | Literal["auto"]
-
-MAX_CLIP = 0.1
-"""Largest share of the strongest values that a picture may saturate."""
-
-# A few single pixels are far stronger than all others: without this the rest would be invisible.
-_PIXEL_CLIP = 0.01
 
 # Opacity of a heatmap's strongest value: the image below stays visible.
 _PEAK_OPACITY = 0.85
-# The power of alpha that an overlay which fades takes as its greatest opacity. A single pixel is only
-# seen if it is more opaque than an area needs to be: an alpha of 0.5 gives 0.84.
+# The greatest opacity of an overlay that fades is alpha to this power: 0.84 for an alpha of 0.5. To
+# be seen, a single pixel must be more opaque than an area.
 _FADE_ALPHA = 0.25
 _JPEG_QUALITY = 85
 _WEBP_QUALITY = 80
@@ -44,38 +37,6 @@ _ROUNDING = 4 * 2.0**-23
 
 # Magnitudes whose differences and quotients stay normal numbers of float32.
 _SAFE_MIN, _SAFE_MAX = 1e-30, 1e30
-
-
-@dataclass(frozen=True, slots=True)
-class Style:
-    """How the maps of a method are drawn.
-
-    Attributes:
-        signed: whether negative values mean something else than little.
-        colormap: name of the colour table.
-        clip: share of the strongest values that saturate.
-        fading: whether an overlay is transparent where the map says nothing.
-    """
-
-    signed: bool
-    colormap: Colormap
-    clip: float
-    fading: bool
-
-
-def style_of(
-    *,
-    signed: bool,
-    of_pixels: bool,
-    colormap: ColormapChoice = "auto",
-    clip: ClipChoice = "auto",
-) -> Style:
-    """Choose what is left to choose: `of_pixels` tells maps of single pixels from maps of layers."""
-    if colormap == "auto":
-        colormap = "coolwarm" if signed else "turbo"
-    if clip == "auto":
-        clip = _PIXEL_CLIP if of_pixels else 0.0
-    return Style(signed=signed, colormap=colormap, clip=clip, fading=signed or of_pixels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +137,8 @@ def shade(values: np.ndarray, canvas: Canvas, style: Style) -> np.ndarray | None
 def heatmap_png(unit: np.ndarray | None, canvas: Canvas, style: Style) -> bytes:
     """Draw a heatmap over the canvas: 8-bit palette PNG whose opacity grows with the value.
 
-    `unit` is what `shade` returned for the canvas; None gives a transparent image. Of signed maps 0.5
-    is zero, and opacity grows with the distance from it.
+    `unit` is what `shade` returned for the canvas; None gives a transparent image. In
+    signed maps 0.5 is zero, and opacity grows with the distance from it.
     """
     # Half of 255 rounds to 128, the index of zero in a signed map.
     indices = np.full(canvas.base.shape[:2], 128 if style.signed else 0, np.uint8)
@@ -199,10 +160,10 @@ def overlay(
     """Blend a map with its canvas and encode the result.
 
     Each pixel of the window becomes (1 - a) * image + a * colour. Opacity a is `alpha`, so that how
-    bright the image looks does not depend on the map, or, if the style is fading, grows with the strength of
-    the value, so that the image is left as it is where the map says nothing. It is left alone
-    outside the window, too, and without a map (`unit` is what `shade` returned for the canvas).
-    JPEG has quality 85, WebP quality 80.
+    bright the image looks does not depend on the map. If the style is fading, a grows with the
+    strength of the value, so that the image is left as it is where the map says nothing. Outside
+    the window, and without a map (`unit` is what `shade` returned for the canvas), the image is
+    always left as it is. JPEG has quality 85, WebP quality 80.
     """
     image = Image.fromarray(canvas.base)
     if unit is not None:

@@ -16,7 +16,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import ErrorDetails
 
 from models.errors import InvalidOption
-from models.imaging.render import MAX_CLIP, ClipChoice, ColormapChoice, OverlayFormat
+from models.imaging.render import OverlayFormat
+from models.imaging.style import MAX_CLIP, ClipChoice, ColormapChoice
 from models.methods import METHODS
 from models.types import Fuse, InterventionOp, Kind, Operation
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from models.errors import InvalidOption, NotReady, UnknownLayer, UnknownModel
-from models.imaging.render import ClipChoice, ColormapChoice, OverlayFormat
+from models.imaging.render import OverlayFormat
+from models.imaging.style import ClipChoice, ColormapChoice
 from models.resolve import resolve_layers, resolve_methods, resolve_targets
 from models.types import Intervention, JobOptions, ModelInfo, Operation, Struct, Target
 from service.api.body import ImageInput

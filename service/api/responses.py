@@ -20,8 +20,8 @@ from models.imaging.render import (
     original_canvas,
     overlay,
     shade,
-    style_of,
 )
+from models.imaging.style import style_of
 from models.methods import METHODS
 from models.types import ClassScore, Explanation, Geometry, LayerStatistics, Outcome
 from service.api.plan import Plan, RenderOptions

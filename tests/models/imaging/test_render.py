@@ -19,7 +19,6 @@ from models.imaging.decode import DecodedImage, DecodeLimits, decode
 from models.imaging.preprocess import preprocess
 from models.imaging.render import (
     Canvas,
-    Style,
     encode_values,
     heatmap_png,
     input_canvas,
@@ -29,6 +28,7 @@ from models.imaging.render import (
     shade,
     upsample,
 )
+from models.imaging.style import Style
 from models.types import Geometry, Preprocess
 
 SPEC = Preprocess(resize=256, crop=(224, 224))

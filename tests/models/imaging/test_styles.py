@@ -10,7 +10,8 @@ from PIL import Image
 from skimage import data as pictures
 
 from models.imaging.colormaps import COLORMAPS
-from models.imaging.render import Canvas, Style, input_canvas, overlay, shade, style_of
+from models.imaging.render import Canvas, input_canvas, overlay, shade
+from models.imaging.style import Style, style_of
 
 
 def plain(*, signed: bool) -> Style:
