@@ -21,6 +21,8 @@ from benchmarks.photographs import answer, job_for, model_input
 from models.catalog import default_spec
 from models.engine import Engine
 from models.imaging.render import input_canvas, overlay, shade
+from models.imaging.style import style_of
+from models.methods import METHODS
 from models.registry import ModelRegistry
 from models.types import Explanation, JobOptions, Outcome
 from models.warm_model import WarmModel
@@ -73,13 +75,12 @@ def sheet(pixels: np.ndarray, explanations: tuple[Explanation, ...], *, title: s
     tiles = [(title, Image.fromarray(pixels))]
     canvas = input_canvas(pixels)
     for explanation in explanations:
-        drawn = overlay(
-            shade(explanation.map, canvas, signed=explanation.signed),
-            canvas,
-            colormap="coolwarm" if explanation.signed else "turbo",
-            alpha=0.6 if explanation.signed else 0.5,
-            image_format="png",
+        style = style_of(
+            signed=explanation.signed,
+            of_pixels=METHODS[explanation.method].family == "pixels",
         )
+        unit = shade(explanation.map, canvas, style)
+        drawn = overlay(unit, canvas, style, alpha=0.5, image_format="png")
         tiles.append((explanation.method, Image.open(io.BytesIO(drawn))))
     rows = -(-len(tiles) // COLUMNS)
     whole = Image.new("RGB", (COLUMNS * TILE, rows * (TILE + TITLE)), "white")

@@ -8,13 +8,12 @@ own errors with our own words.
 from __future__ import annotations
 
 import io
-import re
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from models.errors import (
     HeatlensError,
@@ -23,6 +22,10 @@ from models.errors import (
     ImageUndecodable,
     UnsupportedMediaType,
 )
+from models.imaging import deep_png, jpeg, png_chunks, tiff
+from models.imaging.modes import to_rgb
+from models.imaging.orientation import TURNS, Turn, orientation, turn_box
+from models.imaging.samples import widen
 from models.types import Preprocess, Struct
 
 FORMATS: Mapping[str, str] = {
@@ -35,9 +38,6 @@ FORMATS: Mapping[str, str] = {
 }
 """Media types that are decoded, and the name of each one's decoder."""
 
-CANVAS_SIDE = 1024
-"""Longest side, in pixels, at which a whole image is drawn."""
-
 _MAGIC = (
     (b"\xff\xd8\xff", "image/jpeg"),
     (b"\x89PNG\r\n\x1a\n", "image/png"),
@@ -49,41 +49,6 @@ _MAGIC = (
     (b"II+\0", "image/tiff"),
     (b"MM\0+", "image/tiff"),
 )
-
-_ORIENTATION_TAG = 0x0112
-
-
-class _Turn(NamedTuple):
-    """What brings an image upright: first swap the axes, then mirror."""
-
-    transpose: Image.Transpose
-    swap: bool
-    mirror_x: bool
-    mirror_y: bool
-
-
-_TURNS: Mapping[int, _Turn] = {
-    2: _Turn(Image.Transpose.FLIP_LEFT_RIGHT, swap=False, mirror_x=True, mirror_y=False),
-    3: _Turn(Image.Transpose.ROTATE_180, swap=False, mirror_x=True, mirror_y=True),
-    4: _Turn(Image.Transpose.FLIP_TOP_BOTTOM, swap=False, mirror_x=False, mirror_y=True),
-    5: _Turn(Image.Transpose.TRANSPOSE, swap=True, mirror_x=False, mirror_y=False),
-    6: _Turn(Image.Transpose.ROTATE_270, swap=True, mirror_x=True, mirror_y=False),
-    7: _Turn(Image.Transpose.TRANSVERSE, swap=True, mirror_x=True, mirror_y=True),
-    8: _Turn(Image.Transpose.ROTATE_90, swap=True, mirror_x=False, mirror_y=True),
-}
-
-# An image drafted to at least twice the size it will be resized to keeps what the resize needs:
-# the model input differs by less than half a level of 256 on average and by 8 at most (measured on
-# photographs). Filters that jump need every pixel.
-_DRAFT_MARGIN = 2
-_DRAFT_SCALES = (8, 4, 2)
-_NEVER_DRAFTED = ("nearest", "box")
-
-# A progressive JPEG may announce any number of passes over all its pixels in a few bytes each;
-# encoders write about ten. The pattern is a start-of-scan marker with its length and component
-# count: other data is not taken for one.
-_MAX_JPEG_SCANS = 100
-_JPEG_SCAN = re.compile(rb"\xff\xda\x00[\x08\x0a\x0c\x0e][\x01-\x04]")
 
 
 class DecodeLimits(Struct):
@@ -111,6 +76,7 @@ class DecodedImage:
         box: (left, top, right, bottom) of the original within `image`, whose last pixels may lie
             partly outside it when it is reduced.
         drafted: whether `image` is smaller than the original.
+        warnings: what had to be assumed to decode it.
     """
 
     image: Image.Image
@@ -118,6 +84,7 @@ class DecodedImage:
     height: int
     box: tuple[float, float, float, float]
     drafted: bool
+    warnings: tuple[str, ...] = ()
 
 
 def sniff(data: bytes) -> str | None:
@@ -136,9 +103,9 @@ def decode(
     """Decode the first frame of an image to upright RGB.
 
     EXIF orientation is applied, transparency composited on white, and every other mode (CMYK,
-    palette, grey, 1-bit, 16-bit, 32-bit, float) becomes RGB; colour profiles are ignored, as the
-    libraries that trained the models do. Large JPEGs are decoded at a reduced size, still twice
-    what `preprocess` resizes to.
+    palette, grey, 1-bit, 16-bit, 32-bit, float) becomes RGB. Colour profiles and all other metadata
+    are ignored, as the libraries that trained the models do. Large JPEGs are decoded at a reduced
+    size, still twice what `preprocess` resizes to.
 
     Args:
         data: the encoded image.
@@ -147,7 +114,7 @@ def decode(
         keep_original: keep enough pixels to draw the whole image, too.
 
     Raises:
-        UnsupportedMediaType: not a format that is decoded.
+        UnsupportedMediaType: not a format that is decoded, or a rare kind of one.
         ImageTooLarge: more bytes or pixels than the caps allow.
         ImageTooSmall: a side shorter than the cap allows.
         ImageUndecodable: damaged or truncated.
@@ -160,9 +127,13 @@ def decode(
         raise UnsupportedMediaType(f"The image is of no known format. Allowed: {allowed}.")
     try:
         _check_header(data, media_type, limits)
-        with Image.open(io.BytesIO(data), formats=(FORMATS[media_type],)) as image:
+        if media_type == "image/png":
+            data = png_chunks.essential(data)
+        if media_type == "image/tiff" and (found := _decode_tiff(data, limits)) is not None:
+            return found
+        with _open(data, media_type) as image:
             _check_size(image.size, limits)
-            return _load(image, preprocess, keep_original=keep_original)
+            return _load(image, data, preprocess, keep_original=keep_original)
     except HeatlensError:
         raise
     except (MemoryError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -178,8 +149,8 @@ def _check_header(data: bytes, media_type: str, limits: DecodeLimits) -> None:
         # Opening an extended WebP already takes memory for its canvas.
         width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
         _check_size((width, height), limits)
-    if media_type == "image/jpeg" and len(_JPEG_SCAN.findall(data)) > _MAX_JPEG_SCANS:
-        raise ImageUndecodable("The image has too many progressive scans.")
+    if media_type == "image/jpeg":
+        jpeg.check(data)
 
 
 def _check_size(size: tuple[int, int], limits: DecodeLimits) -> None:
@@ -190,16 +161,46 @@ def _check_size(size: tuple[int, int], limits: DecodeLimits) -> None:
         raise ImageTooSmall(f"The image is less than {limits.min_side} pixels wide or high.")
 
 
-def _load(image: Image.Image, preprocess: Preprocess, *, keep_original: bool) -> DecodedImage:
+def _open(data: bytes, media_type: str) -> Image.Image:
+    formats = (FORMATS[media_type],)
+    try:
+        return Image.open(io.BytesIO(data), formats=formats)
+    except UnidentifiedImageError:
+        if media_type == "image/jpeg":
+            return Image.open(io.BytesIO(jpeg.without_metadata(data)), formats=formats)
+        if media_type == "image/tiff" and (tags := tiff.directory(data)) is not None:
+            raise tiff.unsupported(tags) from None
+        raise
+
+
+def _decode_tiff(data: bytes, limits: DecodeLimits) -> DecodedImage | None:
+    """Decode an image whose samples Pillow has no mode for; None if Pillow is to decode it."""
+    tags = tiff.directory(data)
+    if tags is None:
+        return None
+    if math.prod(tiff.tile_size(tags)) > limits.max_pixels:
+        raise ImageTooLarge("The image has too large tiles to decode.")
+    layout = tiff.layout(tags)
+    if layout is None:
+        return None
+    _check_size(layout.size, limits)
+    rgb, warnings = tiff.read(data, layout, max_pixels=limits.max_pixels)
+    return _whole(rgb, TURNS.get(layout.orientation), warnings)
+
+
+def _load(
+    image: Image.Image, data: bytes, preprocess: Preprocess, *, keep_original: bool
+) -> DecodedImage:
     width, height = image.size
-    scale = _draft(image, preprocess, keep_original=keep_original)
+    scale = 1
+    if image.format in ("JPEG", "MPO"):
+        scale = jpeg.draft(image, preprocess, keep_original=keep_original)
     image.load()
-    rgb = _to_rgb(image)
-    turn = _TURNS.get(_orientation(image))
-    upright = rgb if turn is None else rgb.transpose(turn.transpose)
+    rgb, warnings = _to_rgb(image, data)
+    turn = TURNS.get(orientation(image))
     if scale == 1:
-        box = (0.0, 0.0, float(upright.width), float(upright.height))
-        return DecodedImage(upright, *upright.size, box, drafted=False)
+        return _whole(rgb, turn, warnings)
+    upright = rgb if turn is None else rgb.transpose(turn.transpose)
     # A draft rounds up to whole pixels: its last row and column may lie partly outside the
     # original.
     inner = (width / scale, height / scale)
@@ -207,79 +208,22 @@ def _load(image: Image.Image, preprocess: Preprocess, *, keep_original: bool) ->
         return DecodedImage(upright, width, height, (0.0, 0.0, *inner), drafted=True)
     if turn.swap:
         width, height = height, width
-    box = _turn_box(inner, turn, rgb.size)
+    box = turn_box(inner, turn, rgb.size)
     return DecodedImage(upright, width, height, box, drafted=True)
 
 
-def _draft(image: Image.Image, preprocess: Preprocess, *, keep_original: bool) -> int:
-    """Have a JPEG decoded at 1/2, 1/4 or 1/8 where enough is left; returns the divisor."""
-    if image.format not in ("JPEG", "MPO") or preprocess.interpolation in _NEVER_DRAFTED:
-        return 1
-    resize = preprocess.resize
-    needed = _DRAFT_MARGIN * (resize if isinstance(resize, int) else max(resize))
-    room = min(image.size) / needed
-    if keep_original:
-        room = min(room, max(image.size) / CANVAS_SIDE)
-    scale = next((s for s in _DRAFT_SCALES if room >= s), 1)
-    if scale > 1:
-        before = image.size
-        image.draft(None, (before[0] // scale, before[1] // scale))
-        if image.size == before:
-            return 1
-    return scale
+def _whole(rgb: Image.Image, turn: Turn | None, warnings: tuple[str, ...]) -> DecodedImage:
+    """An image of which every pixel was decoded."""
+    upright = rgb if turn is None else rgb.transpose(turn.transpose)
+    box = (0.0, 0.0, float(upright.width), float(upright.height))
+    return DecodedImage(upright, *upright.size, box, drafted=False, warnings=warnings)
 
 
-def _orientation(image: Image.Image) -> int:
-    """EXIF orientation 1 to 8; 1 when there is none or it cannot be read."""
-    try:
-        value = image.getexif().get(_ORIENTATION_TAG, 1)
-    # Garbage in the metadata must not cost the image.
-    except Exception:  # noqa: BLE001
-        return 1
-    return value if isinstance(value, int) else 1
-
-
-def _turn_box(
-    inner: tuple[float, float], turn: _Turn, size: tuple[int, int]
-) -> tuple[float, float, float, float]:
-    """Where the part `inner` (width, height) at the origin of an image lies after the turn."""
-    width, height = inner
-    gap_x, gap_y = size[0] - width, size[1] - height
-    if turn.swap:
-        width, height, gap_x, gap_y = height, width, gap_y, gap_x
-    left = gap_x if turn.mirror_x else 0.0
-    top = gap_y if turn.mirror_y else 0.0
-    return left, top, left + width, top + height
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        return _deep_to_grey(image).convert("RGB")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        on_white = Image.new("RGB", rgba.size, "white")
-        on_white.paste(rgba, mask=rgba.getchannel("A"))
-        return on_white
-    return image.convert("RGB")
-
-
-def _deep_to_grey(image: Image.Image) -> Image.Image:
-    """16-bit, 32-bit and float grey to 8 bits.
-
-    16-bit images keep their high byte, as 16-bit colour does. Wider integers and floats do not
-    say their range: [0, 1] (floats only), [0, 255] and [0, 65535] are recognised, anything else is
-    stretched from its least to its greatest value. What is not a number is black.
-    """
-    values = np.asarray(image)
-    if values.dtype.kind == "u" and values.dtype.itemsize == 2:
-        return Image.fromarray((values >> 8).astype(np.uint8))
-    levels = np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
-    low, high = float(levels.min()), float(levels.max())
-    limits = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
-    if low >= 0:
-        low, high = 0.0, next((limit for limit in limits if high <= limit), high)
-    # Halved, so that the range of values near the ends of float32 is finite.
-    levels *= 0.5
-    levels -= low / 2
-    levels *= 255.0 / ((high - low) / 2) if high > low else 0.0
-    return Image.fromarray(np.rint(levels).astype(np.uint8))
+def _to_rgb(image: Image.Image, data: bytes) -> tuple[Image.Image, tuple[str, ...]]:
+    """A loaded image as RGB, and what had to be assumed for it."""
+    if image.format == "PNG" and deep_png.is_deep(data):
+        return deep_png.read(image, data)
+    if image.format == "TIFF" and image.mode == "I;16":
+        # Of the deep modes only 12-bit grey is left to Pillow.
+        image = Image.fromarray(widen(np.asarray(image), 12))
+    return to_rgb(image), ()

@@ -16,14 +16,19 @@ import numpy as np
 from PIL import Image
 
 from models.imaging import png
-from models.imaging.colormaps import COLORMAPS, Colormap
-from models.imaging.decode import CANVAS_SIDE, DecodedImage
+from models.imaging.colormaps import COLORMAPS
+from models.imaging.decode import DecodedImage
+from models.imaging.jpeg import CANVAS_SIDE
+from models.imaging.style import Style
 from models.types import Geometry
 
 OverlayFormat = Literal["jpeg", "png", "webp"]
 
 # Opacity of a heatmap's strongest value: the image below stays visible.
 _PEAK_OPACITY = 0.85
+# The greatest opacity of an overlay that fades is alpha to this power: 0.84 for an alpha of 0.5. To
+# be seen, a single pixel must be more opaque than an area.
+_FADE_ALPHA = 0.25
 _JPEG_QUALITY = 85
 _WEBP_QUALITY = 80
 
@@ -112,8 +117,11 @@ def normalise(values: np.ndarray, *, signed: bool) -> np.ndarray | None:
     return np.clip(unit, 0.0, 1.0)
 
 
-def shade(values: np.ndarray, canvas: Canvas, *, signed: bool) -> np.ndarray | None:
-    """Enlarge a raw map (h, w) to the canvas's window and normalise it; None if degenerate."""
+def shade(values: np.ndarray, canvas: Canvas, style: Style) -> np.ndarray | None:
+    """Enlarge a raw map (h, w) to the canvas's window and normalise it; None if degenerate.
+
+    The share `style.clip` of the strongest values reach the ends of the scale.
+    """
     height = canvas.rows.stop - canvas.rows.start
     width = canvas.columns.stop - canvas.columns.start
     if height <= 0 or width <= 0 or is_degenerate(values):
@@ -123,51 +131,74 @@ def shade(values: np.ndarray, canvas: Canvas, *, signed: bool) -> np.ndarray | N
         _span_weights(values.shape[0], height, canvas.span_y),
         _span_weights(values.shape[1], width, canvas.span_x),
     )
-    return normalise(enlarged, signed=signed)
+    return normalise(_clipped(enlarged, style), signed=style.signed)
 
 
-def heatmap_png(
-    unit: np.ndarray | None, canvas: Canvas, *, colormap: Colormap, signed: bool
-) -> bytes:
+def heatmap_png(unit: np.ndarray | None, canvas: Canvas, style: Style) -> bytes:
     """Draw a heatmap over the canvas: 8-bit palette PNG whose opacity grows with the value.
 
-    `unit` is what `shade` returned for the canvas; None gives a transparent image. If `signed`, 0.5
-    is zero, and opacity grows with the distance from it.
+    `unit` is what `shade` returned for the canvas; None gives a transparent image. In
+    signed maps 0.5 is zero, and opacity grows with the distance from it.
     """
     # Half of 255 rounds to 128, the index of zero in a signed map.
-    indices = np.full(canvas.base.shape[:2], 128 if signed else 0, np.uint8)
+    indices = np.full(canvas.base.shape[:2], 128 if style.signed else 0, np.uint8)
     if unit is not None:
         indices[canvas.rows, canvas.columns] = _levels(unit)
-    return png.encode_palette(indices, palette=COLORMAPS[colormap], opacity=_opacity(signed))
+    return png.encode_palette(
+        indices, palette=COLORMAPS[style.colormap], opacity=_opacity(style.signed)
+    )
 
 
 def overlay(
     unit: np.ndarray | None,
     canvas: Canvas,
+    style: Style,
     *,
-    colormap: Colormap,
     alpha: float,
     image_format: OverlayFormat,
 ) -> bytes:
     """Blend a map with its canvas and encode the result.
 
-    Each pixel of the window becomes (1 - alpha) * image + alpha * colour: how bright the image
-    looks does not depend on the map. Outside the window, and without a map (`unit` is what `shade`
-    returned for the canvas), the image is left as it is. JPEG has quality 85, WebP quality 80.
+    Each pixel of the window becomes (1 - a) * image + a * colour. Opacity a is `alpha`, so that how
+    bright the image looks does not depend on the map. If the style is fading, a grows with the
+    strength of the value, so that the image is left as it is where the map says nothing. Outside
+    the window, and without a map (`unit` is what `shade` returned for the canvas), the image is
+    always left as it is. JPEG has quality 85, WebP quality 80.
     """
     image = Image.fromarray(canvas.base)
     if unit is not None:
-        coloured = Image.fromarray(_levels(unit))
-        coloured.putpalette(COLORMAPS[colormap].tobytes())
+        levels = _levels(unit)
+        coloured = Image.fromarray(levels)
+        coloured.putpalette(COLORMAPS[style.colormap].tobytes())
         corner = (canvas.columns.start, canvas.rows.start)
         window = image.crop((*corner, canvas.columns.stop, canvas.rows.stop))
-        image.paste(Image.blend(window, coloured.convert("RGB"), alpha), corner)
+        colours = coloured.convert("RGB")
+        if style.fading:
+            opacity = Image.fromarray(np.take(_fade(alpha, style.signed), levels))
+            image.paste(Image.composite(colours, window, opacity), corner)
+        else:
+            image.paste(Image.blend(window, colours, alpha), corner)
     return _encode(image, image_format)
 
 
 def encode_values(values: np.ndarray) -> tuple[tuple[int, ...], bytes]:
     """Shape and row-major little-endian float32 bytes of a map."""
     return values.shape, np.ascontiguousarray(values, dtype="<f4").tobytes()
+
+
+def _clipped(values: np.ndarray, style: Style) -> np.ndarray:
+    """Cut the strongest values to the strength of the next one."""
+    count = int(style.clip * values.size)
+    if count == 0:
+        return values
+    strength = np.abs(values) if style.signed else values
+    rank = strength.size - 1 - count
+    limit = np.partition(strength, rank, axis=None)[rank]
+    # A map of which so few values say anything keeps them all.
+    if limit <= (0 if style.signed else values.min()):
+        return values
+    clipped: np.ndarray = np.clip(values, -limit if style.signed else None, limit)
+    return clipped
 
 
 def _extremes(values: np.ndarray) -> tuple[float, float]:
@@ -220,12 +251,22 @@ def _levels(unit: np.ndarray) -> np.ndarray:
     return np.rint(unit * np.float32(255)).astype(np.uint8)
 
 
+def _strength(signed: bool) -> np.ndarray:
+    """How far each palette index is from nothing, 0 to 1, (256,)."""
+    index = np.arange(256)
+    return np.minimum(1.0, np.abs(index - 128) / 127) if signed else index / 255
+
+
+def _fade(alpha: float, signed: bool) -> np.ndarray:
+    """Opacity of each palette index in an overlay that fades, uint8 (256,)."""
+    opacity = 255 * alpha**_FADE_ALPHA * _strength(signed)
+    return np.asarray(np.rint(opacity).astype(np.uint8))
+
+
 @lru_cache(maxsize=2)
 def _opacity(signed: bool) -> np.ndarray:
-    """Opacity of each palette index, uint8 (256,)."""
-    index = np.arange(256)
-    strength = np.minimum(1.0, np.abs(index - 128) / 127) if signed else index / 255
-    opacity = np.rint(strength * (255 * _PEAK_OPACITY)).astype(np.uint8)
+    """Opacity of each palette index of a heatmap, uint8 (256,)."""
+    opacity = np.rint(_strength(signed) * (255 * _PEAK_OPACITY)).astype(np.uint8)
     opacity.setflags(write=False)
     return opacity
 

@@ -41,6 +41,10 @@ BYTES = "application/octet-stream"
 _DATA_URL = re.compile(r"data:[\w.+/-]*(?:;[\w.+=-]+)*;base64,", re.ASCII)
 _CONCURRENT_FETCHES = 4
 
+# The URL-safe alphabet of base64 becomes the standard one; encoders like to break lines.
+_STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
+_WHITE_SPACE = b" \t\r\n"
+
 
 @dataclass(frozen=True, slots=True)
 class ImageInput:
@@ -93,7 +97,7 @@ class BodyReader:
         body = self._body(request)
         if media_type == FORM:
             images, more = await self._read_form(body, content_type, options)
-        elif media_type in {"", JSON, BYTES, *FORMATS}:
+        elif media_type in {"", JSON, BYTES} or media_type.startswith("image/"):
             whole = b"".join([chunk async for chunk in body])
             images, more = await self._read_whole(whole, media_type)
         else:
@@ -124,11 +128,8 @@ class BodyReader:
     ) -> _Parsed:
         form = await read_form(body, content_type=content_type, limits=self._limits)
         if not form.images:
-            raise MalformedBody(f"The form has no `{IMAGE_PART}` part.")
-        images = tuple(
-            ImageInput(error=item) if isinstance(item, HeatlensError) else ImageInput(data=item)
-            for item in form.images
-        )
+            raise MalformedBody(f"The form has no image: send it as a file named `{IMAGE_PART}`.")
+        images = tuple(_form_image(item) for item in form.images)
         texts = [(name, _text(data)) for name, data in form.fields if name != OPTIONS_PART]
         given = parse_query(texts, options)
         for name, data in form.fields:
@@ -226,6 +227,14 @@ def parse_query(pairs: Iterable[tuple[str, str]], options: type[OptionsT]) -> di
     return values
 
 
+def _form_image(item: bytes | HeatlensError) -> ImageInput:
+    if isinstance(item, HeatlensError):
+        return ImageInput(error=item)
+    if not item:
+        return ImageInput(error=UnsupportedMediaType("The image part of the form is empty."))
+    return ImageInput(data=item)
+
+
 def _text(data: bytes) -> str:
     try:
         return data.decode()
@@ -253,12 +262,26 @@ def _from_base64(item: ImageOption, field: str) -> ImageInput:
     if text is None:
         return ImageInput(targets=item.targets)
     prefix = _DATA_URL.match(text[:256])
-    # Encoders may break the text into lines.
-    digits = "".join(text[prefix.end() if prefix else 0 :].split())
     try:
-        data = binascii.a2b_base64(digits, strict_mode=True)
-    # Covers binascii.Error and text that is not ASCII.
-    except ValueError:
-        error = ImageUndecodable("The text is not base64.", field=f"{field}.b64")
+        data = _decode_base64(text[prefix.end() if prefix else 0 :])
+    except ImageUndecodable as found:
+        error = ImageUndecodable(found.message, field=f"{field}.b64")
         return ImageInput(targets=item.targets, error=error)
     return ImageInput(data=data, targets=item.targets)
+
+
+def _decode_base64(text: str) -> bytes:
+    """Decode base64 of either alphabet, padded or not, in one line or many.
+
+    Raises:
+        ImageUndecodable: the text is something else, or cut off.
+    """
+    try:
+        digits = text.encode("ascii").translate(_STANDARD_ALPHABET, _WHITE_SPACE).rstrip(b"=")
+        if not digits:
+            raise ImageUndecodable("The base64 is empty.")
+        if len(digits) % 4 == 1:
+            raise ImageUndecodable("The base64 is cut off.")
+        return binascii.a2b_base64(digits + b"=" * (-len(digits) % 4), strict_mode=True)
+    except ValueError as error:  # covers binascii.Error and text that is not ASCII
+        raise ImageUndecodable("The text has characters that are not base64.") from error

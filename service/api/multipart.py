@@ -14,6 +14,13 @@ from service.settings import LimitSettings
 IMAGE_PART = "image"
 OPTIONS_PART = "options"
 
+IMAGE_NAMES = frozenset(
+    (IMAGE_PART, "image[]", "images", "images[]", "file", "file[]", "files", "files[]")
+) | {"data", "upload", "picture", "photo"}
+"""Names by which a part is an image; clients and form libraries differ."""
+
+_FILE_TYPES = ("", "application/octet-stream")
+
 _MAX_FIELDS = 64
 _MAX_NAME = 64
 _MAX_BOUNDARY = 200
@@ -32,7 +39,9 @@ async def read_form(
 ) -> Form:
     """Parse a form chunk by chunk.
 
-    An image over its cap is dropped while it arrives; its error takes its place.
+    A part is an image if it has one of the usual names, or a file name and the content type of an
+    image or none in particular. An image over its cap is dropped while it arrives; its error takes
+    its place.
 
     Raises:
         MalformedBody: the body is not a form, is truncated or has too many parts.
@@ -78,7 +87,9 @@ class _Reader:
 
     def begin_part(self) -> None:
         self._header_name = self._header_value = self._disposition = b""
+        self._content_type = ""
         self._name = ""
+        self._is_image = False
         self._data = bytearray()
         self._error: HeatlensError | None = None
 
@@ -89,8 +100,12 @@ class _Reader:
         self._header_value += data[start:end]
 
     def end_header(self) -> None:
-        if self._header_name.lower() == b"content-disposition":
+        name = self._header_name.lower()
+        if name == b"content-disposition":
             self._disposition = self._header_value
+        elif name == b"content-type":
+            media_type = self._header_value.partition(b";")[0]
+            self._content_type = media_type.decode("latin-1").strip().lower()
         self._header_name = self._header_value = b""
 
     def begin_data(self) -> None:
@@ -98,17 +113,26 @@ class _Reader:
         self._name = parameters.get(b"name", b"").decode("utf-8", "replace")
         if kind != b"form-data" or not 0 < len(self._name) <= _MAX_NAME:
             raise MalformedBody("Each part of the form needs a name.")
-        if self._name != IMAGE_PART and len(self.form.fields) >= _MAX_FIELDS:
+        self._is_image = self._name in IMAGE_NAMES or (
+            b"filename" in parameters and self._name != OPTIONS_PART and self._may_be_image()
+        )
+        if not self._is_image and len(self.form.fields) >= _MAX_FIELDS:
             raise MalformedBody("The form has too many parts.")
-        if self._name == IMAGE_PART and len(self.form.images) >= self._limits.max_images:
+        if self._is_image and len(self.form.images) >= self._limits.max_images:
             raise TooManyImages(f"A request has at most {self._limits.max_images} images.")
+
+    def _may_be_image(self) -> bool:
+        return self._content_type.startswith("image/") or self._content_type in _FILE_TYPES
 
     def add_data(self, data: bytes, start: int, end: int) -> None:
         limits, size = self._limits, end - start
-        if self._name != IMAGE_PART:
+        if not self._is_image:
             self._field_bytes += size
             if self._field_bytes > limits.max_options_bytes:
-                raise BodyTooLarge(f"The options have more than {limits.max_options_bytes} bytes.")
+                raise BodyTooLarge(
+                    f"The parts of the form that are not images, up to `{self._name}`, have more "
+                    f"than {limits.max_options_bytes} bytes."
+                )
         elif self._error is None and len(self._data) + size > limits.max_image_bytes:
             self._error = ImageTooLarge(f"The image has more than {limits.max_image_bytes} bytes.")
             self._data.clear()
@@ -116,7 +140,7 @@ class _Reader:
             self._data += memoryview(data)[start:end]
 
     def end_part(self) -> None:
-        if self._name == IMAGE_PART:
+        if self._is_image:
             self.form.images.append(self._error or bytes(self._data))
         else:
             self.form.fields.append((self._name, bytes(self._data)))

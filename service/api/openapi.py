@@ -200,7 +200,8 @@ def _response_schemas() -> dict[str, Any]:
         for _, field in fields:
             field.pop("default", None)
     for result in (schemas.PredictResult, schemas.ExplainResult, schemas.FeaturesResult):
-        whole = [field for field in result.__struct_fields__ if field != "error"]
+        optional = ("warnings", "error")
+        whole = [field for field in result.__struct_fields__ if field not in optional]
         found[result.__name__]["oneOf"] = [{"required": whole}, {"required": ["error"]}]
         del found[result.__name__]["required"]
     return found

@@ -6,6 +6,7 @@ Options that depend on the network (labels, layers, applicable methods) are reso
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from functools import lru_cache
@@ -15,8 +16,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import ErrorDetails
 
 from models.errors import InvalidOption
-from models.imaging.colormaps import Colormap
 from models.imaging.render import OverlayFormat
+from models.imaging.style import MAX_CLIP, ClipChoice, ColormapChoice
 from models.methods import METHODS
 from models.types import Fuse, InterventionOp, Kind, Operation
 
@@ -63,6 +64,25 @@ Layers = Annotated[list[Name], Field(min_length=1, max_length=64, examples=[["au
 TopK = Annotated[int, Field(ge=1, le=100, description="Number of predictions.")]
 MethodOption = Annotated[Name, WithJsonSchema({"type": "string", "enum": list(METHODS)})]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _check_clip(value: object) -> ClipChoice:
+    """Read a share, or `auto`: a union of both would answer with two errors."""
+    if value == "auto":
+        return "auto"
+    try:
+        share = float(value) if isinstance(value, str | int | float) else math.nan
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= MAX_CLIP:
+        raise ValueError(f"Must be auto, or a number from 0 to {MAX_CLIP}.")
+    return share
+
+
+_CLIP_SCHEMA: dict[str, Any] = {
+    "anyOf": [{"const": "auto"}, {"type": "number", "minimum": 0, "maximum": MAX_CLIP}]
+}
+ClipOption = Annotated[Any, AfterValidator(_check_clip), WithJsonSchema(_CLIP_SCHEMA)]
 
 
 class _Model(BaseModel):
@@ -133,7 +153,16 @@ class ExplainOptions(CommonOptions):
     canvas: Annotated[
         CanvasName, Field(description="`input` is the model's crop, `original` the whole image.")
     ] = "input"
-    colormap: Annotated[Colormap, Field(description="`coolwarm` suits signed maps.")] = "turbo"
+    colormap: Annotated[
+        ColormapChoice, Field(description="`auto`: turbo; coolwarm for signed maps.")
+    ] = "auto"
+    clip: Annotated[
+        ClipOption,
+        Field(
+            description="Share of the strongest values that a picture may saturate; `auto`: 0 for "
+            "maps of layers, 0.01 for maps of single pixels. Values are never clipped.",
+        ),
+    ] = "auto"
     alpha: Annotated[Finite, Field(ge=0, le=1, description="Opacity of the overlay.")] = 0.5
     overlay_format: OverlayFormat = "jpeg"
     statistics: Annotated[
@@ -170,7 +199,9 @@ class FeaturesOptions(CommonOptions):
     ] = ["output"]
     channels: Annotated[int, Field(ge=1, le=4096, description="Top channels to list.")] = 16
     grid: Annotated[bool, Field(description="Whether to return them as one image.")] = False
-    colormap: Annotated[Colormap, Field(description="Colours of the grid.")] = "turbo"
+    colormap: Annotated[
+        ColormapChoice, Field(description="Colours of the grid; `auto`: turbo.")
+    ] = "auto"
 
 
 class ImageOption(_Model):

@@ -201,6 +201,7 @@ class Pipeline:
             digest=digest_of(model_input, plan.info),
             geometry=geometry,
             original=original if whole else None,
+            warnings=original.warnings,
         )
 
 

@@ -9,8 +9,8 @@ import msgspec
 
 from models.catalog import ModelSpec
 from models.errors import InvalidOption, NotReady, UnknownLayer, UnknownModel
-from models.imaging.colormaps import Colormap
 from models.imaging.render import OverlayFormat
+from models.imaging.style import ClipChoice, ColormapChoice
 from models.methods import METHODS
 from models.resolve import check_cam, resolve_layers, resolve_methods, resolve_targets
 from models.types import Intervention, JobOptions, ModelCard, ModelInfo, Operation, Struct
@@ -33,7 +33,8 @@ class RenderOptions(Struct):
 
     outputs: tuple[Output, ...] = ("heatmap", "overlay")
     canvas: CanvasName = "input"
-    colormap: Colormap = "turbo"
+    colormap: ColormapChoice = "auto"
+    clip: ClipChoice = "auto"
     alpha: float = 0.5
     overlay_format: OverlayFormat = "jpeg"
 

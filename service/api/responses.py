@@ -21,6 +21,8 @@ from models.imaging.render import (
     overlay,
     shade,
 )
+from models.imaging.style import style_of
+from models.methods import METHODS
 from models.types import ClassScore, Explanation, Geometry, LayerFeatures, Outcome
 from service.api import schemas
 from service.api.plan import Plan, RenderOptions
@@ -36,12 +38,14 @@ class DecodedInput:
         digest: of model and input.
         geometry: the place of that input in the original image.
         original: the whole image, kept only if it is drawn on.
+        warnings: what had to be assumed to decode it.
     """
 
     input: np.ndarray
     digest: str
     geometry: Geometry
     original: DecodedImage | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def render(outcome: Outcome, source: DecodedInput, plan: Plan) -> Result:
@@ -50,16 +54,22 @@ def render(outcome: Outcome, source: DecodedInput, plan: Plan) -> Result:
     image = derive(schemas.ImageInfo, source.geometry)
     predictions = tuple(_prediction(item, labels) for item in outcome.predictions)
     statistics = tuple(_statistics(item, plan.render) for item in outcome.statistics)
+    warnings = source.warnings or UNSET
     if plan.operation == "predict":
-        return schemas.PredictResult(image=image, predictions=predictions, statistics=statistics)
+        return schemas.PredictResult(
+            image=image, predictions=predictions, statistics=statistics, warnings=warnings
+        )
     if plan.operation == "features":
-        return schemas.FeaturesResult(image=image, predictions=predictions, features=statistics)
+        return schemas.FeaturesResult(
+            image=image, predictions=predictions, features=statistics, warnings=warnings
+        )
     canvas = _canvas(source)
     return schemas.ExplainResult(
         image=image,
         predictions=predictions,
         explanations=tuple(_explanation(e, canvas, source, plan) for e in outcome.explanations),
         statistics=statistics,
+        warnings=warnings,
     )
 
 
@@ -73,20 +83,26 @@ def _explanation(
     item: Explanation, canvas: Canvas, source: DecodedInput, plan: Plan
 ) -> schemas.ExplanationResponse:
     options = plan.render
+    style = style_of(
+        signed=item.signed,
+        of_pixels=METHODS[item.method].family == "pixels",
+        colormap=options.colormap,
+        clip=options.clip,
+    )
     location = unit = None
     if not item.degenerate:
         location = locate(item.map, source.geometry, signed=item.signed)
-        unit = shade(item.map, canvas, signed=item.signed)
+        unit = shade(item.map, canvas, style)
     heatmap: ImageData | UnsetType = UNSET
     overlaid: ImageData | UnsetType = UNSET
     if "heatmap" in options.outputs:
-        data = heatmap_png(unit, canvas, colormap=options.colormap, signed=item.signed)
+        data = heatmap_png(unit, canvas, style)
         heatmap = _image_data(data, "image/png", canvas)
     if "overlay" in options.outputs:
         data = overlay(
             unit,
             canvas,
-            colormap=options.colormap,
+            style,
             alpha=options.alpha,
             image_format=options.overlay_format,
         )
@@ -114,7 +130,8 @@ def _prediction(item: ClassScore, labels: tuple[str, ...]) -> Prediction:
 def _statistics(item: LayerFeatures, options: RenderOptions) -> StatisticsResponse:
     grid: ImageData | UnsetType = UNSET
     if item.grid is not None and item.grid.size:
-        data = grid_png(item.grid, colormap=options.colormap)
+        colormap = "turbo" if options.colormap == "auto" else options.colormap
+        data = grid_png(item.grid, colormap=colormap)
         # The size in the header of the PNG.
         width, height = struct.unpack_from(">II", data, 16)
         grid = ImageData(media_type="image/png", width=width, height=height, data=_base64(data))

@@ -144,6 +144,7 @@ class _Result(Struct):
     error: ImageError | UnsetType = UNSET
     image: ImageInfo | UnsetType = UNSET
     predictions: tuple[Prediction, ...] | UnsetType = UNSET
+    warnings: tuple[str, ...] | UnsetType = UNSET
 
 
 class PredictResult(_Result):

@@ -21,14 +21,13 @@ from models.errors import (
     UnsupportedMediaType,
 )
 from models.imaging.decode import (
-    _TURNS,
     FORMATS,
     DecodedImage,
     DecodeLimits,
-    _turn_box,
     decode,
     sniff,
 )
+from models.imaging.orientation import TURNS, turn_box
 from models.types import Preprocess
 
 SPEC = Preprocess(resize=256, crop=(224, 224))
@@ -344,11 +343,11 @@ def test_other_formats_are_not_drafted() -> None:
 
 @pytest.mark.parametrize("orientation", range(2, 9))
 def test_the_box_turns_with_the_picture(orientation: int) -> None:
-    turn = _TURNS[orientation]
+    turn = TURNS[orientation]
     sheet = Image.new("L", (9, 7))
     sheet.paste(255, (0, 0, 8, 5))
     turned = sheet.transpose(turn.transpose)
-    assert _turn_box((8.0, 5.0), turn, (9, 7)) == turned.getbbox()
+    assert turn_box((8.0, 5.0), turn, (9, 7)) == turned.getbbox()
 
 
 def test_a_drafted_photograph_remembers_its_turned_size() -> None:

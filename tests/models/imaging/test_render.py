@@ -28,12 +28,18 @@ from models.imaging.render import (
     shade,
     upsample,
 )
+from models.imaging.style import Style
 from models.types import Geometry, Preprocess
 
 SPEC = Preprocess(resize=256, crop=(224, 224))
 COFFEE = Image.fromarray(pictures.coffee())
 VALUES = st.floats(-1e3, 1e3, width=32)
 MAPS = arrays(np.float32, array_shapes(min_dims=2, max_dims=2, max_side=14), elements=VALUES)
+
+
+def plain(*, signed: bool = False, colormap: str = "turbo") -> Style:
+    """A map is drawn as it is, with one opacity."""
+    return Style(signed=signed, colormap=colormap, clip=0.0, fading=False)
 
 
 def random_map(*shape: int, seed: int = 0) -> np.ndarray:
@@ -137,7 +143,7 @@ def test_constant_maps_are_degenerate(signed: bool, value: float) -> None:
     if np.isfinite(value):
         # Interpolating a constant leaves rounding behind, which must not be blown up.
         assert normalise(upsample(values, height=225, width=223), signed=signed) is None
-    assert shade(values, input_canvas(np.zeros((9, 9, 3), np.uint8)), signed=signed) is None
+    assert shade(values, input_canvas(np.zeros((9, 9, 3), np.uint8)), plain(signed=signed)) is None
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -159,9 +165,9 @@ def test_an_empty_map_is_degenerate() -> None:
 def test_heatmaps_hold_levels_colours_and_opacity(
     canvas: Canvas, signed: bool, colormap: str
 ) -> None:
-    unit = shade(random_map(7, 7), canvas, signed=signed)
+    unit = shade(random_map(7, 7), canvas, plain(signed=signed))
     assert unit is not None
-    image = opened(heatmap_png(unit, canvas, colormap=colormap, signed=signed))
+    image = opened(heatmap_png(unit, canvas, plain(colormap=colormap, signed=signed)))
     assert image.mode == "P"
     assert image.size == (224, 224)
     assert np.abs(np.asarray(image) - unit * 255).max() <= 0.5001
@@ -171,7 +177,7 @@ def test_heatmaps_hold_levels_colours_and_opacity(
 def test_opacity_grows_with_the_value(canvas: Canvas) -> None:
     ramp = np.linspace(0, 1, 224, dtype=np.float32)[None].repeat(224, axis=0)
     for signed in (False, True):
-        data = heatmap_png(ramp, canvas, colormap="turbo", signed=signed)
+        data = heatmap_png(ramp, canvas, plain(signed=signed))
         opacity = np.asarray(opened(data).convert("RGBA"))[0, :, 3].astype(int)
         strength = opacity[112:] if signed else opacity
         assert (np.diff(strength) >= 0).all()
@@ -184,15 +190,15 @@ def test_opacity_grows_with_the_value(canvas: Canvas) -> None:
 def test_zero_is_transparent(canvas: Canvas, signed: bool) -> None:
     values = np.zeros((224, 224), np.float32)
     values[5, 7] = 2
-    unit = shade(values, canvas, signed=signed)
-    data = heatmap_png(unit, canvas, colormap="coolwarm", signed=signed)
+    unit = shade(values, canvas, plain(signed=signed))
+    data = heatmap_png(unit, canvas, plain(colormap="coolwarm", signed=signed))
     opacity = np.asarray(opened(data).convert("RGBA"))[..., 3]
     assert np.argwhere(opacity).tolist() == [[5, 7]]
 
 
 @pytest.mark.parametrize("signed", [False, True])
 def test_degenerate_heatmaps_are_transparent(canvas: Canvas, signed: bool) -> None:
-    data = heatmap_png(None, canvas, colormap="turbo", signed=signed)
+    data = heatmap_png(None, canvas, plain(signed=signed))
     image = opened(data).convert("RGBA")
     assert image.size == (224, 224)
     assert np.asarray(image)[..., 3].max() == 0
@@ -203,9 +209,9 @@ def test_degenerate_heatmaps_are_transparent(canvas: Canvas, signed: bool) -> No
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 1.0])
 def test_overlays_blend(canvas: Canvas, alpha: float) -> None:
-    unit = shade(random_map(7, 7), canvas, signed=False)
+    unit = shade(random_map(7, 7), canvas, plain())
     assert unit is not None
-    data = overlay(unit, canvas, colormap="viridis", alpha=alpha, image_format="png")
+    data = overlay(unit, canvas, plain(colormap="viridis"), alpha=alpha, image_format="png")
     got = np.asarray(opened(data)).astype(float)
     colours = COLORMAPS["viridis"][np.rint(unit * 255).astype(int)]
     expected = (1 - alpha) * canvas.base + alpha * colours
@@ -218,7 +224,9 @@ def test_brightness_does_not_depend_on_the_map(canvas: Canvas) -> None:
     one[:100] = 1
     two[:10] = 1
     drawn = [
-        np.asarray(opened(overlay(unit, canvas, colormap="jet", alpha=0.5, image_format="png")))
+        np.asarray(
+            opened(overlay(unit, canvas, plain(colormap="jet"), alpha=0.5, image_format="png"))
+        )
         for unit in (one, two)
     ]
     assert np.array_equal(drawn[0][100:], drawn[1][100:])
@@ -229,15 +237,15 @@ def test_brightness_does_not_depend_on_the_map(canvas: Canvas) -> None:
     ("image_format", "kind"), [("jpeg", "JPEG"), ("png", "PNG"), ("webp", "WEBP")]
 )
 def test_overlay_formats(canvas: Canvas, image_format: str, kind: str) -> None:
-    unit = shade(random_map(7, 7), canvas, signed=False)
-    image = opened(overlay(unit, canvas, colormap="turbo", alpha=0.5, image_format=image_format))
-    exact = opened(overlay(unit, canvas, colormap="turbo", alpha=0.5, image_format="png"))
+    unit = shade(random_map(7, 7), canvas, plain())
+    image = opened(overlay(unit, canvas, plain(), alpha=0.5, image_format=image_format))
+    exact = opened(overlay(unit, canvas, plain(), alpha=0.5, image_format="png"))
     assert (image.format, image.mode, image.size) == (kind, "RGB", (224, 224))
     assert np.abs(np.asarray(image).astype(int) - np.asarray(exact)).mean() < 6
 
 
 def test_degenerate_overlays_are_the_picture(canvas: Canvas) -> None:
-    data = overlay(None, canvas, colormap="turbo", alpha=0.5, image_format="png")
+    data = overlay(None, canvas, plain(), alpha=0.5, image_format="png")
     assert np.array_equal(np.asarray(opened(data)), canvas.base)
 
 
@@ -314,16 +322,16 @@ def test_the_map_lies_where_the_crop_lay(size: tuple[int, int], spec: Preprocess
     window[canvas.rows, canvas.columns] = True
     assert np.array_equal(window, seen)
 
-    unit = shade(values, canvas, signed=True)
+    unit = shade(values, canvas, plain(signed=True))
     assert unit is not None
     inside = expected[seen].reshape(unit.shape)
     assert np.abs(unit - (inside / np.abs(inside).max() / 2 + 0.5)).max() <= 1e-5
 
-    heatmap = opened(heatmap_png(unit, canvas, colormap="coolwarm", signed=True))
+    heatmap = opened(heatmap_png(unit, canvas, plain(colormap="coolwarm", signed=True)))
     assert heatmap.size == canvas.base.shape[1::-1]
     assert np.asarray(heatmap.convert("RGBA"))[..., 3][~seen].sum() == 0
 
-    data = overlay(unit, canvas, colormap="coolwarm", alpha=1.0, image_format="png")
+    data = overlay(unit, canvas, plain(colormap="coolwarm"), alpha=1.0, image_format="png")
     drawn = np.asarray(opened(data))
     assert np.array_equal(drawn[~seen], canvas.base[~seen])
     levels = np.rint(unit * 255).astype(int)
@@ -350,10 +358,10 @@ def test_nothing_is_changed_and_threads_agree(canvas: Canvas) -> None:
         values.setflags(write=False)
 
     def draw(values: np.ndarray) -> tuple[bytes, bytes]:
-        unit = shade(values, canvas, signed=False)
+        unit = shade(values, canvas, plain())
         return (
-            heatmap_png(unit, canvas, colormap="turbo", signed=False),
-            overlay(unit, canvas, colormap="turbo", alpha=0.5, image_format="jpeg"),
+            heatmap_png(unit, canvas, plain()),
+            overlay(unit, canvas, plain(), alpha=0.5, image_format="jpeg"),
         )
 
     expected = [draw(values) for values in maps]

@@ -142,6 +142,34 @@ async def test_colormaps(client: httpx.AsyncClient, png: bytes, colormap: str) -
     np.testing.assert_array_equal(palette, COLORMAPS[colormap])
 
 
+@pytest.mark.parametrize(
+    ("method", "colormap"), [("gradcam", "turbo"), ("saliency", "turbo"), ("lrp", "coolwarm")]
+)
+async def test_the_default_colours_suit_the_map(
+    client: httpx.AsyncClient, png: bytes, method: str, colormap: str
+) -> None:
+    for options in ({}, {"colormap": "auto"}):
+        body = await explain(client, png, methods=method, outputs="heatmap", **options)
+        heatmap = decoded(body["results"][0]["explanations"][0]["heatmap"])
+        palette = np.frombuffer(bytes(heatmap.palette.palette), np.uint8).reshape(-1, 3)
+        np.testing.assert_array_equal(palette, COLORMAPS[colormap])
+
+
+async def test_clip_saturates_the_picture_and_not_the_values(
+    client: httpx.AsyncClient, png: bytes
+) -> None:
+    found = {}
+    for clip in ("0", "0.1", "auto"):
+        body = await explain(client, png, clip=clip, outputs="heatmap,values")
+        found[clip] = body["results"][0]["explanations"][0]
+    levels = {clip: np.asarray(decoded(item["heatmap"])) for clip, item in found.items()}
+    assert (levels["0.1"] == 255).mean() == pytest.approx(0.1, abs=0.02)
+    assert (levels["0"] == 255).mean() < 0.05
+    np.testing.assert_array_equal(levels["auto"], levels["0"])
+    assert len({item["values"]["data"] for item in found.values()}) == 1
+    assert len({str(item["range"]) for item in found.values()}) == 1
+
+
 async def test_alpha(client: httpx.AsyncClient, png: bytes) -> None:
     body = await explain(client, png, alpha=0, overlay_format="png")
     overlay = decoded(body["results"][0]["explanations"][0]["overlay"])

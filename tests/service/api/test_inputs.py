@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.fakes import FakePool
 
@@ -86,6 +89,117 @@ async def test_repeated_and_comma_separated_lists_mix(
     await client.post("/v1/explain", content=png, params=params)
     values = [target.cls.value for target in pool.submitted[0].options.targets]
     assert values == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "name", ["image", "image[]", "images", "file", "files[]", "data", "upload"]
+)
+async def test_usual_names_of_an_image_part(
+    serve: Callable[..., Any], pool: FakePool, png: bytes, name: str
+) -> None:
+    large = png + bytes(70_000)
+    async with serve(limits={"max_image_mb": 0.08}) as client:
+        for data in (png, large):
+            answer = await client.post(
+                "/v1/predict", files=[(name, ("cat.png", data, "image/png"))]
+            )
+            assert answer.status_code == 200, answer.text
+        too_large = await client.post("/v1/predict", files={name: png + bytes(90_000)})
+        assert too_large.json()["code"] == "image_too_large"
+
+
+@pytest.mark.parametrize(
+    "media_type", ["image/png", "image/x-png", "application/octet-stream", None]
+)
+async def test_a_file_of_any_name_is_an_image(
+    client: httpx.AsyncClient, png: bytes, media_type: str | None
+) -> None:
+    kind = f"Content-Type: {media_type}\r\n" if media_type else ""
+    head = f'Content-Disposition: form-data; name="cat"; filename="cat.png"\r\n{kind}\r\n'
+    answer = await client.post("/v1/predict", **form(head.encode() + png))
+    assert answer.status_code == 200, answer.text
+
+
+async def test_options_in_a_file_are_no_image(client: httpx.AsyncClient, png: bytes) -> None:
+    for media_type in ("application/json", "application/octet-stream"):
+        files = {"image": png, "options": ("options.json", b'{"top_k": 1}', media_type)}
+        answer = await client.post("/v1/predict", files=files)
+        assert len(answer.json()["results"][0]["predictions"]) == 1
+
+
+async def test_a_text_file_is_no_image(client: httpx.AsyncClient, png: bytes) -> None:
+    files = {"image": png, "notes": ("notes.txt", b"hello", "text/plain")}
+    answer = await client.post("/v1/predict", files=files)
+    assert (answer.json()["code"], answer.json()["field"]) == ("invalid_option", "notes")
+
+
+async def test_parts_that_are_too_large_are_named(client: httpx.AsyncClient, png: bytes) -> None:
+    files = {"image": png, "notes": (None, bytes(70_000))}
+    answer = await client.post("/v1/predict", files=files)
+    assert answer.json()["code"] == "body_too_large"
+    assert "`notes`" in answer.json()["error"]
+
+
+async def test_an_empty_part_is_called_empty(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/v1/predict", files={"image": ("a.png", b"")})
+    assert answer.json()["error"] == "The image part of the form is empty."
+
+
+@pytest.mark.parametrize(
+    "media_type", ["image/jpg", "image/pjpeg", "image/x-png", "image/x-ms-bmp"]
+)
+async def test_old_names_of_media_types(
+    client: httpx.AsyncClient, png: bytes, media_type: str
+) -> None:
+    headers = {"Content-Type": media_type}
+    assert (await client.post("/v1/predict", content=png, headers=headers)).status_code == 200
+
+
+@pytest.mark.parametrize("size", [0, 1, 2])
+async def test_base64_of_other_encoders(client: httpx.AsyncClient, png: bytes, size: int) -> None:
+    # Bytes after the end of a PNG do not count: padding of every length, both odd digits.
+    data = png + bytes([0xFB, 0xFF, 0xFE]) * 3 + bytes(size)
+    standard, url_safe = base64.b64encode(data).decode(), base64.urlsafe_b64encode(data).decode()
+    assert "-" in url_safe
+    assert "_" in url_safe
+    for text in (
+        standard,
+        standard.rstrip("="),
+        url_safe,
+        url_safe.rstrip("="),
+        f" {url_safe}\r\n",
+    ):
+        for b64 in (text, f"data:image/png;base64,{text}"):
+            answer = await client.post("/v1/predict", json={"images": [{"b64": b64}]})
+            assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("", "The base64 is empty."),
+        ("==", "The base64 is empty."),
+        ("iVBOR", "The base64 is cut off."),
+        ("@@@@", "The text has characters that are not base64."),
+        ("data:image/svg+xml;utf8,<svg/>", "The text has characters that are not base64."),
+        ("iVBO=Rw0", "The text has characters that are not base64."),
+    ],
+)
+async def test_what_is_wrong_with_base64(client: httpx.AsyncClient, text: str, error: str) -> None:
+    answer = await client.post("/v1/predict", json={"images": [{"b64": text}]})
+    assert (answer.status_code, answer.json()["error"]) == (422, error)
+    assert answer.json()["field"] == "images.0.b64"
+
+
+async def test_what_decoding_assumed_is_said(client: httpx.AsyncClient, png: bytes) -> None:
+    deep = io.BytesIO()
+    Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64)).save(deep, "PNG")
+    files = [("image", png), ("image", deep.getvalue())]
+    for operation in ("predict", "explain", "features"):
+        plain, narrow = (await client.post(f"/v1/{operation}", files=files)).json()["results"]
+        assert "warnings" not in plain
+        (warning,) = narrow["warnings"]
+        assert "12 bits" in warning
 
 
 # ---------------------------------------------------------------- refused
@@ -168,7 +282,7 @@ BAD: dict[str, tuple[dict[str, Any], int, str, str | None]] = {
         "images.0.b64",
     ),
     "cut base64": (
-        {"json": {"images": [{"b64": "iVBORw0"}]}},
+        {"json": {"images": [{"b64": "iVBOR"}]}},
         422,
         "image_undecodable",
         "images.0.b64",

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.errors import HeatlensError, ImageTooLarge
-from service.api.multipart import Form, read_form
+from service.api.multipart import IMAGE_NAMES, Form, read_form
 from service.settings import LimitSettings
 
 LIMITS = LimitSettings(max_image_mb=0.001, max_options_kb=1.0, max_images=5)
@@ -35,7 +35,7 @@ def parse(body: bytes, content_type: str, *, cuts: list[int] | None = None) -> F
 @given(
     images=st.lists(st.binary(max_size=300), max_size=5),
     fields=st.lists(
-        st.tuples(names.filter(lambda n: n != "image"), st.binary(max_size=50)), max_size=5
+        st.tuples(names.filter(lambda n: n not in IMAGE_NAMES), st.binary(max_size=50)), max_size=5
     ),
     cuts=st.lists(st.integers(0, 10_000), max_size=20),
 )

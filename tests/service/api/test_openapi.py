@@ -150,7 +150,9 @@ async def test_enums(document: dict[str, Any]) -> None:
     schemas = document["components"]["schemas"]
     explain = schemas["ExplainRequest"]["properties"]
     assert explain["methods"]["items"]["enum"] == list(METHODS)
-    assert explain["colormap"]["enum"] == list(COLORMAPS) == list(get_args(Colormap))
+    assert list(COLORMAPS) == list(get_args(Colormap))
+    assert explain["colormap"]["enum"] == ["auto", *COLORMAPS]
+    assert explain["clip"]["default"] == "auto"
     assert explain["fuse"]["enum"] == ["none", "mean", "max", "product"]
     assert explain["outputs"]["items"]["enum"] == ["heatmap", "overlay", "values"]
     assert sorted(schemas["CardResponse"]["properties"]["state"]["enum"]) == sorted(

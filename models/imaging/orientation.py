@@ -1,0 +1,54 @@
+"""The orientation that a file's metadata asks for, and what bringing the image upright means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from PIL import Image
+
+ORIENTATION_TAG = 0x0112
+
+
+class Turn(NamedTuple):
+    """What brings an image upright: first swap the axes, then mirror."""
+
+    transpose: Image.Transpose
+    swap: bool
+    mirror_x: bool
+    mirror_y: bool
+
+
+TURNS: Mapping[int, Turn] = {
+    2: Turn(Image.Transpose.FLIP_LEFT_RIGHT, swap=False, mirror_x=True, mirror_y=False),
+    3: Turn(Image.Transpose.ROTATE_180, swap=False, mirror_x=True, mirror_y=True),
+    4: Turn(Image.Transpose.FLIP_TOP_BOTTOM, swap=False, mirror_x=False, mirror_y=True),
+    5: Turn(Image.Transpose.TRANSPOSE, swap=True, mirror_x=False, mirror_y=False),
+    6: Turn(Image.Transpose.ROTATE_270, swap=True, mirror_x=True, mirror_y=False),
+    7: Turn(Image.Transpose.TRANSVERSE, swap=True, mirror_x=True, mirror_y=True),
+    8: Turn(Image.Transpose.ROTATE_90, swap=True, mirror_x=False, mirror_y=True),
+}
+"""EXIF orientation 2 to 8; an image with any other value is upright."""
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF orientation 1 to 8; 1 when there is none or it cannot be read."""
+    try:
+        value = image.getexif().get(ORIENTATION_TAG, 1)
+    # Garbage in the metadata must not cost the image.
+    except Exception:  # noqa: BLE001
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def turn_box(
+    inner: tuple[float, float], turn: Turn, size: tuple[int, int]
+) -> tuple[float, float, float, float]:
+    """Where the part `inner` (width, height) at the origin of an image lies after the turn."""
+    width, height = inner
+    gap_x, gap_y = size[0] - width, size[1] - height
+    if turn.swap:
+        width, height, gap_x, gap_y = height, width, gap_y, gap_x
+    left = gap_x if turn.mirror_x else 0.0
+    top = gap_y if turn.mirror_y else 0.0
+    return left, top, left + width, top + height
