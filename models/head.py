@@ -84,7 +84,7 @@ class _Cut:
 
 def head_batch(preprocess: Preprocess) -> Tensor:
     """Return (4, 3, H, W): noise, strong noise, a black image and a white one."""
-    noise, other = probe_batch(preprocess)
+    noise, other = probe_batch(preprocess, images=2)
     mean, std = (torch.tensor(v)[:, None, None] for v in (preprocess.mean, preprocess.std))
     flat = [(level - mean) / std + torch.zeros_like(noise) for level in (0.0, 1.0)]
     return torch.stack([noise, STRONG * other, *flat])

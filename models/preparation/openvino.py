@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -118,9 +119,21 @@ def _library() -> Any:
 
 def _convert(openvino: Any, module: LayerOutputs, images: Tensor) -> Any:
     """The module as a model of OpenVINO's, for batches of any size."""
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), _root_logger_kept():
         # Tracing warns of itself, and of every shape that it takes as fixed.
         warnings.simplefilter("ignore")
         model = openvino.convert_model(module.eval(), example_input=images[:2])
     model.reshape([-1, *images.shape[1:]])
     return model
+
+
+@contextmanager
+def _root_logger_kept() -> Iterator[None]:
+    """Undo what conversion does to the root logger: it hides all that is no error, and filters."""
+    root = logging.getLogger()
+    level, filters, handlers = root.level, root.filters[:], root.handlers[:]
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.filters, root.handlers = filters, handlers

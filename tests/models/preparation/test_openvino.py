@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import subprocess
@@ -270,6 +271,14 @@ def test_a_layer_whose_tensor_differs_is_not_offered(monkeypatch):
     monkeypatch.setattr(openvino.CompiledBackbone, "__call__", faulty)
     model = warm(blocks(), runtime="openvino")
     assert [t.readable for t in model.variants if isinstance(t.module, Replay)] == [{"out"}] * 2
+
+
+def test_warnings_are_logged_as_before(caplog):
+    before = logging.getLogger().level, logging.getLogger().filters[:]
+    warm(blocks(), runtime="openvino")
+    assert (logging.getLogger().level, logging.getLogger().filters) == before
+    logging.getLogger("heatlens.test").warning("still heard")
+    assert "still heard" in caplog.text
 
 
 @pytest.mark.slow
