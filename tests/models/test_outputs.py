@@ -124,7 +124,7 @@ def test_probabilities_are_normalised_once(end, task, outputs):
     _, found = class_scores(proved.module(images), read)
     logarithms = bool((probabilities < 0).any())
     expected = probabilities.exp() if logarithms else probabilities
-    expected = expected.reshape(len(probe), -1)
+    expected = expected.reshape(len(images), -1)
     torch.testing.assert_close(found[:, -expected.shape[1] :], expected, rtol=1e-4, atol=1e-6)
     if isinstance(end, nn.Module):
         # The scores are the logits themselves.
