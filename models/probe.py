@@ -28,6 +28,7 @@ class Call:
         times: how often the module was called.
         checksum: see `row_checksum`.
         input_values: as `values`, of the module's first input.
+        input_shape: of that input; empty if it is no tensor.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Call:
     times: int
     checksum: tuple[float, float] | None = None
     input_values: tuple[int, ...] = ()
+    input_shape: tuple[int, ...] = ()
 
     @property
     def overwritten(self) -> bool:
@@ -98,6 +100,7 @@ def trace(module: nn.Module, task: Task, probe: Tensor) -> Trace:
         name = names[child]
         times[name] += 1
         tensor = output if isinstance(output, Tensor) else None
+        given = args[0] if args and isinstance(args[0], Tensor) else None
         calls.pop(name, None)
         calls[name] = Call(
             name=name,
@@ -106,7 +109,8 @@ def trace(module: nn.Module, task: Task, probe: Tensor) -> Trace:
             values=() if tensor is None else _values(tensor),
             times=times[name],
             checksum=None if tensor is None else row_checksum(tensor),
-            input_values=_values(args[0]) if args and isinstance(args[0], Tensor) else (),
+            input_values=() if given is None else _values(given),
+            input_shape=() if given is None else tuple(given.shape),
         )
 
     with torch.enable_grad(), HookStack() as hooks:

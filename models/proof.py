@@ -75,13 +75,24 @@ def layouts_of(proofs: Proofs) -> dict[str, TokenLayout | None]:
 def input_layouts(
     trace: Trace, layouts: Mapping[str, TokenLayout | None]
 ) -> dict[str, TokenLayout | None]:
-    """The layouts of inputs that are another layer's output, by the name of the layer they enter."""
-    produced = {call.values: layouts[name] for name, call in trace.calls.items() if name in layouts}
-    return {
-        name: produced[call.input_values]
-        for name, call in trace.calls.items()
-        if call.input_values in produced
-    }
+    """The layouts of the layers' inputs, by the name of the layer they enter.
+
+    That is the layout of the layer whose output they are, or for channels that come last, that of
+    the layer's own output at the same positions.
+    """
+    produced: dict[tuple[tuple[int, ...], tuple[int, ...]], TokenLayout | None] = {}
+    for name, call in trace.calls.items():
+        if name in layouts and call.output is not None:
+            produced[call.values, tuple(call.output.shape)] = layouts[name]
+    found: dict[str, TokenLayout | None] = {}
+    for name, call in trace.calls.items():
+        own, given = layouts.get(name), (call.input_values, call.input_shape)
+        if given in produced:
+            found[name] = produced[given]
+        elif own is not None and call.output is not None and len(call.input_shape) > 2:
+            same_places = call.input_shape[:-1] == tuple(call.output.shape[:-1])
+            found |= {name: own} if same_places else {}
+    return found
 
 
 def layer_infos(trace: Trace, proofs: Proofs, *, target_layer: str | None) -> tuple[LayerInfo, ...]:

@@ -1,0 +1,251 @@
+"""What each layer may be used for, on networks made to mislead: found at load, used by the engine."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models.engine import Engine
+from models.layers import TokenLayout
+from models.probe import probe_batch, trace
+from models.proof import NOT_THE_IMAGE, input_layouts, layouts_of, prove_layers
+from models.types import Failure, Preprocess, Target
+from tests.models.conftest import OneModel, PoolNet, frozen
+from tests.models.preparation.conftest import blocks, warm
+from tests.models.test_engine import finish, index, job, normalised
+
+
+def proved(net: nn.Module, *, crop: tuple[int, int] = (32, 32)):
+    found = trace(frozen(net), "single_label", probe_batch(Preprocess(resize=32, crop=crop)))
+    return found, prove_layers(found)
+
+
+class Through(nn.Module):
+    """A convolution, one step of a test's own with a module to name it, and a linear head."""
+
+    def __init__(self, step, *, patch: int = 4, channels: int = 6) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, channels, patch, patch)
+        self.step, self.named = step, nn.Hardtanh(-9.0, 9.0)
+        self.fc = nn.LazyLinear(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.named(self.step(self.embed(x))).reshape(len(x), -1))
+
+
+def through(step, *, crop: tuple[int, int] = (32, 32), **options) -> Through:
+    torch.manual_seed(0)
+    net = Through(step, **options)
+    net(torch.zeros(1, 3, *crop))
+    return net
+
+
+# ---------------------------------------------------------------- the first dimension
+
+
+class Table(nn.Module):
+    """A table of positions: as many rows as it likes, and nothing of the image in it."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(rows, 6)
+        self.conv, self.fc = nn.Conv2d(3, 6, 4, 4), nn.Linear(6, 5)
+        self.rows = rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.conv(x).mean((2, 3)) + self.table(torch.arange(self.rows)).mean(0))
+
+
+@pytest.mark.parametrize("rows", [2, 3, 10])
+def test_a_table_is_no_batch_even_if_its_size_is(rows):
+    _, proofs = proved(Table(rows))
+    assert (proofs["table"].usable, proofs["table"].reason) == (False, NOT_THE_IMAGE)
+    assert proofs["conv"].spatial
+
+
+def test_tensors_that_begin_with_the_position_are_refused():
+    _, proofs = proved(through(lambda x: x.flatten(2).permute(2, 0, 1)))
+    assert not proofs["named"].usable
+
+
+class Centred(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0, keepdim=True)
+
+
+def test_values_that_depend_on_the_other_images_are_refused():
+    net = nn.Sequential(nn.Conv2d(3, 4, 4, 4), Centred(), nn.Flatten(), nn.Linear(256, 5))
+    _, proofs = proved(net)
+    assert proofs["0"].usable
+    assert not proofs["1"].usable
+
+
+# ---------------------------------------------------------------- maps
+
+
+def test_shuffled_tokens_are_no_map_and_tokens_in_order_are():
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    for permutation, spatial in ((torch.arange(64), True), (order, False)):
+        _, proofs = proved(through(lambda x, p=permutation: x.flatten(2).mT[:, p]))
+        assert proofs["named"].usable
+        assert proofs["named"].spatial is spatial
+
+
+def test_a_transposed_map_is_none():
+    _, proofs = proved(through(lambda x: x.mT))
+    assert not proofs["named"].spatial
+
+
+def test_a_map_may_be_finer_in_one_direction():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 6, 3, stride=(2, 1), padding=1)
+    net = nn.Sequential(conv, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))
+    _, proofs = proved(net)
+    assert proofs["0"].spatial
+    assert proofs["0"].layout is None
+
+
+def test_channels_last_and_tokens_of_later_stages_are_found():
+    class Stages(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 6, 4, 4), nn.Conv2d(6, 8, 2, 2)
+            self.tokens, self.last, self.fc = nn.Identity(), nn.Identity(), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.tokens(self.first(x).flatten(2).mT)
+            x = self.second(x.mT.unflatten(2, (8, 8)))
+            return self.fc(self.last(x.permute(0, 2, 3, 1)).mean((1, 2)))
+
+    torch.manual_seed(0)
+    layouts = layouts_of(proved(Stages())[1])
+    assert layouts["tokens"] == TokenLayout(grid=(8, 8))
+    assert layouts["last"] == TokenLayout(grid=(4, 4), channels_last=True)
+
+
+def test_an_input_is_read_in_its_own_layout():
+    found, proofs = proved(through(lambda x: x.flatten(2).mT))
+    # A view of the convolution's output, but its channels are last.
+    assert input_layouts(found, layouts_of(proofs))["named"] == TokenLayout(grid=(8, 8))
+    net = nn.Sequential(nn.Conv2d(3, 6, 4, 4), nn.ReLU(), nn.Flatten(), nn.Linear(384, 5))
+    found, proofs = proved(net)
+    assert input_layouts(found, layouts_of(proofs))["1"] is None
+
+
+# ---------------------------------------------------------------- several calls
+
+
+class Shared(PoolNet):
+    """One activation module after every convolution, as in the residual networks of torchvision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.body(self.act(self.stem(x))))
+        return self.fc(self.pool(self.out(x)).flatten(1))
+
+
+@pytest.fixture(scope="module")
+def shared():
+    torch.manual_seed(1)
+    return warm(frozen(Shared()))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"operation": "features", "kinds": ("output",)},
+        {"operation": "features", "kinds": ("grad_output",), "targets": (Target(cls=index(1)),)},
+    ],
+)
+def test_a_layer_that_is_called_twice_is_refused_with_the_count(shared, options):
+    layer = next(item for item in shared.info.layers if item.name == "act")
+    assert (layer.calls, layer.usable) == (2, False)
+    found = finish(Engine(OneModel(shared)), [job("a", layers=("act",), **options), job("b")])
+    assert isinstance(found[0], Failure)
+    assert "called 2 times" in found[0].message
+    assert not isinstance(found[1], Failure), "its neighbour is answered"
+
+
+# ---------------------------------------------------------------- what the engine makes of it
+
+
+def gradient_at(net: nn.Module, layer: str, item, target: int) -> tuple[Tensor, Tensor]:
+    """A layer's output and gradient by float64 autograd, the layer cut off from what precedes it."""
+    net = net.double()
+    cut: list[Tensor] = []
+
+    def hook(_: nn.Module, __: object, output: Tensor) -> Tensor:
+        cut.append(output.detach().requires_grad_())
+        return cut[0].clone()
+
+    handle = net.get_submodule(layer).register_forward_hook(hook)
+    scores = net(normalised(item).double())
+    handle.remove()
+    return cut[0].detach(), torch.autograd.grad(scores[0, target], cut[0])[0]
+
+
+def test_a_branch_that_is_added_to_a_fused_convolution_has_its_gradient():
+    class Residual(PoolNet):
+        def __init__(self) -> None:
+            super().__init__(inplace=False)
+            self.down = nn.Sequential(nn.Conv2d(4, 6, 1, stride=2), nn.BatchNorm2d(6))
+            self.norm = nn.BatchNorm2d(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.act(self.stem(x))
+            x = self.out(self.norm(self.body(x)) + self.down(x))
+            return self.fc(self.pool(x).flatten(1))
+
+    torch.manual_seed(4)
+    net = frozen(Residual())
+    item = job("a", layers=("down",), methods=("hirescam",), targets=(Target(cls=index(2)),))
+    model = warm(net)
+    outcome = finish(Engine(OneModel(model)), [item])[0]
+    maps, gradient = gradient_at(net, "down", item, 2)
+    expected = (maps * gradient).sum(1)[0].relu()
+    np.testing.assert_allclose(outcome.explanations[0].map, expected.numpy(), atol=1e-5)
+
+
+def test_the_cam_of_another_layer_than_the_heads_is_refused():
+    found = finish(
+        Engine(OneModel(warm(blocks()))),
+        [job("a", methods=("cam",), layers=("block",)), job("b", methods=("cam",))],
+    )
+    assert isinstance(found[0], Failure)
+    assert not isinstance(found[1], Failure)
+
+
+def test_the_gradient_of_a_sum_over_positions_is_described_right():
+    class SumPool(PoolNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.out(self.body(self.act(self.stem(x)))).sum((2, 3)))
+
+    torch.manual_seed(5)
+    net = frozen(SumPool())
+    item = job(
+        "a",
+        "features",
+        layers=("out",),
+        kinds=("grad_output",),
+        channels=6,
+        targets=(Target(cls=index(2)),),
+    )
+    (found,) = finish(Engine(OneModel(warm(net))), [item])[0].statistics
+    weights = net.fc.weight[2]
+    assert found.max == pytest.approx(float(weights.max()), rel=1e-4)
+    for channel in found.top_channels:
+        assert channel.max == pytest.approx(float(weights[channel.index]), rel=1e-4)
+
+
+def test_the_gradient_of_an_input_is_the_same_alone_and_beside_other_kinds():
+    item = {"layers": ("body",), "targets": (Target(cls=index(1)),)}
+    alone = job("a", "features", kinds=("grad_input",), **item)
+    both = job("b", "features", kinds=("grad_input", "grad_output", "input"), **item)
+    engine = Engine(OneModel(warm(blocks())))
+    first, second = (finish(engine, [one])[0] for one in (alone, both))
+    of_both = [s for s in second.statistics if s.kind == "grad_input"]
+    assert len(first.statistics) == len(of_both) == 1
+    assert first.statistics[0].mean == pytest.approx(of_both[0].mean, rel=1e-5)
+    assert first.statistics[0].l2 == pytest.approx(of_both[0].l2, rel=1e-5)
