@@ -144,7 +144,11 @@ def explain(
     ] = None,
     config: Config = None,
     colormap: Annotated[
-        str | None, typer.Option(help=f"One of {', '.join(get_args(Colormap))}.")
+        str | None, typer.Option(help=f"auto, or one of {', '.join(get_args(Colormap))}.")
+    ] = None,
+    clip: Annotated[
+        str | None,
+        typer.Option(help="Share of the strongest values that may saturate, 0 to 0.1, or auto."),
     ] = None,
     alpha: Annotated[float | None, typer.Option(help="Opacity of the overlay, 0 to 1.")] = None,
     canvas: Annotated[
@@ -169,6 +173,7 @@ def explain(
         layers=layer,
         model=model,
         colormap=colormap,
+        clip=clip,
         alpha=alpha,
         canvas=canvas,
     )

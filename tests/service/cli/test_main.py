@@ -168,6 +168,7 @@ def test_a_bad_image_does_not_stop_the_others(config: Path, images: Path, tmp_pa
         (("-t", "17"), "--target", "2"),
         (("-l", "nowhere"), "--layer", "layer"),
         (("--colormap", "pink"), "--colormap", "turbo"),
+        (("--clip", "0.5"), "--clip", "0.1"),
         (("--canvas", "wall"), "--canvas", "original"),
         (("--alpha", "7"), "--alpha", "at most 1"),
         (("--model", "nobody"), "--model", "tiny@1"),
