@@ -125,6 +125,7 @@ def prove_layers(trace: Trace) -> dict[str, LayerProof]:
     """
     measured = _measure(trace)
     proofs: dict[str, LayerProof] = {}
+    verdicts: dict[str, bool] = {}
     for name, call in trace.calls.items():
         if call.output is None:
             proofs[name] = LayerProof(usable=False, reason=NO_TENSOR)
@@ -133,7 +134,7 @@ def prove_layers(trace: Trace) -> dict[str, LayerProof]:
         elif name not in measured or not measured[name].agrees_with(call, images=len(trace.probe)):
             proofs[name] = LayerProof(usable=False, reason=NOT_THE_IMAGE)
         else:
-            proofs[name] = _spatial_proof(measured[name].localities, proofs)
+            proofs[name] = _spatial_proof(measured[name].localities, verdicts)
     return proofs
 
 
@@ -216,20 +217,23 @@ class _Locality:
 
 
 def _spatial_proof(
-    found: Mapping[TokenLayout | None, _Locality], before: Mapping[str, LayerProof]
+    found: Mapping[TokenLayout | None, _Locality], verdicts: dict[str, bool]
 ) -> LayerProof:
     """The proof of a usable layer.
 
     Where no response can be measured, because the map has few positions or the layer is constant,
-    the layout counts as proved if layers before it were proved in the same kind of layout.
+    the layout counts as proved if layers before it were proved in the same kind of layout, and for
+    tokens, whose order may change on the way, if the last of them was. `verdicts` keeps that.
     """
     for layout, locality in found.items():
         if locality.holds:
+            verdicts[_kind(layout)] = True
             return LayerProof(usable=True, spatial=True, layout=layout)
-    kinds = {_kind(proof.layout) for proof in before.values() if proof.spatial}
     for layout, locality in found.items():
-        if not locality.is_measurable and (_kind(layout) in kinds or not kinds):
+        if not locality.is_measurable and verdicts.get(_kind(layout), not verdicts):
             return LayerProof(usable=True, spatial=True, layout=layout)
+    if any(_kind(layout) == "tokens" and found[layout].is_measurable for layout in found):
+        verdicts["tokens"] = False
     return LayerProof(usable=True, reason=ELSEWHERE if found else NOT_A_MAP)
 
 

@@ -249,3 +249,23 @@ def test_the_gradient_of_an_input_is_the_same_alone_and_beside_other_kinds():
     assert len(first.statistics) == len(of_both) == 1
     assert first.statistics[0].mean == pytest.approx(of_both[0].mean, rel=1e-5)
     assert first.statistics[0].l2 == pytest.approx(of_both[0].l2, rel=1e-5)
+
+
+def test_few_tokens_are_no_map_if_their_order_was_lost_before():
+    class Unrolled(nn.Module):
+        """Tokens in groups of 2 x 2, as Hiera has them, and a pool over each group."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.unroll = nn.Conv2d(3, 6, 4, 4), nn.Hardtanh(-9.0, 9.0)
+            self.stage, self.fc = nn.Linear(6, 8), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            groups = self.embed(x).unflatten(3, (2, 2, 2)).unflatten(2, (2, 2, 2))
+            tokens = self.unroll(groups.permute(0, 4, 7, 3, 6, 2, 5, 1).flatten(1, 6))
+            return self.fc(self.stage(tokens.unflatten(1, (4, 16)).amax(1)).mean(1))
+
+    torch.manual_seed(0)
+    _, proofs = proved(Unrolled())
+    assert not proofs["unroll"].spatial
+    assert not proofs["stage"].spatial
