@@ -22,7 +22,8 @@ class Call:
     """What one module returned in a probed forward, in its last call.
 
     Attributes:
-        output: the tensor, with its graph; None if the module returned anything but one tensor.
+        output: the tensor, with its graph; None if the module returned anything but one tensor, or
+            a quantised one, of which nothing can be computed.
         values: identifies the values at the moment of return: a block and its last module, a view
             and an identity share it, an in-place successor does not.
         times: how often the module was called.
@@ -99,7 +100,7 @@ def trace(module: nn.Module, task: Task, probe: Tensor) -> Trace:
     def record(child: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         name = names[child]
         times[name] += 1
-        tensor = output if isinstance(output, Tensor) else None
+        tensor = output if isinstance(output, Tensor) and not output.is_quantized else None
         given = args[0] if args and isinstance(args[0], Tensor) else None
         calls.pop(name, None)
         calls[name] = Call(

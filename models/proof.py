@@ -37,7 +37,7 @@ _COMPANY_TOLERANCE = 1e-3
 
 NOT_THE_IMAGE = "its first dimension is not the image"
 SEVERAL_CALLS = "it is called {} times in a pass, so its name does not say which call is meant"
-NO_TENSOR = "its output is not one tensor"
+NO_TENSOR = "its output is not one tensor, or quantised"
 NOT_A_MAP = "its output is not a map of the image"
 ELSEWHERE = "its positions do not lie in the image as their order says"
 

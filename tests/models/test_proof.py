@@ -269,3 +269,16 @@ def test_few_tokens_are_no_map_if_their_order_was_lost_before():
     _, proofs = proved(Unrolled())
     assert not proofs["unroll"].spatial
     assert not proofs["stage"].spatial
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_of_quantised_tensors_are_refused_and_the_network_is_served():
+    class Quantised(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.quantize_per_tensor(x, 0.05, 128, torch.quint8)
+
+    net = nn.Sequential(Quantised(), nn.Flatten(), nn.Identity())
+    net[2].forward = lambda x: x.dequantize()[:, :5]
+    _, proofs = proved(net)
+    assert [proofs[name].usable for name in "012"] == [False, False, True]
+    assert "quantised" in proofs["0"].reason
