@@ -14,20 +14,26 @@ from models.hooks import HookStack
 from models.steps import Subject
 from models.targets import ResolvedTarget, ScoreWeights, class_scores
 
-_RELUS = ("ReluBackward", "HardtanhBackward")
 # Rectifiers that are not ReLUs, as autograd calls them; there is no agreed way to guide them.
 _OTHERS = {
     "Celu": "CELU",
+    "Clamp": "clamp",
+    "ClampMin": "clamp",
     "Elu": "ELU",
+    "Erf": "erf",
     "Gelu": "GELU",
     "Hardswish": "Hardswish",
     "LeakyRelu": "LeakyReLU",
     "LogSigmoid": "LogSigmoid",
+    "Maximum": "maximum",
+    "Minimum": "minimum",
     "Mish": "Mish",
     "Prelu": "PReLU",
     "Rrelu": "RReLU",
     "Silu": "SiLU",
     "Softplus": "Softplus",
+    "Threshold": "Threshold",
+    "Where": "where",
 }
 
 
@@ -66,15 +72,30 @@ def relus(scores: Tensor) -> list[Node]:
     found, others = [], set()
     for node in _nodes(scores):
         name = node.name()
-        if name.startswith(_RELUS):
+        if name.startswith("ReluBackward"):
             found.append(node)
-        others |= {shown for kind, shown in _OTHERS.items() if name.startswith(kind)}
+        elif name.startswith("HardtanhBackward"):
+            # ReLU6 is one that begins at 0.
+            if getattr(node, "_saved_min_val", None) == 0:
+                found.append(node)
+            else:
+                others.add("Hardtanh")
+        elif name.startswith("MulBackward") and _gates_itself(node):
+            others.add("a product of values with their sigmoid")
+        others |= {shown for kind, shown in _OTHERS.items() if name.startswith(f"{kind}Backward")}
     if others:
         names = ", ".join(sorted(others))
         raise MethodNotApplicable(f"Guided backpropagation needs ReLU; the model has {names}.")
     if not found:
         raise MethodNotApplicable("Guided backpropagation needs ReLU; the model has none.")
     return found
+
+
+def _gates_itself(product: Node) -> bool:
+    """Whether a product is SiLU written out: x sigmoid(x)."""
+    factors = [node for node, _ in product.next_functions if node is not None]
+    sigmoids = [node for node in factors if node.name().startswith("SigmoidBackward")]
+    return any(node.next_functions[0][0] in factors for node in sigmoids)
 
 
 def _positive(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -1,0 +1,33 @@
+"""Which networks guided backpropagation can guide as a whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from models.errors import MethodNotApplicable
+from models.methods._guided import relus
+
+
+@pytest.mark.parametrize(
+    ("rectify", "shown"),
+    [
+        (lambda x: x.clamp(min=0), "clamp"),
+        (lambda x: x * torch.sigmoid(x), "sigmoid"),
+        (lambda x: nn.functional.hardtanh(x, -1, 1), "Hardtanh"),
+        (lambda x: torch.where(x > 0, x, 0.1 * x), "where"),
+        (lambda x: torch.maximum(x, 0.1 * x), "maximum"),
+        (nn.functional.silu, "SiLU"),
+    ],
+)
+def test_a_rectifier_beside_relu_is_refused_by_name(rectify, shown):
+    scores = rectify(nn.functional.relu(torch.randn(2, 4, requires_grad=True)) - 0.5)
+    with pytest.raises(MethodNotApplicable, match=shown):
+        relus(scores)
+
+
+def test_relu6_and_gates_of_other_values_are_guided():
+    x = torch.randn(2, 4, requires_grad=True)
+    gated = nn.functional.relu6(x) * torch.sigmoid(nn.functional.relu(x).mean(1, keepdim=True))
+    assert len(relus(gated)) == 2
