@@ -82,13 +82,24 @@ def _island(mask: np.ndarray, row: int, column: int) -> np.ndarray:
     ones alike; a gap narrower than a block may be stepped over.
     """
     height, width = mask.shape
-    padded = np.pad(mask, ((0, -height % _BLOCK), (0, -width % _BLOCK)))
-    tiles = padded.reshape(padded.shape[0] // _BLOCK, _BLOCK, -1, _BLOCK)
-    blocks = np.asarray(tiles.any(axis=(1, 3)))
+    blocks = _blocks(mask)
     connected = _grow(blocks, row // _BLOCK, column // _BLOCK)
     whole = connected.repeat(_BLOCK, axis=0).repeat(_BLOCK, axis=1)
     island: np.ndarray = whole[:height, :width] & mask
     return island
+
+
+def _blocks(mask: np.ndarray) -> np.ndarray:
+    """Which blocks of a mask hold a True value."""
+    height, width = mask.shape
+    padded = np.zeros((height + -height % _BLOCK, width + -width % _BLOCK), bool)
+    padded[:height, :width] = mask
+    # A row of a block is four bytes, one number: much quicker to combine than four values.
+    numbers = padded.view(np.uint32)
+    blocks: np.ndarray = (
+        np.bitwise_or.reduce(numbers.reshape(-1, _BLOCK, numbers.shape[1]), axis=1) != 0
+    )
+    return blocks
 
 
 def _grow(mask: np.ndarray, row: int, column: int) -> np.ndarray:

@@ -10,7 +10,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return on_white(rgba.convert("RGB"), rgba.getchannel("A"))
-    return image.convert("RGB")
+    # Pillow copies an image that is RGB already.
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def on_white(rgb: Image.Image, opacity: Image.Image) -> Image.Image:
