@@ -58,7 +58,8 @@ class ModelSpec(BaseModel):
         name: name in URLs and options.
         version: any short string without `@` or `/`.
         source: `torchvision:NAME`, `timm:NAME`, `python:package.module:factory`, `embedded:NAME`.
-        weights: `default` (the library's), `none` (random), or a .safetensors, .pth or .pt file.
+        weights: `default` (the library's), `none` (random), or a checkpoint file.
+        weights_key: dotted place of the weights in that file; None takes the one that fits.
         labels: class names, or a file with one per line (or a JSON list); None takes the library's.
         num_classes: size of the head; None keeps the architecture's own.
         task: how scores become probabilities.
@@ -76,6 +77,7 @@ class ModelSpec(BaseModel):
     version: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "1"
     source: Annotated[str, Field(pattern=r"^(torchvision|timm|python|embedded):.+$")]
     weights: str = "default"
+    weights_key: str | None = None
     labels: list[str] | Path | None = None
     num_classes: Annotated[int, Field(ge=1)] | None = None
     task: Task = "single_label"

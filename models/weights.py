@@ -1,21 +1,32 @@
-"""Checkpoints: reading them without running what they hold, and loading them strictly."""
+"""Weights: finding those that fit a network in a checkpoint, and loading them strictly."""
 
 from __future__ import annotations
 
-import pickle
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from models.checkpoints import State, read_checkpoint, state_dicts, whole_network
 from models.errors import ModelLoadFailed
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.")
 _NAMED_KEYS = 3
+_AVERAGED = re.compile(r"(^|[._])(ema|swa|avg|averaged?)([._]|$)")
+_TRAINING_ONLY = re.compile(
+    r"(^|_)(criterion|loss|metrics?|acc|accuracy|auroc|auc|f1|precision|recall|confusion|confmat"
+    r"|ema|augment\w*|mixup)(_|\d|$)|loss$|metrics?$|acc$|^n_averaged$"
+)
+"""Names of what training scripts keep in a network beside its layers."""
+_RENAMED = {
+    "weight_g": "parametrizations.weight.original0",
+    "weight_v": "parametrizations.weight.original1",
+}
+"""Names of weight norm before torch 2.0, and since."""
 
 
 @contextmanager
@@ -36,93 +47,166 @@ def fill_zero_heads(module: nn.Module) -> None:
             nn.init.normal_(layer.weight, std=0.02)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Part:
+    """The tensors below one prefix of one state dict of a checkpoint.
+
+    Attributes:
+        place: where they are, dotted; empty for the whole file.
+        state: the tensors by name, without the prefix.
+        foreign: top-level names of what lies beside the prefix.
+        averaged: whether they are averages over training.
+        matched: how many have a name and shape of the network's.
+    """
+
+    place: str
+    state: State
+    foreign: tuple[str, ...]
+    averaged: bool
+    matched: int
+
+
 def load_weights(
-    module: nn.Module, weights: str, *, base_dir: Path, ignored: tuple[str, ...] = ()
-) -> None:
-    """Load a checkpoint that holds every parameter and buffer of a model, and nothing else.
+    module: nn.Module,
+    weights: str,
+    *,
+    base_dir: Path,
+    key: str | None = None,
+    ignored: tuple[str, ...] = (),
+) -> tuple[str, ...]:
+    """Load the part of a checkpoint that holds every parameter and buffer of a model.
 
-    `weights` is the path of a `.safetensors`, `.pth` or `.pt` file, which may start from
-    `base_dir`; keys with `ignored` prefixes are passed over.
+    Args:
+        module: it gets the weights, and is left as it is where they do not fit.
+        weights: path of the file, which may start from `base_dir`.
+        key: dotted place of the weights in the file; None takes the place that fits.
+        base_dir: folder of the configuration.
+        ignored: prefixes of keys that are passed over.
+
+    Returns:
+        What was found, as sentences for the model card.
 
     Raises:
-        ModelLoadFailed: the file is missing or unreadable, or its keys do not fit.
+        ModelLoadFailed: the file is missing or unreadable, or holds nothing that fits.
     """
-    state = {
-        key: value
-        for key, value in read_state_dict(weights, base_dir=base_dir).items()
-        if not key.startswith(ignored)
+    content = read_checkpoint(weights, base_dir=base_dir)
+    expected = module.state_dict()
+    parts = list(_parts(content, expected, ignored))
+    if not parts:
+        raise whole_network(content, weights) or ModelLoadFailed(
+            f"The weights file {weights} holds no state dict."
+        )
+    if key is not None:
+        places = list(dict.fromkeys(part.place for part in parts if part.place))
+        parts = [part for part in parts if part.place == key or part.place.startswith(f"{key}.")]
+        if not parts:
+            raise ModelLoadFailed(
+                f"The weights file {weights} has nothing under weights_key {key}. "
+                f"It has {', '.join(places[:8]) or 'no places within'}."
+            )
+    # Of those that fit equally well, the plain one that comes first.
+    best = min(parts, key=lambda part: (-part.matched, part.averaged, -len(part.state)))
+    _check_fit(expected, best.state, weights)
+    module.load_state_dict({name: best.state[name] for name in expected if name in best.state})
+    return tuple(_notes(best, parts, expected))
+
+
+def _parts(content: Any, expected: State, ignored: tuple[str, ...]) -> Iterator[_Part]:
+    """Every part of a checkpoint that may be meant for a network."""
+    tops = {name.split(".")[0] for name in expected}
+    for place, state in state_dicts(content):
+        for prefix in _prefixes(state, expected):
+            inside = {
+                _renamed(name.removeprefix(prefix), expected): value
+                for name, value in state.items()
+                if name.startswith(prefix)
+            }
+            beside = {name for name in state if not name.startswith(prefix)}
+            if not prefix:
+                beside = {name for name in inside if _is_training_only(name.split(".")[0], tops)}
+            kept = {
+                name: value
+                for name, value in inside.items()
+                if not name.startswith(ignored) and (prefix or name not in beside)
+            }
+            where = ".".join(filter(None, (place, prefix.removesuffix("."))))
+            yield _Part(
+                place=where,
+                state=kept,
+                foreign=tuple(sorted({name.split(".")[0] for name in beside})),
+                averaged="n_averaged" in state or _AVERAGED.search(where) is not None,
+                matched=sum(_fits(value, expected.get(name)) for name, value in kept.items()),
+            )
+
+
+def _is_training_only(top: str, tops: set[str]) -> bool:
+    return top not in tops and _TRAINING_ONLY.search(top) is not None
+
+
+def _renamed(name: str, expected: State) -> str:
+    """A name as the network has it, if an older torch called it otherwise."""
+    stem, _, last = name.rpartition(".")
+    newer = f"{stem}.{_RENAMED.get(last, last)}".lstrip(".")
+    return newer if newer in expected else name
+
+
+def _prefixes(state: State, expected: State) -> list[str]:
+    """Prefixes below which names of the network are found, and none, in the order of the file."""
+    # The first and the last name tell: each prefix that fits has all of them.
+    names = [name for name in expected if not name.endswith("num_batches_tracked")]
+    wanted = dict.fromkeys((*names[:1], *names[-1:]))
+    found = [
+        name.removesuffix(end)
+        for name in state
+        for end in wanted
+        if name == end or name.endswith(f".{end}")
+    ]
+    return list(dict.fromkeys(found)) or [_common_prefix(state)]
+
+
+def _common_prefix(state: State) -> str:
+    """The wrapper's prefix that every name has, if there is one."""
+    return "module." if state and all(name.startswith("module.") for name in state) else ""
+
+
+def _fits(value: Tensor, wanted: Tensor | None) -> bool:
+    return wanted is not None and value.shape == wanted.shape
+
+
+def _notes(best: _Part, parts: list[_Part], expected: State) -> Iterator[str]:
+    if best.place:
+        averages = ", averages over training" if best.averaged else ""
+        yield f"The weights are those under {best.place} in the file{averages}."
+    elif best.averaged:
+        yield "The weights are averages over training."
+    others = [
+        part for part in parts if part is not best and part.place and part.matched == best.matched
+    ]
+    for part in others:
+        what = "averaged weights" if part.averaged else "other weights"
+        yield (
+            f"The file also holds {what} that fit, under {part.place}: "
+            f'set weights_key = "{part.place}" to serve those.'
+        )
+    elsewhere = {part.place.rpartition(".")[2] for part in others}
+    if foreign := [name for name in best.foreign if name not in elsewhere]:
+        more = f" and {len(foreign) - _NAMED_KEYS} more" if len(foreign) > _NAMED_KEYS else ""
+        yield f"Passed over in the file: {', '.join(foreign[:_NAMED_KEYS])}{more}."
+    kinds = {
+        str(value.dtype).removeprefix("torch.")
+        for name, value in best.state.items()
+        if value.is_floating_point() and value.dtype != expected[name].dtype
     }
-    _check_fit(module.state_dict(), state, weights)
-    module.load_state_dict(state)
+    if kinds:
+        yield f"The weights were stored as {', '.join(sorted(kinds))}; they are used as float32."
 
 
-def read_state_dict(weights: str, *, base_dir: Path) -> dict[str, Tensor]:
-    """Read the tensors of a checkpoint by name, on the CPU.
-
-    `.pth` and `.pt` files are read with `weights_only=True`. They hold a state dict, or one under
-    `state_dict`, `model_state_dict` or `model`; prefixes of DataParallel and torch.compile go.
-
-    Raises:
-        ModelLoadFailed: the file does not exist, or is not a readable checkpoint of tensors alone.
-    """
-    path = base_dir / weights
-    if path.suffix not in (".safetensors", ".pth", ".pt"):
-        raise ModelLoadFailed(
-            f"The weights {weights} are neither `default` nor `none`, "
-            "nor a .safetensors, .pth or .pt file."
-        )
-    if not path.is_file():
-        missing = FileNotFoundError(str(path.resolve()))
-        raise ModelLoadFailed(f"The weights file {weights} does not exist.") from missing
-    try:
-        content = _read(path)
-    except Exception as error:
-        raise ModelLoadFailed(f"The weights file {weights} {_fault(error)}.") from error
-    for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    if (
-        not isinstance(content, Mapping)
-        or not content
-        or not all(isinstance(value, Tensor) for value in content.values())
-    ):
-        raise ModelLoadFailed(f"The weights file {weights} holds no state dict.")
-    return _without_prefixes(dict(content))
-
-
-def _read(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _fault(error: Exception) -> str:
-    """What is wrong with a file, by what torch said of it."""
-    if "TorchScript" in str(error):
-        return "is a TorchScript archive: save the state_dict() of the network that it was made of"
-    # Torch names what it does not load, and so tells a whole pickled network from a damaged file.
-    if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
-        return (
-            "holds more than tensors, such as a whole pickled network, which would run code of "
-            "its own: save the model's state_dict()"
-        )
-    return "cannot be read: it is damaged, or no checkpoint of torch or safetensors"
-
-
-def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    for _ in range(len(_PREFIXES)):
-        for prefix in _PREFIXES:
-            if all(key.startswith(prefix) for key in state):
-                state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
-
-
-def _check_fit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], weights: str) -> None:
+def _check_fit(expected: State, state: State, weights: str) -> None:
     # Counters of batches that older checkpoints lack; nothing but training reads them.
     missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in expected]
+    if reason := _other_kind(state, expected):
+        raise ModelLoadFailed(f"The weights file {weights} {reason}")
     shapes = {
         key: (state[key].shape, expected[key].shape)
         for key in expected
@@ -155,6 +239,24 @@ def _check_fit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], weig
         raise ModelLoadFailed(
             f"The weights file {weights} does not fit the model: {'; '.join(problems)}.{hint}"
         )
+
+
+def _other_kind(state: State, expected: Mapping[str, Tensor]) -> str | None:
+    """Why tensors are no plain weights of the network, if they are none."""
+    if any(".lora_" in key for key in state):
+        return (
+            "holds LoRA adapters that are not merged. Merge them and save again, in PEFT: "
+            'torch.save(model.merge_and_unload().state_dict(), "merged.pth").'
+        )
+    for key, value in state.items():
+        wanted = expected.get(key)
+        whole = not value.is_floating_point() or value.is_quantized
+        if wanted is not None and wanted.is_floating_point() and whole:
+            return (
+                f"holds quantised weights ({key} is {str(value.dtype).removeprefix('torch.')}). "
+                "Save the network's weights before they are quantised."
+            )
+    return None
 
 
 def _shape(shape: torch.Size) -> str:

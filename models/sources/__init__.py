@@ -107,8 +107,15 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
         built: Built = importlib.import_module(SOURCES[kind]).build(request)
         if spec.weights == "none":
             fill_zero_heads(built.module)
+    found: tuple[str, ...] = ()
     if spec.weights not in ("default", "none"):
-        load_weights(built.module, spec.weights, base_dir=base_dir, ignored=built.ignored_keys)
+        found = load_weights(
+            built.module,
+            spec.weights,
+            base_dir=base_dir,
+            key=spec.weights_key,
+            ignored=built.ignored_keys,
+        )
     module = built.module.eval().requires_grad_(requires_grad=False)
     preprocess = _preprocess(spec, built.preprocess)
     proved = prove_network(module, preprocess, spec.task)
@@ -128,7 +135,7 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
         task="single_label" if spec.task == "binary" and not single_logit else spec.task,
         preprocess=preprocess,
         spec=spec,
-        notes=(*built.notes, *proved.notes),
+        notes=(*built.notes, *found, *proved.notes),
     )
 
 
