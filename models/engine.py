@@ -126,15 +126,14 @@ class Engine:
 
     @staticmethod
     def _answer(warm: WarmModel, jobs: Sequence[Job]) -> list[Outcome | Failure | Suspended]:
-        """One pass for all jobs, or one for each of the model's variants that they need."""
-        parts: dict[nn.Module, list[int]] = {}
+        """One pass for all jobs, or one for each variant of the model and kind of input."""
+        parts: dict[tuple[nn.Module, bool], list[int]] = {}
         for i, job in enumerate(jobs):
-            parts.setdefault(warm.module_for(_needs(job)), []).append(i)
-        staged = {m: warm.stage([jobs[i].input for i in rows]) for m, rows in parts.items()}
+            parts.setdefault((warm.module_for(_needs(job)), _is_normalised(job)), []).append(i)
+        staged = {key: warm.stage([jobs[i].input for i in rows]) for key, rows in parts.items()}
         answered: dict[int, Outcome | Failure | Suspended] = {}
-        for module, rows in parts.items():
-            part = [jobs[i] for i in rows]
-            images = staged[module]()
+        for key, rows in parts.items():
+            module, part, images = key[0], [jobs[i] for i in rows], staged[key]()
             shared = run_graphed(warm, part, module=module, images=images)
             if shared is None:
                 shared = run_shared_pass(warm, part, module=module, images=images)
@@ -232,6 +231,11 @@ def _needs(job: Job) -> Needs:
     )
 
 
+def _is_normalised(job: Job) -> bool:
+    """Whether the job's input is values rather than pixels."""
+    return job.input.dtype.kind == "f"
+
+
 def _changed(job: Job) -> frozenset[str]:
     """Layers that every pass for the job changes."""
     return frozenset(change.layer for change in job.options.interventions)
@@ -240,7 +244,7 @@ def _changed(job: Job) -> frozenset[str]:
 def _fault(job: Job, warm: WarmModel) -> Failure | None:
     """What makes a job unfit, found before the pass so that the rest of its batch is served."""
     height, width = warm.input_size
-    if job.input.shape != (height, width, 3):
+    if job.input.shape != ((3, height, width) if _is_normalised(job) else (height, width, 3)):
         return Failure.of(
             job.id,
             InvalidOption(f"The model takes images of {width} x {height} pixels, 3 channels."),

@@ -68,8 +68,8 @@ def run_graphed(
 
     What it returns is good until the next recorded pass; None where the pass must be run plainly.
     """
-    plan = None if warm.graphs is None else plan_of(warm, jobs)
-    if warm.graphs is None or plan is None:
+    # Recorded passes start at pixels.
+    if warm.graphs is None or images.is_floating_point() or (plan := plan_of(warm, jobs)) is None:
         return None
     codes = indices([_codes(job, plan.targets) for job in jobs], images.device)
     outputs = warm.graphs.run(plan, _pass(warm, module, plan), (images, codes), rows=plan.rows)

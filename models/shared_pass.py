@@ -81,7 +81,7 @@ def run_shared_pass(
     """Run the one pass that answers N jobs of a model.
 
     `module` is the one of the model's modules that serves the layers of all jobs; `images` are the
-    jobs' inputs, (N, H, W, 3) uint8 on any device.
+    jobs' inputs, all of one kind, on any device.
     """
     inputs = warm.normalise(images)
     closed = _closed_form_layers(warm, jobs)

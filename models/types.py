@@ -136,7 +136,8 @@ class Job(Struct):
         operation: what is asked.
         model: catalog name.
         version: version of that model.
-        input: uint8 array (height, width, 3), the model input before normalising.
+        input: the model input: pixels before normalising, uint8 (height, width, 3), or values after
+            it, float32 (3, height, width).
     """
 
     id: str

@@ -96,14 +96,18 @@ class WarmModel:
         return next((v.module for v in self.variants if v.serves(needs)), self.module)
 
     def stage(self, images: Sequence[np.ndarray]) -> Ready:
-        """Start to bring images, (H, W, 3) uint8 of the input's size, to the device as a batch."""
+        """Start to bring inputs of jobs, all of one kind, to the device as a batch."""
         return stage(images, self.uploads)
 
     def normalise(self, batch: Tensor) -> Tensor:
         """Turn images, (N, H, W, 3) uint8 on any device, into the module's input.
 
-        That is (N, 3, H, W) of `dtype` on the model's device, channels_last in memory.
+        That is (N, 3, H, W) of `dtype` on the model's device, channels_last in memory. A batch of
+        floating point is normalised already.
         """
-        pixels = batch.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        images = batch.to(self.device, non_blocking=True)
+        if images.is_floating_point():
+            return images.to(self.dtype, memory_format=torch.channels_last)
+        pixels = images.permute(0, 3, 1, 2)
         # One operation, seven times faster than a subtraction and a division of uint8 values.
         return torch.addcmul(self.shift, pixels, self.scale).to(self.dtype)

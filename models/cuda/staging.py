@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 Ready = Callable[[], Tensor]
-"""Gives images that are on their way, (N, H, W, 3) uint8 on the device; users there wait."""
+"""Gives a batch that is on its way, on the device; users there wait."""
 
 
 class Uploads(Protocol):
     """How images reach a device."""
 
-    def memory(self, shape: Sequence[int]) -> Tensor:
-        """Return uint8 memory of the host, from which the device copies by itself."""
+    def memory(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return memory of the host, from which the device copies by itself."""
         ...
 
     def start(self, host: Tensor) -> Ready:
@@ -38,9 +38,9 @@ class CopyStream:
         self._device = device
         self._stream = torch.cuda.Stream(device)
 
-    def memory(self, shape: Sequence[int]) -> Tensor:
-        """Return page-locked uint8 memory."""
-        return torch.empty(tuple(shape), dtype=torch.uint8, pin_memory=True)
+    def memory(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return page-locked memory."""
+        return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
 
     def start(self, host: Tensor) -> Ready:
         """Start the copy; the stream that is current when the result is called waits for it."""
@@ -59,11 +59,11 @@ class CopyStream:
 
 
 def stage(images: Sequence[np.ndarray], uploads: Uploads | None) -> Ready:
-    """Stack uint8 images (H, W, 3) and start their upload; without `uploads` they stay here."""
+    """Stack arrays of one shape and start their upload; without `uploads` they stay here."""
     arrays = [torch.from_numpy(image) for image in images]
     if uploads is None:
         return lambda: torch.stack(arrays)
-    host = uploads.memory((len(arrays), *arrays[0].shape))
+    host = uploads.memory((len(arrays), *arrays[0].shape), arrays[0].dtype)
     torch.stack(arrays, out=host)
     return uploads.start(host)
 

@@ -143,6 +143,19 @@ def decode(
         raise ImageUndecodable("The image is damaged or truncated.") from error
 
 
+def from_pixels(pixels: np.ndarray, *, limits: DecodeLimits) -> DecodedImage:
+    """Take pixels, uint8 (height, width, 1, 3 or 4), as a decoded image: grey, RGB or RGBA.
+
+    Raises:
+        ImageTooLarge: more pixels than the caps allow.
+        ImageTooSmall: a side shorter than the cap allows.
+    """
+    height, width, channels = pixels.shape
+    _check_size((width, height), limits)
+    image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+    return _whole(to_rgb(image), None, ())
+
+
 def _check_header(data: bytes, media_type: str, limits: DecodeLimits) -> None:
     """Refuse what costs much before Pillow lets us see a size."""
     if media_type == "image/webp" and data[12:16] == b"VP8X" and len(data) >= 30:

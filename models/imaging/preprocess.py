@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from models.errors import InvalidOption
 from models.imaging.decode import DecodedImage
 from models.types import Geometry, Preprocess, Region
 
@@ -68,6 +69,26 @@ def preprocess(image: DecodedImage, spec: Preprocess) -> tuple[np.ndarray, Geome
         canvas.paste(resized, (max(0, -plan.left), max(0, -plan.top)))
         resized = canvas
     return np.array(resized), geometry
+
+
+def take_normalised(values: np.ndarray, spec: Preprocess) -> tuple[np.ndarray, Geometry]:
+    """Check a model input that its sender has resized and normalised, float32 (3, H, W).
+
+    Returns:
+        The input, and its geometry: it is the whole of the image.
+
+    Raises:
+        InvalidOption: it is not of the model's size, or not finite.
+    """
+    height, width = spec.crop
+    if values.shape != (3, height, width):
+        raise InvalidOption(f"The model takes normalised values of shape 3 x {height} x {width}.")
+    if not np.isfinite(values).all():
+        raise InvalidOption("The normalised values are not all finite.")
+    region = Region(x=0, y=0, width=width, height=height)
+    return values, Geometry(
+        width=width, height=height, region=region, input_width=width, input_height=height
+    )
 
 
 def to_original(geometry: Geometry, x: float, y: float) -> tuple[float, float]:

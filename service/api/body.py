@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic
 
 import msgspec
+import numpy as np
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
@@ -27,6 +28,7 @@ from models.errors import (
     UrlInputDisabled,
 )
 from models.imaging.decode import FORMATS, sniff
+from service.api.compression import inflate
 from service.api.multipart import IMAGE_PART, OPTIONS_PART, read_form
 from service.api.options import ImageOption, OptionsT, list_options, validate
 from service.settings import LimitSettings
@@ -41,6 +43,9 @@ BYTES = "application/octet-stream"
 _DATA_URL = re.compile(r"data:[\w.+/-]*(?:;[\w.+=-]+)*;base64,", re.ASCII)
 _CONCURRENT_FETCHES = 4
 
+# Bodies that are one image, or JSON; curl calls what it posts from a file a form.
+_WHOLE = frozenset({"", JSON, BYTES, "application/x-www-form-urlencoded"})
+
 # The URL-safe alphabet of base64 becomes the standard one; encoders like to break lines.
 _STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
 _WHITE_SPACE = b" \t\r\n"
@@ -48,9 +53,14 @@ _WHITE_SPACE = b" \t\r\n"
 
 @dataclass(frozen=True, slots=True)
 class ImageInput:
-    """One encoded image, or the error in its place; `targets` override the common ones."""
+    """One image, or the error in its place; `targets` override the common ones.
 
-    data: bytes = b""
+    Attributes:
+        data: an encoded image; pixels, uint8 (height, width, channels); or the model's normalised
+            input, float32 (3, height, width).
+    """
+
+    data: bytes | np.ndarray = b""
     targets: list[Any] | None = None
     error: HeatlensError | None = None
 
@@ -89,15 +99,13 @@ class BodyReader:
         Raises:
             HeatlensError: the body as a whole or an option is wrong.
         """
-        if request.headers.get("content-encoding", "identity").lower() != "identity":
-            raise UnsupportedMediaType("Compressed bodies are not accepted.")
         content_type = request.headers.get("content-type", "")
         media_type = content_type.partition(";")[0].strip().lower()
         given = parse_query(request.query_params.multi_items(), options)
         body = self._body(request)
         if media_type == FORM:
             images, more = await self._read_form(body, content_type, options)
-        elif media_type in {"", JSON, BYTES} or media_type.startswith("image/"):
+        elif media_type in _WHOLE or media_type.startswith("image/"):
             whole = b"".join([chunk async for chunk in body])
             images, more = await self._read_whole(whole, media_type)
         else:
@@ -105,8 +113,24 @@ class BodyReader:
             raise UnsupportedMediaType(f"The content type is not accepted. Allowed: {allowed}.")
         return RequestBody(images=images, options=validate(options, {**given, **more}))
 
-    async def _body(self, request: Request) -> AsyncIterator[bytes]:
-        """The chunks of the body; stops as soon as they exceed the cap, or are announced to."""
+    async def read_bytes(self, request: Request) -> bytes:
+        """Read the whole body, inflated if it is compressed.
+
+        Raises:
+            HeatlensError: it is too large, or not what its encoding says.
+        """
+        return b"".join([chunk async for chunk in self._body(request)])
+
+    def _body(self, request: Request) -> AsyncIterator[bytes]:
+        """The chunks of the body, inflated if it is compressed."""
+        chunks, cap = self._received(request), self._limits.max_body_bytes
+        encoding = request.headers.get("content-encoding", "identity").strip().lower()
+        if encoding == "identity":
+            return chunks
+        return inflate(chunks, encoding=encoding, max_bytes=cap, threads=self._threads)
+
+    async def _received(self, request: Request) -> AsyncIterator[bytes]:
+        """The chunks as received; stops as soon as they exceed the cap, or are announced to."""
         cap = self._limits.max_body_bytes
         announced = request.headers.get("content-length", "")
         size = int(announced) if announced.isascii() and announced.isdecimal() else 0
@@ -261,23 +285,24 @@ def _from_base64(item: ImageOption, field: str) -> ImageInput:
     text = item.b64
     if text is None:
         return ImageInput(targets=item.targets)
-    prefix = _DATA_URL.match(text[:256])
     try:
-        data = _decode_base64(text[prefix.end() if prefix else 0 :])
+        data = decode_base64(text)
     except ImageUndecodable as found:
         error = ImageUndecodable(found.message, field=f"{field}.b64")
         return ImageInput(targets=item.targets, error=error)
     return ImageInput(data=data, targets=item.targets)
 
 
-def _decode_base64(text: str) -> bytes:
-    """Decode base64 of either alphabet, padded or not, in one line or many.
+def decode_base64(text: str) -> bytes:
+    """Decode base64 of either alphabet, padded or not, in one line or many, or a `data:` URL.
 
     Raises:
         ImageUndecodable: the text is something else, or cut off.
     """
+    prefix = _DATA_URL.match(text[:256])
     try:
-        digits = text.encode("ascii").translate(_STANDARD_ALPHABET, _WHITE_SPACE).rstrip(b"=")
+        coded = text[prefix.end() if prefix else 0 :].encode("ascii")
+        digits = coded.translate(_STANDARD_ALPHABET, _WHITE_SPACE).rstrip(b"=")
         if not digits:
             raise ImageUndecodable("The base64 is empty.")
         if len(digits) % 4 == 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -60,11 +60,43 @@ async def run(
         HeatlensError: the reason why it failed.
     """
     started = time.monotonic()
+    body = await in_time(service, service.reader.read(request, options))
+    return await run_body(request, service, body, started=started, adapt=adapt)
+
+
+async def in_time(service: Service, reading: Awaitable[T]) -> T:
+    """Await a body, as long as a request may take.
+
+    Raises:
+        DeadlineExceeded: it did not arrive in time.
+    """
     try:
         async with asyncio.timeout(service.settings.limits.timeout_s):
-            body = await service.reader.read(request, options)
+            return await reading
     except TimeoutError:
         raise DeadlineExceeded("The body did not arrive in time.") from None
+
+
+async def run_body(
+    request: Request,
+    service: Service,
+    body: RequestBody[OptionsT],
+    *,
+    started: float,
+    adapt: Callable[[Plan], Plan] = lambda plan: plan,
+) -> tuple[Plan, Reply]:
+    """Plan and run a request whose body is read; plan and run again if the model was replaced.
+
+    Args:
+        request: the request.
+        service: the parts of the application.
+        body: its images and options.
+        started: monotonic time at which it arrived.
+        adapt: changes the plan before it is run.
+
+    Raises:
+        HeatlensError: the reason why it failed.
+    """
     retries = _RETRIES
     while True:
         plan = adapt(_plan(request, service, body, started=started))

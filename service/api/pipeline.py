@@ -18,9 +18,16 @@ from typing import TypeVar
 
 import numpy as np
 
-from models.errors import DeadlineExceeded, HeatlensError, ModelReplaced, NotReady, Overloaded
-from models.imaging.decode import DecodeLimits, decode
-from models.imaging.preprocess import preprocess
+from models.errors import (
+    DeadlineExceeded,
+    HeatlensError,
+    InvalidOption,
+    ModelReplaced,
+    NotReady,
+    Overloaded,
+)
+from models.imaging.decode import DecodeLimits, decode, from_pixels
+from models.imaging.preprocess import preprocess, take_normalised
 from models.types import Job, ModelInfo, Operation, Struct
 from service import logs, tracing
 from service.api import schemas
@@ -191,10 +198,19 @@ class Pipeline:
         spec = plan.info.card.input
         if spec is None:
             raise NotReady("The model is not ready yet.", field="model")
+        data = image.input.data
+        if isinstance(data, np.ndarray) and data.dtype == np.float32:
+            if plan.operation == "explain" and "overlay" in plan.render.outputs:
+                reason = "Normalised values are not an image to draw an overlay on."
+                raise InvalidOption(reason, field="outputs")
+            values, geometry = take_normalised(data, spec)
+            digest = digest_of(values, plan.info)
+            return DecodedInput(input=values, digest=digest, geometry=geometry)
         whole = plan.operation == "explain" and plan.render.canvas == "original"
-        original = decode(
-            image.input.data, limits=self._limits, preprocess=spec, keep_original=whole
-        )
+        if isinstance(data, np.ndarray):
+            original = from_pixels(data, limits=self._limits)
+        else:
+            original = decode(data, limits=self._limits, preprocess=spec, keep_original=whole)
         model_input, geometry = preprocess(original, spec)
         return DecodedInput(
             input=model_input,

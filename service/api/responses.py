@@ -34,7 +34,7 @@ class DecodedInput:
     """A decoded image, as it is kept while its job runs.
 
     Attributes:
-        input: the model's input, uint8 (H, W, 3).
+        input: the model's input, as a job has it.
         digest: of model and input.
         geometry: the place of that input in the original image.
         original: the whole image, kept only if it is drawn on.
@@ -74,9 +74,12 @@ def render(outcome: Outcome, source: DecodedInput, plan: Plan) -> Result:
 
 
 def _canvas(source: DecodedInput) -> Canvas:
-    if source.original is None:
-        return input_canvas(source.input)
-    return original_canvas(source.original, source.geometry)
+    if source.original is not None:
+        return original_canvas(source.original, source.geometry)
+    if source.input.dtype == np.float32:
+        # Nothing to draw on: a heatmap takes only the size.
+        return input_canvas(np.zeros((*source.input.shape[1:], 3), np.uint8))
+    return input_canvas(source.input)
 
 
 def _explanation(
@@ -124,7 +127,10 @@ def _explanation(
 def _prediction(item: ClassScore, labels: tuple[str, ...]) -> Prediction:
     known = 0 <= item.class_id < len(labels)
     label = labels[item.class_id] if known else f"class {item.class_id}"
-    return derive(Prediction, item, label=label)
+    # Field by field: dialects ask for all classes of a model.
+    return Prediction(
+        class_id=item.class_id, score=item.score, probability=item.probability, label=label
+    )
 
 
 def _statistics(item: LayerFeatures, options: RenderOptions) -> StatisticsResponse:

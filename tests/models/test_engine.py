@@ -320,3 +320,21 @@ def test_a_step_that_fails_ends_its_own_job(flat_engine, flat_net, monkeypatch):
     assert "own fault" not in found[0].message
     assert isinstance(found[1], Outcome)
     assert hooks_left(flat_net) == 0
+
+
+def test_normalised_values_are_taken_as_they_are(pool_engine):
+    """In one batch with pixels, every kind of job; the values are those that pixels become."""
+    values = [
+        structs.replace(item, id=f"{item.id} of values", input=normalised(item)[0].numpy())
+        for item in MIXED
+    ]
+    found = finish(pool_engine, [*MIXED, *values])
+    for pixels, same in zip(found[: len(MIXED)], found[len(MIXED) :], strict=True):
+        assert_same(structs.replace(same, id=pixels.id), pixels)
+
+
+def test_values_are_not_mistaken_for_pixels(pool_engine):
+    item = job("wrong")
+    for wrong in (item.input.astype(np.float32), item.input.transpose(2, 0, 1)):
+        (found,) = pool_engine.run([structs.replace(item, input=wrong)])
+        assert (found.code, found.message[:27]) == ("invalid_option", "The model takes images of 8")

@@ -26,8 +26,8 @@ class SlowUploads:
     def __init__(self, log: list[str]) -> None:
         self.log = log
 
-    def memory(self, shape: Sequence[int]) -> torch.Tensor:
-        return torch.zeros(tuple(shape), dtype=torch.uint8)
+    def memory(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(tuple(shape), dtype=dtype)
 
     def start(self, host: torch.Tensor) -> Ready:
         self.log.append(f"start {len(host)}")

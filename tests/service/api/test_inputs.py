@@ -359,17 +359,6 @@ async def test_wrong_bodies(client: httpx.AsyncClient, name: str) -> None:
     assert body["retryable"] is False
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br"])
-async def test_compressed_bodies_are_not_accepted(
-    client: httpx.AsyncClient, png: bytes, encoding: str
-) -> None:
-    # The image is sent as it is: the header is refused, not the bytes.
-    response = await client.post("/v1/predict", content=png, headers={"Content-Encoding": encoding})
-    assert (response.status_code, response.json()["code"]) == (415, "unsupported_media_type")
-    plain = {"Content-Encoding": "identity"}
-    assert (await client.post("/v1/predict", content=png, headers=plain)).status_code == 200
-
-
 async def test_a_form_cut_after_its_first_image(client: httpx.AsyncClient, png: bytes) -> None:
     whole = form(part("image", png), part("image", png))
     for end in (-4, -100, -len(png) - 10):

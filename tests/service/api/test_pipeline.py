@@ -15,7 +15,14 @@ import pytest
 from msgspec import structs
 from PIL import Image
 
-from models.errors import DeadlineExceeded, ImageUndecodable, Overloaded
+from models.errors import (
+    DeadlineExceeded,
+    ImageTooLarge,
+    ImageTooSmall,
+    ImageUndecodable,
+    InvalidOption,
+    Overloaded,
+)
 from models.imaging.decode import DecodeLimits
 from models.types import Job, Outcome
 from service.api.body import ImageInput
@@ -205,3 +212,68 @@ async def test_predictions_ignore_targets_of_an_image() -> None:
     async with pipeline(FakePool()) as made:
         reply = await made.run(plan_of(ImageInput(data=draw(), targets=["tabby"])))
     assert reply.results[0].predictions
+
+
+# ---------------------------------------------------------------- arrays in place of files
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+async def test_pixels_are_resized_like_the_file_that_holds_them(mode: str) -> None:
+    image = Image.open(io.BytesIO(draw())).convert("RGBA")
+    image.putalpha(image.getchannel("R"))
+    image = image.convert(mode)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    pixels = np.asarray(image).reshape(image.height, image.width, -1)
+    options = ExplainOptions(canvas="original", outputs=["overlay", "values"])
+    pool = FakePool()
+    async with pipeline(pool) as made:
+        reply = await made.run(
+            plan_of(ImageInput(data=buffer.getvalue()), ImageInput(data=pixels), options=options)
+        )
+    assert reply.results[0] == reply.results[1]
+
+
+@pytest.mark.parametrize(
+    ("shape", "error"), [((1, 9, 3), ImageTooSmall), ((400, 251, 3), ImageTooLarge)]
+)
+async def test_pixels_keep_to_the_limits_of_images(
+    shape: tuple[int, ...], error: type[Exception]
+) -> None:
+    await FakePool().start()
+    with ThreadPoolExecutor(2) as threads:
+        made = Pipeline(FakePool(), limits=DecodeLimits(max_pixels=100_000), threads=threads)
+        with pytest.raises(error):
+            await made.run(plan_of(ImageInput(data=np.zeros(shape, np.uint8))))
+
+
+async def test_normalised_values_reach_the_device_as_they_are() -> None:
+    values = np.random.default_rng(0).normal(size=(3, 32, 32)).astype(np.float32)
+    options = ExplainOptions(canvas="original", outputs=["heatmap", "values"])
+    pool = FakePool(fault=lambda job: ImageUndecodable("as planned"))
+    async with pipeline(pool) as made:
+        with pytest.raises(ImageUndecodable):
+            await made.run(plan_of(ImageInput(data=values), options=options))
+    assert pool.submitted[0].input is values
+
+
+@pytest.mark.parametrize(
+    ("values", "outputs", "field"),
+    [
+        (np.zeros((3, 32, 32)), ["overlay"], "outputs"),
+        (np.zeros((3, 32, 31)), ["values"], None),
+        (np.zeros((1, 32, 32)), ["values"], None),
+        (np.full((3, 32, 32), np.nan), ["values"], None),
+        (np.full((3, 32, 32), -np.inf), ["values"], None),
+    ],
+)
+async def test_normalised_values_that_are_refused(
+    values: np.ndarray, outputs: list[str], field: str | None
+) -> None:
+    pool = FakePool()
+    image = ImageInput(data=values.astype(np.float32))
+    async with pipeline(pool) as made:
+        with pytest.raises(InvalidOption) as caught:
+            await made.run(plan_of(image, options=ExplainOptions(outputs=outputs)))
+    assert caught.value.field == field
+    assert not pool.submitted
