@@ -61,6 +61,7 @@ CommaList = Annotated[list[T], NoDecode, BeforeValidator(_split)]
 Names = CommaList[str]
 Devices = Annotated[CommaList[Annotated[str, AfterValidator(_known_device)]], Field(min_length=1)]
 KeyHashes = CommaList[Annotated[str, BeforeValidator(_hash_key)]]
+Route = Annotated[str, Field(pattern=r"^/")]
 Models = Annotated[CommaList[ModelSpec], Field(validate_default=True)]
 
 
@@ -76,6 +77,8 @@ class ServerSettings(_Section):
         devices: `auto`, `cpu`, `cpu:0`, `cuda:0`, …; `auto` takes the best found.
         grace_s: time that accepted requests get to finish after SIGTERM.
         ready_within_s: maximum age of the last completed pass of a healthy device.
+        aliases: other paths of routes, such as those that a platform dictates: `{"/ask":
+            "/v1/models/defects:explain"}`.
     """
 
     host: str = "127.0.0.1"
@@ -85,6 +88,7 @@ class ServerSettings(_Section):
     log_level: LogLevel = "info"
     grace_s: Annotated[float, Field(ge=0, le=3600)] = 30.0
     ready_within_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
+    aliases: dict[Route, Route] = {}
 
     def http_worker_count(self) -> int:
         """Number of HTTP processes to start."""

@@ -17,7 +17,7 @@ from service.api.body import BodyReader
 from service.api.dependencies import Service
 from service.api.limiter import ConcurrencyLimiter
 from service.api.metrics import Metrics
-from service.api.middleware import RequestContext
+from service.api.middleware import RequestContext, RouteAliases
 from service.api.pipeline import Pipeline
 from service.api.routes import admin, explain, features, health, models, predict
 from service.api.security import limit_key, require_admin_key, require_api_key
@@ -104,8 +104,10 @@ def create_app(
             allow_headers=["*"],
             expose_headers=_EXPOSED,
         )
-    # Added last, so it is the outermost.
+    # Outermost is what is added last.
     app.add_middleware(RequestContext, metrics=metrics)
+    if settings.server.aliases:
+        app.add_middleware(RouteAliases, aliases=settings.server.aliases)
     _add_routes(app, settings)
     return app
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -23,6 +24,21 @@ _log = logging.getLogger(__name__)
 
 _QUIET = frozenset({"/livez", "/readyz", "/healthz", "/metrics"})
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+class RouteAliases:
+    """Pure ASGI middleware that serves routes under other paths as well; see `server.aliases`."""
+
+    def __init__(self, app: ASGIApp, *, aliases: Mapping[str, str]) -> None:
+        self._app = app
+        self._aliases = aliases
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        route = self._aliases.get(scope.get("path", ""))
+        if route is not None:
+            scope = {**scope, "path": route, "raw_path": route.encode()}
+        await self._app(scope, receive, send)
 
 
 class RequestContext:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +17,7 @@ import msgspec
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typer.core import TyperGroup
 
 from models.errors import HeatlensError
 from models.imaging.colormaps import Colormap
@@ -34,8 +36,20 @@ EXIT_SOME_FAILED = 1
 FLAG_BY_OPTION = {"methods": "--method", "targets": "--target", "layers": "--layer"}
 """Flags with another name than the option of the API that they set."""
 
+
+class _ServeByDefault(TyperGroup):
+    """Options without a command are those of `serve`, as platforms append them to a container."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        own = {name for option in self.get_params(ctx) for name in option.opts}
+        if args and args[0].startswith("-") and args[0] not in own:
+            args = ["serve", *args]
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
     name="heatlens",
+    cls=_ServeByDefault,
     help="Classify images and show why.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
@@ -80,19 +94,42 @@ def serve(
     *,
     config: Config = None,
     host: Annotated[str | None, typer.Option(help="Address to bind.")] = None,
-    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port to bind.")] = None,
+    port: Annotated[
+        int | None,
+        typer.Option("--port", "--http_port", min=0, max=65535, help="Port to bind."),
+    ] = None,
     devices: Annotated[
         str | None, typer.Option(help="auto, or a list such as cpu or cuda:0,cuda:1.")
     ] = None,
     http_workers: Annotated[
-        str | None, typer.Option(help="HTTP processes: a number or auto.")
+        str | None,
+        typer.Option("--http-workers", "--workers", help="HTTP processes: a number or auto."),
     ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    model_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--model-dir",
+            "--model_dir",
+            exists=True,
+            file_okay=False,
+            help="Folder with a heatlens.toml, or with one model. "
+            "[default: /mnt/models or /opt/ml/model, where a platform mounts them]",
+        ),
+    ] = None,
+    model_name: Annotated[
+        str | None,
+        typer.Option("--model-name", "--model_name", help="Name to serve the model under."),
+    ] = None,
+    _predictor_host: Annotated[str | None, typer.Option("--predictor_host", hidden=True)] = None,
 ) -> None:
     """Serve over HTTP until SIGTERM or Ctrl-C.
 
     Options override the environment (`HEATLENS_SERVER__PORT=9000`), which overrides the file.
-    SIGHUP reloads the configuration.
+    SIGHUP reloads the configuration. `heatlens` followed by options alone serves, too.
+
+    The names with underscores are those that KServe appends; its `--predictor_host` is ignored,
+    because an explanation needs the network itself.
 
     For example:
 
@@ -102,15 +139,22 @@ def serve(
     server = _given(
         host=host, port=port, devices=devices, http_workers=http_workers, log_level=log_level
     )
-    settings = _settings(config, server)
-    from service.configuration import ConfigurationSource
+    from service.cli.platforms import hosted_configuration, mounted_folder
     from service.logs import configure_logging
     from service.supervisor.supervisor import Supervisor
 
+    try:
+        source = hosted_configuration(
+            config=config,
+            folder=model_dir or mounted_folder(),
+            name=model_name,
+            server=server,
+            environment=os.environ,
+        )
+        settings = source.read()
+    except ConfigurationError as error:
+        raise _wrong_configuration(error) from None
     configure_logging(settings.server.log_level)
-    source = ConfigurationSource(
-        path=config.absolute() if config else None, overrides={"server": server}
-    )
     raise typer.Exit(Supervisor(settings, source=source).run())
 
 
@@ -252,11 +296,15 @@ def _given(**values: object) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _settings(config: Path | None, server: Mapping[str, Any] | None = None) -> Settings:
+def _settings(config: Path | None) -> Settings:
     try:
-        return load_settings(config, overrides={"server": server} if server else None)
+        return load_settings(config)
     except ConfigurationError as error:
-        raise typer.BadParameter(str(error), param_hint="configuration") from None
+        raise _wrong_configuration(error) from None
+
+
+def _wrong_configuration(error: ConfigurationError) -> typer.BadParameter:
+    return typer.BadParameter(str(error), param_hint="configuration")
 
 
 def _bad_parameter(error: HeatlensError) -> typer.BadParameter:

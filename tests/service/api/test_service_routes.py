@@ -408,3 +408,14 @@ def test_logs_are_json_lines() -> None:
     assert "ValueError: inside" in event["exception"]
     assert event["time"].endswith("+00:00")
     assert "request_id" not in event
+
+
+async def test_aliases_answer_as_their_routes_do(serve: Serve) -> None:
+    aliases = {"/health": "/readyz", "/mine": "/v1/models"}
+    server = {"aliases": aliases}
+    async with serve(server=server, security={"api_keys": ["key"]}) as client:
+        assert (await client.get("/health")).json() == (await client.get("/readyz")).json()
+        assert (await client.get("/mine")).status_code == 401, "an alias is no way around keys"
+        keyed = await client.get("/mine", headers={"X-API-Key": "key"})
+        assert keyed.json()["default"]
+        assert 'route="/v1/models"' in (await client.get("/metrics")).text
