@@ -8,7 +8,6 @@ own errors with our own words.
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,7 +21,7 @@ from models.errors import (
     ImageUndecodable,
     UnsupportedMediaType,
 )
-from models.imaging import deep_png, jpeg, png_chunks, tiff
+from models.imaging import deep_png, headers, jpeg, png_chunks, tiff, tiff_directory
 from models.imaging.modes import to_rgb
 from models.imaging.orientation import TURNS, Turn, orientation, turn_box
 from models.imaging.samples import widen
@@ -49,6 +48,10 @@ _MAGIC = (
     (b"II+\0", "image/tiff"),
     (b"MM\0+", "image/tiff"),
 )
+
+
+# The most that JPEG and GIF can say. Decoders keep a pointer to each row, however short it is.
+_MAX_SIDE = 65_535
 
 
 class DecodeLimits(Struct):
@@ -126,14 +129,7 @@ def decode(
         allowed = ", ".join(FORMATS)
         raise UnsupportedMediaType(f"The image is of no known format. Allowed: {allowed}.")
     try:
-        _check_header(data, media_type, limits)
-        if media_type == "image/png":
-            data = png_chunks.essential(data)
-        if media_type == "image/tiff" and (found := _decode_tiff(data, limits)) is not None:
-            return found
-        with _open(data, media_type) as image:
-            _check_size(image.size, limits)
-            return _load(image, data, preprocess, keep_original=keep_original)
+        return _decode(data, media_type, limits, preprocess, keep_original=keep_original)
     except HeatlensError:
         raise
     except (MemoryError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -151,54 +147,57 @@ def from_pixels(pixels: np.ndarray, *, limits: DecodeLimits) -> DecodedImage:
         ImageTooSmall: a side shorter than the cap allows.
     """
     height, width, channels = pixels.shape
-    _check_size((width, height), limits)
+    check_size((width, height), limits)
     image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
     return _whole(to_rgb(image), None, ())
 
 
-def _check_header(data: bytes, media_type: str, limits: DecodeLimits) -> None:
-    """Refuse what costs much before Pillow lets us see a size."""
-    if media_type == "image/webp" and data[12:16] == b"VP8X" and len(data) >= 30:
-        # Opening an extended WebP already takes memory for its canvas.
-        width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
-        _check_size((width, height), limits)
-    if media_type == "image/jpeg":
-        jpeg.check(data)
+def _decode(
+    data: bytes,
+    media_type: str,
+    limits: DecodeLimits,
+    preprocess: Preprocess,
+    *,
+    keep_original: bool,
+) -> DecodedImage:
+    check_size(headers.size(data, media_type), limits)
+    if media_type == "image/png":
+        data = png_chunks.essential(data)
+    elif media_type == "image/jpeg":
+        data = jpeg.essential(data, jpeg.outline(data))
+    elif media_type == "image/tiff":
+        directory = tiff_directory.read(data)
+        layout = tiff.layout(directory)
+        if layout is not None:
+            rgb, warnings = tiff.read(data, layout, max_pixels=limits.max_pixels)
+            return _whole(rgb, TURNS.get(layout.orientation), warnings)
+        data = tiff.essential(data, directory)
+    try:
+        image = Image.open(io.BytesIO(data), formats=(FORMATS[media_type],))
+    except UnidentifiedImageError:
+        if media_type == "image/tiff":
+            raise tiff.unsupported(directory) from None
+        raise
+    with image:
+        # A frame may be larger than the image that the header announces.
+        check_size(image.size, limits)
+        return _load(image, data, preprocess, keep_original=keep_original)
 
 
-def _check_size(size: tuple[int, int], limits: DecodeLimits) -> None:
+def check_size(size: tuple[int, int], limits: DecodeLimits) -> None:
+    """Refuse an image by its size.
+
+    Raises:
+        ImageTooLarge: more pixels than the caps allow.
+        ImageTooSmall: a side shorter than the cap allows.
+    """
     width, height = size
     if width * height > limits.max_pixels:
         raise ImageTooLarge(f"The image has more than {limits.max_pixels} pixels.")
+    if max(width, height) > _MAX_SIDE:
+        raise ImageTooLarge(f"The image is more than {_MAX_SIDE} pixels wide or high.")
     if min(width, height) < limits.min_side:
         raise ImageTooSmall(f"The image is less than {limits.min_side} pixels wide or high.")
-
-
-def _open(data: bytes, media_type: str) -> Image.Image:
-    formats = (FORMATS[media_type],)
-    try:
-        return Image.open(io.BytesIO(data), formats=formats)
-    except UnidentifiedImageError:
-        if media_type == "image/jpeg":
-            return Image.open(io.BytesIO(jpeg.without_metadata(data)), formats=formats)
-        if media_type == "image/tiff" and (tags := tiff.directory(data)) is not None:
-            raise tiff.unsupported(tags) from None
-        raise
-
-
-def _decode_tiff(data: bytes, limits: DecodeLimits) -> DecodedImage | None:
-    """Decode an image whose samples Pillow has no mode for; None if Pillow is to decode it."""
-    tags = tiff.directory(data)
-    if tags is None:
-        return None
-    if math.prod(tiff.tile_size(tags)) > limits.max_pixels:
-        raise ImageTooLarge("The image has too large tiles to decode.")
-    layout = tiff.layout(tags)
-    if layout is None:
-        return None
-    _check_size(layout.size, limits)
-    rgb, warnings = tiff.read(data, layout, max_pixels=limits.max_pixels)
-    return _whole(rgb, TURNS.get(layout.orientation), warnings)
 
 
 def _load(
@@ -206,7 +205,7 @@ def _load(
 ) -> DecodedImage:
     width, height = image.size
     scale = 1
-    if image.format in ("JPEG", "MPO"):
+    if image.format == "JPEG":
         scale = jpeg.draft(image, preprocess, keep_original=keep_original)
     image.load()
     rgb, warnings = _to_rgb(image, data)

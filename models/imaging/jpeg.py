@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from PIL import Image
 
 from models.errors import ImageUndecodable, UnsupportedMediaType
+from models.imaging import orientation
 from models.types import Preprocess
 
 CANVAS_SIDE = 1024
@@ -24,43 +27,78 @@ _NEVER_DRAFTED = ("nearest", "box")
 # encoders write about ten. The pattern is a start-of-scan marker with its length and component
 # count: other data is not taken for one.
 _MAX_SCANS = 100
+_MAX_SCANNED_PIXELS = 1_000_000_000
 _SCAN = re.compile(rb"\xff\xda\x00[\x08\x0a\x0c\x0e][\x01-\x04]")
 
-_START_OF_SCAN = 0xDA
-# Application segments with the orientation and the colour transform, and their least sizes.
-_SHOWN = {0xE1: 0, 0xEE: 16}
+# The longest colour profile has 255 segments, and depth maps a few hundred.
+_MAX_SEGMENTS = 1000
+_MARKER = re.compile(rb"\xff[^\x00\xff]")
+_START_OF_SCAN, _COMMENT = 0xDA, 0xFE
+# Start and end of the image, restarts, and one for private use.
+_WITHOUT_LENGTH = frozenset((0x01, *range(0xD0, 0xDA)))
+_APPLICATION = frozenset(range(0xE0, 0xF0))
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 # Baseline, extended and progressive, with Huffman codes; the last two with arithmetic ones.
 _READ_FRAMES = frozenset((0xC0, 0xC1, 0xC2, 0xC9, 0xCA))
 
+_JFIF, _EXIF, _ADOBE = b"JFIF", b"Exif\0\0", b"Adobe"
+_LEAST_SIZES = {_JFIF: 14, _ADOBE: 12}
+_XMP = b"http://ns.adobe.com/xap/1.0/\0"
 
-def check(data: bytes) -> None:
-    """Refuse what is sure to fail, or to cost too much.
+
+class Outline(NamedTuple):
+    """What a file says before its pixels: their number, the passes over them, and the segments."""
+
+    size: tuple[int, int]
+    scans: int
+    segments: tuple[tuple[int, int, int], ...]
+
+
+def outline(data: bytes) -> Outline:
+    """Read a file up to its first scan.
 
     Raises:
-        ImageUndecodable: more progressive scans than any encoder writes.
+        ImageUndecodable: more progressive scans, or more segments, than any encoder writes.
         UnsupportedMediaType: a kind of JPEG that is not read.
     """
-    if len(_SCAN.findall(data)) > _MAX_SCANS:
+    segments, size = [], None
+    for marker, start, stop in _segments(data):
+        segments.append((marker, start, stop))
+        if len(segments) > _MAX_SEGMENTS:
+            raise ImageUndecodable(f"The image has more than {_MAX_SEGMENTS} segments.")
+        if marker in _FRAMES:
+            precision, height, width = struct.unpack_from(">BHH", data, start + 4)
+            if marker not in _READ_FRAMES or precision != 8:
+                raise UnsupportedMediaType(
+                    "Lossless JPEG images and those of more than 8 bits are not read; save the "
+                    "image as 8-bit JPEG or PNG."
+                )
+            size = (width, height)
+    if size is None:
+        raise ImageUndecodable("The image is damaged or truncated.")
+    scans = len(_SCAN.findall(data))
+    if scans > _MAX_SCANS or scans * size[0] * size[1] > _MAX_SCANNED_PIXELS:
         raise ImageUndecodable("The image has too many progressive scans.")
-    for marker, start, _ in _segments(data):
-        if marker in _FRAMES and (marker not in _READ_FRAMES or data[start + 4] != 8):
-            raise UnsupportedMediaType(
-                "Lossless JPEG images and those of more than 8 bits are not read; save the image "
-                "as 8-bit JPEG or PNG."
-            )
+    return Outline(size, scans, tuple(segments))
 
 
-def without_metadata(data: bytes) -> bytes:
-    """The same file with only those application segments that say how it is shown."""
-    dropped = [
-        (start, stop)
-        for marker, start, stop in _segments(data)
-        if 0xE0 <= marker <= 0xEF and stop - start < _SHOWN.get(marker, len(data))
-    ]
-    ends = [0, *(stop for _, stop in dropped)]
-    starts = [*(start for start, _ in dropped), len(data)]
-    return b"".join(data[end:start] for end, start in zip(ends, starts, strict=True))
+def essential(data: bytes, found: Outline) -> bytes:
+    """The same file with only those segments that say what its pixels are, and how they are shown.
+
+    Fill bytes, comments, profiles and previews go, and EXIF data that is not well-formed.
+    """
+    kept, kinds = [data[:2]], set()
+    for marker, start, stop in found.segments:
+        if marker in _APPLICATION:
+            kind = _kind(data[start + 4 : stop])
+            if kind is None or kind in kinds:
+                continue
+            kinds.add(kind)
+        if marker != _COMMENT:
+            kept.append(data[start:stop])
+    end = found.segments[-1][2]
+    first_scan = next((m.start() for m in _MARKER.finditer(data, end)), len(data))
+    return b"".join((*kept, data[first_scan:]))
 
 
 def draft(image: Image.Image, preprocess: Preprocess, *, keep_original: bool) -> int:
@@ -81,14 +119,21 @@ def draft(image: Image.Image, preprocess: Preprocess, *, keep_original: bool) ->
     return scale
 
 
+def _kind(body: bytes) -> bytes | None:
+    """Which of the application segments that are kept a body is; None if it is another."""
+    kind = next((kind for kind in (_JFIF, _EXIF, _ADOBE, _XMP) if body.startswith(kind)), None)
+    damaged = kind == _EXIF and not orientation.is_sound(body[len(_EXIF) :])
+    return None if damaged or len(body) < _LEAST_SIZES.get(kind or b"", 0) else kind
+
+
 def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Marker, start and end of each segment before the first scan."""
-    start = 2
-    while start + 4 <= len(data) and data[start] == 0xFF and data[start + 1] != _START_OF_SCAN:
-        # A marker may be padded to the left.
-        if data[start + 1] == 0xFF:
-            start += 1
-            continue
-        stop = start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")
-        yield data[start + 1], start, stop
-        start = stop
+    """Marker, start and end of each segment before the first scan; what lies between is skipped."""
+    at = 2
+    while (match := _MARKER.search(data, at)) is not None:
+        start, marker = match.start(), data[match.start() + 1]
+        if marker == _START_OF_SCAN:
+            return
+        at = start + 2
+        if marker not in _WITHOUT_LENGTH:
+            at += max(2, int.from_bytes(data[start + 2 : start + 4], "big"))
+            yield marker, start, at

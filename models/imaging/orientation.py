@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from PIL import Image
 
 ORIENTATION_TAG = 0x0112
+
+# Bytes of a value of those TIFF types that have more than one.
+_VALUE_SIZES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
 
 
 class Turn(NamedTuple):
@@ -34,11 +38,38 @@ TURNS: Mapping[int, Turn] = {
 def orientation(image: Image.Image) -> int:
     """EXIF orientation 1 to 8; 1 when there is none or it cannot be read."""
     try:
+        if (exif := _exif(image)) is not None and not is_sound(exif):
+            return 1
         value = image.getexif().get(ORIENTATION_TAG, 1)
     # Garbage in the metadata must not cost the image.
     except Exception:  # noqa: BLE001
         return 1
     return value if isinstance(value, int) else 1
+
+
+def _exif(image: Image.Image) -> bytes | None:
+    """EXIF data as the file has it, also where a PNG text holds it in hexadecimal digits."""
+    text = image.info.get("Raw profile type exif")
+    found = bytes.fromhex("".join(text.split("\n")[3:])) if text else image.info.get("exif")
+    return found.removeprefix(b"Exif\0\0") if found else None
+
+
+def is_sound(exif: bytes) -> bool:
+    """Whether the directory of EXIF data, a small TIFF file, fits into it.
+
+    A decoder follows every entry: thousands that point to the same bytes would fill the memory.
+    """
+    order = ">" if exif[:2] == b"MM" else "<"
+    try:
+        (start,) = struct.unpack_from(order + "L", exif, 4)
+        (count,) = struct.unpack_from(order + "H", exif, start)
+        entries = [
+            struct.unpack_from(order + "HHL", exif, start + 2 + 12 * i) for i in range(count)
+        ]
+    except struct.error:
+        return False
+    size = sum(values * _VALUE_SIZES.get(kind, 1) for _, kind, values in entries)
+    return bool(size <= len(exif))
 
 
 def turn_box(

@@ -12,7 +12,11 @@ import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from models.errors import ImageUndecodable
+
 _SIGNATURE_SIZE = 8
+# An image of 10 MB in chunks of 256 bytes has 40,000 of them.
+_MAX_CHUNKS = 50_000
 _HEADER = struct.Struct(">I4s")
 _CRC_SIZE = 4
 
@@ -38,6 +42,9 @@ def essential(data: bytes) -> bytes:
 
     These are the critical chunks, and transparency, depth and EXIF data that are well-formed. What
     is damaged in the critical ones stays as it is.
+
+    Raises:
+        ImageUndecodable: more chunks than any encoder writes.
     """
     view = memoryview(data)
     kept = (
@@ -61,8 +68,11 @@ def significant_bits(data: bytes) -> int | None:
 
 def _chunks(data: bytes) -> Iterator[_Chunk]:
     """Chunks up to the end of the image; the last one may be cut off."""
-    start = _SIGNATURE_SIZE
+    start, count = _SIGNATURE_SIZE, 0
     while start + _HEADER.size <= len(data):
+        count += 1
+        if count > _MAX_CHUNKS:
+            raise ImageUndecodable(f"The image has more than {_MAX_CHUNKS} chunks.")
         length, kind = _HEADER.unpack_from(data, start)
         stop = start + _HEADER.size + length + _CRC_SIZE
         yield _Chunk(kind, start, stop)

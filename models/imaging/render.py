@@ -63,19 +63,24 @@ def input_canvas(model_input: np.ndarray) -> Canvas:
     return Canvas(base=model_input, rows=slice(0, height), columns=slice(0, width))
 
 
-def original_canvas(image: DecodedImage, geometry: Geometry) -> Canvas:
-    """Draw on the whole image, scaled to at most `CANVAS_SIDE` pixels a side, never up.
-
-    The map lies on the pixels whose centre the model saw.
-    """
+def shrink(image: DecodedImage) -> np.ndarray:
+    """The whole image, uint8 (h, w, 3), scaled to at most `CANVAS_SIDE` pixels a side, never up."""
     scale = min(1.0, CANVAS_SIDE / max(image.width, image.height))
     width, height = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     bicubic = Image.Resampling.BICUBIC
-    scaled = image.image.resize((width, height), bicubic, box=image.box, reducing_gap=2.0)
+    return np.array(image.image.resize((width, height), bicubic, box=image.box, reducing_gap=2.0))
+
+
+def original_canvas(base: np.ndarray, geometry: Geometry) -> Canvas:
+    """Draw on the whole image, as `shrink` made it.
+
+    The map lies on the pixels whose centre the model saw.
+    """
+    height, width = base.shape[:2]
     region = geometry.region
-    rows, span_y = _window(height, region.y / image.height, region.height / image.height)
-    columns, span_x = _window(width, region.x / image.width, region.width / image.width)
-    return Canvas(base=np.asarray(scaled), rows=rows, columns=columns, span_y=span_y, span_x=span_x)
+    rows, span_y = _window(height, region.y / geometry.height, region.height / geometry.height)
+    columns, span_x = _window(width, region.x / geometry.width, region.width / geometry.width)
+    return Canvas(base=base, rows=rows, columns=columns, span_y=span_y, span_x=span_x)
 
 
 def upsample(values: np.ndarray, *, height: int, width: int) -> np.ndarray:

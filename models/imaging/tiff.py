@@ -8,24 +8,17 @@ TIFF 6.0 (Adobe, 1992), Technical Note 3 (floating-point predictor).
 from __future__ import annotations
 
 import io
-import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
-from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from models.errors import ImageTooLarge, UnsupportedMediaType
+from models.imaging import tiff_directory as tags
 from models.imaging.modes import on_white
-from models.imaging.orientation import ORIENTATION_TAG
 from models.imaging.samples import to_levels
-
-_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 256, 257, 258, 259, 262, 266
-_SAMPLES, _ROWS_PER_STRIP, _PLANES, _PREDICTOR = 277, 278, 284, 317
-_TILE_WIDTH, _TILE_HEIGHT, _EXTRA, _FORMAT = 322, 323, 338, 339
-_STRIPS = (273, 279)
-_TILES = (324, 325)
+from models.imaging.tiff_directory import Directory
 
 # Bands of each photometric interpretation that is read here: white is zero, black is zero, RGB and
 # CMYK.
@@ -37,6 +30,7 @@ _BYTE_COMPRESSIONS = frozenset((1, 5, 8, 32946, 32773, 50000))
 _KINDS = {1: "u", 2: "i", 3: "f", 4: "u"}
 _TYPES = frozenset(f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)) | {"f2", "f4", "f8"}
 _ASSOCIATED_ALPHA, _ALPHA = 1, 2
+_OLD_JPEG = 6
 _NO_PREDICTOR, _DIFFERENCES, _FLOAT_DIFFERENCES = 1, 2, 3
 
 # Bytes of samples, as a multiple of the pixels that an image may have.
@@ -57,8 +51,7 @@ class Layout:
         dtype: of a sample.
         predictor: what was done to rows before they were compressed.
         tile: width and height of a tile; None for strips.
-        order: byte order, as `struct` writes it.
-        tags: the file's directory.
+        directory: the file's.
     """
 
     size: tuple[int, int]
@@ -70,8 +63,7 @@ class Layout:
     dtype: np.dtype
     predictor: int
     tile: tuple[int, int] | None
-    order: str
-    tags: Mapping[int, object]
+    directory: Directory
 
     @property
     def stored(self) -> tuple[int, int]:
@@ -85,64 +77,61 @@ class Layout:
         return 1 if self.planar else self.bands
 
 
-def directory(data: bytes) -> ImageFileDirectory_v2 | None:
-    """The tags of the first image of a file; None if they do not describe one."""
-    big = data[2:4] in (b"+\0", b"\0+")
-    tags = ImageFileDirectory_v2(data[: 16 if big else 8])
-    file = io.BytesIO(data)
-    file.seek(tags.next)
-    tags.load(file)
-    complete = _WIDTH in tags and _HEIGHT in tags and (_STRIPS[0] in tags or _TILES[0] in tags)
-    return tags if complete else None
+def essential(data: bytes, directory: Directory) -> bytes:
+    """The same file with only those tags, strips and tiles that are its pixels.
+
+    Raises:
+        UnsupportedMediaType: the JPEG compression that the format itself has given up.
+        ImageUndecodable, ImageTooLarge: see `tiff_directory.check_parts`.
+    """
+    if directory.number(tags.COMPRESSION, 1) == _OLD_JPEG:
+        raise unsupported(directory)
+    return tags.rewrite(data, directory, tags.check_parts(data, directory))
 
 
-def tile_size(tags: ImageFileDirectory_v2) -> tuple[int, int]:
-    """Width and height of a tile, which is decoded as a whole; zeros for strips."""
-    return _number(tags, _TILE_WIDTH, 0), _number(tags, _TILE_HEIGHT, 0)
-
-
-def unsupported(tags: Mapping[int, object]) -> UnsupportedMediaType:
+def unsupported(directory: Directory) -> UnsupportedMediaType:
     """The refusal of a sound image that is not read."""
-    bits, bands = _numbers(tags, _BITS, (1,)), _number(tags, _SAMPLES, 1)
+    bits, number = directory.numbers(tags.BITS, (1,)), directory.number
     return UnsupportedMediaType(
-        f"TIFF images like this one are not read ({bands} samples of {bits[0]} bits, sample format "
-        f"{_number(tags, _FORMAT, 1)}, photometric interpretation {_number(tags, _PHOTOMETRIC, 0)}"
-        f", compression {_number(tags, _COMPRESSION, 1)}); save it as 8-bit RGB."
+        f"TIFF images like this one are not read ({number(tags.SAMPLES, 1)} samples of {bits[0]} "
+        f"bits, sample format {number(tags.FORMAT, 1)}, photometric interpretation "
+        f"{number(tags.PHOTOMETRIC, 0)}, compression {number(tags.COMPRESSION, 1)}); save it as "
+        "8-bit RGB."
     )
 
 
-def layout(tags: ImageFileDirectory_v2) -> Layout | None:
+def layout(directory: Directory) -> Layout | None:
     """Describe an image, or None if it is left to Pillow.
 
     Raises:
         UnsupportedMediaType: a sound image that is not read.
     """
-    bits, formats = _numbers(tags, _BITS, (1,)), _numbers(tags, _FORMAT, (1,))
-    photometric, bands = _number(tags, _PHOTOMETRIC, 0), _number(tags, _SAMPLES, 1)
-    extra = _numbers(tags, _EXTRA, ())
-    planar = bands > 1 and _number(tags, _PLANES, 1) == 2
+    number = directory.number
+    bits, formats = directory.numbers(tags.BITS, (1,)), directory.numbers(tags.FORMAT, (1,))
+    photometric, bands = number(tags.PHOTOMETRIC, 0), number(tags.SAMPLES, 1)
+    extra = directory.numbers(tags.EXTRA)
+    planar = bands > 1 and number(tags.PLANES, 1) == 2
     colours = _COLOURS.get(photometric)
-    compressed = _number(tags, _COMPRESSION, 1) not in _BYTE_COMPRESSIONS
+    compressed = number(tags.COMPRESSION, 1) not in _BYTE_COMPRESSIONS
     if colours is None or compressed or bits[0] not in (8, 16, 32, 64):
         return None
     plain = bits[0] == 8 and formats[0] == 1 and not planar
     if plain and (bands == colours or (photometric == _RGB and bands == 4 and extra != (0,))):
         return None
-    name, order = f"{_KINDS.get(formats[0])}{bits[0] // 8}", ">" if tags.prefix == b"MM" else "<"
+    name = f"{_KINDS.get(formats[0])}{bits[0] // 8}"
     if len({*bits}) > 1 or len({*formats}) > 1 or name not in _TYPES or bands < colours:
-        raise unsupported(tags)
+        raise unsupported(directory)
     return Layout(
-        size=(_number(tags, _WIDTH, 0), _number(tags, _HEIGHT, 0)),
-        orientation=_number(tags, ORIENTATION_TAG, 1),
+        size=directory.size,
+        orientation=number(tags.ORIENTATION, 1),
         photometric=photometric,
         bands=bands,
         extra=extra,
         planar=planar,
-        dtype=np.dtype(order + name),
-        predictor=_number(tags, _PREDICTOR, _NO_PREDICTOR),
-        tile=tile_size(tags) if _TILES[0] in tags else None,
-        order=order,
-        tags=tags,
+        dtype=np.dtype(directory.order + name),
+        predictor=number(tags.PREDICTOR, _NO_PREDICTOR),
+        tile=directory.tile,
+        directory=directory,
     )
 
 
@@ -232,44 +221,23 @@ def _undo_predictor(stored: np.ndarray, layout: Layout, columns: int) -> np.ndar
 def _as_bytes(data: bytes, layout: Layout, plane: int) -> bytes:
     """The same file with a directory by which each row of a plane is a row of bytes."""
     size = layout.interleaved * layout.dtype.itemsize
-    tags: dict[int, tuple[int, ...]] = {
-        _WIDTH: (layout.stored[0] * size,),
-        _HEIGHT: (layout.size[1],),
-        _BITS: (8,),
-        _PHOTOMETRIC: (_BLACK_IS_ZERO,),
-        _SAMPLES: (1,),
+    changes: dict[int, tuple[int, ...]] = {
+        tags.WIDTH: (layout.stored[0] * size,),
+        tags.HEIGHT: (layout.size[1],),
+        tags.BITS: (8,),
+        tags.PHOTOMETRIC: (_BLACK_IS_ZERO,),
+        tags.SAMPLES: (1,),
     }
-    for tag in (_COMPRESSION, _FILL_ORDER, _ROWS_PER_STRIP, _TILE_HEIGHT):
-        if tag in layout.tags:
-            tags[tag] = _numbers(layout.tags, tag, ())
+    kept = (tags.COMPRESSION, tags.FILL_ORDER, tags.ROWS_PER_STRIP, tags.TILE_HEIGHT)
     if layout.tile is not None:
-        tags[_TILE_WIDTH] = (layout.tile[0] * size,)
+        changes[tags.TILE_WIDTH] = (layout.tile[0] * size,)
     planes = layout.bands if layout.planar else 1
-    for tag in _STRIPS if layout.tile is None else _TILES:
-        numbers = _numbers(layout.tags, tag, ())
+    for tag, numbers in tags.check_parts(data, layout.directory).items():
         share = len(numbers) // planes
         if share:
-            tags[tag] = numbers[plane * share : (plane + 1) * share]
-    # A classic header takes the first 8 bytes of any file.
-    end = len(data) + len(data) % 2
-    header = data[:2] + struct.pack(f"{layout.order}HL", 42, end)
-    return b"".join((header, data[8:].ljust(end - 8, b"\0"), _pack(tags, end, layout.order)))
-
-
-def _pack(tags: Mapping[int, tuple[int, ...]], offset: int, order: str) -> bytes:
-    """Write a directory, all of whose values are 32-bit integers, to lie at an offset."""
-    entries, values = [struct.pack(f"{order}H", len(tags))], []
-    offset += 2 + 12 * len(tags) + 4
-    for tag, numbers in sorted(tags.items()):
-        body = struct.pack(f"{order}{len(numbers)}L", *numbers)
-        entries.append(struct.pack(f"{order}HHL", tag, 4, len(numbers)))
-        if len(numbers) == 1:
-            entries.append(body)
-        else:
-            entries.append(struct.pack(f"{order}L", offset))
-            values.append(body)
-            offset += len(body)
-    return b"".join((*entries, bytes(4), *values))
+            changes[tag] = numbers[plane * share : (plane + 1) * share]
+    entries = {tag: entry for tag, entry in layout.directory.entries.items() if tag in kept}
+    return tags.rewrite(data, Directory(layout.directory.order, entries), changes)
 
 
 def _image(pixels: np.ndarray) -> Image.Image:
@@ -285,15 +253,3 @@ def _on_white(image: Image.Image, opacity: np.ndarray, *, associated: bool) -> I
         pixels = np.asarray(image)
         return Image.fromarray(pixels + np.minimum(255 - opacity, 255 - pixels))
     return on_white(image, Image.fromarray(np.ascontiguousarray(opacity[..., 0])))
-
-
-def _numbers(tags: Mapping[int, object], tag: int, default: tuple[int, ...]) -> tuple[int, ...]:
-    value = tags.get(tag, default)
-    values = value if isinstance(value, tuple) else (value,)
-    if not all(isinstance(item, int) for item in values):
-        raise ValueError("A tag that must be a number is none.")
-    return values
-
-
-def _number(tags: Mapping[int, object], tag: int, default: int) -> int:
-    return _numbers(tags, tag, (default,))[0]

@@ -28,6 +28,7 @@ from models.errors import (
 )
 from models.imaging.decode import DecodeLimits, decode, from_pixels
 from models.imaging.preprocess import preprocess, take_normalised
+from models.imaging.render import shrink
 from models.types import Job, ModelInfo, Operation, Struct
 from service import logs, tracing
 from service.api import schemas
@@ -216,7 +217,8 @@ class Pipeline:
             input=model_input,
             digest=digest_of(model_input, plan.info),
             geometry=geometry,
-            original=original if whole else None,
+            # A whole image of 50 megapixels would be kept until the device answers.
+            original=shrink(original) if whole else None,
             warnings=original.warnings,
         )
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 from msgspec import UNSET, UnsetType
 
-from models.imaging.decode import DecodedImage
 from models.imaging.grid import grid_png
 from models.imaging.locate import locate
 from models.imaging.render import (
@@ -37,14 +36,14 @@ class DecodedInput:
         input: the model's input, as a job has it.
         digest: of model and input.
         geometry: the place of that input in the original image.
-        original: the whole image, kept only if it is drawn on.
+        original: the whole image, shrunk to what is drawn on; None if it is not.
         warnings: what had to be assumed to decode it.
     """
 
     input: np.ndarray
     digest: str
     geometry: Geometry
-    original: DecodedImage | None = None
+    original: np.ndarray | None = None
     warnings: tuple[str, ...] = ()
 
 

@@ -26,6 +26,7 @@ from models.imaging.render import (
     original_canvas,
     overlay,
     shade,
+    shrink,
     upsample,
 )
 from models.imaging.style import Style
@@ -266,7 +267,7 @@ def test_the_whole_picture_is_never_scaled_up(
     size: tuple[int, int], expected: tuple[int, int]
 ) -> None:
     picture, _, geometry = prepared(*size)
-    canvas = original_canvas(picture, geometry)
+    canvas = original_canvas(shrink(picture), geometry)
     assert canvas.base.shape == (expected[1], expected[0], 3)
     if size == expected:
         assert np.array_equal(canvas.base, np.asarray(picture.image))
@@ -277,7 +278,7 @@ def test_a_drafted_picture_fills_its_canvas() -> None:
     COFFEE.resize((2401, 1601)).save(buffer, "JPEG", quality=95)
     picture = decode(buffer.getvalue(), limits=DecodeLimits(), preprocess=SPEC, keep_original=True)
     assert picture.drafted
-    canvas = original_canvas(picture, preprocess(picture, SPEC)[1])
+    canvas = original_canvas(shrink(picture), preprocess(picture, SPEC)[1])
     expected = np.asarray(COFFEE.resize((2401, 1601)).resize((1024, 683), reducing_gap=2))
     assert canvas.base.shape == expected.shape
     assert np.abs(canvas.base.astype(int) - expected).mean() < 2
@@ -314,7 +315,7 @@ def sampled(values: np.ndarray, geometry: Geometry, height: int, width: int) -> 
 )
 def test_the_map_lies_where_the_crop_lay(size: tuple[int, int], spec: Preprocess) -> None:
     picture, _, geometry = prepared(*size, spec)
-    canvas = original_canvas(picture, geometry)
+    canvas = original_canvas(shrink(picture), geometry)
     values = random_map(6, 8)
     expected = sampled(values, geometry, *canvas.base.shape[:2])
     seen = ~np.isnan(expected)

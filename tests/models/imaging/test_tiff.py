@@ -232,5 +232,5 @@ def test_samples_are_capped() -> None:
     with pytest.raises(ImageTooLarge, match="samples"):
         read(data, limits=DecodeLimits(max_pixels=61 * 40))
     wide = tiff(WORDS, photometric="rgb", tile=(1024, 1024))
-    with pytest.raises(ImageTooLarge, match="tiles"):
+    with pytest.raises(ImageTooLarge, match="samples"):
         read(wide, limits=DecodeLimits(max_pixels=61 * 40))

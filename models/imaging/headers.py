@@ -1,0 +1,103 @@
+"""The size of an image by its header, and what a header announces that nobody sends.
+
+Nothing is decoded, and no loop is longer than a bound. A decoder that is asked first has often taken
+memory or time already when it tells the size.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+
+from models.errors import ImageUndecodable, UnsupportedMediaType
+from models.imaging import jpeg, tiff_directory
+
+_BITMAP_CORE_HEADER = 12
+_RLE = frozenset((1, 2))
+# Pillow decodes run lengths in Python.
+_MAX_RLE_PIXELS = 4_000_000
+
+_GIF_EXTENSION, _GIF_FRAME = 0x21, 0x2C
+_MAX_GIF_BLOCKS = 10_000
+
+
+def size(data: bytes, media_type: str) -> tuple[int, int]:
+    """Width and height of an image, of its first frame if that is larger.
+
+    Raises:
+        ImageUndecodable: the header is damaged, or claims what no encoder writes.
+        UnsupportedMediaType: a rare kind that is costly to read.
+    """
+    try:
+        return _SIZES[media_type](data)
+    except (struct.error, IndexError) as error:
+        raise ImageUndecodable("The image is damaged or truncated.") from error
+
+
+def _jpeg(data: bytes) -> tuple[int, int]:
+    return jpeg.outline(data).size
+
+
+def _png(data: bytes) -> tuple[int, int]:
+    width, height = struct.unpack_from(">II", data, 16)
+    return width, height
+
+
+def _bmp(data: bytes) -> tuple[int, int]:
+    (header,) = struct.unpack_from("<I", data, 14)
+    if header == _BITMAP_CORE_HEADER:
+        width, height = struct.unpack_from("<HH", data, 18)
+        return width, height
+    width, height, compression = struct.unpack_from("<ii4xI", data, 18)
+    width, height = abs(width), abs(height)
+    if compression in _RLE and width * height > _MAX_RLE_PIXELS:
+        raise UnsupportedMediaType(
+            f"Run-length encoded BMP images of more than {_MAX_RLE_PIXELS} pixels are not read; "
+            "save the image as PNG."
+        )
+    return width, height
+
+
+def _gif(data: bytes) -> tuple[int, int]:
+    width, height, flags = struct.unpack_from("<HHB", data, 6)
+    at = 13 + _colours(flags)
+    for _ in range(_MAX_GIF_BLOCKS):
+        if data[at] == _GIF_FRAME:
+            left, top, inner_width, inner_height = struct.unpack_from("<HHHH", data, at + 1)
+            return max(width, left + inner_width), max(height, top + inner_height)
+        # An extension is a kind, and blocks that each begin with their length.
+        if data[at] == _GIF_EXTENSION:
+            at += 2
+        at += 1 + data[at]
+    raise ImageUndecodable("The image has too much metadata.")
+
+
+def _colours(flags: int) -> int:
+    """Bytes of a colour table."""
+    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
+
+
+def _webp(data: bytes) -> tuple[int, int]:
+    kind = data[12:16]
+    if kind == b"VP8X":
+        width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
+        return width, height
+    if kind == b"VP8L":
+        (bits,) = struct.unpack_from("<I", data, 21)
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    width, height = struct.unpack_from("<HH", data, 26)
+    return width & 0x3FFF, height & 0x3FFF
+
+
+def _tiff(data: bytes) -> tuple[int, int]:
+    return tiff_directory.read(data).size
+
+
+_SIZES: Mapping[str, Callable[[bytes], tuple[int, int]]] = {
+    "image/jpeg": _jpeg,
+    "image/png": _png,
+    "image/bmp": _bmp,
+    "image/gif": _gif,
+    "image/webp": _webp,
+    "image/tiff": _tiff,
+}
