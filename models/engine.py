@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,13 +17,14 @@ from models.graphed_pass import run_graphed
 from models.interventions import changes_for
 from models.layers import TokenLayout, to_map
 from models.outcomes import BatchOutcomes
+from models.phases import Phases
 from models.preparation.variant import Needs
 from models.registry import ModelRegistry
 from models.resolve import not_before_the_head
 from models.shared_pass import differentiates_layers, run_shared_pass
 from models.steps import Forward, InputGradient, LayerGradient, Step, Unbatched
 from models.targets import ScoreWeights, class_scores
-from models.types import Failure, Job, Outcome
+from models.types import Failure, Job, Outcome, Progress
 from models.warm_model import WarmModel
 
 logger = logging.getLogger("heatlens.engine")
@@ -38,12 +39,14 @@ class Suspended:
         warm: its model.
         steps: a started generator.
         step: the step that it yielded last.
+        phases: what its steps are for.
     """
 
     job: Job
     warm: WarmModel
     steps: Generator[Step, Any, Outcome]
     step: Step
+    phases: Phases = field(default_factory=Phases)
 
     @property
     def cost(self) -> int:
@@ -60,8 +63,13 @@ class Suspended:
         differentiated = isinstance(self.step, InputGradient)
         return self.warm.module_for(Needs(rewrites=changed, input_gradient=differentiated))
 
+    def progress(self, *, maps: bool) -> Progress:
+        """How far the job has come, with what the maps of its method show so far if asked."""
+        return self.phases.progress(self.step, maps=maps)
+
     def resume(self, result: Any) -> Outcome | Failure | Suspended:
         """Go on with the step's result; returns the outcome, or itself with its next step."""
+        self.phases.done += self.step.cost
         try:
             self.step = self.steps.send(result)
         except StopIteration as stop:
@@ -138,7 +146,7 @@ class Engine:
             if shared is None:
                 shared = run_shared_pass(warm, part, module=module, images=images)
             outcomes = BatchOutcomes(warm, part, shared)
-            answered |= {i: _start(jobs[i], warm, outcomes.steps(r)) for r, i in enumerate(rows)}
+            answered |= {i: _start(jobs[i], warm, outcomes, r) for r, i in enumerate(rows)}
         return [answered[i] for i in range(len(jobs))]
 
     @staticmethod
@@ -202,8 +210,10 @@ class Engine:
 
 
 def _start(
-    job: Job, warm: WarmModel, steps: Generator[Step, Any, Outcome]
+    job: Job, warm: WarmModel, outcomes: BatchOutcomes, row: int
 ) -> Outcome | Failure | Suspended:
+    phases = Phases()
+    steps = outcomes.steps(row, phases)
     try:
         first = next(steps)
     except StopIteration as stop:
@@ -211,7 +221,7 @@ def _start(
         return outcome
     except HeatlensError as error:
         return Failure.of(job.id, error)
-    return Suspended(job, warm, steps, first)
+    return Suspended(job, warm, steps, first, phases)
 
 
 def _needs(job: Job) -> Needs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 
 from models.cuda.staging import indices
 from models.errors import InternalError
-from models.faithfulness.measures import FaithfulnessTest
+from models.faithfulness.measures import FaithfulnessTest, images_per_map
 from models.host_results import HostResults
 from models.methods import METHODS, implementation
+from models.methods.table import images_of
+from models.phases import Phases
 from models.shared_pass import SharedPass
 from models.statistics import Summary, describe, summarise
 from models.steps import NotedMaps, Step, Subject
@@ -47,8 +50,10 @@ class BatchOutcomes:
         self._finite = np.isfinite(self._host.logits).all(1)
         self._summaries = _summaries(shared)
 
-    def steps(self, row: int) -> Generator[Step, Any, Outcome]:
+    def steps(self, row: int, phases: Phases) -> Generator[Step, Any, Outcome]:
         """Finish one job: yields the steps it still needs and returns its outcome.
+
+        It begins the job's phases.
 
         Raises:
             InternalError: the model's scores are not finite.
@@ -57,9 +62,11 @@ class BatchOutcomes:
         if not self._finite[row]:
             raise InternalError("The model's scores for this image are not finite.")
         explanations: list[Explanation] = []
+        phases.later = self._plan(row)
         for name in job.options.methods:
-            explanations += yield from self._explain(name, row)
+            explanations += yield from self._explain(name, row, phases)
         if job.options.faithfulness:
+            phases.begin("faithfulness")
             explanations = yield from self._test(explanations, row)
         return Outcome(
             id=job.id,
@@ -68,21 +75,58 @@ class BatchOutcomes:
             statistics=tuple(self._describe(row)),
         )
 
-    def _explain(self, name: str, row: int) -> Generator[Step, Any, list[Explanation]]:
+    def _plan(self, row: int) -> list[int]:
+        """Images that each phase of a job is expected to run through the network, in order."""
+        options, targets = self._jobs[row].options, len(self._host.targets[row])
+        plan, maps = [], 0
+        for name in options.methods:
+            layers = self._layers(name, self._jobs[row])
+            maps += targets * (len(layers) if options.fuse == "none" else 1)
+            plan += [
+                images_of(
+                    METHODS[name],
+                    samples=options.samples,
+                    steps=options.steps,
+                    targets=targets,
+                    channels=self._warm.channels(layer) or 0,
+                )
+                for layer in layers
+                if self._host.map(layer, name, row) is None
+            ]
+        if options.faithfulness:
+            pixels = self._shared.inputs[row, 0].numel()
+            # Random maps of one size are tried once.
+            plan.append((maps + 1) * images_per_map(options.faithfulness, pixels))
+        return plan
+
+    def _explain(
+        self, name: str, row: int, phases: Phases
+    ) -> Generator[Step, Any, list[Explanation]]:
         """Explanations by one method, in the order target → layer."""
         job, targets = self._jobs[row], self._host.targets[row]
         maps: dict[str, np.ndarray] = {}
         notes: dict[str, tuple[str, ...]] = {}
-        for layer in self._layers(name, job):
+        layers = self._layers(name, job)
+        is_fused = job.options.fuse != "none" and len(layers) > 1
+
+        def explain(layer: str, made: Tensor) -> list[Explanation]:
+            values = made.cpu().numpy()
+            return [
+                self._explanation(name, layer, values[t], target, row)
+                for t, target in enumerate(targets)
+            ]
+
+        for layer in layers:
             ready = self._host.map(layer, name, row)
             if ready is None:
+                phases.begin(name, None if is_fused else partial(explain, layer))
                 made = yield from implementation(name)(self._subject(name, layer, row))
                 if isinstance(made, NotedMaps):
                     notes[layer] = made.notes
                     made = made.maps
                 ready = made.cpu().numpy()
             maps[layer] = ready[: len(targets)]
-        if job.options.fuse != "none" and len(maps) > 1:
+        if is_fused:
             fused = fuse([torch.from_numpy(m) for m in maps.values()], job.options.fuse)
             maps = {"+".join(maps): fused.numpy()}
         return [
@@ -105,6 +149,7 @@ class BatchOutcomes:
             task=self._warm.task,
             chunk=self._warm.chunk,
             seed=options.seed or 0,
+            curves=options.curves,
         )
         tested = []
         for explanation in explanations:
@@ -146,7 +191,7 @@ class BatchOutcomes:
         target: ResolvedTarget,
         row: int,
         *,
-        notes: tuple[str, ...],
+        notes: tuple[str, ...] = (),
     ) -> Explanation:
         values = np.ascontiguousarray(values, dtype=np.float32)
         finite = bool(np.isfinite(values).all())

@@ -26,8 +26,22 @@ from models.warm_model import WarmModel
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Step:
+    """What every step may tell about its method.
+
+    Attributes:
+        left: cost of the method's steps after this one, where that is not known beforehand.
+        maps: makes the maps (T, h, w) of the steps before this one, for methods whose maps take
+            shape step by step; called while the step waits.
+    """
+
+    left: int | None = None
+    maps: Callable[[], Tensor] | None = None
+
+
 @dataclass(frozen=True)
-class Forward:
+class Forward(_Step):
     """Asks for the scores of every class for `inputs`, float32 (n, classes).
 
     Attributes:
@@ -43,7 +57,7 @@ class Forward:
 
 
 @dataclass(frozen=True)
-class InputGradient:
+class InputGradient(_Step):
     """Asks for gradients (n, 3, H, W) and scores (n,) of one target for each of `inputs`.
 
     Attributes:
@@ -61,7 +75,7 @@ class InputGradient:
 
 
 @dataclass(frozen=True)
-class LayerGradient:
+class LayerGradient(_Step):
     """Asks for the `Capture` of a layer for `inputs`.
 
     Its activation is (n, K, h, w), its gradient (n, T, K, h, w), its scores are (n, T). Only what
@@ -84,7 +98,7 @@ class LayerGradient:
 
 
 @dataclass(frozen=True)
-class Unbatched:
+class Unbatched(_Step):
     """Asks for what `run` returns; it makes passes with its own hooks, so it shares no batch.
 
     Attributes:

@@ -109,6 +109,7 @@ class JobOptions(Struct):
         grid: whether `features` returns the top channels' maps, to be drawn as a grid.
         interventions: channels changed during the pass.
         faithfulness: names of faithfulness measures per explanation.
+        curves: whether to return the curves that they are made from.
         samples, steps, seed: of stochastic and path methods; None = the method's default.
     """
 
@@ -123,6 +124,7 @@ class JobOptions(Struct):
     grid: bool = False
     interventions: tuple[Intervention, ...] = ()
     faithfulness: tuple[str, ...] = ()
+    curves: bool = False
     samples: int | None = None
     steps: int | None = None
     seed: int | None = None
@@ -159,11 +161,20 @@ class ClassScore(Struct):
     probability: Annotated[float, Meta(examples=[0.61])]
 
 
+class Curve(Struct):
+    """What a measure is made from: a value of the map and of a random one at each share, 0 to 1."""
+
+    share: tuple[float, ...]
+    value: tuple[float, ...]
+    random: tuple[float, ...]
+
+
 class Faithfulness(Struct):
     """A faithfulness measure of a map beside the same measure of a random map."""
 
     value: float
     random: float
+    curve: Curve | UnsetType = UNSET
 
 
 class Explanation(Struct):
@@ -246,6 +257,18 @@ class Outcome(Struct):
     predictions: tuple[ClassScore, ...]
     explanations: tuple[Explanation, ...] = ()
     statistics: tuple[LayerFeatures, ...] = ()
+
+
+class Progress(Struct):
+    """How far a job has come: `done` of `total` images, a gradient counting as three.
+
+    `what` is a method or `faithfulness`; `explanations` are what its maps show so far.
+    """
+
+    what: str
+    done: int
+    total: int
+    explanations: tuple[Explanation, ...] = ()
 
 
 class Failure(Struct):

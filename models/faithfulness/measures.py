@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from msgspec import UNSET, UnsetType
 from torch import Tensor
 
 from models.faithfulness.pixel_removal import (
@@ -27,7 +28,7 @@ from models.faithfulness.pixel_removal import (
 )
 from models.steps import Forward, Step
 from models.targets import probabilities
-from models.types import Explanation, Faithfulness, Task
+from models.types import Curve, Explanation, Faithfulness, Task
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,13 @@ class Measure:
         perturb: the changed inputs it needs, by a map; measures that share them share their passes.
         reduce: `reduce(p, whole, pixels)` from the class's probability on each of them and on the
             image itself.
+        curve: what `reduce` makes its number from, of the same arguments: shares (n,) of the pixels
+            and the value at each; None where it is not a curve.
     """
 
     perturb: Callable[[Original, Tensor], Perturbed]
     reduce: Callable[[Tensor, Tensor, int], float]
+    curve: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None
 
 
 class FaithfulnessTest:
@@ -59,11 +63,13 @@ class FaithfulnessTest:
         task: Task,
         chunk: int,
         seed: int,
+        curves: bool = False,
     ) -> None:
         """Prepare the measures of these names.
 
         `inputs` are normalised, (1, 3, H, W), in the model's precision; `whole` (classes,) are the
-        probabilities of the image itself; a step holds at most `chunk` images.
+        probabilities of the image itself; a step holds at most `chunk` images; `curves` asks for
+        the curves, too.
         """
         self._measures = {name: MEASURES[name] for name in names}
         self._dtype = inputs.dtype
@@ -71,6 +77,7 @@ class FaithfulnessTest:
         self._whole = whole
         self._task = task
         self._chunk = chunk
+        self._curves = curves
         self._random: dict[tuple[int, int], dict[str, Tensor]] = {}
 
     def steps(self, explanation: Explanation) -> Generator[Step, Any, dict[str, Faithfulness]]:
@@ -81,17 +88,25 @@ class FaithfulnessTest:
             self._random[shape] = yield from self._answers(self._original.random_map(shape))
         answers, random = (yield from self._answers(values)), self._random[shape]
         index = explanation.target.class_id
-        return {
-            name: Faithfulness(
-                value=self._value(name, answers[name], index),
-                random=self._value(name, random[name], index),
+        whole, pixels = self._whole[index].cpu().double(), self._original.pixels
+        found = {}
+        for name, measure in self._measures.items():
+            own, other = (p[name][:, index].double() for p in (answers, random))
+            curve: Curve | UnsetType = UNSET
+            if self._curves and measure.curve is not None:
+                share, values = measure.curve(own, whole, pixels)
+                _, baseline = measure.curve(other, whole, pixels)
+                curve = Curve(
+                    share=tuple(share.tolist()),
+                    value=tuple(values.tolist()),
+                    random=tuple(baseline.tolist()),
+                )
+            found[name] = Faithfulness(
+                value=measure.reduce(own, whole, pixels),
+                random=measure.reduce(other, whole, pixels),
+                curve=curve,
             )
-            for name in self._measures
-        }
-
-    def _value(self, name: str, answers: Tensor, index: int) -> float:
-        whole = self._whole[index].cpu().double()
-        return self._measures[name].reduce(answers[:, index].double(), whole, self._original.pixels)
+        return found
 
     def _answers(self, values: Tensor) -> Generator[Step, Any, dict[str, Tensor]]:
         """Probabilities (n, classes) of each measure's changed inputs; measures share steps."""
@@ -135,34 +150,62 @@ def increase(p: Tensor, whole: Tensor, _: int) -> float:
 
 def deletion(p: Tensor, whole: Tensor, pixels: int) -> float:
     """Area under p as pixels turn grey (Petsiuk et al. 2018); low is good."""
-    return _area(torch.cat([whole[None], p]), pixels)
+    share, values = deletion_curve(p, whole, pixels)
+    return float(torch.trapezoid(values, share))
+
+
+def deletion_curve(p: Tensor, whole: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
+    """The probability by the share of the pixels that are grey, 0 … 1."""
+    return _shares(pixels), torch.cat([whole[None], p])
 
 
 def insertion(p: Tensor, whole: Tensor, pixels: int) -> float:
     """Area under p as pixels return to the blurred image (Petsiuk et al. 2018); high is good."""
-    return _area(torch.cat([p, whole[None]]), pixels)
+    share, values = insertion_curve(p, whole, pixels)
+    return float(torch.trapezoid(values, share))
 
 
-def road(p: Tensor, _: Tensor, __: int) -> float:
+def insertion_curve(p: Tensor, whole: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
+    """The probability by the share of the pixels that are back, 0 … 1."""
+    return _shares(pixels), torch.cat([p, whole[None]])
+
+
+def road(p: Tensor, whole: Tensor, pixels: int) -> float:
     """Half of p's gain when the last-ranked pixels are removed instead of the first-ranked ones.
 
     ROAD: mean over the removed shares of (p without the last-ranked - p without the first-ranked) /
     2, imputed as in Rong et al. 2022; in [-0.5, 0.5], high is good, and a random map is about 0.
     """
+    return float(road_curve(p, whole, pixels)[1].mean())
+
+
+def road_curve(p: Tensor, _: Tensor, __: int) -> tuple[Tensor, Tensor]:
+    """Half of the gain by the share of the pixels that are removed."""
     first_gone, last_gone = p.split(len(IMPUTED_SHARES))
-    return float((last_gone - first_gone).mean() / 2)
+    return torch.tensor(IMPUTED_SHARES, dtype=torch.float64), (last_gone - first_gone) / 2
 
 
 MEASURES = {
     "average_drop": Measure(kept, average_drop),
     "increase": Measure(kept, increase),
-    "deletion": Measure(deleted, deletion),
-    "insertion": Measure(inserted, insertion),
-    "road": Measure(imputed, road),
+    "deletion": Measure(deleted, deletion, deletion_curve),
+    "insertion": Measure(inserted, insertion, insertion_curve),
+    "road": Measure(imputed, road, road_curve),
 }
 """Every measure by name."""
 
 
-def _area(p: Tensor, pixels: int) -> float:
-    """Area under a curve over the share of changed pixels, by trapezoids."""
-    return float(torch.trapezoid(p, curve_counts(pixels).double() / pixels))
+def images_per_map(names: Sequence[str], pixels: int) -> int:
+    """Changed inputs that the measures of these names try for each map."""
+    on_curve = len(curve_counts(pixels)) - 1
+    counts: dict[Callable[[Original, Tensor], Perturbed], int] = {
+        kept: 1,
+        deleted: on_curve,
+        inserted: on_curve,
+        imputed: 2 * len(IMPUTED_SHARES),
+    }
+    return sum(counts[perturb] for perturb in {MEASURES[name].perturb for name in names})
+
+
+def _shares(pixels: int) -> Tensor:
+    return curve_counts(pixels).double() / pixels

@@ -46,10 +46,13 @@ def replayed_drops(subject: Subject) -> Generator[Step, Any, Tensor]:
         return drops
     spread, whole = yield Unbatched(partial(_begin, subject, channels[0]), cost=2)
     rows = _rows(subject) if spread else subject.chunk
-    for first in range(0, len(channels), rows):
-        part = channels[first : first + rows]
+    parts = [channels[first : first + rows] for first in range(0, len(channels), rows)]
+    costs = [min(len(part), subject.chunk) for part in parts]
+    left = sum(costs)
+    for part, cost in zip(parts, costs, strict=True):
+        left -= cost
         step = partial(_replay, subject, part, spread=spread)
-        logits = yield Unbatched(step, cost=min(len(part), subject.chunk))
+        logits = yield Unbatched(step, cost=cost, left=left)
         drops[part] = whole - subject.scores(logits)
     return drops
 

@@ -129,9 +129,21 @@ def smooth_gradcam_plus_plus(subject: Subject) -> Steps:
         # Drawn one by one: the noise of a sample does not depend on the chunk it is in.
         noise = torch.cat([torch.randn(inputs.shape, generator=random) for _ in range(count)])
         noisy = inputs + deviation * noise.to(inputs)
-        pair: Capture = yield LayerGradient(noisy, subject.layer, subject.targets)
+        step = LayerGradient(
+            noisy,
+            subject.layer,
+            subject.targets,
+            left=(subject.samples - start - count) * (1 + 2 * len(subject.targets)),
+            maps=partial(_smoothed, capture, moments),
+        )
+        pair: Capture = yield step
         powers = [_gradient(pair).pow(p).sum(0) for p in (1, 2, 3)]
         moments += torch.stack(powers) / subject.samples
+    return _smoothed(capture, moments)
+
+
+def _smoothed(capture: Capture, moments: Tensor) -> Tensor:
+    """Maps (T, h, w) from moments (3, T, K, h, w) of the gradient, whose scale makes no difference."""
     first, second, third = moments
     denominator = 2 * second + capture.activation.sum(_SPACE)[0, :, None, None] * third
     steady = denominator.abs() > 1e-6 * second
@@ -159,7 +171,7 @@ def finercam(subject: Subject) -> Steps:
         missing = [
             p if t.against else h for t, p, h in zip(subject.targets, plain, held, strict=True)
         ]
-        pair: Capture = yield LayerGradient(subject.inputs, subject.layer, tuple(missing))
+        pair: Capture = yield LayerGradient(subject.inputs, subject.layer, tuple(missing), left=0)
         known, other = (gradcam_weights(c) for c in (capture, pair))
         named = torch.tensor([bool(t.against) for t in subject.targets], device=known.device)
         alone = torch.where(named[:, None], other, known)

@@ -10,6 +10,7 @@ preprocessing.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def scorecam(subject: Subject) -> Generator[Step, Any, NotedMaps]:
         notes = (note,) * len(subject.targets)
         energy = _activation(subject)[channels].square().sum((1, 2))
         channels = channels[energy.argsort(descending=True, stable=True)[: subject.samples]]
-    maps = yield from _score_weighted(subject, channels, [lambda masks: masks])
+    maps = yield from _score_weighted(subject, channels, [lambda masks: masks], count=1)
     return NotedMaps(maps, notes)
 
 
@@ -54,7 +55,7 @@ def ss_cam(subject: Subject) -> Steps:
     alone.
     """
     channels = varying_channels(_activation(subject))
-    return _score_weighted(subject, channels, _noises(subject))
+    return _score_weighted(subject, channels, _noises(subject), count=subject.samples)
 
 
 def is_cam(subject: Subject) -> Steps:
@@ -64,7 +65,7 @@ def is_cam(subject: Subject) -> Steps:
     """
     shares = [(i + 1) / subject.samples for i in range(subject.samples)]
     channels = varying_channels(_activation(subject))
-    return _score_weighted(subject, channels, (_scaling(share) for share in shares))
+    return _score_weighted(subject, channels, map(_scaling, shares), count=subject.samples)
 
 
 def ablationcam(subject: Subject) -> Steps:
@@ -104,7 +105,8 @@ def occlusion(subject: Subject) -> Steps:
         occluded = subject.inputs.repeat(len(part), 1, 1, 1)
         for image, (r, c) in zip(occluded, part, strict=True):
             image[:, edges_y[r] : edges_y[r + 2], edges_x[c] : edges_x[c + 2]] = 0.0
-        drops = whole - subject.scores((yield Forward(occluded)))
+        scores = yield Forward(occluded, maps=lambda: sums / covering.clamp_min(1))
+        drops = whole - subject.scores(scores)
         for drop, (r, c) in zip(drops, part, strict=True):
             sums[:, r : r + 2, c : c + 2] += drop[:, None, None]
             covering[r : r + 2, c : c + 2] += 1
@@ -122,44 +124,51 @@ def rise(subject: Subject) -> Steps:
     """
     height, width = subject.inputs.shape[2:]
     random = RandomMasks.draw(subject.samples, (height, width), subject.generator())
-    maps = subject.logits.new_zeros(len(subject.targets), height * width)
+    sums = subject.logits.new_zeros(len(subject.targets), height * width)
+
+    def mean(count: int) -> Tensor:
+        return sums.view(-1, height, width) / (count * KEPT)
+
     for first in range(0, subject.samples, subject.chunk):
         last = min(first + subject.chunk, subject.samples)
         masks = random.masks(first, last, subject.inputs.device)
-        scores = yield Forward(_masked(subject, masks[:, None]))
-        shares = subject.scores(probabilities(scores, subject.warm.task))
-        maps += shares.T @ masks.flatten(1)
-    return maps.view(-1, height, width) / (subject.samples * KEPT)
+        step = Forward(_masked(subject, masks[:, None]), maps=partial(mean, first))
+        shares = subject.scores(probabilities((yield step), subject.warm.task))
+        sums += shares.T @ masks.flatten(1)
+    return mean(subject.samples)
 
 
 def _score_weighted(
-    subject: Subject, channels: Tensor, rounds: Iterable[Callable[[Tensor], Tensor]]
+    subject: Subject,
+    channels: Tensor,
+    rounds: Iterable[Callable[[Tensor], Tensor]],
+    *,
+    count: int,
 ) -> Steps:
     """sum_k softmax_k(y_k) A_k over `channels`, y_k the mean score under k's mask over rounds.
 
-    A round says what is done to a mask before it is laid over the input.
+    Each of the `count` rounds says what is done to a mask before it is laid over the input.
     """
     activation = _activation(subject)[channels]
-    if not len(channels):
-        return activation.new_zeros(len(subject.targets), *activation.shape[1:])
-    scores, count = activation.new_zeros(len(channels), len(subject.targets)), 0
-    for change in rounds:
-        scores += yield from _round(subject, activation, change)
-        count += 1
-    weights = (scores / count).softmax(0)
-    return torch.einsum("kt,khw->thw", weights, activation).relu_()
+    scores = activation.new_zeros(len(channels), len(subject.targets))
+    seen = activation.new_zeros(len(channels), 1)
 
+    def weighted() -> Tensor:
+        """The map of the channels that were seen; the others have weight 0."""
+        weights = torch.where(seen > 0, scores / seen, -torch.inf).softmax(0)
+        return torch.einsum("kt,khw->thw", weights, activation).relu_()
 
-def _round(
-    subject: Subject, activation: Tensor, change: Callable[[Tensor], Tensor]
-) -> Generator[Step, Any, Tensor]:
-    """Scores (K, T) of the input under the mask of each channel of (K, h, w)."""
     height, width = subject.inputs.shape[2:]
-    scores = []
-    for part in activation.split(subject.chunk):
-        masks = change(unit_masks(part, (height, width)))
-        scores.append(subject.scores((yield Forward(_masked(subject, masks)))))
-    return torch.cat(scores)
+    left = count * len(channels)
+    for change in rounds:
+        for first in range(0, len(channels), subject.chunk):
+            part = slice(first, first + subject.chunk)
+            masks = change(unit_masks(activation[part], (height, width)))
+            left -= len(masks)
+            step = Forward(_masked(subject, masks), left=left, maps=weighted)
+            scores[part] += subject.scores((yield step))
+            seen[part] += 1
+    return weighted()
 
 
 def _activation(subject: Subject) -> Tensor:

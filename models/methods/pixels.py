@@ -8,7 +8,7 @@ colours.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any
 
@@ -78,8 +78,7 @@ def smoothgrad(subject: Subject) -> Steps:
     The mean is over noisy copies of the input. The noise is normal, with 0.15 of the input's range
     as standard deviation; every target sees the same noise.
     """
-    mean, _ = yield from _noisy_gradients(subject)
-    return mean.abs().amax(_COLOURS)
+    return _noisy_gradients(subject, lambda mean, _: mean.abs().amax(_COLOURS))
 
 
 def vargrad(subject: Subject) -> Steps:
@@ -88,8 +87,7 @@ def vargrad(subject: Subject) -> Steps:
     E[(a - E a)^2], kept up by Welford's recurrence whose every term is a square: it cannot be
     negative. Noise as in `smoothgrad`.
     """
-    _, variance = yield from _noisy_gradients(subject)
-    return variance.sum(_COLOURS)
+    return _noisy_gradients(subject, lambda _, variance: variance.sum(_COLOURS))
 
 
 def integrated_gradients(subject: Subject) -> Generator[Step, Any, NotedMaps]:
@@ -105,18 +103,23 @@ def integrated_gradients(subject: Subject) -> Generator[Step, Any, NotedMaps]:
     nodes, weights = _quadrature(subject.steps, black.device)
     unlit: Tensor = yield Forward(black.to(dtype))
     gains = (subject.scores(subject.logits[None]) - subject.scores(unlit))[0].tolist()
-    maps, notes = [], []
-    for target, gain in zip(subject.targets, gains, strict=True):
-        total = torch.zeros_like(difference)
+    sums = torch.zeros_like(difference).repeat(len(gains), 1, 1, 1)
+
+    def maps() -> Tensor:
+        return (difference * sums).sum(_COLOURS)
+
+    for t, target in enumerate(subject.targets):
         parts = zip(nodes.split(subject.chunk), weights.split(subject.chunk), strict=True)
         for node, weight in parts:
             points = (black + node * difference).to(dtype)
-            gradients, _ = yield InputGradient(points, (target,) * len(points))
-            total += (weight * gradients).sum(0, keepdim=True)
-        maps.append((difference * total).sum(_COLOURS)[0])
-        delta = float(maps[-1].sum()) - gain
-        notes.append(f"Completeness delta {delta:.2g} of score difference {gain:.3g}.")
-    return NotedMaps(torch.stack(maps), tuple(notes))
+            gradients, _ = yield InputGradient(points, (target,) * len(points), maps=maps)
+            sums[t] += (weight * gradients).sum(0)
+    found = maps()
+    notes = [
+        f"Completeness delta {float(pixels.sum()) - gain:.2g} of score difference {gain:.3g}."
+        for pixels, gain in zip(found, gains, strict=True)
+    ]
+    return NotedMaps(found, tuple(notes))
 
 
 def lrp(subject: Subject) -> Generator[Step, Any, NotedMaps]:
@@ -162,25 +165,30 @@ def _guided(subject: Subject) -> Steps:
     return run_by_targets(subject, partial(guided_gradients, subject), cost=3)
 
 
-def _noisy_gradients(subject: Subject) -> Generator[Step, Any, tuple[Tensor, Tensor]]:
-    """Mean and variance of dx y over `samples` noisy copies of x, (T, 3, H, W) each."""
+def _noisy_gradients(subject: Subject, reduce: Callable[[Tensor, Tensor], Tensor]) -> Steps:
+    """Maps from mean and variance, (T, 3, H, W) each, of dx y over `samples` noisy copies of x."""
     x = subject.inputs.float()
     spread = _NOISE * (x.max() - x.min())
     generator = subject.generator()
     mean = x.new_zeros(len(subject.targets), *x.shape[1:])
     squares = torch.zeros_like(mean)
+
+    def maps(count: int) -> Tensor:
+        return reduce(mean, squares / count)
+
     for start in range(0, subject.samples, subject.chunk):
         count = min(subject.chunk, subject.samples - start)
         # Drawn one by one, so that the size of a chunk does not change what a copy gets.
         noise = torch.stack([torch.randn(x.shape[1:], generator=generator) for _ in range(count)])
         noisy = (x + spread * noise.to(x.device)).to(subject.inputs.dtype)
         for t, target in enumerate(subject.targets):
-            gradients, _ = yield InputGradient(noisy, (target,) * count)
+            step = InputGradient(noisy, (target,) * count, maps=partial(maps, max(start, 1)))
+            gradients, _ = yield step
             for seen, gradient in enumerate(gradients, start + 1):
                 surprise = gradient - mean[t]
                 mean[t] += surprise / seen
                 squares[t] += surprise.square() * (1 - 1 / seen)
-    return mean, squares / subject.samples
+    return maps(subject.samples)
 
 
 def _quadrature(points: int, device: torch.device) -> tuple[Tensor, Tensor]:

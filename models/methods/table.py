@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, Literal
 
@@ -25,6 +26,9 @@ class Method(Struct):
             one `Subject` and returns maps (T, h, w).
         needs_gradients: whether the pass must be differentiated.
         signed: whether negative values of the map mean evidence against the class.
+        images: images that it runs through the network after the first pass, as factors: numbers,
+            `samples`, `steps`, `targets`, `channels` of the layer, and `masks`, the channels that
+            become one. A gradient counts as three images.
         defaults: default `samples`, `steps` and `seed`.
         assumes_nonnegative: whether the derivation needs a layer without negative values; on other
             layers the explanation carries a warning.
@@ -39,16 +43,23 @@ class Method(Struct):
     cost: Cost
     needs_gradients: bool = True
     signed: bool = False
+    images: tuple[int | str, ...] = (0,)
     defaults: dict[str, Any] = {}
     assumes_nonnegative: bool = False
     of_input: bool = False
 
 
+_GRADIENT = 3
+
 _gradient = partial(Method, family="gradient", cost="head")
 _activation = partial(Method, family="activation", cost="pass", needs_gradients=False)
 _perturbation = partial(Method, family="perturbation", cost="many", needs_gradients=False)
-_pixels = partial(Method, family="pixels", cost="passes", of_input=True)
-_transformer = partial(Method, family="transformer", cost="passes", of_input=True)
+_pixels = partial(
+    Method, family="pixels", cost="passes", of_input=True, images=(_GRADIENT, "targets")
+)
+_transformer = partial(
+    Method, family="transformer", cost="passes", of_input=True, images=(_GRADIENT, "targets")
+)
 
 _ROWS = (
     _gradient(
@@ -106,6 +117,7 @@ _ROWS = (
         "+ S_k D3), Dp = mean of g^p over inputs with normal noise of 0.15 times the "
         "input's range, A and S_k = sum_ij A_kij of the clean input",
         cost="passes",
+        images=("samples", _GRADIENT, "targets"),
         defaults={"samples": 10, "seed": 0},
         assumes_nonnegative=True,
     ),
@@ -116,6 +128,7 @@ _ROWS = (
         formula="Grad-CAM of y_c - 0.6 mean_d y_d, d = the 3 classes closest to c in score (ties: "
         "lower index), or those the target names",
         cost="passes",
+        images=(_GRADIENT, "targets"),
     ),
     _gradient(
         name="shapleycam",
@@ -124,6 +137,7 @@ _ROWS = (
         formula="M = ReLU(sum_k w_k A_k), w_k = (1/Z) sum_ij (g - H A / 2)_kij, g and H gradient "
         "and Hessian of u = y_c + log p_c (ReST)",
         cost="passes",
+        images=(2, _GRADIENT, "targets"),
     ),
     _gradient(
         name="fullgrad",
@@ -133,6 +147,7 @@ _ROWS = (
         "beta - gamma mean / sqrt(var + eps); psi = sum over channels of the upsampled "
         "|.|, scaled to [0, 1] over all channels of the layer",
         cost="passes",
+        images=(_GRADIENT, "targets"),
         of_input=True,
     ),
     _activation(
@@ -174,6 +189,7 @@ _ROWS = (
         formula="M = ReLU(sum_k w_k A_k), w = softmax_k(y_c(X * H_k)), H_k = "
         "minmax(upsample(A_k)); k: all channels that are not constant, or the `samples` "
         "of most energy",
+        images=("masks",),
     ),
     _perturbation(
         name="ss_cam",
@@ -181,6 +197,7 @@ _ROWS = (
         paper="Wang et al. 2020, arXiv:2006.14255 (there N = 35)",
         formula="as Score-CAM with w = softmax_k(mean_i y_c(X * (H_k + n_i))), n_i ~ N(0, 2^2), i "
         "= 1 … N samples",
+        images=("samples", "channels"),
         defaults={"samples": 10, "seed": 0},
     ),
     _perturbation(
@@ -188,6 +205,7 @@ _ROWS = (
         title="IS-CAM",
         paper="Naidu et al. 2020, arXiv:2010.03023",
         formula="as Score-CAM with w = softmax_k(mean_i y_c((i / N) X * H_k)), i = 1 … N samples",
+        images=("samples", "channels"),
         defaults={"samples": 10},
     ),
     _perturbation(
@@ -196,6 +214,7 @@ _ROWS = (
         paper="Desai and Ramaswamy 2020, IEEE WACV",
         formula="M = ReLU(sum_k w_k A_k), w_k = (y_c - y_c with A_k = 0) / |y_c|",
         cost="passes",
+        images=("channels",),
     ),
     _perturbation(
         name="occlusion",
@@ -203,6 +222,7 @@ _ROWS = (
         paper="Zeiler and Fergus 2014, arXiv:1311.2901",
         formula="M = mean over covering windows of y_c(X) - y_c(X with the window at the mean "
         "colour), `steps` half-overlapping windows a side",
+        images=("steps", "steps"),
         signed=True,
         defaults={"steps": 13},
         of_input=True,
@@ -213,6 +233,7 @@ _ROWS = (
         paper="Petsiuk et al. 2018, arXiv:1806.07421",
         formula="M = 1 / (N p) sum_i f_c(X * m_i) m_i, f the probability, N samples of 7 x 7 "
         "grids, p = 0.5",
+        images=("samples",),
         defaults={"samples": 4000, "seed": 0},
         of_input=True,
     ),
@@ -248,6 +269,7 @@ _ROWS = (
         paper="Smilkov et al. 2017, arXiv:1706.03825",
         formula="M = max over colours of |mean over samples of dy/dx at x + e|, e normal, sd 0.15 "
         "(max x - min x)",
+        images=("samples", _GRADIENT, "targets"),
         defaults={"samples": 25, "seed": 0},
     ),
     _pixels(
@@ -255,6 +277,7 @@ _ROWS = (
         title="VarGrad",
         paper="Adebayo et al. 2018, arXiv:1810.03307",
         formula="M = sum over colours of E[(a - E a)^2], a = dy/dx at x + e, e as in SmoothGrad",
+        images=("samples", _GRADIENT, "targets"),
         defaults={"samples": 25, "seed": 0},
     ),
     _pixels(
@@ -263,6 +286,7 @@ _ROWS = (
         paper="Sundararajan et al. 2017, arXiv:1703.01365",
         formula="M = sum over colours of (x - b) * mean over t in (0, 1) of dy/dx at b + t (x - "
         "b), b = a black image, Gauss-Legendre quadrature",
+        images=("steps", _GRADIENT, "targets"),
         signed=True,
         defaults={"steps": 50},
     ),
@@ -281,6 +305,7 @@ _ROWS = (
         paper="Abnar and Zuidema 2020, arXiv:2005.00928",
         formula="M = rows of B_L … B_1 at the tokens that are read, B_l = (E_h A_l + I) / 2",
         needs_gradients=False,
+        images=(_GRADIENT,),
     ),
     _transformer(
         name="gradient_rollout",
@@ -307,3 +332,14 @@ _ROWS = (
 
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
 """Every method by name, in the order in which `/v1/methods` lists them."""
+
+
+def images_of(
+    method: Method, *, samples: int | None, steps: int | None, targets: int, channels: int
+) -> int:
+    """Images that a method runs through the network for one layer; see `Method.images`."""
+    asked = {"samples": samples, "steps": steps}
+    numbers = {k: method.defaults.get(k, 0) if v is None else v for k, v in asked.items()}
+    masks = min(numbers["samples"] or channels, channels)
+    numbers |= {"targets": targets, "channels": channels, "masks": masks}
+    return math.prod(numbers[f] if isinstance(f, str) else f for f in method.images)

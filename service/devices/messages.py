@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 
 from models.errors import ERRORS, HeatlensError, InternalError
-from models.types import Failure, Job, ModelInfo, Outcome, Struct
+from models.types import Failure, Job, ModelInfo, Outcome, Progress, Struct
 
+News = Literal["none", "progress", "maps"]
 Frame = bytes | bytearray | memoryview
 
 MAX_DIMENSIONS = 4
@@ -44,6 +45,8 @@ class Submission(Message, frozen=True, kw_only=True):
         traceparent: W3C trace context, empty when tracing is off.
         request_id: id of the HTTP request, for logs.
         fingerprint: `ModelInfo.fingerprint` that the options were resolved against; empty = any.
+        news: what the client wants to hear before the result: nothing, how far the job has come, or
+            what its maps show so far as well.
     """
 
     job: Job
@@ -53,6 +56,7 @@ class Submission(Message, frozen=True, kw_only=True):
     traceparent: str = ""
     request_id: str = ""
     fingerprint: str = ""
+    news: News = "none"
 
 
 class Cancel(Message, frozen=True, kw_only=True):
@@ -115,6 +119,18 @@ class Results(Message, frozen=True, kw_only=True):
     others_ms: float = 0.0
 
 
+class JobProgress(Message, frozen=True, kw_only=True):
+    """A job of many steps that is not done yet.
+
+    Attributes:
+        seconds_left: expected time until its result; None while that is not known.
+    """
+
+    job_id: str
+    progress: Progress
+    seconds_left: float | None = None
+
+
 class Models(Message, frozen=True, kw_only=True):
     """Every model version of the device, unavailable ones included."""
 
@@ -129,7 +145,7 @@ class Ack(Message, frozen=True, kw_only=True):
 
 
 ToWorker = Hello | Submission | Cancel | Load | Unload
-FromWorker = Results | Models | Ack
+FromWorker = Results | JobProgress | Models | Ack
 
 
 class MalformedMessage(Exception):

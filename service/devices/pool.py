@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Literal, Protocol
 
 from msgspec import Meta
@@ -17,7 +17,7 @@ from models.catalog import ModelSpec
 from models.errors import DeadlineExceeded
 from models.methods import METHODS
 from models.types import Failure, JobOptions, ModelInfo, Struct
-from service.devices.messages import Completion, JobResult, Submission, from_wire
+from service.devices.messages import Completion, JobProgress, JobResult, Submission, from_wire
 from service.devices.status import BatchCount
 
 DeviceHealth = Literal["starting", "ready", "lost", "draining"]
@@ -59,6 +59,13 @@ class DeviceStatus(DeviceReport):
     batches: tuple[BatchCount, ...] = ()
 
 
+OnProgress = Callable[[JobProgress], object]
+
+
+def ignore(_: JobProgress) -> None:
+    """Hear of a job's progress and do nothing."""
+
+
 class DevicePool(Protocol):
     """Runs jobs on devices."""
 
@@ -68,8 +75,12 @@ class DevicePool(Protocol):
     async def close(self) -> None:
         """Refuse new jobs, fail the outstanding ones with `Draining`, release everything."""
 
-    async def submit(self, submission: Submission) -> Completion:
+    async def submit(
+        self, submission: Submission, *, on_progress: OnProgress = ignore
+    ) -> Completion:
         """Run one job. Cancelling the awaiting task cancels the job.
+
+        `on_progress` is called with the news that the submission asks for, while its steps run.
 
         Raises:
             HeatlensError: the job's typed failure: `Overloaded`, `DeadlineExceeded`, `NotReady`,

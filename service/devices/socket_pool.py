@@ -30,13 +30,14 @@ from service.devices.messages import (
     Cancel,
     Completion,
     FromWorker,
+    JobProgress,
     JobResult,
     Models,
     Results,
     Submission,
 )
 from service.devices.model_state import job_ms, keep_known_models, loading_model, merge, model_key
-from service.devices.pool import DeviceHealth, DeviceStatus, wait_for
+from service.devices.pool import DeviceHealth, DeviceStatus, OnProgress, ignore, wait_for
 from service.devices.runtime_dir import RuntimeDir, holds
 from service.devices.status import DeviceState, DeviceStates, DeviceStatesFile, WorkerStatus
 
@@ -53,6 +54,7 @@ class _InFlight:
 
     submission: Submission
     result: asyncio.Future[JobResult]
+    on_progress: OnProgress
     connection: WorkerConnection | None = None
     was_sent: bool = False
 
@@ -136,12 +138,15 @@ class SocketPool:
 
     # ---------------------------------------------------------------- jobs
 
-    async def submit(self, submission: Submission) -> Completion:
+    async def submit(
+        self, submission: Submission, *, on_progress: OnProgress = ignore
+    ) -> Completion:
         """Run one job; see `DevicePool.submit`."""
         if self._closed:
             raise Draining("The service is stopping.")
         job_id = submission.job.id
-        request = _InFlight(submission, asyncio.get_running_loop().create_future())
+        result: asyncio.Future[JobResult] = asyncio.get_running_loop().create_future()
+        request = _InFlight(submission, result, on_progress)
         self._in_flight[job_id] = request
         try:
             self._dispatch(request)
@@ -257,6 +262,10 @@ class SocketPool:
                     request = self._in_flight.get(result.id)
                     if request is not None and request.connection is connection:
                         request.resolve(result)
+            case JobProgress(job_id=job_id):
+                request = self._in_flight.get(job_id)
+                if request is not None and request.connection is connection:
+                    request.on_progress(message)
             case Models(infos=infos):
                 connection.infos = {model_key(info): info for info in infos}
                 reported = keep_known_models(self._reported[connection.device], infos)

@@ -14,7 +14,7 @@ from models.catalog import ModelSpec
 from models.errors import HeatlensError, ModelLoadFailed, cause_of
 from models.types import Failure, Job, ModelInfo, Outcome
 from service.devices.model_state import with_fingerprint
-from service.worker.queue import Suspended
+from service.worker.pace import Suspended
 
 log = logging.getLogger("heatlens.compute")
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from models.errors import DeadlineExceeded, ModelReplaced, NotReady, Overloaded, UnknownModel
 from service.devices.messages import Submission
 from service.devices.pool import is_long
+from service.worker.pace import Suspended
 from service.worker.queue import (
     Batch,
     BatchReason,
@@ -25,7 +26,6 @@ from service.worker.queue import (
     LatencyModel,
     ModelKey,
     QueuedModel,
-    Suspended,
     can_share_batch,
 )
 

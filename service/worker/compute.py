@@ -24,7 +24,7 @@ from models.errors import (
     UnknownModel,
 )
 from models.types import Failure, ModelInfo, Outcome
-from service.devices.messages import Completion, JobResult, Submission
+from service.devices.messages import Completion, JobProgress, JobResult, Submission
 from service.devices.model_state import loading_model, model_key, with_fingerprint
 from service.devices.status import WorkerStatus
 from service.worker.backend import Backend, DeviceLost, Result, load_model
@@ -44,6 +44,9 @@ class Listener(Protocol):
 
     def on_results(self, results: Sequence[JobResult]) -> None:
         """Jobs have finished."""
+
+    def on_progress(self, news: Sequence[JobProgress]) -> None:
+        """Steps of jobs have run whose clients want to know."""
 
     def on_models(self, infos: Sequence[ModelInfo]) -> None:
         """Models were loaded, dropped or found broken."""
@@ -245,6 +248,8 @@ class ComputeThread:
             self._batcher.done(now, suspended=suspended)
             if run.largest_fit is not None:
                 self._batcher.lower_batch(batch.key, run.largest_fit, until=now + _BATCH_CAP_S)
+        if news := [item for entry in batch.entries if (item := entry.news(now))]:
+            self._notify(self._listener.on_progress, news)
         pairs = zip(batch.entries, run.results, strict=True)
         results = [found for pair in pairs if (found := self._result(*pair)) is not None]
         if self._tracing is not None:

@@ -23,9 +23,9 @@ from models.errors import (
     WorkerLost,
 )
 from models.types import Failure, ModelInfo
-from service.devices.messages import Completion, JobResult, Submission
+from service.devices.messages import Completion, JobProgress, JobResult, Submission
 from service.devices.model_state import loading_model, merge, model_key
-from service.devices.pool import DeviceHealth, DeviceStatus, wait_for
+from service.devices.pool import DeviceHealth, DeviceStatus, OnProgress, ignore, wait_for
 from service.devices.status import WorkerStatus
 from service.hardware import available_cores, resolve_devices
 from service.settings import Settings
@@ -59,6 +59,7 @@ class LocalPool:
         threads = settings.workers.threads or available_cores()
         specs = sorted(settings.models, key=lambda spec: spec.name != settings.default_model)
         self._in_flight: dict[str, asyncio.Future[JobResult]] = {}
+        self._on_progress: dict[str, OnProgress] = {}
         self._changed = asyncio.Event()
         self._infos: Sequence[ModelInfo] = [loading_model(spec) for spec in specs]
         self._status = WorkerStatus()
@@ -119,7 +120,9 @@ class LocalPool:
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
 
-    async def submit(self, submission: Submission) -> Completion:
+    async def submit(
+        self, submission: Submission, *, on_progress: OnProgress = ignore
+    ) -> Completion:
         """Run one job; see `DevicePool.submit`."""
         if self._closed:
             raise Draining("The pool is closed.")
@@ -128,11 +131,12 @@ class LocalPool:
         await self._wait_for_model(submission)
         job_id = submission.job.id
         self._in_flight[job_id] = result = self._loop.create_future()
+        self._on_progress[job_id] = on_progress
         try:
             self._compute.submit(submission)
             return await wait_for(result, deadline=submission.deadline)
         finally:
-            del self._in_flight[job_id]
+            del self._in_flight[job_id], self._on_progress[job_id]
             # No effect on a finished job.
             self._compute.cancel(job_id)
 
@@ -211,6 +215,11 @@ class LocalPool:
             future = self._in_flight.get(result.id)
             if future is not None and not future.done():
                 future.set_result(result)
+
+    def on_progress(self, news: Sequence[JobProgress]) -> None:
+        """Pass news of running jobs to their callers."""
+        for item in news:
+            self._on_progress.get(item.job_id, ignore)(item)
 
     def on_models(self, infos: Sequence[ModelInfo]) -> None:
         """Remember the models."""

@@ -34,6 +34,7 @@ from service.devices.messages import (
     Cancel,
     Completion,
     Hello,
+    JobProgress,
     JobResult,
     Load,
     MalformedMessage,
@@ -237,6 +238,12 @@ class Worker:
                 others_ms=wait_ms * others,
             )
             self._send([owner], message)
+
+    def on_progress(self, news: Sequence[JobProgress]) -> None:
+        """Send news of running jobs to their clients."""
+        for item in news:
+            if item.job_id in self._owners:
+                self._send([self._owners[item.job_id]], item)
 
     def _send(self, identities: Iterable[Identity], message: Message) -> None:
         frames = encode(message)

@@ -7,10 +7,11 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 from models.types import Job
-from service.devices.messages import Submission
+from service.devices.messages import JobProgress, Submission
+from service.worker.pace import Pace, Suspended
 
 JobClass = Literal["interactive", "long"]
 BatchReason = Literal["full", "idle", "deadline", "memory", "held", "alone", "step"]
@@ -27,18 +28,6 @@ ModelKey = tuple[str, str]
 _UNKNOWN_MS = 50.0
 
 
-class Suspended(Protocol):
-    """A long job between two steps, as the engine keeps it."""
-
-    @property
-    def job(self) -> Job:
-        """The job."""
-
-    @property
-    def cost(self) -> int:
-        """Images in its next step."""
-
-
 @dataclass(slots=True, eq=False)
 class Entry:
     """A job in the batcher.
@@ -51,6 +40,7 @@ class Entry:
         batches: finished batches that it was part of.
         suspended: its state between steps.
         gone: whether it was cancelled while it waited.
+        pace: of its steps, if its client wants news.
     """
 
     submission: Submission
@@ -62,6 +52,7 @@ class Entry:
     batches: int = 0
     suspended: Suspended | None = None
     gone: bool = False
+    pace: Pace | None = None
 
     @property
     def job(self) -> Job:
@@ -82,6 +73,13 @@ class Entry:
     def cost(self) -> int:
         """Images in its next step, or 1 for its first pass."""
         return max(1, self.suspended.cost) if self.suspended is not None else 1
+
+    def news(self, now: float) -> JobProgress | None:
+        """What to tell its client between two steps; None where it wants no news or has some."""
+        if self.suspended is None or self.gone or self.submission.news == "none":
+            return None
+        self.pace = self.pace or Pace(now)
+        return self.pace.news(self.suspended, wanted=self.submission.news, now=now)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from models.types import (
     ModelInfo,
     Outcome,
     Preprocess,
+    Progress,
 )
 from service.worker.backend import Backend
 
@@ -79,6 +80,16 @@ class FakeSuspended:
     job: Job
     left: int
     cost: int = 1
+    done: int = 0
+
+    def progress(self, *, maps: bool) -> Progress:
+        explanations = outcome(self.job).explanations if maps and self.done else ()
+        return Progress(
+            what="rise",
+            done=self.done,
+            total=self.done + self.left,
+            explanations=explanations,
+        )
 
 
 class FakeRegistry:
@@ -170,6 +181,7 @@ class FakeEngine:
         results: list[Outcome | Failure | FakeSuspended] = []
         for item in suspended:
             item.left -= 1
+            item.done += 1
             results.append(item if item.left > 0 else outcome(item.job))
         return results
 

@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from msgspec import UNSET
 from torch import nn
 
 import models.faithfulness.pixel_removal
@@ -44,10 +45,16 @@ def explanation(values, cls: int = 0) -> Explanation:
     )
 
 
-def measuring(net, x, names, *, chunk=4, seed=0) -> FaithfulnessTest:
+def measuring(net, x, names, *, chunk=4, seed=0, curves=False) -> FaithfulnessTest:
     whole = probabilities(class_scores(net(x), "single_label")[0], "single_label")[0]
     return FaithfulnessTest(
-        names=names, inputs=x, whole=whole, task="single_label", chunk=chunk, seed=seed
+        names=names,
+        inputs=x,
+        whole=whole,
+        task="single_label",
+        chunk=chunk,
+        seed=seed,
+        curves=curves,
     )
 
 
@@ -85,6 +92,35 @@ def test_curves_by_hand(pixels, steps, expected, on_grey, monkeypatch):
     found = play(SumNet(), test.steps(explanation(x[0, 0])))
     assert found["deletion"].value == pytest.approx(expected[0], abs=1e-6)
     assert found["insertion"].value == pytest.approx(expected[1], abs=1e-6)
+
+
+def test_the_curves_by_hand(on_grey, monkeypatch):
+    monkeypatch.setattr(models.faithfulness.pixel_removal, "CURVE_STEPS", 2)
+    x = torch.tensor([0.4, 0.3, 0.2, 0.1]).view(1, 1, 1, 4)
+    names = ["average_drop", "increase", "deletion", "insertion"]
+    test = measuring(SumNet(), x, names, curves=True)
+    found = play(SumNet(), test.steps(explanation(x[0, 0])))
+    assert found["average_drop"].curve is found["increase"].curve is UNSET
+    lost, back = found["deletion"].curve, found["insertion"].curve
+    assert lost.share == back.share == (0.0, 0.5, 1.0)
+    assert lost.value == pytest.approx((1.0, 0.3, 0.0), abs=1e-6)
+    assert back.value == pytest.approx((0.0, 0.7, 1.0), abs=1e-6)
+    assert (lost.random[0], lost.random[-1]) == pytest.approx((1.0, 0.0), abs=1e-6)
+
+
+def test_measures_are_made_from_the_curves(flat_net, images):
+    test = measuring(flat_net, images[1:2], ["deletion", "insertion", "road"], curves=True)
+    found = play(flat_net, test.steps(explanation(torch.rand(4, 4), cls=2)))
+    assert found["road"].curve.share == (0.2, 0.4, 0.6, 0.8)
+    for measured in found.values():
+        curve = measured.curve
+        for value, points in ((measured.value, curve.value), (measured.random, curve.random)):
+            assert len(points) == len(curve.share)
+            road = curve is found["road"].curve
+            expected = np.mean(points) if road else np.trapezoid(points, curve.share)
+            assert value == pytest.approx(expected, abs=1e-9)
+    plain = measuring(flat_net, images[1:2], ["deletion"])
+    assert play(flat_net, plain.steps(explanation(np.ones((2, 2)))))["deletion"].curve is UNSET
 
 
 def test_drop_and_increase_by_hand():

@@ -7,7 +7,8 @@ import time
 import uuid
 
 import pytest
-from fake_engine import Fault, expected_class, image_of, make_backend, spec
+from fake_engine import FakeSuspended, Fault, expected_class, image_of, make_backend, spec
+from msgspec import structs
 from running import eventually
 
 from models.errors import (
@@ -182,6 +183,49 @@ async def test_long_jobs_end_and_are_cancelled_between_steps():
         with pytest.raises(asyncio.CancelledError):
             await endless
         await running.queued(0)
+
+
+async def test_news_of_a_long_job_reaches_those_who_ask():
+    async with Running() as pool:
+        await pool.wait_ready()
+        heard = {}
+        jobs = {}
+        for news in ("none", "progress", "maps"):
+            submission = structs.replace(job(len(jobs), Fault.LONG, 120), news=news)
+            jobs[news], heard[news] = submission, []
+        answers = await asyncio.gather(
+            *(pool.submit(jobs[n], on_progress=heard[n].append) for n in jobs)
+        )
+        assert all(map(is_own, jobs.values(), answers))
+    assert heard["none"] == []
+    for news in ("progress", "maps"):
+        done = [item.progress.done for item in heard[news]]
+        assert done[0] == 0
+        assert sorted(set(done)) == done
+        assert 4 <= len(done) <= 12, "about every 200 ms of 1.2 s"
+        assert {item.progress.total for item in heard[news]} == {120}
+        assert {item.job_id for item in heard[news]} == {jobs[news].job.id}
+    assert not any(item.progress.explanations for item in heard["progress"])
+    shown = [item for item in heard["maps"] if item.progress.explanations]
+    assert 1 <= len(shown) < len(heard["maps"])
+    assert heard["maps"][0].seconds_left is None
+    assert heard["maps"][-1].seconds_left < heard["maps"][1].seconds_left
+
+
+async def test_maps_that_cannot_be_made_do_not_end_the_job(monkeypatch):
+    plain = FakeSuspended.progress
+
+    def progress(self, *, maps: bool):
+        if maps:
+            raise RuntimeError("out of memory")
+        return plain(self, maps=False)
+
+    monkeypatch.setattr(FakeSuspended, "progress", progress)
+    async with Running() as pool:
+        heard = []
+        submission = structs.replace(job(1, Fault.LONG, 5), news="maps")
+        assert is_own(submission, await pool.submit(submission, on_progress=heard.append))
+    assert [item.progress.done for item in heard] == [0]
 
 
 async def test_deadlines():
