@@ -1,0 +1,80 @@
+"""Heatlens for Python: classify images and see why, through a service or in this process.
+
+    from heatlens import Client
+
+    with Client("http://127.0.0.1:8000") as client:
+        response = client.explain("cat.jpg", methods=["gradcam"])
+    response.explanation.overlay.save("why.png")
+
+`AsyncClient` is the same with `await`; `load` explains in this process, without a service. Names are
+imported when they are first used: `import heatlens` alone takes a few milliseconds.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from heatlens.client import AsyncClient, Client
+    from heatlens.errors import APIError, ConnectionFailed, HeatlensError
+    from heatlens.local import LocalModel, load
+    from heatlens.results import (
+        ExplainResponse,
+        Explanation,
+        FeaturesResponse,
+        ModelCard,
+        Prediction,
+        PredictResponse,
+        Statistics,
+    )
+
+_MODULES = {
+    "AsyncClient": "client",
+    "Client": "client",
+    "APIError": "errors",
+    "ConnectionFailed": "errors",
+    "HeatlensError": "errors",
+    "LocalModel": "local",
+    "load": "local",
+    "ExplainResponse": "results",
+    "Explanation": "results",
+    "FeaturesResponse": "results",
+    "ModelCard": "results",
+    "Prediction": "results",
+    "PredictResponse": "results",
+    "Statistics": "results",
+}
+
+__all__ = [
+    "APIError",
+    "AsyncClient",
+    "Client",
+    "ConnectionFailed",
+    "ExplainResponse",
+    "Explanation",
+    "FeaturesResponse",
+    "HeatlensError",
+    "LocalModel",
+    "ModelCard",
+    "PredictResponse",
+    "Prediction",
+    "Statistics",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib import metadata
+
+        return metadata.version("heatlens")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'heatlens' has no attribute {name!r}")
+    value = getattr(import_module(f"heatlens.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES, "__version__"})

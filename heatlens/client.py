@@ -1,0 +1,364 @@
+"""`Client` and `AsyncClient`: the service's operations as methods."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar, Unpack
+
+import httpx
+
+from heatlens import protocol
+from heatlens.errors import ConnectionFailed, HeatlensError
+from heatlens.images import part_of
+from heatlens.protocol import Answer, Call, EventReader, OnProgress, Pause, Retries
+from heatlens.results import (
+    ExplainResponse,
+    FeaturesResponse,
+    Layer,
+    ModelCard,
+    Models,
+    PredictResponse,
+    decode,
+)
+
+if TYPE_CHECKING:
+    from heatlens.images import ImageLike
+    from heatlens.options import ExplainOptions, FeaturesOptions, PredictOptions
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+T = TypeVar("T")
+Exchanged = tuple[Call, type[T]]
+
+
+class Explained(NamedTuple):
+    """One image of `explain_many`: its response, or the error that it ended in."""
+
+    image: ImageLike
+    response: ExplainResponse | None
+    error: HeatlensError | OSError | None
+
+
+class _Calls:
+    """The calls of both clients."""
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 60.0,
+        attempts: int = 4,
+        **http: Any,
+    ) -> None:
+        """Make a client.
+
+        Args:
+            url: of the service; None takes the environment variable `HEATLENS_URL`, and without it
+                the address that `heatlens serve` binds.
+            api_key: None takes the environment variable `HEATLENS_API_KEY`, if it is set.
+            timeout_s: seconds for a request with all its retries.
+            attempts: how often a request is sent at most. Sent again are those that could not reach
+                the service, and those that it refused as `retryable`, after the time that its
+                `Retry-After` asks for.
+            http: further arguments of httpx's client, such as `verify` or `transport`.
+        """
+        key = api_key or os.environ.get("HEATLENS_API_KEY")
+        headers = {"User-Agent": "heatlens-python", **({"X-API-Key": key} if key else {})}
+        self._retries = Retries(attempts=attempts, timeout_s=timeout_s)
+        self._settings = {
+            "base_url": url or os.environ.get("HEATLENS_URL") or DEFAULT_URL,
+            "headers": headers,
+            "timeout": httpx.Timeout(timeout_s, connect=min(timeout_s, 10.0)),
+            **http,
+        }
+
+    @staticmethod
+    def _predict(
+        images: Iterable[ImageLike], options: PredictOptions
+    ) -> Exchanged[PredictResponse]:
+        return protocol.operation("predict", map(part_of, images), options), PredictResponse
+
+    @staticmethod
+    def _explain(
+        images: Iterable[ImageLike], options: ExplainOptions, on_progress: OnProgress | None
+    ) -> Exchanged[ExplainResponse]:
+        parts = map(part_of, images)
+        call = protocol.operation("explain", parts, options, on_progress=on_progress)
+        return call, ExplainResponse
+
+    @staticmethod
+    def _features(
+        images: Iterable[ImageLike], options: FeaturesOptions
+    ) -> Exchanged[FeaturesResponse]:
+        return protocol.operation("features", map(part_of, images), options), FeaturesResponse
+
+
+class Client(_Calls):
+    """A blocking client of one service; threads may share it.
+
+    Its methods raise `APIError` where the service refuses a request, `ConnectionFailed` where it
+    cannot be reached, and `OSError` where an image file cannot be read. Every option of the API is a
+    keyword argument; see `heatlens.options`.
+
+        with Client() as client:
+            response = client.explain("cat.jpg", methods=["gradcam", "layercam"])
+            response.top1.label
+            response.explanation.overlay.show()
+    """
+
+    def __init__(self, url: str | None = None, **settings: Any) -> None:
+        super().__init__(url, **settings)
+        self._http = httpx.Client(**self._settings)
+
+    def predict(self, *images: ImageLike, **options: Unpack[PredictOptions]) -> PredictResponse:
+        """Classify images."""
+        return self._run(*self._predict(images, options))
+
+    def explain(
+        self,
+        *images: ImageLike,
+        on_progress: OnProgress | None = None,
+        **options: Unpack[ExplainOptions],
+    ) -> ExplainResponse:
+        """Classify images and explain their classes.
+
+        `on_progress` is called about once a second with a `Progress`, which tells the seconds left.
+        """
+        return self._run(*self._explain(images, options, on_progress))
+
+    def features(self, *images: ImageLike, **options: Unpack[FeaturesOptions]) -> FeaturesResponse:
+        """Describe the feature maps of layers, or their gradients."""
+        return self._run(*self._features(images, options))
+
+    def explain_many(
+        self,
+        images: Iterable[ImageLike],
+        *,
+        in_flight: int = 8,
+        **options: Unpack[ExplainOptions],
+    ) -> Iterator[Explained]:
+        """Explain any number of images, in order, with a bounded number of requests in flight.
+
+        An image that cannot be explained carries its error; the others go on.
+        """
+
+        def explain(image: ImageLike) -> Explained:
+            try:
+                return Explained(image, self.explain(image, **options), None)
+            except (HeatlensError, OSError) as error:
+                return Explained(image, None, error)
+
+        waiting: deque[Future[Explained]] = deque()
+        with ThreadPoolExecutor(in_flight) as threads:
+            for image in images:
+                waiting.append(threads.submit(explain, image))
+                if len(waiting) == in_flight:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+    def models(self) -> list[ModelCard]:
+        """The cards of all models."""
+        return self._run(Call("GET", "/v1/models"), Models).cards
+
+    def layers(self, model: str) -> list[Layer]:
+        """The layers of a model."""
+        return self._run(Call("GET", f"/v1/models/{model}/layers"), list[Layer])
+
+    def labels(self, model: str) -> list[str]:
+        """The class names of a model."""
+        return self._run(Call("GET", f"/v1/models/{model}/labels"), list[str])
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _run(self, call: Call, kind: type[T]) -> T:
+        steps = protocol.exchange(call, self._retries)
+        try:
+            step = next(steps)
+            while True:
+                if isinstance(step, Pause):
+                    time.sleep(step.seconds)
+                    step = steps.send(None)
+                    continue
+                try:
+                    answer = self._send(step)
+                except (httpx.HTTPError, ConnectionFailed) as error:
+                    step = steps.throw(_failed(error))
+                else:
+                    step = steps.send(answer)
+        except StopIteration as done:
+            return decode(done.value, kind)
+
+    def _send(self, call: Call) -> Answer:
+        with self._http.stream(**_arguments(call)) as response:
+            if call.on_progress is None or response.status_code != 200:
+                return _answer(response, response.read())
+            reader = EventReader(call.on_progress)
+            for line in response.iter_lines():
+                reader.feed(line)
+            return reader.answer()
+
+
+class AsyncClient(_Calls):
+    """The asynchronous twin of `Client`; it belongs to one event loop.
+
+    async with AsyncClient() as client:
+        response = await client.explain("cat.jpg")
+    """
+
+    def __init__(self, url: str | None = None, **settings: Any) -> None:
+        super().__init__(url, **settings)
+        self._http = httpx.AsyncClient(**self._settings)
+
+    async def predict(
+        self, *images: ImageLike, **options: Unpack[PredictOptions]
+    ) -> PredictResponse:
+        """Classify images."""
+        return await self._run(*self._predict(images, options))
+
+    async def explain(
+        self,
+        *images: ImageLike,
+        on_progress: OnProgress | None = None,
+        **options: Unpack[ExplainOptions],
+    ) -> ExplainResponse:
+        """Classify images and explain their classes; see `Client.explain`.
+
+        Cancelling this cancels the work on the device.
+        """
+        return await self._run(*self._explain(images, options, on_progress))
+
+    async def features(
+        self, *images: ImageLike, **options: Unpack[FeaturesOptions]
+    ) -> FeaturesResponse:
+        """Describe the feature maps of layers, or their gradients."""
+        return await self._run(*self._features(images, options))
+
+    async def explain_many(
+        self,
+        images: Iterable[ImageLike],
+        *,
+        in_flight: int = 8,
+        **options: Unpack[ExplainOptions],
+    ) -> AsyncIterator[Explained]:
+        """Explain any number of images; see `Client.explain_many`."""
+
+        async def explain(image: ImageLike) -> Explained:
+            try:
+                return Explained(image, await self.explain(image, **options), None)
+            except (HeatlensError, OSError) as error:
+                return Explained(image, None, error)
+
+        waiting: deque[asyncio.Task[Explained]] = deque()
+        try:
+            for image in images:
+                waiting.append(asyncio.create_task(explain(image)))
+                if len(waiting) == in_flight:
+                    yield await waiting.popleft()
+            while waiting:
+                yield await waiting.popleft()
+        finally:
+            for task in waiting:
+                task.cancel()
+
+    async def models(self) -> list[ModelCard]:
+        """The cards of all models."""
+        return (await self._run(Call("GET", "/v1/models"), Models)).cards
+
+    async def layers(self, model: str) -> list[Layer]:
+        """The layers of a model."""
+        return await self._run(Call("GET", f"/v1/models/{model}/layers"), list[Layer])
+
+    async def labels(self, model: str) -> list[str]:
+        """The class names of a model."""
+        return await self._run(Call("GET", f"/v1/models/{model}/labels"), list[str])
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def _run(self, call: Call, kind: type[T]) -> T:
+        steps = protocol.exchange(call, self._retries)
+        try:
+            step = next(steps)
+            while True:
+                if isinstance(step, Pause):
+                    await asyncio.sleep(step.seconds)
+                    step = steps.send(None)
+                    continue
+                try:
+                    answer = await self._send(step)
+                except (httpx.HTTPError, ConnectionFailed) as error:
+                    step = steps.throw(_failed(error))
+                else:
+                    step = steps.send(answer)
+        except StopIteration as done:
+            return decode(done.value, kind)
+
+    async def _send(self, call: Call) -> Answer:
+        async with self._http.stream(**_arguments(call)) as response:
+            if call.on_progress is None or response.status_code != 200:
+                return _answer(response, await response.aread())
+            reader = EventReader(call.on_progress)
+            async for line in response.aiter_lines():
+                reader.feed(line)
+            return reader.answer()
+
+
+def _arguments(call: Call) -> dict[str, Any]:
+    return {
+        "method": call.method,
+        "url": call.path,
+        "headers": call.headers,
+        "files": list(call.files) or None,
+    }
+
+
+def _answer(response: httpx.Response, body: bytes) -> Answer:
+    retry_after_s: float | None = None
+    with contextlib.suppress(ValueError):
+        retry_after_s = float(response.headers.get("Retry-After", ""))
+    return Answer(response.status_code, body, retry_after_s)
+
+
+def _failed(error: httpx.HTTPError | ConnectionFailed) -> ConnectionFailed:
+    if isinstance(error, ConnectionFailed):
+        return error
+    what = str(error) or type(error).__name__
+    failed = ConnectionFailed(
+        f"{error.request.url.copy_with(path='/')} could not be reached: {what}"
+    )
+    failed.__cause__ = error
+    return failed

@@ -1,0 +1,171 @@
+"""`load`: the whole service in this process, without a socket, for notebooks and scripts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Coroutine, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
+
+from heatlens.asgi import ASGITransport
+from heatlens.client import AsyncClient
+from heatlens.results import (
+    ExplainResponse,
+    FeaturesResponse,
+    Layer,
+    ModelCard,
+    PredictResponse,
+)
+from models.catalog import ModelSpec, default_spec
+from service.api.app import create_app
+from service.settings import Settings
+from service.worker.local import LocalPool
+
+if TYPE_CHECKING:
+    from heatlens.images import ImageLike
+    from heatlens.options import ExplainOptions, FeaturesOptions, PredictOptions
+    from heatlens.protocol import OnProgress
+
+T = TypeVar("T")
+
+_LONG_S = 3600.0
+
+
+def load(
+    source: str | None = None,
+    *,
+    weights: str | Path | None = None,
+    device: str = "auto",
+    **entry: Any,
+) -> LocalModel:
+    """Load a model into this process.
+
+    It is the service itself, without a socket: the same options, errors and results.
+
+        model = heatlens.load("resnet50", weights="checkpoint.pth", num_classes=4)
+        model.explain("cat.jpg")
+
+    Args:
+        source: as in the configuration (`timm:resnet50`, `python:my_module:build`); the name of a
+            torchvision architecture alone will do. None loads the embedded default model.
+        weights: `default`, `none` or a checkpoint.
+        device: `auto`, `cpu` or `cuda:0`.
+        entry: further keys of a `[[models]]` entry, such as `labels`, `num_classes` or `precision`.
+
+    Raises:
+        pydantic.ValidationError: a key or a value of the entry is wrong.
+        models.errors.HeatlensError: the model cannot be loaded.
+    """
+    return LocalModel(_spec(source, weights, entry), device=device)
+
+
+def _spec(source: str | None, weights: str | Path | None, entry: Mapping[str, Any]) -> ModelSpec:
+    keys = dict(entry) if weights is None else {**entry, "weights": str(weights)}
+    if source is None:
+        return default_spec().model_copy(update=keys) if keys else default_spec()
+    name = source if ":" in source else f"torchvision:{source}"
+    short = name.rpartition(":")[2].rpartition("/")[2]
+    return ModelSpec.model_validate({"name": short, **keys, "source": name})
+
+
+class LocalModel:
+    """A model in this process, with the methods of `Client`; made by `load`.
+
+    It runs on threads of its own until it is closed or the process ends.
+    """
+
+    def __init__(self, spec: ModelSpec, *, device: str = "auto") -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._stack = contextlib.AsyncExitStack()
+        try:
+            self._client = self._wait(self._start(_settings(spec, device)))
+        except BaseException:
+            self.close()
+            raise
+        self.name = spec.name
+
+    def predict(self, *images: ImageLike, **options: Unpack[PredictOptions]) -> PredictResponse:
+        """Classify images; see `Client.predict`."""
+        return self._wait(self._client.predict(*images, **options))
+
+    def explain(
+        self,
+        *images: ImageLike,
+        on_progress: OnProgress | None = None,
+        **options: Unpack[ExplainOptions],
+    ) -> ExplainResponse:
+        """Classify images and explain their classes; see `Client.explain`."""
+        return self._wait(self._client.explain(*images, on_progress=on_progress, **options))
+
+    def features(self, *images: ImageLike, **options: Unpack[FeaturesOptions]) -> FeaturesResponse:
+        """Describe the feature maps of layers, or their gradients; see `Client.features`."""
+        return self._wait(self._client.features(*images, **options))
+
+    @property
+    def card(self) -> ModelCard:
+        """What is known of the model."""
+        return self._wait(self._client.models())[0]
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The layers of the model."""
+        return self._wait(self._client.layers(self.name))
+
+    @property
+    def labels(self) -> list[str]:
+        """The class names of the model."""
+        return self._wait(self._client.labels(self.name))
+
+    def close(self) -> None:
+        """Free the model."""
+        if self._loop.is_closed():
+            return
+        self._wait(self._stack.aclose())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    async def _start(self, settings: Settings) -> AsyncClient:
+        pool = LocalPool(settings)
+        app = create_app(settings, pool)
+        await self._stack.enter_async_context(app.router.lifespan_context(app))
+        await pool.wait_ready()
+        transport = ASGITransport(app)
+        client = AsyncClient("http://heatlens", timeout_s=_LONG_S, attempts=1, transport=transport)
+        return await self._stack.enter_async_context(client)
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        future: Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            future.cancel()
+            raise
+
+
+def _settings(spec: ModelSpec, device: str) -> Settings:
+    return Settings.model_validate(
+        {
+            "default_model": spec.name,
+            "models": [spec.model_dump()],
+            "server": {"devices": [device]},
+            "limits": {"timeout_s": _LONG_S, "max_wait_s": _LONG_S},
+        }
+    )
