@@ -2,6 +2,8 @@
 
     HeatlensError
     ├── MalformedBody            malformed_body            the HTTP layer, before decoding
+    ├── RequestTimeout           request_timeout           the connection, before the application
+    ├── HeadersTooLarge          headers_too_large
     ├── Unauthorized             unauthorized              security
     ├── Forbidden                forbidden                 security
     │   ├── UrlInputDisabled     url_input_disabled
@@ -70,6 +72,19 @@ class MalformedBody(HeatlensError):
     """The body is empty, truncated or not of its content type."""
 
     code = "malformed_body"
+
+
+class RequestTimeout(HeatlensError):
+    """The request arrives too slowly."""
+
+    code = "request_timeout"
+    retryable = True
+
+
+class HeadersTooLarge(HeatlensError):
+    """The request has too many headers, or too long ones."""
+
+    code = "headers_too_large"
 
 
 class Unauthorized(HeatlensError):

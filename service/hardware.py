@@ -1,9 +1,10 @@
-"""The processor cores and devices of this machine, found without torch."""
+"""The processor cores, devices and descriptors of this machine, found without torch."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import resource
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +13,7 @@ MAX_AUTO_CPU_DEVICES = 4
 
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _UNLIMITED_CORES = 1 << 20
+_MOST_DESCRIPTORS = 65_536
 
 
 def available_cores(quota_file: Path = _CGROUP_QUOTA) -> int:
@@ -82,3 +84,11 @@ def _auto_devices(cores: int, gpus: int) -> list[str]:
         return [f"cuda:{index}" for index in range(gpus)]
     workers = min(cores, MAX_AUTO_CPU_DEVICES)
     return [f"cpu:{index}" for index in range(workers)] if workers > 1 else ["cpu"]
+
+
+def raise_descriptor_limit() -> int:
+    """Let this process open as many files as it may, and say how many."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MOST_DESCRIPTORS)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return most

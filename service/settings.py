@@ -141,6 +141,44 @@ class LimitSettings(_Section):
         return int(self.max_options_kb * 1_000)
 
 
+class ConnectionSettings(_Section):
+    """`[connections]`: limits of HTTP connections, in each HTTP process.
+
+    Attributes:
+        max_connections: in all. For one more, the one that has waited longest without a request is
+            ended. A service that may open few files has fewer.
+        max_per_address: of one client address (of one /64 network of IPv6). Behind a proxy all have
+            its address.
+        max_headers: of one request.
+        max_header_kb: request line and headers of one request, in thousands of bytes.
+        max_buffered_mb: bodies of all requests in progress, in millions of bytes.
+        header_timeout_s: time in which a request's headers have to arrive.
+        idle_timeout_s: time that a connection is kept for the next request.
+        min_bytes_per_s: least rate at which a body arrives and a response is read.
+        stall_timeout_s: time for which that rate may be missed.
+    """
+
+    max_connections: Annotated[int, Field(ge=1)] = 2048
+    max_per_address: Annotated[int, Field(ge=1)] = 512
+    max_headers: Annotated[int, Field(ge=1)] = 100
+    max_header_kb: Annotated[float, Field(ge=1, le=1000)] = 64.0
+    max_buffered_mb: Annotated[float, Field(gt=0)] = 128.0
+    header_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    idle_timeout_s: Annotated[float, Field(gt=0)] = 5.0
+    min_bytes_per_s: Annotated[int, Field(ge=1)] = 1000
+    stall_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+
+    @property
+    def max_header_bytes(self) -> int:
+        """Request line and headers in bytes."""
+        return int(self.max_header_kb * 1_000)
+
+    @property
+    def max_buffered_bytes(self) -> int:
+        """Bodies of all requests in progress, in bytes."""
+        return int(self.max_buffered_mb * 1_000_000)
+
+
 class SecuritySettings(_Section):
     """`[security]`.
 
@@ -209,6 +247,7 @@ class Settings(_Section):
 
     server: ServerSettings = ServerSettings()
     limits: LimitSettings = LimitSettings()
+    connections: ConnectionSettings = ConnectionSettings()
     security: SecuritySettings = SecuritySettings()
     workers: WorkerSettings = WorkerSettings()
     tracing: TracingSettings = TracingSettings()

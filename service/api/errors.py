@@ -32,6 +32,7 @@ CODES: Mapping[int, tuple[str, ...]] = MappingProxyType(
         403: ("forbidden", "url_input_disabled", "admin_disabled"),
         404: ("unknown_model", "unknown_route", "unknown_label", "unknown_layer"),
         405: ("method_not_allowed",),
+        408: ("request_timeout",),
         413: ("body_too_large", "image_too_large", "too_many_images"),
         415: ("unsupported_media_type",),
         422: (
@@ -43,6 +44,7 @@ CODES: Mapping[int, tuple[str, ...]] = MappingProxyType(
             "model_load_failed",
         ),
         429: ("overloaded",),
+        431: ("headers_too_large",),
         CLIENT_GONE: ("cancelled",),
         500: ("internal", "input_quarantined"),
         503: ("not_ready", "model_replaced", "draining", "worker_lost"),

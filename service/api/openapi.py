@@ -35,7 +35,7 @@ _QUERY_TARGETS = {"type": "array", "items": {"type": "string", "minLength": 1}, 
 OPEN = (404, 405, 500)
 KEYED = (401, *OPEN)
 MODEL = (*KEYED, 503)
-INPUT = (400, *KEYED, 403, 413, 415, 422, 429, 503, 504)
+INPUT = (400, *KEYED, 403, 408, 413, 415, 422, 429, 431, 503, 504)
 ADMIN = (400, *KEYED, 403, 413, 422, 503)
 
 BINARY = {"type": "string", "format": "binary"}

@@ -19,6 +19,7 @@ from pathlib import Path
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.api.connections import Connections
 from service.api.reload import MakeApp, Reload
 from service.devices.pool import DevicePool
 from service.devices.runtime_dir import RuntimeDir, die_with_parent
@@ -141,9 +142,10 @@ def main(arguments: Sequence[str] | None = None, *, make_app: MakeApp | None = N
     configure_logging(runtime.read_settings().server.log_level)
     reload = Reload(runtime, make_app or _default_app(runtime))
     draining = ConnectionDraining(reload)
+    connections = Connections(lambda: reload.settings.connections)
     config = uvicorn.Config(
         draining,
-        http="httptools",
+        http=connections.protocol(),
         ws="none",
         lifespan="on",
         log_config=None,
