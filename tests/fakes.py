@@ -184,7 +184,7 @@ class FakePool:
 
 def answer(job: Job, info: ModelInfo) -> Completion:
     """The outcome that follows from a job alone."""
-    scores = fake_scores(job.input, info.card.num_classes)
+    scores = fake_scores(rows_of(job), info.card.num_classes)
     ranked = sorted(scores, key=lambda score: -score.score)
     explained = [_class(target.cls, ranked) for target in job.options.targets]
     options = job.options
@@ -201,6 +201,11 @@ def answer(job: Job, info: ModelInfo) -> Completion:
         statistics=tuple(_statistics(job, explained)) if options.statistics else (),
     )
     return Completion(outcome=outcome, queue_ms=0.5, device_ms=2.0, batch_size=4, device="cpu")
+
+
+def rows_of(job: Job) -> np.ndarray:
+    """The input with its channels last."""
+    return job.input if job.input.dtype == np.uint8 else np.moveaxis(job.input, 0, -1)
 
 
 def fake_scores(model_input: np.ndarray, classes: int) -> list[ClassScore]:
@@ -230,7 +235,7 @@ def _class(ref: ClassRef, ranked: Sequence[ClassScore]) -> ClassScore:
 
 
 def _explanation(job: Job, *, method: str, layer: str, target: ClassScore) -> Explanation:
-    values = fake_map(job.input) * (1 + target.class_id)
+    values = fake_map(rows_of(job)) * (1 + target.class_id)
     return Explanation(
         method=method,
         layer=layer,
@@ -254,7 +259,7 @@ def _statistics(job: Job, explained: Sequence[ClassScore]) -> list[LayerFeatures
 
 
 def _layer(job: Job, layer: str, *, kind: str, target: int | None) -> LayerFeatures:
-    values = fake_map(job.input)
+    values = fake_map(rows_of(job))
     p01, p25, p50, p75, p99 = np.quantile(values, (0.01, 0.25, 0.5, 0.75, 0.99)).tolist()
     top = min(job.options.channels, 8)
     return LayerFeatures(

@@ -15,6 +15,8 @@ from models.imaging.decode import DecodeLimits
 from service.api import errors, openapi
 from service.api.body import BodyReader
 from service.api.dependencies import Service
+from service.api.dialects.v2 import infer, metadata, statistics
+from service.api.dialects.v2 import schemas as v2
 from service.api.limiter import ConcurrencyLimiter
 from service.api.metrics import Metrics
 from service.api.middleware import RequestContext, RouteAliases
@@ -95,7 +97,7 @@ def create_app(
         redirect_slashes=False,
     )
     errors.install(app)
-    openapi.install(app)
+    openapi.install(app, requests=v2.REQUESTS, responses=v2.RESPONSES)
     if settings.security.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -132,8 +134,10 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
     keyed = [Depends(require_api_key)]
     is_limited = settings.limits.max_concurrent_per_key is not None
     limited = [*keyed, Depends(limit_key)] if is_limited else keyed
-    for module in (predict, explain, features):
+    for module in (predict, explain, features, infer):
         app.include_router(module.router, dependencies=limited)
-    app.include_router(models.router, dependencies=keyed)
+    for router in (models.router, statistics.router, metadata.models):
+        app.include_router(router, dependencies=keyed)
     app.include_router(admin.router, dependencies=[Depends(require_admin_key)])
     app.include_router(health.router)
+    app.include_router(metadata.server)

@@ -27,6 +27,10 @@ from service.devices.pool import DevicePool
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 MULTIPROCESS_DIR = "PROMETHEUS_MULTIPROC_DIR"
 
+REQUEST_SECONDS = "heatlens_request_duration_seconds"
+STAGE_SECONDS = "heatlens_stage_duration_seconds"
+LAST_REQUEST = "heatlens_last_request_timestamp_seconds"
+
 _REQUEST_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 _STAGE_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 _BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
@@ -78,13 +82,13 @@ class Metrics:
             buckets=_REQUEST_SECONDS,
         )
         self.model_request_seconds = histogram(
-            "heatlens_request_duration_seconds",
+            REQUEST_SECONDS,
             "Duration of image requests by model, operation and error code (ok if none).",
             ["model", "version", "operation", "code"],
             buckets=_REQUEST_SECONDS,
         )
         self.stage_seconds = histogram(
-            "heatlens_stage_duration_seconds",
+            STAGE_SECONDS,
             "Duration of the stages of an image.",
             ["stage", "model", "version", "operation"],
             buckets=_STAGE_SECONDS,
@@ -97,6 +101,13 @@ class Metrics:
             "Requests in progress.",
             registry=registry,
             multiprocess_mode="livesum",
+        )
+        self.last_request = Gauge(
+            LAST_REQUEST,
+            "Time of the last answered image request, in seconds since the epoch.",
+            ["model", "version"],
+            registry=registry,
+            multiprocess_mode="mostrecent",
         )
         self.rejected = counter("heatlens_rejected", "Failed requests by error code.", ["reason"])
         self.cancelled = counter(
@@ -115,6 +126,7 @@ class Metrics:
     def observe(self, reply: Reply, served: Served) -> None:
         """Record the stage durations and batch sizes of a reply's images."""
         model, operation = served.model, served.operation
+        self.last_request.labels(model, served.version).set_to_current_time()
         by_stage = {
             stage: self.stage_seconds.labels(stage, model, served.version, operation)
             for stage in STAGES
@@ -141,6 +153,10 @@ class Metrics:
     def exposition(self) -> bytes:
         """All metrics in Prometheus's text format."""
         return generate_latest(self._exposed)
+
+    def collect(self) -> Iterable[Metric]:
+        """The same, as families of samples."""
+        return self._exposed.collect()
 
 
 class DeviceCollector(Collector):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -121,6 +121,18 @@ def image_input(options: type[AnyOptions]) -> dict[str, Any]:
     }
 
 
+def infer_input() -> dict[str, Any]:
+    """The `openapi_extra` of a route that takes inference requests: JSON, or JSON and tensors."""
+    length = {
+        "name": "Inference-Header-Content-Length",
+        "in": "header",
+        "description": "Bytes of JSON before binary tensors; 0 if the body is one image.",
+        "schema": {"type": "integer", "minimum": 0},
+    }
+    content = {JSON: {"schema": _ref("InferRequest")}, BYTES: {"schema": BINARY}}
+    return {"parameters": [length], "requestBody": {"required": True, "content": content}}
+
+
 def _query_parameters(options: type[BaseModel]) -> list[dict[str, Any]]:
     parameters: list[dict[str, Any]] = []
     for name, schema in properties(options).items():
@@ -149,19 +161,28 @@ def _request_name(options: type[BaseModel]) -> str:
 # ---------------------------------------------------------------- document
 
 
-def install(app: FastAPI) -> None:
-    """Make this the application's OpenAPI document, generated on its first use."""
+def install(
+    app: FastAPI, *, requests: Sequence[type[Any]] = (), responses: Sequence[type[Any]] = ()
+) -> None:
+    """Make this the application's OpenAPI document, generated on its first use.
+
+    `requests` and `responses` are structs of dialects, in addition to those of the native API.
+    """
     generate = app.openapi
 
     @functools.cache
     def document() -> dict[str, Any]:
-        return _complete(generate())
+        found = {
+            **_option_schemas(),
+            **_struct_schemas(requests),
+            **_response_schemas([*_RESPONSES, *responses]),
+        }
+        return _complete(generate(), found)
 
     app.openapi = document  # type: ignore[method-assign] # as FastAPI documents it
 
 
-def _complete(document: dict[str, Any]) -> dict[str, Any]:
-    found = {**_option_schemas(), **_response_schemas()}
+def _complete(document: dict[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
     document.setdefault("components", {})["schemas"] = dict(sorted(found.items()))
     for path in document["paths"].values():
         for operation in path.values():
@@ -189,9 +210,15 @@ _RESPONSES: tuple[type[Any], ...] = (
 )
 
 
-def _response_schemas() -> dict[str, Any]:
-    """JSON schemas of all responses, by name."""
-    _, found = msgspec.json.schema_components(_RESPONSES, ref_template=_REF.format(model="{name}"))
+def _struct_schemas(kinds: Sequence[type[Any]]) -> dict[str, Any]:
+    """JSON schemas of structs, by name."""
+    _, found = msgspec.json.schema_components(kinds, ref_template=_REF.format(model="{name}"))
+    return found
+
+
+def _response_schemas(kinds: Sequence[type[Any]]) -> dict[str, Any]:
+    """JSON schemas of responses, by name."""
+    found = _struct_schemas(kinds)
     for schema in found.values():
         schema["description"] = schema["description"].partition("\n\n")[0]
         # A field with a default is sent like any other; only a field that is `UNSET` is absent.
