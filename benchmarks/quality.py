@@ -13,6 +13,9 @@ Faithfulness on single photographs: deletion (less is better), insertion (more i
 average drop (less is better), each minus the same measure of a random map, so that 0 is what chance
 reaches.
 
+Every mean has its standard error beside it. Time is processor time, which other work on the machine
+does not change much.
+
 To take minutes, RISE is made from 1,000 masks, Score-CAM from its 256 strongest channels, SS-CAM
 and IS-CAM from 2 samples a channel.
 """
@@ -23,6 +26,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -48,11 +52,27 @@ MEASURES = ("deletion", "insertion", "average_drop")
 START, END = "<!-- quality: begin -->", "<!-- quality: end -->"
 
 
+@dataclass(frozen=True)
+class Row:
+    """What was measured of a method.
+
+    Attributes:
+        pointing: of each map, its share in the right cell.
+        faithful: by measure, of each photograph, what it differs by from a random map's.
+        seconds: processor time of one map.
+    """
+
+    method: str
+    pointing: list[float]
+    faithful: dict[str, list[float]]
+    seconds: float
+
+
 def main(  # noqa: PLR0917  (typer reads its options off the signature)
     pictures: Annotated[Path, typer.Option(help="Folder with photographs and labels.csv.")],
     mosaics: Annotated[int, typer.Option(help="Mosaics for each method.")] = 12,
-    singles: Annotated[int, typer.Option(help="Photographs for faithfulness.")] = 6,
-    slow: Annotated[int, typer.Option(help="Of both, for methods of many passes.")] = 2,
+    singles: Annotated[int, typer.Option(help="Photographs for faithfulness.")] = 12,
+    slow: Annotated[int, typer.Option(help="Of both, for methods of many passes.")] = 4,
     methods: Annotated[str, typer.Option(help="Comma-separated; all applicable by default.")] = "",
     write: Annotated[Path | None, typer.Option(help="Document to put the table into.")] = None,
 ) -> None:
@@ -76,8 +96,10 @@ def main(  # noqa: PLR0917  (typer reads its options off the signature)
             many = METHODS[name].cost == "many"
             chosen, alone = scenes[: slow if many else None], known[: slow if many else singles]
             pointing = _pointing(engine, mosaic, name, chosen)
-            faithful, seconds = _faithfulness(engine, single, name, alone)
-            rows.append((name, pointing, len(chosen) * 4, faithful, seconds))
+            faithful = _faithfulness(engine, single, name, alone)
+            seconds = _seconds(engine, single, name, alone[0])
+            rows.append(Row(name, pointing, faithful, seconds))
+            progress.console.print(_table(rows[-1:]).splitlines()[-1], markup=False)
             progress.advance(task)
     table = _table(rows)
     console.print(table, markup=False)
@@ -121,8 +143,8 @@ def _pointing(
     warm: WarmModel,
     name: str,
     scenes: Sequence[tuple[np.ndarray, list[int]]],
-) -> float:
-    """Mean share of the drawn map inside the cell of the explained class."""
+) -> list[float]:
+    """For each map, the share of it as it is drawn that lies in the cell of the explained class."""
     shares = []
     for pixels, classes in scenes:
         outcome = answer(engine, job_for(warm, pixels, _options(warm, name, classes)))
@@ -136,27 +158,29 @@ def _pointing(
             y, x = divmod(cell, 2)
             inside = positive[y * SIDE : (y + 1) * SIDE, x * SIDE : (x + 1) * SIDE].sum()
             shares.append(float(inside / positive.sum()) if positive.any() else 0.25)
-    return float(np.mean(shares))
+    return shares
 
 
 def _faithfulness(
     engine: Engine, warm: WarmModel, name: str, known: Sequence[Photograph]
-) -> tuple[dict[str, float], float]:
-    """Mean of each measure less that of random maps, and the median seconds of a map without them."""
-    sums: dict[str, list[float]] = defaultdict(list)
-    seconds = []
+) -> dict[str, list[float]]:
+    """Each measure, less that of a random map, of every photograph."""
+    found: dict[str, list[float]] = defaultdict(list)
     for photograph in known:
         options = _options(warm, name, [photograph.class_id])
-        started = time.perf_counter()
-        answer(engine, job_for(warm, photograph.pixels, options))
-        seconds.append(time.perf_counter() - started)
         options = structs.replace(options, faithfulness=MEASURES)
         outcome = answer(engine, job_for(warm, photograph.pixels, options))
         for measure, pair in outcome.explanations[0].faithfulness.items():
-            sums[measure].append(pair.value - pair.random)
-    return {measure: float(np.mean(values)) for measure, values in sums.items()}, float(
-        np.median(seconds)
-    )
+            found[measure].append(pair.value - pair.random)
+    return found
+
+
+def _seconds(engine: Engine, warm: WarmModel, name: str, photograph: Photograph) -> float:
+    """Processor seconds of one map."""
+    options = _options(warm, name, [photograph.class_id])
+    started = time.process_time()
+    answer(engine, job_for(warm, photograph.pixels, options))
+    return time.process_time() - started
 
 
 def _options(warm: WarmModel, name: str, classes: Sequence[int]) -> JobOptions:
@@ -169,15 +193,27 @@ def _options(warm: WarmModel, name: str, classes: Sequence[int]) -> JobOptions:
     )
 
 
-def _table(rows: Sequence[tuple[str, float, int, dict[str, float], float]]) -> str:
+def _table(rows: Sequence[Row]) -> str:
     lines = [
-        "| method | pointing, % in the cell | maps | deletion | insertion | average drop | s a map |",
-        "|---|---|---|---|---|---|---|",
+        "| method | pointing, % in the cell | maps | deletion | insertion | average drop | "
+        "photographs | s a map |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for name, pointing, maps, faithful, seconds in sorted(rows, key=lambda row: -row[1]):
-        measures = " | ".join(f"{faithful[m]:+.3f}" for m in MEASURES)
-        lines.append(f"| `{name}` | {100 * pointing:.1f} | {maps} | {measures} | {seconds:.3f} |")
+    for row in sorted(rows, key=lambda row: -np.mean(row.pointing)):
+        measures = " | ".join(_mean(row.faithful[m], "+.3f") for m in MEASURES)
+        pointing = _mean([100 * share for share in row.pointing], ".1f")
+        alone = len(row.faithful[MEASURES[0]])
+        lines.append(
+            f"| `{row.method}` | {pointing} | {len(row.pointing)} | {measures} | {alone} | "
+            f"{row.seconds:.3f} |"
+        )
     return "\n".join(lines)
+
+
+def _mean(values: Sequence[float], digits: str) -> str:
+    """The mean and its standard error."""
+    error = np.std(values, ddof=1) / len(values) ** 0.5
+    return f"{np.mean(values):{digits}} ± {error:{digits.removeprefix('+')}}"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import UnknownLayer
-from models.hooks import ForwardHook, HookStack
+from models.hooks import ForwardHook, ForwardPreHook, HookStack, find_call
 from models.types import Kind
 
 _VIEW_CONFLICT = "BackwardHookFunction"
@@ -26,7 +26,8 @@ class Tap:
     """A tensor wanted from the pass.
 
     Attributes:
-        layer: dotted module name.
+        layer: dotted module name, or `name#2` for the second call of a module in the pass; a bare
+            name is every call of it.
         kind: which of the module's tensors: its output, its (first) input, or the gradient of
             either.
         keep: what is kept of the tensor, called inside the hook with the detached tensor; keeping
@@ -50,7 +51,11 @@ class Extractor:
     after it. `.grad` is never written.
 
     Inputs come from forward pre-hooks, outputs from forward hooks, gradients of outputs from tensor
-    hooks, gradients of inputs from full backward hooks.
+    hooks, gradients of inputs from full backward hooks, or from tensor hooks on the copy that the
+    module is given: both say what the module itself passes back, whoever else uses its input.
+
+    A tensor whose first dimension is not the batch ends the pass: what is kept of it would belong
+    to another image.
 
         with Extractor(model, [Tap("layer4", "output"), Tap("layer4", "grad_output")]) as extractor:
             logits = extractor.forward(x)
@@ -58,8 +63,7 @@ class Extractor:
             activation = extractor.caught("layer4", "output")
             gradient = extractor.caught("layer4", "grad_output")
 
-    A module that is called several times in a pass gives what its last call gave, so `models.proof`
-    refuses such a layer.
+    An extractor is for one pass.
     """
 
     def __init__(
@@ -92,7 +96,8 @@ class Extractor:
         # Looked up one by one: listing a model's hundreds of modules costs more than a small pass
         # may.
         named = [*(tap.layer for tap in taps), *(layer for layer, _ in changes)]
-        self._modules = {layer: _submodule(module, layer) for layer in named}
+        self._calls = {layer: _find(module, layer) for layer in named}
+        self._images = 0
 
     @property
     def records_graph(self) -> bool:
@@ -163,70 +168,70 @@ class Extractor:
         return self._caught.get((layer, kind))
 
     def _call(self, inputs: Tensor) -> Tensor:
+        self._images = len(inputs)
         output: Tensor = self._module(inputs)
         return output
 
     def _register(self) -> None:
         for layer, change in self._changes:
-            self._hooks.forward(self._modules[layer], change)
+            module, call = self._calls[layer]
+            self._hooks.forward(module, change, call=call)
         layers: dict[str, dict[Kind, Tap]] = {}
         for tap in self._taps:
             layers.setdefault(tap.layer, {})[tap.kind] = tap
         for layer, taps in layers.items():
-            module = self._modules[layer]
+            module, call = self._calls[layer]
+            # A full backward hook does not tell the calls of a module apart.
+            by_module = "grad_input" in taps and call is None and not self._tensor_hooks_only
             if "input" in taps or "grad_input" in taps:
-                self._hooks.forward_pre(module, self._input_hook(taps))
-            if "grad_input" in taps and not self._tensor_hooks_only:
+                by_tensor = "grad_input" in taps and not by_module
+                hook = self._input_hook(taps, by_tensor=by_tensor)
+                self._hooks.forward_pre(module, hook, call=call)
+            if by_module:
                 self._hooks.full_backward(module, self._module_hook(taps["grad_input"]))
             if "output" in taps or "grad_output" in taps:
-                self._hooks.forward(module, self._output_hook(taps))
+                self._hooks.forward(module, self._output_hook(taps), call=call)
 
-    def _input_hook(
-        self, taps: dict[Kind, Tap]
-    ) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]:
+    def _input_hook(self, taps: dict[Kind, Tap], *, by_tensor: bool) -> ForwardPreHook:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            tensor, rest = _first(args)
-            if tensor is None:
+            if not args or not isinstance(args[0], Tensor):
                 return None
-            handed_on = self._tap(tensor, taps.get("input"), taps.get("grad_input"))
-            return None if handed_on is None else (handed_on, *rest)
+            gradient = taps.get("grad_input")
+            given = self._tap(args[0], taps.get("input"), gradient)
+            if by_tensor and gradient is not None and given is not None and given.requires_grad:
+                # Of the copy that this module receives: others may use the same tensor.
+                self._hooks.tensor(given, self._tensor_hook(gradient))
+            return None if given is None else (given, *args[1:])
 
         return hook
 
-    def _output_hook(
-        self, taps: dict[Kind, Tap]
-    ) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
-        def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-            tensor, rest = _first(output)
-            if tensor is None:
+    def _output_hook(self, taps: dict[Kind, Tap]) -> ForwardHook:
+        def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Tensor | None:
+            if not isinstance(output, Tensor):
                 return None
-            handed_on = self._tap(tensor, taps.get("output"), taps.get("grad_output"))
-            if handed_on is None or isinstance(output, Tensor):
-                return handed_on
-            return type(output)((handed_on, *rest))
+            gradient = taps.get("grad_output")
+            handed_on = self._tap(output, taps.get("output"), gradient)
+            if gradient is not None and handed_on is not None and handed_on.requires_grad:
+                self._hooks.tensor(handed_on, self._tensor_hook(gradient))
+            return handed_on
 
         return hook
 
     def _tap(self, tensor: Tensor, value: Tap | None, gradient: Tap | None) -> Tensor | None:
-        """Tap a tensor and its gradient; returns what the model goes on with instead, if any."""
-        if gradient is None:
-            if value is None:
-                return None
+        """Tap a tensor; returns the copy that the model goes on with instead, if it needs one."""
+        if tensor.ndim == 0 or len(tensor) != self._images:
+            layer = next(tap.layer for tap in (value, gradient) if tap is not None)
+            raise UnknownLayer(f"{layer} cannot be used: its first dimension is not the image.")
+        if value is not None:
             self._catch(value, tensor)
-            return tensor.clone() if value.shares_memory else None
+        # What a model makes under inference mode takes no part in a graph.
+        if gradient is None or tensor.is_inference():
+            return tensor.clone() if value is not None and value.shares_memory else None
         # The tensor as a node of the graph: itself where the graph has begun, else the graph's
         # start.
         root = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
         self._roots.append(root)
-        if value is not None:
-            self._catch(value, root)
-        received = root.clone()
-        if gradient.kind == "grad_output":
-            self._hooks.tensor(root, self._tensor_hook(gradient))
-        elif self._tensor_hooks_only:
-            # Of the clone that this module receives: others may use the same tensor.
-            self._hooks.tensor(received, self._tensor_hook(gradient))
-        return received
+        return root.clone()
 
     def _tensor_hook(self, tap: Tap) -> Callable[[Tensor], None]:
         def hook(gradient: Tensor) -> None:
@@ -245,17 +250,8 @@ class Extractor:
         self._caught[tap.layer, tap.kind] = tap.keep(tensor.detach())
 
 
-def _submodule(module: nn.Module, layer: str) -> nn.Module:
+def _find(module: nn.Module, layer: str) -> tuple[nn.Module, int | None]:
     try:
-        return module.get_submodule(layer)
+        return find_call(module, layer)
     except AttributeError:
         raise UnknownLayer(f"The model has no layer {layer!r}.") from None
-
-
-def _first(value: Any) -> tuple[Tensor | None, tuple[Any, ...]]:
-    """The first tensor of a module's inputs or outputs, and what follows it."""
-    if isinstance(value, Tensor):
-        return value, ()
-    if isinstance(value, (tuple, list)) and value and isinstance(value[0], Tensor):
-        return value[0], tuple(value[1:])
-    return None, ()

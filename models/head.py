@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.hooks import HookStack
+from models.hooks import HookStack, find_call
 from models.layers import TokenLayout, to_map
 from models.probe import probe_batch
 from models.targets import class_scores
@@ -136,7 +136,8 @@ def _run(module: nn.Module, layer_name: str, task: Task, probe: Tensor) -> _Cut:
         linears.append((child, output))
 
     with torch.enable_grad(), HookStack() as hooks:
-        hooks.forward(module.get_submodule(layer_name), cut)
+        layer, call = find_call(module, layer_name)
+        hooks.forward(layer, cut, call=call)
         for child in module.modules():
             if isinstance(child, nn.Linear) or (
                 isinstance(child, nn.Conv2d) and child.kernel_size == (1, 1) and child.groups == 1

@@ -9,6 +9,7 @@ recorded graph.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
 from types import TracebackType
 from typing import Any, Self
 
@@ -49,13 +50,15 @@ class HookStack:
         """Number of hooks that are registered now."""
         return len(self._handles)
 
-    def forward_pre(self, module: nn.Module, hook: ForwardPreHook) -> None:
-        """Call `hook(module, args)` before `module` runs."""
-        self._handles.append(module.register_forward_pre_hook(hook))
+    def forward_pre(
+        self, module: nn.Module, hook: ForwardPreHook, *, call: int | None = None
+    ) -> None:
+        """Call `hook(module, args)` before `module` runs; before one call of a pass, from 1, only."""
+        self._handles.append(module.register_forward_pre_hook(_at(call, hook)))
 
-    def forward(self, module: nn.Module, hook: ForwardHook) -> None:
-        """Call `hook(module, args, output)` after `module` ran."""
-        self._handles.append(module.register_forward_hook(hook))
+    def forward(self, module: nn.Module, hook: ForwardHook, *, call: int | None = None) -> None:
+        """Call `hook(module, args, output)` after `module` ran; after one call of a pass only."""
+        self._handles.append(module.register_forward_hook(_at(call, hook)))
 
     def full_backward(self, module: nn.Module, hook: BackwardHook) -> None:
         """Call `hook(module, grad_input, grad_output)` when gradients at `module` are known.
@@ -77,3 +80,25 @@ class HookStack:
         """Remove every hook; safe to call twice."""
         while self._handles:
             self._handles.pop().remove()
+
+
+def find_call(root: nn.Module, layer: str) -> tuple[nn.Module, int | None]:
+    """The module that a layer's name means, and which of its calls: `name#2` is the second.
+
+    Raises:
+        AttributeError: there is no such module.
+    """
+    path, _, call = layer.partition("#")
+    return root.get_submodule(path), int(call) if call else None
+
+
+def _at(call: int | None, hook: Callable[..., Any]) -> Callable[..., Any]:
+    """The hook at one call of its module, from 1; at every call if that is None."""
+    if call is None:
+        return hook
+    calls = count(1)
+
+    def only(*args: Any) -> Any:
+        return hook(*args) if next(calls) == call else None
+
+    return only

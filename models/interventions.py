@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.errors import InvalidOption
+from models.errors import InvalidOption, UnknownLayer
 from models.hooks import ForwardHook
 from models.layers import Layouts
 from models.types import Intervention
@@ -26,15 +26,17 @@ def changes_for(
             by_layer.setdefault(change.layer, []).append((row, change))
     images = len(interventions)
     return [
-        (name, _hook(found, layouts.get(name) is not None, images))
+        (name, _hook(name, found, layouts.get(name) is not None, images))
         for name, found in by_layer.items()
     ]
 
 
-def _hook(changes: list[tuple[int, Intervention]], channels_last: bool, images: int) -> ForwardHook:
+def _hook(
+    layer: str, changes: list[tuple[int, Intervention]], channels_last: bool, images: int
+) -> ForwardHook:
     def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        if not isinstance(output, Tensor) or len(output) != images:
-            raise InvalidOption("Only layers whose output has one row per image can be changed.")
+        if not isinstance(output, Tensor) or output.ndim == 0 or len(output) != images:
+            raise UnknownLayer(f"{layer} cannot be changed: its first dimension is not the image.")
         changed = output.clone()
         for row, change in changes:
             _apply(changed[row], change, channels_last or output.ndim == 3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,24 +19,25 @@ PROBE_IMAGES = 3
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Call:
-    """What one module returned in a probed forward, in its last call.
+    """What one module returned in one call of a probed forward.
 
     Attributes:
+        name: dotted name of the module, followed by `#2` for its second call where it has several.
+        path: dotted name of the module.
         output: the tensor, with its graph; None if the module returned anything but one tensor, or
             a quantised one, of which nothing can be computed.
         values: identifies the values at the moment of return: a block and its last module, a view
             and an identity share it, an in-place successor does not.
-        times: how often the module was called.
         checksum: see `row_checksum`.
         input_values: as `values`, of the module's first input.
         input_shape: of that input; empty if it is no tensor.
     """
 
     name: str
+    path: str
     module: nn.Module
     output: Tensor | None
     values: tuple[int, ...]
-    times: int
     checksum: tuple[float, float] | None = None
     input_values: tuple[int, ...] = ()
     input_shape: tuple[int, ...] = ()
@@ -55,15 +56,16 @@ class Trace:
         module: the model.
         probe: (N, 3, H, W), its input.
         scores: (N, classes), with the graph back to every recorded output.
-        calls: modules that were called except the root, by name, in the order of their return.
-        names: the same names in the order in which the model defines them.
+        calls: calls of all modules except the root, by name, in the order of their return.
+        times: how often each module was called, by dotted name, in the order in which the model
+            defines them.
     """
 
     module: nn.Module
     probe: Tensor
     scores: Tensor
     calls: Mapping[str, Call]
-    names: tuple[str, ...]
+    times: Mapping[str, int]
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -93,38 +95,40 @@ def trace(module: nn.Module, task: Task, probe: Tensor) -> Trace:
     All outputs and their graph are kept until the trace is dropped: about the memory of a training
     step on the probe, which has at least two images to tell batches from windows of one image.
     """
-    calls: dict[str, Call] = {}
+    recorded: list[Call] = []
     times: Counter[str] = Counter()
-    names = {child: name for name, child in module.named_modules() if name}
+    paths = {child: path for path, child in module.named_modules() if path}
 
     def record(child: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        name = names[child]
-        times[name] += 1
+        path = paths[child]
+        times[path] += 1
         tensor = output if isinstance(output, Tensor) and not output.is_quantized else None
         given = args[0] if args and isinstance(args[0], Tensor) else None
-        calls.pop(name, None)
-        calls[name] = Call(
-            name=name,
-            module=child,
-            output=tensor,
-            values=() if tensor is None else _values(tensor),
-            times=times[name],
-            checksum=None if tensor is None else row_checksum(tensor),
-            input_values=() if given is None else _values(given),
-            input_shape=() if given is None else tuple(given.shape),
+        recorded.append(
+            Call(
+                name=f"{path}#{times[path]}",
+                path=path,
+                module=child,
+                output=tensor,
+                values=() if tensor is None else _values(tensor),
+                checksum=None if tensor is None else row_checksum(tensor),
+                input_values=() if given is None else _values(given),
+                input_shape=() if given is None else tuple(given.shape),
+            )
         )
 
     with torch.enable_grad(), HookStack() as hooks:
-        for child in names:
+        for child in paths:
             hooks.forward(child, record)
         # Not the leaf itself: a model may work on its input in place.
         scores, _ = class_scores(module(probe.detach().requires_grad_().clone()), task)
+    named = [replace(c, name=c.path) if times[c.path] == 1 else c for c in recorded]
     return Trace(
         module=module,
         probe=probe,
         scores=scores,
-        calls=calls,
-        names=tuple(name for name in names.values() if name in calls),
+        calls={call.name: call for call in named},
+        times={path: times[path] for path in paths.values() if path in times},
     )
 
 

@@ -1,15 +1,15 @@
 """Proofs, on a model's own tensors, of what each of its layers may be used for.
 
-A layer may be read and changed if its first dimension is the image at every size of batch, its
-values do not depend on the other images, and it is called once in a pass. It is a map if its
-positions respond to the image where they claim to lie: patches of the image are changed one at a
-time, and the response of the layer, relative to its mean response, must move with the patch in both
-directions. So neither the number of tokens nor the shape of an output decides.
+A layer may be read and changed if its first dimension is the image at every size of batch, and its
+values do not depend on the other images. It is a map if its positions respond to the image where
+they claim to lie (`models.locality`). A module that a pass calls several times is as many layers,
+named `act#1`, `act#2` and so on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,28 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from models.hooks import HookStack
-from models.layers import TokenLayout, candidate_layouts, to_map
+from models.layers import TokenLayout, candidate_layouts
+from models.locality import Locality, Verdict, judge, patched
 from models.probe import Call, Trace, row_checksum
 from models.types import LayerInfo
 
-_ROWS = 3
-"""Patches in each direction."""
-_PATCH = 7
-"""Part of the image's side that a patch covers, as a divisor."""
-_LEAST_CORRELATION = 0.6
-_LEAST_SLOPE = 0.3
-_FEW_POSITIONS = 16
-"""Maps of so few positions see the whole image at each: their response cannot be measured."""
-_NOISE = 1e-11
-"""Energy of a response, relative to that of the map, that may be rounding."""
-_CHANNELS = 32
-"""Channels that are looked at, evenly spread."""
 _COMPANY_TOLERANCE = 1e-3
 
 NOT_THE_IMAGE = "its first dimension is not the image"
-SEVERAL_CALLS = "it is called {} times in a pass, so its name does not say which call is meant"
+SEVERAL_CALLS = "it is called {0} times in a pass; name one of them: {1}#1 to {1}#{0}"
 NO_TENSOR = "its output is not one tensor, or quantised"
 NOT_A_MAP = "its output is not a map of the image"
+VARYING = "it is not called as often in every pass"
 ELSEWHERE = "its positions do not lie in the image as their order says"
 
 
@@ -96,22 +86,23 @@ def input_layouts(
 
 
 def layer_infos(trace: Trace, proofs: Proofs, *, target_layer: str | None) -> tuple[LayerInfo, ...]:
-    """Describe every module that was called, in the order in which the model defines them."""
+    """Describe every layer, in the order in which the model defines them."""
     return tuple(
-        _layer_info(trace.calls[name], proofs[name], recommended=name == target_layer)
-        for name in trace.names
+        _layer_info(name, trace, proofs[name], recommended=name == target_layer) for name in proofs
     )
 
 
-def _layer_info(call: Call, proof: LayerProof, *, recommended: bool) -> LayerInfo:
+def _layer_info(name: str, trace: Trace, proof: LayerProof, *, recommended: bool) -> LayerInfo:
+    call = trace.calls.get(name)
+    module = trace.module.get_submodule(name) if call is None else call.module
     return LayerInfo(
-        name=call.name,
-        type=type(call.module).__name__,
-        output_shape=() if call.output is None else tuple(call.output.shape[1:]),
+        name=name,
+        type=type(module).__name__,
+        output_shape=() if call is None or call.output is None else tuple(call.output.shape[1:]),
         spatial=proof.spatial,
-        parameters=sum(parameter.numel() for parameter in call.module.parameters()),
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
         recommended=recommended,
-        calls=call.times,
+        calls=trace.times.get(name, 1),
         usable=proof.usable,
         reason=proof.reason,
     )
@@ -121,20 +112,28 @@ def prove_layers(trace: Trace) -> dict[str, LayerProof]:
     """Prove all layers of a traced model on the CPU, in one pass of ten images.
 
     Returns:
-        A proof for each layer of the trace, in its order.
+        A proof for each call by its name, and one for the bare name of modules with several, in the
+        order in which the model defines them.
     """
     measured = _measure(trace)
-    proofs: dict[str, LayerProof] = {}
     verdicts: dict[str, bool] = {}
+    made: dict[str, LayerProof] = {}
     for name, call in trace.calls.items():
         if call.output is None:
-            proofs[name] = LayerProof(usable=False, reason=NO_TENSOR)
-        elif call.times > 1:
-            proofs[name] = LayerProof(usable=False, reason=SEVERAL_CALLS.format(call.times))
-        elif name not in measured or not measured[name].agrees_with(call, images=len(trace.probe)):
-            proofs[name] = LayerProof(usable=False, reason=NOT_THE_IMAGE)
+            made[name] = LayerProof(usable=False, reason=NO_TENSOR)
+        elif name not in measured:
+            made[name] = LayerProof(usable=False, reason=VARYING)
+        elif not measured[name].agrees_with(call, images=len(trace.probe)):
+            made[name] = LayerProof(usable=False, reason=NOT_THE_IMAGE)
         else:
-            proofs[name] = _spatial_proof(measured[name].localities, verdicts)
+            made[name] = _spatial_proof(measured[name].localities, verdicts)
+    proofs: dict[str, LayerProof] = {}
+    for path, times in trace.times.items():
+        if times > 1:
+            reason = SEVERAL_CALLS.format(times, path)
+            proofs[path] = LayerProof(usable=False, reason=reason)
+        names = [path] if times == 1 else [f"{path}#{i}" for i in range(1, times + 1)]
+        proofs |= {name: made[name] for name in names}
     return proofs
 
 
@@ -145,12 +144,12 @@ class _Measured:
     Attributes:
         rows_are_images: whether it has as many rows as there were images.
         checksum: of its first row, which belongs to the first image of the trace, too.
-        localities: by layout that it may have.
+        localities: in each layout that it may have.
     """
 
     rows_are_images: bool
     checksum: tuple[float, float] | None
-    localities: Mapping[TokenLayout | None, _Locality]
+    localities: Sequence[Locality]
 
     def agrees_with(self, call: Call, *, images: int) -> bool:
         """Whether dimension 0 is the image in both passes, with the same values for the same."""
@@ -165,74 +164,48 @@ class _Measured:
 
 def _measure(trace: Trace) -> dict[str, _Measured]:
     candidates = candidate_layouts(trace)
-    images, places = _patched(trace.probe[0])
+    images, places = patched(trace.probe[0])
     measured: dict[str, _Measured] = {}
+    passed: Counter[str] = Counter()
 
-    def record(name: str) -> Any:
+    def record(path: str) -> Any:
         def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-            if not isinstance(output, Tensor) or output.ndim == 0:
+            passed[path] += 1
+            if not isinstance(output, Tensor):
                 return
-            fits = len(output) == len(images)
+            name = path if trace.times[path] == 1 else f"{path}#{passed[path]}"
+            fits = output.ndim > 0 and len(output) == len(images)
             layouts = candidates.get(name, ()) if fits else ()
-            found = {layout: _locality(to_map(output, layout), places) for layout in layouts}
+            found = [Locality.of(output, layout, places) for layout in layouts]
             measured[name] = _Measured(fits, row_checksum(output), found)
 
         return hook
 
     with torch.inference_mode(), HookStack() as hooks:
-        for name, call in trace.calls.items():
-            if call.times == 1 and call.output is not None:
-                hooks.forward(call.module, record(name))
+        for path in trace.times:
+            hooks.forward(trace.module.get_submodule(path), record(path))
         trace.module(images.contiguous(memory_format=torch.channels_last))
-    return measured
+    same = {path for path, times in trace.times.items() if passed[path] == times}
+    return {name: found for name, found in measured.items() if name.partition("#")[0] in same}
 
 
-# ---------------------------------------------------------------- locality
-
-
-@dataclass(frozen=True)
-class _Locality:
-    """How a layer's response moves with the patch, the worse of both directions.
-
-    Attributes:
-        positions: number of the map's positions.
-        correlation, slope: of the response's centre against the patch's; None without a response.
-    """
-
-    positions: int
-    correlation: float | None = None
-    slope: float = 0.0
-
-    @property
-    def holds(self) -> bool:
-        return (
-            self.correlation is not None
-            and self.correlation >= _LEAST_CORRELATION
-            and self.slope >= _LEAST_SLOPE
-        )
-
-    @property
-    def is_measurable(self) -> bool:
-        return self.correlation is not None and self.positions > _FEW_POSITIONS
-
-
-def _spatial_proof(
-    found: Mapping[TokenLayout | None, _Locality], verdicts: dict[str, bool]
-) -> LayerProof:
+def _spatial_proof(found: Sequence[Locality], verdicts: dict[str, bool]) -> LayerProof:
     """The proof of a usable layer.
 
-    Where no response can be measured, because the map has few positions or the layer is constant,
-    the layout counts as proved if layers before it were proved in the same kind of layout, and for
-    tokens, whose order may change on the way, if the last of them was. `verdicts` keeps that.
+    Where nothing can be told, because the map has few positions or the layer is constant, the
+    likeliest layout counts as proved if layers before it were proved in the same kind of layout,
+    and for tokens, whose order may change on the way, if the last of them was. `verdicts` keeps
+    that.
     """
-    for layout, locality in found.items():
-        if locality.holds:
-            verdicts[_kind(layout)] = True
-            return LayerProof(usable=True, spatial=True, layout=layout)
-    for layout, locality in found.items():
-        if not locality.is_measurable and verdicts.get(_kind(layout), not verdicts):
-            return LayerProof(usable=True, spatial=True, layout=layout)
-    if any(_kind(layout) == "tokens" and found[layout].is_measurable for layout in found):
+    verdict, best = judge(found)
+    if best is not None and verdict is Verdict.PROVED:
+        verdicts[_kind(best.layout)] = True
+        return LayerProof(usable=True, spatial=True, layout=best.layout)
+    if best is not None and verdict is Verdict.OPEN:
+        for one in found:
+            if verdicts.get(_kind(one.layout), not verdicts):
+                return LayerProof(usable=True, spatial=True, layout=one.layout)
+    if verdict is Verdict.REFUTED and any(_kind(one.layout) == "tokens" for one in found):
         verdicts["tokens"] = False
     return LayerProof(usable=True, reason=ELSEWHERE if found else NOT_A_MAP)
 
@@ -241,50 +214,3 @@ def _kind(layout: TokenLayout | None) -> str:
     if layout is None:
         return "channels first"
     return "channels last" if layout.channels_last else "tokens"
-
-
-def _patched(image: Tensor) -> tuple[Tensor, Tensor]:
-    """The image and copies with one patch changed; the centres of the patches, (P, 2) in [0, 1]."""
-    generator = torch.Generator().manual_seed(1)
-    channels, height, width = image.shape
-    size = (max(1, height // _PATCH), max(1, width // _PATCH))
-    images, places = [image], []
-    for row in range(_ROWS):
-        for column in range(_ROWS):
-            top = round((row + 0.5) * height / _ROWS - size[0] / 2)
-            left = round((column + 0.5) * width / _ROWS - size[1] / 2)
-            changed = image.clone()
-            patch = 3 * torch.randn(channels, *size, generator=generator)
-            changed[:, top : top + size[0], left : left + size[1]] = patch
-            images.append(changed)
-            places.append([(top + size[0] / 2) / height, (left + size[1] / 2) / width])
-    return torch.stack(images), torch.tensor(places)
-
-
-def _locality(maps: Tensor, places: Tensor) -> _Locality:
-    """Measure how the response of maps (1 + P, C, h, w) moves with the patches at `places`."""
-    maps = maps[:, :: max(1, maps.shape[1] // _CHANNELS)].float()
-    response = (maps[1:] - maps[:1]).square().sum(1)
-    positions = response[0].numel()
-    mean = response.mean(0)
-    felt, noise = response.sum((1, 2)), _NOISE * maps[0].square().sum()
-    if not bool((felt > noise).all()) or not bool(mean.isfinite().all()):
-        return _Locality(positions)
-    # Where a patch is felt more than patches are on average: global attention is felt everywhere.
-    tiny = mean.mean() * 1e-12
-    relative = (response + tiny) / (mean + tiny)
-    excess = (relative / relative.mean((1, 2), keepdim=True) - 1).clamp_min(0).square()
-    total = excess.sum((1, 2))
-    correlations, slopes = [], []
-    for axis, size in enumerate(maps.shape[-2:]):
-        if size == 1:
-            continue
-        steps = (torch.arange(size) + 0.5) / size
-        centre = (excess.sum(2 - axis) * steps).sum(1) / total.clamp_min(1e-30)
-        moved, expected = centre - centre.mean(), places[:, axis] - places[:, axis].mean()
-        product = (moved * expected).sum()
-        correlations.append(float(product / (moved.norm() * expected.norm()).clamp_min(1e-12)))
-        slopes.append(float(product / expected.square().sum()))
-    if not correlations:
-        return _Locality(positions)
-    return _Locality(positions, min(correlations), min(slopes))

@@ -151,8 +151,8 @@ def _target_layer(configured: str, traced: Trace, proofs: Proofs) -> str | None:
     layouts = layouts_of(proofs)
     if configured == "auto":
         return choose_target_layer(traced, layouts)
-    if configured not in traced.calls:
-        close = get_close_matches(configured, traced.calls, n=3)
+    if configured not in proofs:
+        close = get_close_matches(configured, proofs, n=3)
         hint = f" Close names: {', '.join(close)}." if close else ""
         raise ModelLoadFailed(f"The model runs no layer named {configured}.{hint}")
     if configured not in layouts:

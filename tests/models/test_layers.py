@@ -184,7 +184,7 @@ def test_a_block_that_ends_with_pooling_is_explained_before_it():
     assert chosen(nn.Sequential(trunk, nn.Flatten(), nn.Linear(256, 5))) == "0.0"
 
 
-def test_a_module_called_twice_is_not_named():
+def test_of_a_module_called_twice_the_call_is_named():
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -195,7 +195,7 @@ def test_a_module_called_twice_is_not_named():
         def forward(self, x):
             return self.head(self.act(self.two(self.act(self.one(x)))).mean((2, 3)))
 
-    assert chosen(Twice()) == "two"
+    assert chosen(Twice()) == "act#2"
 
 
 def test_class_maps_are_better_than_nothing():

@@ -49,16 +49,16 @@ class Blocks(nn.Module):
 
 def test_a_trace_tells_who_made_which_values():
     traced = trace(Blocks().eval().requires_grad_(False), "single_label", probe_batch(SIZE))
-    assert traced.names == ("block", "block.0", "block.1", "shared", "idle", "head")
+    assert list(traced.times) == ["block", "block.0", "block.1", "shared", "idle", "head"]
     assert [call.name for call in traced.calls.values()] == [
-        "block.0", "block.1", "block", "idle", "shared", "head",
+        "block.0", "block.1", "block", "idle", "shared#1", "shared#2", "head",
     ]  # fmt: skip
     assert [[call.name for call in group] for group in traced.groups()] == [
-        ["block.0"], ["block.1", "block", "idle"], ["shared"], ["head"],
+        ["block.0"], ["block.1", "block", "idle"], ["shared#1"], ["shared#2"], ["head"],
     ]  # fmt: skip
     assert traced.calls["block.0"].overwritten
     assert not traced.calls["block"].overwritten
-    assert traced.calls["shared"].times == 2
+    assert traced.times["shared"] == 2
     assert traced.scores.requires_grad
 
 

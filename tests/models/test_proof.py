@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from models.engine import Engine
+from models.errors import ModelLoadFailed
 from models.layers import TokenLayout
 from models.probe import probe_batch, trace
 from models.proof import NOT_THE_IMAGE, input_layouts, layouts_of, prove_layers
-from models.types import Failure, Preprocess, Target
+from models.types import Failure, Intervention, Preprocess, Target
 from tests.models.conftest import OneModel, PoolNet, frozen
 from tests.models.preparation.conftest import blocks, warm
 from tests.models.test_engine import finish, index, job, normalised
@@ -93,9 +96,41 @@ def test_shuffled_tokens_are_no_map_and_tokens_in_order_are():
         assert proofs["named"].spatial is spatial
 
 
-def test_a_transposed_map_is_none():
-    _, proofs = proved(through(lambda x: x.mT))
-    assert not proofs["named"].spatial
+@pytest.mark.parametrize("channels", [4, 8, 32, 48])
+@pytest.mark.parametrize("patch", [4, 8])
+def test_a_transposed_map_is_none(channels, patch):
+    for seed in range(4):
+        torch.manual_seed(seed)
+        net = through(lambda x: x.mT, patch=patch, channels=channels, crop=(48, 48))
+        _, proofs = proved(net, crop=(48, 48))
+        assert not proofs["named"].spatial
+        assert proofs["embed"].spatial
+
+
+@pytest.mark.parametrize(("before", "behind"), [(1, 0), (0, 1), (5, 0), (1, 4), (2, 2)])
+def test_tokens_without_a_place_may_stand_on_both_sides(before, behind):
+    torch.manual_seed(0)
+    first, last = torch.randn(1, before, 6), torch.randn(1, behind, 6)
+    mix = nn.Linear(64 + before + behind, 64 + before + behind)
+
+    class Mixed(Through):
+        def __init__(self) -> None:
+            super().__init__(lambda x: x)
+            self.joined, self.mixed = nn.LayerNorm(6), nn.Hardtanh(-9.0, 9.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = [t.expand(len(x), -1, -1) for t in (first, last)]
+            x = torch.cat([tokens[0], self.embed(x).flatten(2).mT, tokens[1]], 1)
+            x = self.joined(x)
+            return self.fc(self.mixed(x + mix(x.mT).mT).flatten(1))
+
+    net = Mixed()
+    net(torch.zeros(1, 3, 32, 32))
+    layouts = layouts_of(proved(net)[1])
+    layout = TokenLayout(grid=(8, 8), prefix=before)
+    assert (layouts["joined"], layouts["mixed"]) == (layout, layout)
+    tokens = torch.arange(64.0 + before + behind)[None, :, None]
+    assert layout.to_map(tokens).flatten().tolist() == [before + i for i in range(64)]
 
 
 def test_a_map_may_be_finer_in_one_direction():
@@ -140,32 +175,89 @@ def test_an_input_is_read_in_its_own_layout():
 class Shared(PoolNet):
     """One activation module after every convolution, as in the residual networks of torchvision."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.ELU(inplace=True)
+        self.fc = nn.Linear(6 * 4 * 4, 5)
+
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.body(self.act(self.stem(x))))
-        return self.fc(self.pool(self.out(x)).flatten(1))
+        return self.fc(self.act(self.body(self.act(self.stem(x)))).flatten(1))
 
 
 @pytest.fixture(scope="module")
 def shared():
     torch.manual_seed(1)
-    return warm(frozen(Shared()))
+    net = frozen(Shared())
+    return net, warm(net)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"operation": "features", "kinds": ("output",)},
-        {"operation": "features", "kinds": ("grad_output",), "targets": (Target(cls=index(1)),)},
-    ],
-)
-def test_a_layer_that_is_called_twice_is_refused_with_the_count(shared, options):
-    layer = next(item for item in shared.info.layers if item.name == "act")
+def both_calls(net: nn.Module, item, target: int) -> list[tuple[Tensor, Tensor]]:
+    """Values and gradient of both calls of `act`, by hand in float64."""
+    net = copy.deepcopy(net).double()
+    first = nn.functional.elu(net.stem(normalised(item).double())).requires_grad_()
+    second = nn.functional.elu(net.body(first))
+    gradients = torch.autograd.grad(net.fc(second.flatten(1))[0, target], [first, second])
+    return list(zip((first.detach(), second.detach()), gradients, strict=True))
+
+
+def test_each_call_of_a_module_is_a_layer_of_its_own(shared):
+    net, model = shared
+    item = job("a", layers=("act#1", "act#2"), methods=("hirescam", "shapleycam", "ablationcam"))
+    outcome = finish(Engine(OneModel(model)), [item])[0]
+    for explanation in outcome.explanations[:2]:
+        call = int(explanation.layer[-1])
+        values, gradient = both_calls(net, item, outcome.predictions[0].class_id)[call - 1]
+        expected = (values * gradient).sum(1).relu()[0]
+        np.testing.assert_allclose(explanation.map, expected.numpy(), rtol=1e-4, atol=1e-6)
+    assert [e.map.shape for e in outcome.explanations] == [(8, 8), (4, 4)] * 3
+
+
+def test_each_call_is_described(shared):
+    net, model = shared
+    kinds = ("input", "output", "grad_output", "grad_input")
+    options = {"layers": ("act#1", "act#2"), "kinds": kinds, "targets": (Target(cls=index(1)),)}
+    item = job("a", "features", **options)
+    found = {(s.layer, s.kind): s for s in finish(Engine(OneModel(model)), [item])[0].statistics}
+    assert len(found) == 8
+    for call, (values, gradient) in enumerate(both_calls(net, item, 1), 1):
+        slope = torch.where(values > 0, 1.0, values + 1)
+        assert found[f"act#{call}", "output"].l2 == pytest.approx(float(values.norm()), rel=1e-4)
+        for kind, right in (("grad_output", gradient), ("grad_input", gradient * slope)):
+            assert found[f"act#{call}", kind].l2 == pytest.approx(float(right.norm()), rel=1e-4)
+
+
+def test_each_call_is_changed(shared):
+    net, model = shared
+    change = Intervention(layer="act#1", channels=(2,), op="zero")
+    item = job("a", "predict", interventions=(change,))
+    found = finish(Engine(OneModel(model)), [item])[0]
+    first = nn.functional.elu(net.stem(normalised(item)))
+    first[:, 2] = 0
+    scores = net.fc(nn.functional.elu(net.body(first)).flatten(1))[0]
+    expected = dict(enumerate(scores.tolist()))
+    assert {p.class_id: p.score for p in found.predictions} == pytest.approx(expected, rel=1e-4)
+
+
+def test_one_call_may_be_the_target(shared):
+    net, model = shared
+    assert model.target_layer == "act#2"
+    configured = warm(net, target_layer="act#1")
+    assert finish(Engine(OneModel(configured)), [job("a", layers=("act#1",))])[0].explanations
+    with pytest.raises(ModelLoadFailed, match="act#1 to act#2"):
+        warm(net, target_layer="act")
+
+
+@pytest.mark.parametrize("kinds", [("output",), ("grad_output",)])
+def test_the_bare_name_is_refused_with_the_names_of_the_calls(shared, kinds):
+    model = shared[1]
+    layer = next(item for item in model.info.layers if item.name == "act")
     assert (layer.calls, layer.usable) == (2, False)
-    found = finish(Engine(OneModel(shared)), [job("a", layers=("act",), **options), job("b")])
-    assert isinstance(found[0], Failure)
-    assert "called 2 times" in found[0].message
-    assert not isinstance(found[1], Failure), "its neighbour is answered"
+    unclear = (job("a", layers=("act",)), job("b", "features", layers=("act",), kinds=kinds))
+    *found, beside = finish(Engine(OneModel(model)), [*unclear, job("c", layers=("act#2",))])
+    for failure in found:
+        assert isinstance(failure, Failure)
+        assert "act#1 to act#2" in failure.message
+    assert not isinstance(beside, Failure), "its neighbour is answered"
 
 
 # ---------------------------------------------------------------- what the engine makes of it

@@ -1,0 +1,138 @@
+"""Where the positions of a layer lie in the image, told by what changed patches of the image change.
+
+Patches of an image are changed one at a time. A layer is a map where the positions that respond to
+a patch lie where the patch is, in both directions: neither the number of tokens nor the shape of an
+output decides. Responses are taken relative to their mean over the patches, since global attention
+is felt everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from models.layers import TokenLayout, to_map
+
+_ROWS = 3
+"""Patches in each direction."""
+_PATCH = 7
+"""Part of the image's side that a patch covers, as a divisor."""
+_LEAST = 0.45
+"""Correlation of the places where patches are felt with their own places that proves a layout.
+
+Maps of random networks of many families have 0.8 and more, shuffled and exchanged ones less than
+0.4.
+"""
+_FEW_POSITIONS = 16
+"""Maps of so few positions see the whole image at each: there a low correlation disproves nothing.
+"""
+_CERTAIN = 0.8
+"""Correlation with rows and columns exchanged that disproves a map of few positions."""
+_NOISE = 1e-11
+"""Energy of a response, relative to that of the map, that may be rounding."""
+_CHANNELS = 32
+"""Channels that are looked at, evenly spread."""
+
+
+class Verdict(Enum):
+    """What the patches say of a layer's layouts."""
+
+    PROVED = "proved"
+    REFUTED = "refuted"
+    OPEN = "open"
+
+
+@dataclass(frozen=True)
+class Locality:
+    """How the places where patches are felt follow the patches, if a layer has a layout.
+
+    Attributes:
+        layout: the layout; None = plain (N, C, h, w).
+        positions: number of the map's positions.
+        likeness: correlation of the two places over all responses, in the worse direction; None
+            where nothing responds.
+        turned: the same with rows and columns exchanged.
+    """
+
+    layout: TokenLayout | None
+    positions: int
+    likeness: float | None
+    turned: float
+
+    @classmethod
+    def of(cls, output: Tensor, layout: TokenLayout | None, places: Tensor) -> Locality:
+        """Read a layer's output for images of `patched` in one layout."""
+        maps = to_map(output, layout)
+        maps = maps[:, :: max(1, maps.shape[1] // _CHANNELS)].float()
+        response = (maps[1:] - maps[:1]).square().sum(1)
+        positions, noise = response[0].numel(), _NOISE * maps[0].square().sum()
+        felt = response.sum((1, 2))
+        if not bool((felt > noise).all()) or not bool(felt.isfinite().all()):
+            return cls(layout, positions, None, 0.0)
+        mean = response.mean(0)
+        tiny = mean.mean() * 1e-12
+        relative = (response + tiny) / (mean + tiny)
+        excess = (relative / relative.mean((1, 2), keepdim=True) - 1).clamp_min(0).square()
+        turned = _likeness(excess.mT, places) if min(response.shape[1:]) > 1 else None
+        return cls(layout, positions, _likeness(excess, places), turned or 0.0)
+
+
+def patched(image: Tensor) -> tuple[Tensor, Tensor]:
+    """The image and copies with one patch changed; the centres of the patches, (P, 2) in [0, 1]."""
+    generator = torch.Generator().manual_seed(1)
+    channels, height, width = image.shape
+    size = (max(1, height // _PATCH), max(1, width // _PATCH))
+    images, places = [image], []
+    for row in range(_ROWS):
+        for column in range(_ROWS):
+            top = round((row + 0.5) * height / _ROWS - size[0] / 2)
+            left = round((column + 0.5) * width / _ROWS - size[1] / 2)
+            changed = image.clone()
+            patch = 3 * torch.randn(channels, *size, generator=generator)
+            changed[:, top : top + size[0], left : left + size[1]] = patch
+            images.append(changed)
+            places.append([(top + size[0] / 2) / height, (left + size[1] / 2) / width])
+    return torch.stack(images), torch.tensor(places)
+
+
+def judge(localities: Iterable[Locality]) -> tuple[Verdict, Locality | None]:
+    """Choose among the layouts that a layer may have.
+
+    Returns:
+        Whether one is proved, all are refuted, or nothing can be told; and the one that is proved,
+        or the likeliest by its shape where nothing can be told.
+    """
+    found = list(localities)
+    measured = [one for one in found if one.likeness is not None]
+    best = max(measured, key=lambda one: one.likeness or 0.0, default=None)
+    most_turned = max((one.turned for one in measured), default=0.0)
+    if best is not None and best.likeness is not None and best.likeness >= _LEAST:
+        turned = most_turned > best.likeness
+        return (Verdict.REFUTED, None) if turned else (Verdict.PROVED, best)
+    if most_turned >= _CERTAIN or any(one.positions > _FEW_POSITIONS for one in measured):
+        return Verdict.REFUTED, None
+    return Verdict.OPEN, next(iter(found), None)
+
+
+def _likeness(excess: Tensor, places: Tensor) -> float | None:
+    """Correlation of the row of a response with its patch's row, or of the columns if that is less.
+
+    It is weighted by the excess (P, h, w) of each patch at each position; None without any.
+    """
+    likenesses = []
+    for axis, size in enumerate(excess.shape[1:]):
+        if size == 1:
+            continue
+        weights = excess.sum(2 - axis)
+        weights = weights / weights.sum()
+        felt = (torch.arange(size) + 0.5) / size
+        patch = places[:, axis] - (weights.sum(1) @ places[:, axis])
+        felt = felt - weights.sum(0) @ felt
+        spread = (weights.sum(1) @ patch.square()) * (weights.sum(0) @ felt.square())
+        likenesses.append(float(patch @ weights @ felt / spread.sqrt()))
+    return None if any(map(math.isnan, likenesses)) else min(likenesses, default=None)
