@@ -260,14 +260,15 @@ def _fault(job: Job, warm: WarmModel) -> Failure | None:
             InvalidOption(f"The model takes images of {width} x {height} pixels, 3 channels."),
         )
     explained = job.operation == "explain"
+    kinds = job.options.kinds if job.operation == "features" else ()
     for i, layer in enumerate(job.options.layers):
-        if reason := warm.refusal(layer, spatial=explained):
+        if reason := warm.refusal(layer, spatial=explained, kinds=kinds):
             error = UnknownLayer(f"{layer} cannot be used: {reason}.", field=f"layers.{i}")
             return Failure.of(job.id, error)
         if explained and "cam" in job.options.methods and layer != warm.target_layer:
             return Failure.of(job.id, not_before_the_head(layer, warm.target_layer))
     for i, change in enumerate(job.options.interventions):
-        if reason := warm.refusal(change.layer, spatial=False):
+        if reason := warm.refusal(change.layer):
             field = f"interventions.{i}.layer"
             error = UnknownLayer(f"{change.layer} cannot be changed: {reason}.", field=field)
             return Failure.of(job.id, error)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,23 +38,20 @@ class LayerProof:
 
     Attributes:
         usable: whether it can be read, described and changed.
+        input_usable: whether the first dimension of its input is the image, too.
         spatial: whether its output is a map of the image, so that it can be explained.
         layout: of the map; None = plain (N, C, h, w).
         reason: why it is not usable, or not spatial; empty if it is both.
     """
 
     usable: bool
+    input_usable: bool = False
     spatial: bool = False
     layout: TokenLayout | None = None
     reason: str = ""
 
 
 Proofs = Mapping[str, LayerProof]
-
-
-def find_layouts(trace: Trace) -> dict[str, TokenLayout | None]:
-    """Prove all layers, and return the layout of each that is a map; see `prove_layers`."""
-    return layouts_of(prove_layers(trace))
 
 
 def layouts_of(proofs: Proofs) -> dict[str, TokenLayout | None]:
@@ -126,7 +123,9 @@ def prove_layers(trace: Trace) -> dict[str, LayerProof]:
         elif not measured[name].agrees_with(call, images=len(trace.probe)):
             made[name] = LayerProof(usable=False, reason=NOT_THE_IMAGE)
         else:
-            made[name] = _spatial_proof(measured[name].localities, verdicts)
+            proof = _spatial_proof(measured[name].localities, verdicts)
+            given = measured[name].input_is_images and call.input_shape[:1] == (len(trace.probe),)
+            made[name] = replace(proof, input_usable=given)
     proofs: dict[str, LayerProof] = {}
     for path, times in trace.times.items():
         if times > 1:
@@ -143,11 +142,13 @@ class _Measured:
 
     Attributes:
         rows_are_images: whether it has as many rows as there were images.
+        input_is_images: the same of the layer's input.
         checksum: of its first row, which belongs to the first image of the trace, too.
         localities: in each layout that it may have.
     """
 
     rows_are_images: bool
+    input_is_images: bool
     checksum: tuple[float, float] | None
     localities: Sequence[Locality]
 
@@ -169,15 +170,15 @@ def _measure(trace: Trace) -> dict[str, _Measured]:
     passed: Counter[str] = Counter()
 
     def record(path: str) -> Any:
-        def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             passed[path] += 1
             if not isinstance(output, Tensor):
                 return
             name = path if trace.times[path] == 1 else f"{path}#{passed[path]}"
-            fits = output.ndim > 0 and len(output) == len(images)
+            fits, given = _by_image(output, images), bool(args) and _by_image(args[0], images)
             layouts = candidates.get(name, ()) if fits else ()
             found = [Locality.of(output, layout, places) for layout in layouts]
-            measured[name] = _Measured(fits, row_checksum(output), found)
+            measured[name] = _Measured(fits, given, row_checksum(output), found)
 
         return hook
 
@@ -187,6 +188,10 @@ def _measure(trace: Trace) -> dict[str, _Measured]:
         trace.module(images.contiguous(memory_format=torch.channels_last))
     same = {path for path, times in trace.times.items() if passed[path] == times}
     return {name: found for name, found in measured.items() if name.partition("#")[0] in same}
+
+
+def _by_image(value: Any, images: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(images)
 
 
 def _spatial_proof(found: Sequence[Locality], verdicts: dict[str, bool]) -> LayerProof:

@@ -14,7 +14,7 @@ from models.cuda.staging import Ready, Uploads, stage
 from models.head import HeadProbe
 from models.layers import Layouts
 from models.preparation.variant import Needs, Variant
-from models.types import LayerInfo, ModelInfo, Task
+from models.types import Kind, LayerInfo, ModelInfo, Task
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,6 +39,7 @@ class WarmModel:
         layouts: of every layer that is a map, by name; None = plain (N, C, h, w). Other layers are
             not in it.
         input_layouts: the same of the layers' first inputs.
+        other_inputs: layers whose first input has another first dimension than the image.
         info: what the service tells about the model.
         uploads: how images reach the device; None on the CPU.
         graphs: recorded passes; None where none are made.
@@ -57,6 +58,7 @@ class WarmModel:
     head: HeadProbe
     layouts: Layouts
     input_layouts: Layouts = field(default_factory=dict)
+    other_inputs: frozenset[str] = frozenset()
     info: ModelInfo
     uploads: Uploads | None = None
     graphs: Graphs | None = None
@@ -84,11 +86,18 @@ class WarmModel:
         last = self.layouts.get(layer) is not None or len(known.output_shape) == 2
         return known.output_shape[-1 if last else 0]
 
-    def refusal(self, layer: str, *, spatial: bool) -> str | None:
-        """The reason why a layer cannot be used, or not be explained if `spatial`; None if it can."""
+    def refusal(
+        self, layer: str, *, spatial: bool = False, kinds: Sequence[Kind] = ()
+    ) -> str | None:
+        """Why a layer cannot be used, or not be explained if `spatial`, or not have those kinds read.
+
+        None if it can.
+        """
         known = self._layers.get(layer)
         if known is None:
             return "the model runs no such layer"
+        if known.usable and layer in self.other_inputs and any(k.endswith("input") for k in kinds):
+            return "the first dimension of its input is not the image"
         return None if known.usable and (known.spatial or not spatial) else known.reason
 
     def module_for(self, needs: Needs) -> nn.Module:

@@ -66,7 +66,7 @@ def warm_up(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARM
         head=None if target is None else head.kind,
         closed_form=head.closed_form,
         differentiable=reaches_input(traced.scores),
-        refusals=try_methods(loaded.module, traced, layouts, task=task, probe=probe),
+        refusals=try_methods(traced, proofs, task=task),
     )
     probed = probe, before.check(loaded.module, probe)
 
@@ -98,6 +98,7 @@ def warm_up(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARM
         head=head.to(device),
         layouts=layouts,
         input_layouts=input_layouts(traced, layouts),
+        other_inputs=frozenset(name for name, p in proofs.items() if not p.input_usable),
         info=ModelInfo(
             card=card,
             labels=loaded.labels,

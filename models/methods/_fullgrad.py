@@ -11,6 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from models.extractor import Extractor, Tap
+from models.probe import Trace
+from models.proof import Proofs
 from models.steps import Subject
 from models.targets import ResolvedTarget, ScoreWeights, class_scores
 from models.types import Kind
@@ -41,6 +43,24 @@ class _Place:
     kind: Kind
     bias: Tensor
     channels_last: bool
+
+
+def misplaced(traced: Trace, proofs: Proofs) -> str | None:
+    """Why the biases of a model have no place in the image, as a clause; None if all have.
+
+    Gradients at a bias must belong to one image each, and lie in it as maps of channels first.
+    """
+    biased = {place.layer for place in _places(traced.module)}
+    for name, call in traced.calls.items():
+        if call.path not in biased or call.output is None:
+            continue
+        proof, shape = proofs[name], call.output.shape
+        if not proof.usable:
+            return f"its layer {name} has a bias, and {proof.reason}"
+        placed = proof.spatial and proof.layout is None
+        if len(shape) == 4 and shape[2] * shape[3] > 1 and not placed:
+            return f"its layer {name} has a bias, and {proof.reason or 'its channels come last'}"
+    return None
 
 
 def obstacle(module: nn.Module) -> str | None:

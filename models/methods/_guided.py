@@ -16,6 +16,7 @@ from models.targets import ResolvedTarget, ScoreWeights, class_scores
 
 # Rectifiers that are not ReLUs, as autograd calls them; there is no agreed way to guide them.
 _OTHERS = {
+    "Abs": "abs",
     "Celu": "CELU",
     "Clamp": "clamp",
     "ClampMin": "clamp",
@@ -24,12 +25,16 @@ _OTHERS = {
     "Gelu": "GELU",
     "Hardswish": "Hardswish",
     "LeakyRelu": "LeakyReLU",
+    "IndexPut": "assignment by a mask",
     "LogSigmoid": "LogSigmoid",
+    "MaskedFill": "masked_fill",
+    "MaskedScatter": "masked_scatter",
     "Maximum": "maximum",
     "Minimum": "minimum",
     "Mish": "Mish",
     "Prelu": "PReLU",
     "Rrelu": "RReLU",
+    "Sign": "sign",
     "Silu": "SiLU",
     "Softplus": "Softplus",
     "Threshold": "Threshold",
@@ -80,8 +85,8 @@ def relus(scores: Tensor) -> list[Node]:
                 found.append(node)
             else:
                 others.add("Hardtanh")
-        elif name.startswith("MulBackward") and _gates_itself(node):
-            others.add("a product of values with their sigmoid")
+        elif name.startswith("MulBackward"):
+            others |= _gates(node)
         others |= {shown for kind, shown in _OTHERS.items() if name.startswith(f"{kind}Backward")}
     if others:
         names = ", ".join(sorted(others))
@@ -91,11 +96,24 @@ def relus(scores: Tensor) -> list[Node]:
     return found
 
 
-def _gates_itself(product: Node) -> bool:
-    """Whether a product is SiLU written out: x sigmoid(x)."""
+def _gates(product: Node) -> set[str]:
+    """Rectifiers that are written as a product: x sigmoid(x), x (x > 0)."""
     factors = [node for node, _ in product.next_functions if node is not None]
     sigmoids = [node for node in factors if node.name().startswith("SigmoidBackward")]
-    return any(node.next_functions[0][0] in factors for node in sigmoids)
+    if any(node.next_functions[0][0] in factors for node in sigmoids):
+        return {"a product of values with their sigmoid"}
+    # Of a product with values outside of the graph, these are kept for its gradient.
+    kept = [getattr(product, f"_saved_{name}", None) for name in ("self", "other")]
+    if len(factors) == 1 and any(value is not None and _depends(value) for value in kept):
+        return {"a product with values that the image switches on and off"}
+    return set()
+
+
+def _depends(factor: Tensor) -> bool:
+    """Whether a factor without a gradient is a mask, or differs between images."""
+    if factor.dtype == torch.bool:
+        return True
+    return factor.ndim > 1 and len(factor) > 1 and bool((factor != factor[:1]).any())
 
 
 def _positive(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

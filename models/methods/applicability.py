@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import MethodNotApplicable
-from models.layers import Layouts
 from models.methods._attention_gradients import verify_transformer
-from models.methods._fullgrad import obstacle
+from models.methods._fullgrad import misplaced, obstacle
 from models.methods._guided import relus
 from models.methods._lrp import Explained, relevance
 from models.methods.table import METHODS, Method
 from models.probe import Trace
+from models.proof import Proofs, layouts_of
 from models.targets import ResolvedTarget, class_scores
 from models.types import HeadKind, MethodSupport, Struct, Task
 
@@ -56,26 +56,24 @@ def supported_methods(facts: ModelFacts) -> tuple[MethodSupport, ...]:
     return tuple(method_support(method, facts) for method in METHODS.values())
 
 
-def try_methods(
-    module: nn.Module, traced: Trace, layouts: Layouts, *, task: Task, probe: Tensor
-) -> dict[str, str]:
-    """Try the methods whose rules are proved model by model, on one image of a probe.
+def try_methods(traced: Trace, proofs: Proofs, *, task: Task) -> dict[str, str]:
+    """Try the methods whose rules are proved model by model, on one image of a trace.
 
     Guided backpropagation looks for ReLUs in the recorded graph, LRP for conservation of relevance
     (on a small image where the model takes one), attention methods for attention that they
-    reproduce, FullGrad for biases that it cannot account for.
+    reproduce, FullGrad for biases that it cannot account for or that have no place in the image.
 
-    The module is frozen and float32, `traced` its trace on the probe; trials run on copies of it. A
-    trial that fails refuses its methods. Returns the reason, as a clause, by name of each method
-    that cannot explain the model.
+    The traced module is frozen and float32; trials run on copies of it. A trial that fails refuses
+    its methods. Returns the reason, as a clause, by name of each method that cannot explain the
+    model.
     """
-    image = probe[:1]
-    fresh = partial(copy.deepcopy, module)
+    image, layouts = traced.probe[:1], layouts_of(proofs)
+    fresh = partial(copy.deepcopy, traced.module)
     guided = _refusal(lambda: relus(traced.scores))
     conserving = _refusal(lambda: relevance(_explained(fresh(), task, image), [ResolvedTarget(0)]))
     attentive = _refusal(lambda: verify_transformer(fresh(), layouts, image))
     reasons = {"guided_backprop": guided, "guided_gradcam": guided, "lrp": conserving}
-    reasons["fullgrad"] = obstacle(module)
+    reasons["fullgrad"] = obstacle(traced.module) or misplaced(traced, proofs)
     reasons |= {name: attentive for name, row in METHODS.items() if row.family == "transformer"}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 

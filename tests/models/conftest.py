@@ -8,6 +8,9 @@ from torch import nn
 
 from models.engine import Engine
 from models.head import HeadProbe
+from models.layers import Layouts
+from models.probe import Trace
+from models.proof import layouts_of, prove_layers
 from models.types import LayerInfo, ModelCard, ModelInfo, Preprocess
 from models.warm_model import WarmModel
 
@@ -66,6 +69,11 @@ class FlatNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.fc1(self.out(self.body(self.act(self.stem(x)))).flatten(1)).tanh())
+
+
+def find_layouts(traced: Trace) -> Layouts:
+    """The layout of each layer of a traced network that is proved to be a map."""
+    return layouts_of(prove_layers(traced))
 
 
 def frozen(module: nn.Module) -> nn.Module:

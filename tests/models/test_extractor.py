@@ -190,3 +190,42 @@ def test_a_layer_without_part_in_the_score_has_no_gradient(pool_net, images):
         logits = extractor.forward(images)
         extractor.backward((logits * 0 + 1).sum().detach())
         assert extractor.caught("out", "grad_output") is None
+
+
+class Halves(nn.Module):
+    """Hands its idle layer the upper and lower half of each image as images of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle = nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.idle(torch.cat(x.chunk(2, 2))).flatten(1)[: len(x), :5]
+
+
+@pytest.mark.parametrize("kind", ["input", "output", "grad_input", "grad_output"])
+def test_a_layer_whose_first_dimension_is_not_the_batch_ends_the_pass(kind, images):
+    net = Halves().eval()
+    with (
+        pytest.raises(UnknownLayer, match="idle cannot be used"),
+        Extractor(net, [Tap("idle", kind)]) as extractor,
+    ):
+        extractor.forward(images)
+    assert hooks_left(net) == 0
+
+
+def test_one_call_of_a_module_is_tapped(pool_net, images):
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Hardtanh(), nn.Conv2d(3, 3, 1), nn.Flatten())
+    net.insert(3, net[1])
+    net.eval().requires_grad_(False)
+    taps = [Tap(f"1#{call}", kind) for call in (1, 2) for kind in ("output", "grad_input")]
+    with Extractor(net, taps) as extractor:
+        extractor.backward(extractor.forward(images).sum())
+        caught = {tap: extractor.caught(tap.layer, tap.kind) for tap in taps}
+    first = net[0](images).requires_grad_()
+    second = net[2](first.clamp(-1, 1))
+    second.retain_grad()
+    second.clamp(-1, 1).sum().backward()
+    expected = [first.clamp(-1, 1), first.grad, second.clamp(-1, 1), second.grad]
+    for found, right in zip(caught.values(), expected, strict=True):
+        torch.testing.assert_close(found, right.detach())

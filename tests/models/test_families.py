@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -77,14 +78,17 @@ def warm(net: nn.Module, side: int) -> WarmModel:
 
 
 def reference(net: nn.Module, images: Tensor) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """The output of each module, and the target's gradient there, from one pass."""
+    """The output of each call of a module, and the target's gradient there, from one pass."""
     outputs: dict[str, Tensor] = {}
+    calls: Counter[str] = Counter()
 
     def hook_of(name: str) -> Callable:
         def hook(_: nn.Module, __: object, output: object) -> object:
             if not isinstance(output, Tensor):
                 return None
-            outputs[name] = output
+            calls[name] += 1
+            # The bare name stands for the only call.
+            outputs[f"{name}#{calls[name]}"] = outputs[name] = output
             return output.clone()  # so that nothing works on it in place
 
         return hook

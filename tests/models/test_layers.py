@@ -10,8 +10,9 @@ from torch import nn
 
 from models.layers import TokenLayout, choose_target_layer, feature_layers, has_gradient, to_map
 from models.probe import probe_batch, trace
-from models.proof import find_layouts, layer_infos, prove_layers
+from models.proof import layer_infos, prove_layers
 from models.types import Preprocess
+from tests.models.conftest import find_layouts
 
 
 def traced(module: nn.Module, *, side: int | tuple[int, int] = 16, task: str = "single_label"):

@@ -17,7 +17,7 @@ from models.proof import NOT_THE_IMAGE, input_layouts, layouts_of, prove_layers
 from models.types import Failure, Intervention, Preprocess, Target
 from tests.models.conftest import OneModel, PoolNet, frozen
 from tests.models.preparation.conftest import blocks, warm
-from tests.models.test_engine import finish, index, job, normalised
+from tests.models.test_engine import assert_same, finish, index, job, normalised
 
 
 def proved(net: nn.Module, *, crop: tuple[int, int] = (32, 32)):
@@ -83,6 +83,50 @@ def test_values_that_depend_on_the_other_images_are_refused():
     _, proofs = proved(net)
     assert proofs["0"].usable
     assert not proofs["1"].usable
+
+
+class Windows(nn.Module):
+    """A module that takes windows of the images and returns images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat(self.inner(x).chunk(2), 1)
+
+
+class Windowed(PoolNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.windows = Windows()
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.body(self.act(self.stem(x))).flatten(2).mT
+        return self.fc(self.windows(torch.cat(tokens.chunk(2, 1))).mean(1))
+
+
+def test_layers_between_windows_are_used_for_what_belongs_to_one_image():
+    torch.manual_seed(0)
+    model = warm(frozen(Windowed()))
+    engine = Engine(OneModel(model))
+    change = (Intervention(layer="windows.inner", channels=(0,), op="scale", value=50.0),)
+    plain = job("plain", "predict", seed=1)
+    (alone,) = finish(engine, [plain])
+    beside, *refused, kept = finish(
+        engine,
+        [
+            plain,
+            job("a", "predict", interventions=change),
+            job("b", "features", layers=("windows.inner",)),
+            job("c", "features", layers=("windows",), kinds=("input",)),
+            job("d", "features", layers=("windows",)),
+        ],
+    )
+    assert_same(beside.predictions, alone.predictions)
+    assert [type(one) for one in refused] == [Failure] * 3
+    assert all("first dimension" in one.message for one in refused)
+    assert kept.statistics[0].shape == (16, 6)
 
 
 # ---------------------------------------------------------------- maps

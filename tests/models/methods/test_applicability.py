@@ -15,7 +15,7 @@ from models.methods.applicability import (
     try_methods,
 )
 from models.probe import trace
-from models.proof import find_layouts
+from models.proof import prove_layers
 
 define_missing_operators()
 import torchvision  # noqa: E402  (its operators come first)
@@ -75,7 +75,7 @@ def reasons_of(net: nn.Module, side: int, task: str = "single_label") -> dict[st
     net = net.eval().requires_grad_(False)
     probe = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     traced = trace(net, task, probe)
-    return try_methods(net, traced, find_layouts(traced), task=task, probe=probe)
+    return try_methods(traced, prove_layers(traced), task=task)
 
 
 def test_relu_networks_refuse_attention_only(pool_net, flat_net):

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from models.compat import define_missing_operators
-from models.errors import MethodNotApplicable
-from models.methods._fullgrad import decompose, obstacle
+from models.errors import MethodNotApplicable, UnknownLayer
+from models.methods._fullgrad import decompose, misplaced, obstacle
 from models.methods.gradient import fullgrad
+from models.probe import trace
+from models.proof import prove_layers
 from models.targets import ResolvedTarget
 
 define_missing_operators()
@@ -178,3 +180,51 @@ def test_a_constant_part_counts_as_nothing(subject_of, drive):
     net[0].bias.fill_(2.0)
     subject = subject_of(net, torch.ones(3, 4, 4))
     assert not drive(fullgrad(subject), subject).any()
+
+
+class Rearranged(nn.Module):
+    """A convolution on what the test makes of an image's patches."""
+
+    def __init__(self, before, after) -> None:
+        super().__init__()
+        self.embed, self.conv, self.fc = nn.Conv2d(3, 4, 2, 2), nn.Conv2d(4, 4, 1), nn.Linear(4, 5)
+        self.before, self.after = before, after
+
+    def forward(self, x):
+        return self.fc(self.after(self.conv(self.before(self.embed(x)))).mean((2, 3)))
+
+
+def halves(x):
+    """The image's left and right half, as images of their own."""
+    return torch.cat(x.chunk(2, 3))
+
+
+def joined(x):
+    return torch.cat(x.chunk(2), 3)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "reason"),
+    [(halves, joined, "first dimension"), (lambda x: x.mT, lambda x: x.mT, "do not lie")],
+)
+def test_biases_without_a_place_in_the_image_are_refused(before, after, reason):
+    torch.manual_seed(0)
+    net = Rearranged(before, after).eval().requires_grad_(False)
+    traced = trace(net, "single_label", torch.randn(3, 3, 24, 24))
+    found = misplaced(traced, prove_layers(traced))
+    assert found.startswith("its layer conv has a bias")
+    assert reason in found
+
+
+def test_biases_of_common_networks_have_their_place():
+    torch.manual_seed(0)
+    net = alive(torchvision.models.resnet18(weights=None, num_classes=10))
+    traced = trace(net, "single_label", torch.randn(3, 3, 64, 64))
+    assert misplaced(traced, prove_layers(traced)) is None
+
+
+def test_a_bias_that_turns_out_not_to_belong_to_images_ends_the_method(subject_of, drive):
+    net = Rearranged(halves, joined).eval().requires_grad_(False)
+    subject = subject_of(net, torch.randn(3, 24, 24))
+    with pytest.raises(UnknownLayer, match="conv cannot be used"):
+        drive(fullgrad(subject), subject)

@@ -19,6 +19,12 @@ from models.methods._guided import relus
         (lambda x: torch.where(x > 0, x, 0.1 * x), "where"),
         (lambda x: torch.maximum(x, 0.1 * x), "maximum"),
         (nn.functional.silu, "SiLU"),
+        (lambda x: x * (x > 0), "a product with values that the image switches"),
+        (lambda x: (x > 0).float() * x, "a product with values that the image switches"),
+        (lambda x: x.masked_fill(x < 0, 0.0), "masked_fill"),
+        (lambda x: x.clone().index_put_((x < 0,), torch.zeros(())), "mask"),
+        (lambda x: (x + x.abs()) / 2, "abs"),
+        (lambda x: x * (x.sign() + 1) / 2, "sign"),
     ],
 )
 def test_a_rectifier_beside_relu_is_refused_by_name(rectify, shown):
@@ -29,5 +35,6 @@ def test_a_rectifier_beside_relu_is_refused_by_name(rectify, shown):
 
 def test_relu6_and_gates_of_other_values_are_guided():
     x = torch.randn(2, 4, requires_grad=True)
+    x = 0.5 * x * torch.rand(1, 4)
     gated = nn.functional.relu6(x) * torch.sigmoid(nn.functional.relu(x).mean(1, keepdim=True))
     assert len(relus(gated)) == 2

@@ -17,9 +17,9 @@ from models.layers import TokenLayout
 from models.methods import METHODS, implementation
 from models.methods._attention_gradients import Seen, attention_hook, find_transformer
 from models.probe import trace
-from models.proof import find_layouts
 from models.targets import ResolvedTarget
 from models.types import Intervention
+from tests.models.conftest import find_layouts
 
 define_missing_operators()
 import torchvision  # noqa: E402  (its operators come first)
