@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from heatlens.client import AsyncClient, Client
-    from heatlens.errors import APIError, ConnectionFailed, HeatlensError
+    from heatlens.errors import APIError, ConnectionFailed, HeatlensError, LoadFailed
     from heatlens.local import LocalModel, load
     from heatlens.results import (
         ExplainResponse,
@@ -35,6 +35,7 @@ _MODULES = {
     "APIError": "errors",
     "ConnectionFailed": "errors",
     "HeatlensError": "errors",
+    "LoadFailed": "errors",
     "LocalModel": "local",
     "load": "local",
     "ExplainResponse": "results",
@@ -55,6 +56,7 @@ __all__ = [
     "Explanation",
     "FeaturesResponse",
     "HeatlensError",
+    "LoadFailed",
     "LocalModel",
     "ModelCard",
     "PredictResponse",

@@ -100,6 +100,12 @@ class _Calls:
     ) -> Exchanged[FeaturesResponse]:
         return protocol.operation("features", map(part_of, images), options), FeaturesResponse
 
+    @staticmethod
+    def _raw(
+        name: str, images: Iterable[ImageLike], options: dict[str, Any]
+    ) -> Exchanged[dict[str, Any]]:
+        return protocol.operation(name, map(part_of, images), options), dict[str, Any]
+
 
 class Client(_Calls):
     """A blocking client of one service; threads may share it.
@@ -137,6 +143,10 @@ class Client(_Calls):
     def features(self, *images: ImageLike, **options: Unpack[FeaturesOptions]) -> FeaturesResponse:
         """Describe the feature maps of layers, or their gradients."""
         return self._run(*self._features(images, options))
+
+    def raw(self, operation: str, *images: ImageLike, **options: Any) -> dict[str, Any]:
+        """The JSON of `predict`, `explain` or `features` as it was sent."""
+        return self._run(*self._raw(operation, images, options))
 
     def explain_many(
         self,
@@ -254,6 +264,10 @@ class AsyncClient(_Calls):
     ) -> FeaturesResponse:
         """Describe the feature maps of layers, or their gradients."""
         return await self._run(*self._features(images, options))
+
+    async def raw(self, operation: str, *images: ImageLike, **options: Any) -> dict[str, Any]:
+        """The JSON of `predict`, `explain` or `features` as it was sent."""
+        return await self._run(*self._raw(operation, images, options))
 
     async def explain_many(
         self,

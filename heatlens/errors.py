@@ -11,6 +11,10 @@ class ConnectionFailed(HeatlensError):
     """The service could not be reached, or the connection broke before the response was complete."""
 
 
+class LoadFailed(HeatlensError):
+    """A model could not be loaded into this process."""
+
+
 class APIError(HeatlensError):
     """The service refused a request, or could not answer it.
 

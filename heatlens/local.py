@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 from heatlens.asgi import ASGITransport
 from heatlens.client import AsyncClient
+from heatlens.errors import LoadFailed
 from heatlens.results import (
     ExplainResponse,
     FeaturesResponse,
@@ -21,8 +22,10 @@ from heatlens.results import (
     PredictResponse,
 )
 from models.catalog import ModelSpec, default_spec
+from models.errors import HeatlensError, ModelLoadFailed
+from models.types import ModelCard as Card
 from service.api.app import create_app
-from service.settings import Settings
+from service.settings import SecuritySettings, Settings
 from service.worker.local import LocalPool
 
 if TYPE_CHECKING:
@@ -58,9 +61,43 @@ def load(
 
     Raises:
         pydantic.ValidationError: a key or a value of the entry is wrong.
-        models.errors.HeatlensError: the model cannot be loaded.
+        LoadFailed: the model cannot be loaded.
     """
     return LocalModel(_spec(source, weights, entry), device=device)
+
+
+@contextlib.asynccontextmanager
+async def serving(settings: Settings) -> AsyncIterator[AsyncClient]:
+    """The service in this process, and a client of it.
+
+    It asks for no keys, and long queues and long methods have their time.
+
+    Raises:
+        ModelLoadFailed: none of the models could be loaded.
+    """
+    widened = {"timeout_s": _LONG_S, "max_timeout_s": _LONG_S, "max_wait_s": _LONG_S}
+    limits = settings.limits.model_copy(update=widened)
+    settings = settings.model_copy(update={"limits": limits, "security": SecuritySettings()})
+    pool = LocalPool(settings)
+    app = create_app(settings, pool)
+    async with app.router.lifespan_context(app):
+        await pool.wait_loaded()
+        _refuse_broken([info.card for info in pool.models()])
+        transport = ASGITransport(app)
+        async with AsyncClient(
+            "http://heatlens", timeout_s=_LONG_S, attempts=1, transport=transport
+        ) as client:
+            yield client
+
+
+def _refuse_broken(cards: Sequence[Card]) -> None:
+    """Say why a model is broken: there is no other process to ask."""
+    broken = [card for card in cards if card.reason]
+    if broken and not any(card.ready for card in cards):
+        cause = f" Cause: {broken[0].cause}" if broken[0].cause else ""
+        raise ModelLoadFailed(
+            f"The model could not be loaded: {broken[0].reason}{cause}", field="model"
+        )
 
 
 def _spec(source: str | None, weights: str | Path | None, entry: Mapping[str, Any]) -> ModelSpec:
@@ -143,13 +180,10 @@ class LocalModel:
         self.close()
 
     async def _start(self, settings: Settings) -> AsyncClient:
-        pool = LocalPool(settings)
-        app = create_app(settings, pool)
-        await self._stack.enter_async_context(app.router.lifespan_context(app))
-        await pool.wait_ready()
-        transport = ASGITransport(app)
-        client = AsyncClient("http://heatlens", timeout_s=_LONG_S, attempts=1, transport=transport)
-        return await self._stack.enter_async_context(client)
+        try:
+            return await self._stack.enter_async_context(serving(settings))
+        except HeatlensError as error:
+            raise LoadFailed(error.message) from None
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         future: Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -166,6 +200,5 @@ def _settings(spec: ModelSpec, device: str) -> Settings:
             "default_model": spec.name,
             "models": [spec.model_dump()],
             "server": {"devices": [device]},
-            "limits": {"timeout_s": _LONG_S, "max_wait_s": _LONG_S},
         }
     )

@@ -8,8 +8,10 @@ commas, or JSON. Other variables, such as an orchestrator's `HEATLENS_PORT`, are
 from __future__ import annotations
 
 import os
+import re
 import tomllib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,9 @@ from service.settings import Settings
 
 _ENV_PREFIX = "HEATLENS_"
 _ENV_DELIMITER = "__"
+
+_TABLE = re.compile(r"\s*\[(?P<array>\[)?\s*(?P<name>[\w. -]+?)\s*\]")
+_KEY = re.compile(r"\s*(?P<name>[\w.-]+)\s*=")
 
 _REMOVED_SECTIONS = {
     "metrics": "metrics.nv_aliases was removed: the recording rules in deploy/prometheus/triton.yml"
@@ -74,7 +79,7 @@ def load_settings(
     except SettingsError as error:
         raise ConfigurationError(str(error)) from None
     except ValidationError as error:
-        raise ConfigurationError(_describe(error)) from None
+        raise ConfigurationError(_describe(error, config)) from None
     folder = config.parent if config else Path()
     return Settings(**{**dict(sourced), "base_dir": (folder / sourced.base_dir).resolve()})
 
@@ -112,15 +117,49 @@ def _check_variables() -> None:
             raise ConfigurationError(f"{name}: {text}.")
 
 
-def _describe(error: ValidationError) -> str:
+def _describe(error: ValidationError, config: Path | None) -> str:
+    text = config.read_text(encoding="utf-8") if config else ""
     lines = []
     for item in error.errors(include_url=False, include_input=False):
         key = ".".join(map(str, item["loc"]))
-        text = item["msg"].removeprefix("Value error, ")
+        cause = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            text = _REMOVED_SECTIONS.get(key, "unknown key")
-        lines.append(f"{key}: {text}")
+            cause = _REMOVED_SECTIONS.get(key, "unknown key")
+        line = line_of(text, item["loc"])
+        place = f"{config.name}, line {line}: " if config and line else ""
+        lines.append(f"{place}{key}: {cause}")
     return "; ".join(lines)
+
+
+def line_of(text: str, location: Sequence[str | int]) -> int | None:
+    """The line, from 1, of a key in a TOML file, or of its table; None if it is in neither.
+
+    Args:
+        text: the file.
+        location: of the key, such as `("models", 0, "source")`.
+    """
+    table: list[str | int] = []
+    counts: Counter[str] = Counter()
+    found: int | None = None
+    longest = 0
+    for number, line in enumerate(text.splitlines(), start=1):
+        if header := _TABLE.match(line):
+            name = header["name"].replace(" ", "")
+            if header["array"]:
+                table = [name, counts[name]]
+                counts[name] += 1
+            else:
+                first, *rest = name.split(".")
+                # A table of an array belongs to its last entry.
+                table = [first, counts[first] - 1, *rest] if counts[first] else [first, *rest]
+            path = table
+        elif key := _KEY.match(line):
+            path = [*table, *key["name"].split(".")]
+        else:
+            continue
+        if len(path) > longest and list(location[: len(path)]) == path:
+            found, longest = number, len(path)
+    return found
 
 
 class ConfigurationSource(BaseModel):

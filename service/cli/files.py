@@ -49,16 +49,20 @@ def _images_below(folder: Path) -> Iterator[Path]:
     return (path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
-def write_result(result: Mapping[str, Any], *, name: str, folder: Path) -> list[Path]:
+def write_result(
+    result: Mapping[str, Any], *, name: str, folder: Path, options: Mapping[str, Any]
+) -> list[Path]:
     """Write each overlay as `NAME.METHOD.CLASS.jpg` and everything else as `NAME.json`.
 
     In the JSON an overlay has the name of its file, as `file`, instead of its base64 `data`. File
-    names include the layer if several layers are explained.
+    names include the layer if several layers are explained. The JSON is written last, and at once:
+    where it is, the result is whole.
 
     Args:
         result: an entry of `results` in a response of `/v1/explain`.
         name: first part of the file names.
         folder: an existing folder.
+        options: by which the image was explained; they are written, too.
 
     Returns:
         The paths of the overlays.
@@ -78,8 +82,11 @@ def write_result(result: Mapping[str, Any], *, name: str, folder: Path) -> list[
         path.write_bytes(base64.b64decode(overlay.pop("data")))
         paths.append(path)
         described.append({**explanation, "overlay": {**overlay, "file": path.name}})
-    text = json.dumps({**result, "explanations": described}, indent=2, ensure_ascii=False)
-    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    whole = {**result, "explanations": described, "options": options}
+    text = json.dumps(whole, indent=2, ensure_ascii=False)
+    unfinished = folder / f"{name}.json.part"
+    unfinished.write_text(text + "\n", encoding="utf-8")
+    unfinished.replace(folder / f"{name}.json")
     return paths
 
 

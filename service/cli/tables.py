@@ -13,7 +13,8 @@ from rich.text import Text
 from models.types import ModelCard
 
 if TYPE_CHECKING:
-    from service.cli.explain import Explained, Failed
+    from heatlens.results import Layer
+    from service.cli.explaining import Explained, Failed
 
 
 def predictions_list(reports: Iterable[Explained]) -> Text:
@@ -39,6 +40,23 @@ def failures_list(reports: Iterable[Failed]) -> Text:
         text.append(f"{report.image.path}\n", "bold red")
         text.append(f"  {report.code}: {report.message}\n")
     return text
+
+
+def layers_table(layers: Sequence[Layer]) -> Table:
+    """A row for each layer; the recommended one stands out, and others say why they have no map."""
+    table = Table("layer", "type", "output", Column("parameters", justify="right"), "map", box=None)
+    for layer in layers:
+        depth = layer.name.count(".")
+        has_map = "recommended" if layer.recommended else "yes" if layer.spatial else layer.reason
+        table.add_row(
+            Text(" " * depth + layer.name),
+            layer.type,
+            " x ".join(map(str, layer.output_shape or ())),
+            f"{layer.parameters:,}" if layer.parameters else "",
+            Text(has_map or "no"),
+            style="bold green" if layer.recommended else "" if layer.spatial else "dim",
+        )
+    return table
 
 
 def models_list(cards: Sequence[ModelCard], *, default: str) -> RenderableType:

@@ -62,7 +62,5 @@ def test_a_model_of_ones_own_is_explained(model):
 
 def test_a_model_that_cannot_be_loaded_says_why(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    from models.errors import HeatlensError
-
-    with pytest.raises(HeatlensError, match=r"absent\.pth"):
+    with pytest.raises(heatlens.LoadFailed, match=r"absent\.pth"):
         heatlens.load("resnet18", weights="absent.pth", device="cpu")

@@ -13,6 +13,7 @@ from models.catalog import DEFAULT_MODEL
 from service.configuration import (
     ConfigurationError,
     ConfigurationSource,
+    line_of,
     load_settings,
     reloaded,
 )
@@ -283,3 +284,40 @@ def test_what_has_to_wait() -> None:
     assert taken.limits == running.limits.model_copy(update={"max_images": 4})
     assert (taken.workers, taken.tracing) == (running.workers, running.tracing)
     assert taken.base_dir == running.base_dir
+
+
+TOML = """\
+default_model = "a"
+
+[limits]
+max_images = 3
+
+[[models]]
+name = "a"
+preprocess.crop = 32
+
+[[models]]
+name = "b"
+
+[models.preprocess]
+crop = 64
+"""
+
+
+@pytest.mark.parametrize(
+    ("location", "line"),
+    [
+        (("default_model",), 1),
+        (("limits", "max_images"), 4),
+        (("limits", "absent"), 3),
+        (("models", 0, "name"), 7),
+        (("models", 0, "preprocess", "crop"), 8),
+        (("models", 1), 10),
+        (("models", 1, "preprocess", "crop"), 14),
+        (("models", 1, "preprocess", "resize"), 13),
+        (("models", 2, "name"), None),
+        (("absent",), None),
+    ],
+)
+def test_a_key_has_its_line(location, line):
+    assert line_of(TOML, location) == line

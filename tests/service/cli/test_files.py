@@ -83,7 +83,7 @@ def test_overlays_and_numbers(tmp_path: Path) -> None:
         explanation("gradcam", "bn2", "Egyptian cat", b"one"),
         explanation("layercam", "bn2", "tabby", b"two"),
     )
-    overlays = write_result(entry, name="cat", folder=tmp_path)
+    overlays = write_result(entry, name="cat", folder=tmp_path, options={})
     assert [path.name for path in overlays] == [
         "cat.gradcam.Egyptian_cat.jpg",
         "cat.layercam.tabby.jpg",
@@ -104,11 +104,11 @@ def test_layers_are_told_apart(tmp_path: Path) -> None:
     entry = result(
         *(explanation("gradcam", layer, "cat", b"x") for layer in ("layer3", "layer4.1"))
     )
-    names = [path.name for path in write_result(entry, name="a", folder=tmp_path)]
+    names = [path.name for path in write_result(entry, name="a", folder=tmp_path, options={})]
     assert names == ["a.gradcam.layer3.cat.jpg", "a.gradcam.layer4.1.cat.jpg"]
 
 
 def test_one_label_twice_is_two_files(tmp_path: Path) -> None:
     entry = result(*(explanation("gradcam", "bn2", "cat", data) for data in (b"1", b"2")))
-    overlays = write_result(entry, name="a", folder=tmp_path)
+    overlays = write_result(entry, name="a", folder=tmp_path, options={})
     assert [path.read_bytes() for path in overlays] == [b"1", b"2"]

@@ -15,6 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from service.cli import main as cli
+from service.cli.common import EXIT_SOME_FAILED, EXIT_UNREACHABLE
 
 NETWORK = """
 from torch import nn
@@ -151,7 +152,7 @@ def test_a_bad_image_does_not_stop_the_others(config: Path, images: Path, tmp_pa
     missing = tmp_path / "missing.jpg"
     out = tmp_path / "out"
     result = run("explain", missing, images, "-o", out, "-c", config)
-    assert result.exit_code == cli.EXIT_SOME_FAILED
+    assert result.exit_code == EXIT_SOME_FAILED
     assert {path.name for path in out.glob("*.json")} == {"a.json", "c.json"}
     failures = said(result)
     assert "unsupported_media_type" in failures
@@ -199,7 +200,56 @@ def test_a_broken_model_says_why(config: Path, images: Path, tmp_path: Path) -> 
     assert "no_such_network" in said(result)
 
 
-# ---------------------------------------------------------------- models, serve
+def test_the_same_command_again_takes_up_where_it_stopped(
+    config: Path, images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run("explain", images / "a.jpg", "-o", out, "-c", config, "-t", "cat")
+    (out / "a.gradcam.cat.jpg").write_bytes(b"kept")
+    again = run("explain", images, "-o", out, "-c", config, "-t", "cat")
+    assert again.exit_code == 0, said(again)
+    assert "1 of them before" in said(again)
+    assert (out / "a.gradcam.cat.jpg").read_bytes() == b"kept"
+    assert (out / "c.gradcam.cat.jpg").is_file()
+    other = run("explain", images, "-o", out, "-c", config, "-t", "cat", "--alpha", "0.3")
+    assert "before" not in said(other)
+    assert (out / "a.gradcam.cat.jpg").read_bytes() != b"kept"
+
+
+def test_a_service_that_does_not_run(images: Path, tmp_path: Path) -> None:
+    result = run("explain", images, "-o", tmp_path, "--server", "http://127.0.0.1:9")
+    assert result.exit_code == EXIT_UNREACHABLE
+    assert "heatlens serve" in said(result)
+
+
+# ---------------------------------------------------------------- models, check, layers, serve
+
+
+def test_check_names_the_line_of_a_wrong_key(config: Path) -> None:
+    text = config.read_text().replace("num_classes = 3", 'num_classes = "three"')
+    config.write_text(text)
+    line = text.splitlines().index('num_classes = "three"') + 1
+    result = run("check", config)
+    assert result.exit_code == 2
+    assert f"line {line}: models.0.num_classes" in said(result)
+
+
+def test_check_names_the_line_of_a_model_that_does_not_load(config: Path) -> None:
+    config.write_text(config.read_text() + BROKEN)
+    result = run("check", config)
+    assert result.exit_code == EXIT_SOME_FAILED
+    line = config.read_text().splitlines().index('name = "broken"')
+    assert f":{line}: broken could not be loaded" in said(result)
+    assert "tiny@1" in said(result)
+
+
+def test_layers_tell_which_one_is_recommended(config: Path) -> None:
+    result = run("layers", "-c", config, "--json")
+    assert result.exit_code == 0, said(result)
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [row["name"] for row in rows] == ["0", "1", "2", "3", "4"]
+    assert [row["name"] for row in rows if row["recommended"]] == ["1"]
+    assert "recommended" in said(run("layers", "-c", config))
 
 
 def test_models_lists_what_was_found(config: Path) -> None:
@@ -212,7 +262,7 @@ def test_models_lists_what_was_found(config: Path) -> None:
 def test_models_says_what_is_broken(config: Path) -> None:
     config.write_text(config.read_text() + BROKEN)
     result = run("models", "-c", config, "--json")
-    assert result.exit_code == cli.EXIT_SOME_FAILED
+    assert result.exit_code == EXIT_SOME_FAILED
     cards = {card["name"]: card for card in map(json.loads, result.stdout.splitlines())}
     assert cards["tiny"]["ready"]
     assert cards["tiny"]["num_classes"] == 3
@@ -225,7 +275,7 @@ def test_the_operator_reads_what_the_factory_raised(config: Path) -> None:
     entry = '[[models]]\nname = "raises"\nsource = "python:failing_net:build"\n'
     config.write_text(config.read_text() + entry)
     result = run("models", "-c", config)
-    assert result.exit_code == cli.EXIT_SOME_FAILED
+    assert result.exit_code == EXIT_SOME_FAILED
     assert "OSError: no disk (failing_net.py:2)" in said(result)
 
 

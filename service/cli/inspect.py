@@ -1,0 +1,132 @@
+"""`heatlens models`, `heatlens check` and `heatlens layers`: what was found out about a model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+
+from models.types import ModelCard, ModelInfo
+from service.cli.common import (
+    EXIT_SOME_FAILED,
+    AsJson,
+    Config,
+    Server,
+    open_client,
+    read_settings,
+    reported_errors,
+)
+from service.cli.tables import layers_table, models_list
+from service.settings import Settings
+
+if TYPE_CHECKING:
+    from heatlens.results import Layer
+
+
+def models(*, config: Config = None, as_json: AsJson = False) -> None:
+    """Load and check the configured models and list their properties.
+
+    The exit code is 1 if a model is unavailable; the list gives the reason.
+
+    For example:
+
+    - `heatlens models`
+    - `heatlens models --config heatlens.toml`
+    """
+    _report(config, as_json=as_json)
+
+
+def check(
+    config: Annotated[Path, typer.Argument(exists=True, dir_okay=False, metavar="CONFIG")],
+    *,
+    as_json: AsJson = False,
+) -> None:
+    """Check a configuration: load every model, and say which line to change.
+
+    Prints what `heatlens models` prints. The exit code is 2 if the file is wrong, and 1 if a model
+    cannot be loaded.
+
+    For example:
+
+    - `heatlens check heatlens.toml`
+    """
+    _report(config, as_json=as_json)
+
+
+def layers(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Name or name@version.")
+    ] = None,
+    *,
+    config: Config = None,
+    server: Server = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the layers of a model: their shape, and whether a map can be drawn of them.
+
+    For example:
+
+    - `heatlens layers`
+    - `heatlens layers defects --config heatlens.toml --json`
+    """
+
+    async def run() -> list[Layer]:
+        async with open_client(server, config=config, model=model) as client:
+            name = model or (await client.models())[0].name
+            return await client.layers(name)
+
+    with reported_errors(), Console(stderr=True).status("loading the model"):
+        found = asyncio.run(run())
+    if as_json:
+        for layer in found:
+            typer.echo(msgspec.json.encode(layer).decode())
+    else:
+        Console().print(layers_table(found))
+
+
+def _report(config: Path | None, *, as_json: bool) -> None:
+    settings = read_settings(config)
+    with Console(stderr=True).status("loading the models"):
+        cards = [info.card for info in asyncio.run(_load(settings))]
+    if as_json:
+        for card in cards:
+            typer.echo(json.dumps(msgspec.to_builtins(card), ensure_ascii=False))
+    else:
+        Console().print(models_list(cards, default=settings.default_model))
+    broken = [card for card in cards if not card.ready]
+    if broken:
+        _name_lines(config, settings, broken)
+        raise typer.Exit(EXIT_SOME_FAILED)
+
+
+async def _load(settings: Settings) -> Sequence[ModelInfo]:
+    """Load every configured model once; broken ones have a reason."""
+    from service.worker.local import LocalPool
+
+    pool = LocalPool(settings)
+    await pool.start()
+    try:
+        await pool.wait_loaded()
+        return pool.models()
+    finally:
+        await pool.close()
+
+
+def _name_lines(config: Path | None, settings: Settings, broken: Sequence[ModelCard]) -> None:
+    """Say where in the file the entries of broken models begin."""
+    if config is None:
+        return
+    from service.configuration import line_of
+
+    text = config.read_text(encoding="utf-8")
+    entries = [(spec.name, spec.version) for spec in settings.models]
+    for card in broken:
+        line = line_of(text, ("models", entries.index((card.name, card.version))))
+        if line is not None:
+            typer.echo(f"{config}:{line}: {card.name} could not be loaded: {card.reason}", err=True)
