@@ -18,10 +18,12 @@ DEV_OK  := $(VENV)/.installed-dev
 # Collecting the tests of models takes longer than the tests that spawn processes, which live elsewhere.
 PROCESS_TESTS := tests/process tests/service
 # One thread a test process: the tests run beside each other, and tiny networks gain nothing from more.
+# What the accessibility check runs in the page; without it, that check is skipped.
+AXE := $(VENV)/axe/node_modules/axe-core/axe.min.js
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help run install test test-process cov check lint format format-check types contracts bench clean
+.PHONY: help run install test test-process test-browser cov check lint format format-check types contracts bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,14 +33,17 @@ run: $(RUN_OK) ## Install what is missing and serve on http://127.0.0.1:8000 (HO
 
 install: $(DEV_OK) ## Install Heatlens with everything for development into .venv
 
-test: $(DEV_OK) test-process ## Run every test
-	$(PYTEST) -m "not process" -n auto --maxprocesses 4 --dist worksteal
+test: $(DEV_OK) test-process test-browser ## Run every test
+	$(PYTEST) -m "not process and not browser" -n auto --maxprocesses 4 --dist worksteal
 
 test-process: $(DEV_OK) ## Run the tests that spawn, kill and hang processes, one after the other
 	$(PYTEST) -m process $(PROCESS_TESTS)
 
+test-browser: $(DEV_OK) $(AXE) ## Run the tests of the web page in Chromium; without it they are skipped
+	$(PYTEST) -m browser tests/web
+
 cov: $(DEV_OK) ## Run the tests that need no processes and report branch coverage
-	$(PYTEST) -m "not process" -n auto --maxprocesses 4 --cov --cov-report term
+	$(PYTEST) -m "not process and not browser" -n auto --maxprocesses 4 --cov --cov-report term
 
 check: format-check lint contracts types test ## Everything CI checks
 
@@ -76,3 +81,6 @@ $(RUN_OK): $(PINS) | $(BIN)/python
 $(DEV_OK): $(PINS) | $(BIN)/python
 	$(PIP) -e '$(DEV)'
 	@touch $(RUN_OK) $@
+
+$(AXE):
+	-npm install --silent --no-audit --no-fund --prefix $(VENV)/axe axe-core@4.14.1

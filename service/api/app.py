@@ -21,7 +21,7 @@ from service.api.limiter import ConcurrencyLimiter
 from service.api.metrics import Metrics
 from service.api.middleware import RequestContext, RouteAliases
 from service.api.pipeline import Pipeline
-from service.api.routes import admin, explain, features, health, models, predict
+from service.api.routes import admin, explain, features, health, models, page, predict
 from service.api.security import limit_key, require_admin_key, require_api_key
 from service.devices.pool import DevicePool
 from service.hardware import available_cores
@@ -141,3 +141,4 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
     app.include_router(admin.router, dependencies=[Depends(require_admin_key)])
     app.include_router(health.router)
     app.include_router(metadata.server)
+    app.include_router(page.router)

@@ -1,4 +1,4 @@
-"""`/`, health and metrics: no key is required."""
+"""Health and metrics: no key is required."""
 
 from __future__ import annotations
 
@@ -26,16 +26,10 @@ _METRICS: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.get("/", summary="Name and version", responses=_ALIVE)
-async def index(request: Request) -> Response:
-    """Name and version; also KServe's liveness call."""
-    return json_response(AliveResponse(status="alive", version=request.app.version))
-
-
 @router.get("/livez", summary="Liveness", responses=_ALIVE)
 async def livez(request: Request) -> Response:
     """200 as long as the process is alive."""
-    return await index(request)
+    return json_response(AliveResponse(status="alive", version=request.app.version))
 
 
 @router.get("/readyz", summary="Readiness", responses=_READY)
