@@ -15,6 +15,7 @@ from models.types import (
     ChannelStatistics,
     ClassRef,
     ClassScore,
+    Curve,
     Explanation,
     Faithfulness,
     Job,
@@ -25,14 +26,17 @@ from models.types import (
     ModelInfo,
     Outcome,
     Preprocess,
+    Progress,
     Quantiles,
 )
-from service.devices.messages import Completion, Submission
+from service.devices.messages import Completion, JobProgress, Submission
 from service.devices.model_state import merge
-from service.devices.pool import DeviceStatus
+from service.devices.pool import DeviceStatus, OnProgress, ignore, is_long
 
 LABELS = ("tabby", "tiger cat", "golden retriever", "goldfish", "Egyptian cat")
 LAYERS = ("stem", "body", "head.conv")
+
+CURVE = Curve(share=(0.0, 0.5, 1.0), value=(0.6, 0.1, 0.0), random=(0.6, 0.4, 0.0))
 
 Fault = Callable[[Job], HeatlensError | None]
 
@@ -131,8 +135,10 @@ class FakePool:
     def submitted(self) -> list[Job]:
         return [submission.job for submission in self.submissions]
 
-    async def submit(self, submission: Submission) -> Completion:
-        """Answer a job after the delay, or end it by the fault."""
+    async def submit(
+        self, submission: Submission, *, on_progress: OnProgress = ignore
+    ) -> Completion:
+        """Answer a job after the delay, or end it by the fault; tells what it is asked for."""
         if not self._open:
             raise Draining("The service is stopping.")
         job = submission.job
@@ -140,6 +146,8 @@ class FakePool:
         self.submissions.append(submission)
         self.arrived.set()
         try:
+            if submission.news != "none" and is_long(job.options):
+                on_progress(news_of(submission, answer(job, info)))
             await asyncio.sleep(self.delay_s)
         except asyncio.CancelledError:
             self.cancelled.append(job.id)
@@ -180,6 +188,15 @@ class FakePool:
             if (info.card.name, info.card.version) == (name, version):
                 return info
         raise UnknownModel("There is no such model.")
+
+
+def news_of(submission: Submission, completion: Completion) -> JobProgress:
+    """What a job says while it runs: a quarter is done, and the maps are those of the result."""
+    wants_maps = submission.news == "maps"
+    explanations = completion.outcome.explanations if wants_maps else ()
+    method = submission.job.options.methods[0]
+    progress = Progress(what=method, done=1000, total=4000, explanations=explanations)
+    return JobProgress(job_id=submission.job.id, progress=progress, seconds_left=30.0)
 
 
 def answer(job: Job, info: ModelInfo) -> Completion:
@@ -244,7 +261,8 @@ def _explanation(job: Job, *, method: str, layer: str, target: ClassScore) -> Ex
         signed=METHODS[method].signed,
         degenerate=not values.any(),
         faithfulness={
-            name: Faithfulness(value=0.1, random=0.3) for name in job.options.faithfulness
+            name: Faithfulness(value=0.1, random=0.3, curve=CURVE if job.options.curves else UNSET)
+            for name in job.options.faithfulness
         },
     )
 

@@ -19,6 +19,7 @@ from service.api.options import AnyOptions
 from service.api.pipeline import Reply
 from service.api.plan import Plan, choose_model, make_plan, timeout_s
 from service.api.record import Served, record_of
+from service.api.watch import Watch
 
 _RETRIES = 3
 _RETRY_PAUSE_S = 0.02
@@ -47,6 +48,7 @@ async def run(
     options: type[OptionsT],
     *,
     adapt: Callable[[Plan], Plan] = lambda plan: plan,
+    watch: Watch | None = None,
 ) -> tuple[Plan, Reply]:
     """Read, plan and run a request; plan and run again if the model was replaced meanwhile.
 
@@ -55,13 +57,14 @@ async def run(
         service: the parts of the application.
         options: the type of its options.
         adapt: changes the plan before it is run.
+        watch: hears how far it has come.
 
     Raises:
         HeatlensError: the reason why it failed.
     """
     started = time.monotonic()
     body = await in_time(service, service.reader.read(request, options))
-    return await run_body(request, service, body, started=started, adapt=adapt)
+    return await run_body(request, service, body, started=started, adapt=adapt, watch=watch)
 
 
 async def in_time(service: Service, reading: Awaitable[T]) -> T:
@@ -84,6 +87,7 @@ async def run_body(
     *,
     started: float,
     adapt: Callable[[Plan], Plan] = lambda plan: plan,
+    watch: Watch | None = None,
 ) -> tuple[Plan, Reply]:
     """Plan and run a request whose body is read; plan and run again if the model was replaced.
 
@@ -93,6 +97,7 @@ async def run_body(
         body: its images and options.
         started: monotonic time at which it arrived.
         adapt: changes the plan before it is run.
+        watch: hears how far it has come.
 
     Raises:
         HeatlensError: the reason why it failed.
@@ -101,7 +106,7 @@ async def run_body(
     while True:
         plan = adapt(_plan(request, service, body, started=started))
         try:
-            return plan, await _run(request, service, plan)
+            return plan, await _run(request, service, plan, watch)
         except ModelReplaced:
             if not retries:
                 raise
@@ -167,9 +172,9 @@ def _plan(
     return make_plan(body.images, options, info, limits=limits, started=started, deadline=deadline)
 
 
-async def _run(request: Request, service: Service, plan: Plan) -> Reply:
+async def _run(request: Request, service: Service, plan: Plan, watch: Watch | None) -> Reply:
     record = record_of(request)
-    reply = await unless_gone(request, service.pipeline.run(plan))
+    reply = await unless_gone(request, service.pipeline.run(plan, watch=watch))
     if record.served is not None:
         service.metrics.observe(reply, record.served)
     record.timings, record.batch_size = reply.timings, reply.batch_size

@@ -201,6 +201,8 @@ _RESPONSES: tuple[type[Any], ...] = (
     schemas.PredictResponse,
     schemas.ExplainResponse,
     schemas.FeaturesResponse,
+    schemas.ProgressEvent,
+    schemas.PartialEvent,
     schemas.ModelsResponse,
     schemas.AliveResponse,
     schemas.ReadyResponse,
@@ -301,6 +303,16 @@ EXPLAIN: dict[str, Any] = msgspec.json.decode("""{
   "timings_ms": {"decode": 2.1, "queue": 0.4, "device": 21.7, "render": 1.2, "total": 26.0},
   "batch_size": 4
 }""")
+EVENTS = """event: progress
+data: {"what":"rise","done":1200,"total":4000,"seconds_left":21.4}
+
+event: partial
+data: {"image":0,"explanation":{"method":"rise","layer":"", …}}
+
+event: result
+data: {"request_id":"01JZ8Q4M7V9WK3T5R2XN6B1C0D","model":{"name":"efficientnet_lite0", …}, …}
+
+"""
 _RESULT = EXPLAIN["results"][0]
 _IMAGE = {key: _RESULT[key] for key in ("image", "predictions")}
 PREDICT = {**EXPLAIN, "results": [{**_IMAGE, "statistics": []}]}

@@ -171,6 +171,16 @@ class ExplainOptions(CommonOptions):
     faithfulness: Annotated[
         list[Measure], Field(max_length=5, description="Measures, each also of a random map.")
     ] = []
+    curves: Annotated[
+        bool, Field(description="Whether measures show the curves that they are made from.")
+    ] = False
+    partial_maps: Annotated[
+        bool,
+        Field(
+            description="Whether a stream of events shows maps that take shape step by step; see "
+            "`text/event-stream`."
+        ),
+    ] = False
     samples: Annotated[
         int | None, Field(ge=1, le=10_000, description="Samples of a stochastic method.")
     ] = None

@@ -34,9 +34,10 @@ from service import logs, tracing
 from service.api import schemas
 from service.api.errors import internal_error
 from service.api.plan import Plan, PlannedImage
-from service.api.responses import DecodedInput, render
-from service.api.schemas import STAGES, ImageError, Result, Timings
-from service.devices.messages import Completion, Submission
+from service.api.responses import DecodedInput, draw, render
+from service.api.schemas import STAGES, ExplanationResponse, ImageError, Result, Timings
+from service.api.watch import PartialMap, Watch
+from service.devices.messages import JobProgress, News, Submission
 from service.devices.pool import DevicePool, is_long
 
 T = TypeVar("T")
@@ -98,8 +99,12 @@ class Pipeline:
         self._threads = threads
         self._max_wait_s = max_wait_s
 
-    async def run(self, plan: Plan) -> Reply:
+    async def run(self, plan: Plan, *, watch: Watch | None = None) -> Reply:
         """Run all images of a plan; cancelling this cancels their jobs.
+
+        Args:
+            plan: what to run.
+            watch: hears how far the jobs have come.
 
         Raises:
             Overloaded: every device is busy for too long.
@@ -108,10 +113,12 @@ class Pipeline:
             HeatlensError: every image failed; this is the first one's error.
         """
         self._refuse_excess(plan)
+        if watch is not None:
+            watch.start(len(plan.images))
         try:
             async with asyncio.timeout(plan.deadline - time.monotonic()):
                 outcomes = await asyncio.gather(
-                    *(self._try_image(image, plan) for image in plan.images)
+                    *(self._try_image(i, plan, watch) for i in range(len(plan.images)))
                 )
         except TimeoutError:
             raise DeadlineExceeded("The deadline passed before the response was ready.") from None
@@ -138,25 +145,41 @@ class Pipeline:
         if excess_s > 0:
             raise Overloaded("The service is at its limit.", retry_after_s=excess_s)
 
+    async def draw(self, item: PartialMap) -> ExplanationResponse:
+        """Draw what a map shows so far."""
+        return await self._in_thread(lambda: draw(item.explanation, item.source, item.plan))
+
     async def _try_image(
-        self, image: PlannedImage, plan: Plan
+        self, number: int, plan: Plan, watch: Watch | None
     ) -> tuple[Result, ImageRun] | HeatlensError:
         try:
-            return await self._run_image(image, plan)
+            return await self._run_image(number, plan, watch)
         except HeatlensError as error:
             return error
         except Exception:  # noqa: BLE001 # one image must not fail the others
             _log.exception("An image failed unexpectedly.")
             return internal_error()
+        finally:
+            if watch is not None:
+                watch.finish(number)
 
-    async def _run_image(self, image: PlannedImage, plan: Plan) -> tuple[Result, ImageRun]:
+    async def _run_image(
+        self, number: int, plan: Plan, watch: Watch | None
+    ) -> tuple[Result, ImageRun]:
+        image = plan.images[number]
         if image.input.error is not None:
             raise image.input.error
         decoding = time.monotonic()
         decoded = await self._in_thread(lambda: self._prepare(image, plan))
         submitted = time.monotonic()
         tracing.stage("decode", began=decoding, ended=submitted)
-        completion = await self._submit(image, decoded, plan)
+
+        def hear(news: JobProgress) -> None:
+            if watch is not None:
+                watch.hear(number, news, decoded, plan)
+
+        submission = _submission(image, decoded, plan, is_watched=watch is not None)
+        completion = await self._pool.submit(submission, on_progress=hear)
         answered = time.monotonic()
         result = await self._in_thread(lambda: render(completion.outcome, decoded, plan))
         rendered = time.monotonic()
@@ -170,27 +193,6 @@ class Pipeline:
         )
         run = ImageRun(timings=timings, batch_size=completion.batch_size, device=completion.device)
         return result, run
-
-    async def _submit(self, image: PlannedImage, decoded: DecodedInput, plan: Plan) -> Completion:
-        card = plan.info.card
-        job = Job(
-            id=uuid.uuid4().hex,
-            operation=plan.operation,
-            model=card.name,
-            version=card.version,
-            input=decoded.input,
-            options=image.options,
-        )
-        return await self._pool.submit(
-            Submission(
-                job=job,
-                deadline=plan.deadline,
-                digest=decoded.digest,
-                traceparent=tracing.traceparent(),
-                request_id=logs.request_id.get(),
-                fingerprint=plan.info.fingerprint,
-            )
-        )
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
@@ -221,6 +223,29 @@ class Pipeline:
             original=shrink(original) if whole else None,
             warnings=original.warnings,
         )
+
+
+def _submission(
+    image: PlannedImage, decoded: DecodedInput, plan: Plan, *, is_watched: bool
+) -> Submission:
+    card = plan.info.card
+    news: News = "maps" if plan.render.partial_maps else "progress"
+    return Submission(
+        job=Job(
+            id=uuid.uuid4().hex,
+            operation=plan.operation,
+            model=card.name,
+            version=card.version,
+            input=decoded.input,
+            options=image.options,
+        ),
+        deadline=plan.deadline,
+        digest=decoded.digest,
+        traceparent=tracing.traceparent(),
+        request_id=logs.request_id.get(),
+        fingerprint=plan.info.fingerprint,
+        news=news if is_watched else "none",
+    )
 
 
 def digest_of(model_input: np.ndarray, info: ModelInfo) -> str:

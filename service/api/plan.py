@@ -37,6 +37,7 @@ class RenderOptions(Struct):
     clip: ClipChoice = "auto"
     alpha: float = 0.5
     overlay_format: OverlayFormat = "jpeg"
+    partial_maps: bool = False
 
 
 class PlannedImage(Struct):
@@ -196,6 +197,7 @@ def job_options(options: AnyOptions, info: ModelInfo) -> JobOptions:
         statistics=options.statistics,
         interventions=changes,
         faithfulness=tuple(dict.fromkeys(options.faithfulness)),
+        curves=options.curves,
         samples=options.samples,
         steps=options.steps,
         seed=options.seed,

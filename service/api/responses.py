@@ -72,6 +72,11 @@ def render(outcome: Outcome, source: DecodedInput, plan: Plan) -> Result:
     )
 
 
+def draw(item: Explanation, source: DecodedInput, plan: Plan) -> schemas.ExplanationResponse:
+    """Make one explanation of an image."""
+    return _explanation(item, _canvas(source), source, plan)
+
+
 def _canvas(source: DecodedInput) -> Canvas:
     if source.original is not None:
         return original_canvas(source.original, source.geometry)

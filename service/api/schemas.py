@@ -206,6 +206,33 @@ class ExplainResponse(_Response):
     batch_size: BatchSize
 
 
+class ProgressEvent(Struct):
+    """Data of the event `progress`."""
+
+    what: Annotated[
+        str,
+        Meta(
+            description="What is being done: `queued`, a method, or `faithfulness`.",
+            examples=["rise"],
+        ),
+    ]
+    done: Annotated[
+        int,
+        Meta(description="Images run through the network; a gradient counts as three."),
+    ]
+    total: Annotated[int, Meta(description="Images in the end; 0 while nothing is known.")]
+    seconds_left: Annotated[
+        float | None, Meta(description="Expected time; null while nothing is known.")
+    ]
+
+
+class PartialEvent(Struct):
+    """Data of the event `partial`: what a map shows so far."""
+
+    image: Annotated[int, Meta(description="Number of the image, from 0.")]
+    explanation: ExplanationResponse
+
+
 class FeaturesResponse(_Response):
     """Statistics of layers, one result per image in order."""
 

@@ -130,6 +130,11 @@ class JobProgress(Message, frozen=True, kw_only=True):
     progress: Progress
     seconds_left: float | None = None
 
+    @classmethod
+    def queued(cls, job_id: str) -> JobProgress:
+        """A job that waits for a device, or waits again."""
+        return cls(job_id=job_id, progress=Progress(what="queued", done=0, total=0))
+
 
 class Models(Message, frozen=True, kw_only=True):
     """Every model version of the device, unavailable ones included."""

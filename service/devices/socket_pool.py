@@ -249,6 +249,7 @@ class SocketPool:
         for request in self._in_flight.values():
             if request.connection is connection:
                 request.connection = None
+                request.on_progress(JobProgress.queued(request.submission.job.id))
                 if request.submission.job.id in suspects:
                     request.suspect()
         self._commands.on_disconnect(connection)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 import signal
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +95,22 @@ class Configured:
             headers={"X-API-Key": "one"},
             **rest,
         )
+
+
+@contextlib.contextmanager
+def configured_services() -> Iterator[Callable[..., Configured]]:
+    """Starts services, and stops them in the end."""
+    # The paths of pytest's own folders are too long for sockets.
+    folder = Path(tempfile.mkdtemp(prefix="hl-", dir="/tmp"))
+    started: list[Configured] = []
+
+    def start(*flags: str, **values: Any) -> Configured:
+        started.append(Configured(folder, *flags, **values))
+        return started[-1]
+
+    try:
+        yield start
+    finally:
+        for item in started:
+            item.service.stop()
+        shutil.rmtree(folder)

@@ -17,7 +17,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import fake_engine
-from configured import Configured
+from configured import Configured, configured_services
 from running import Service, until
 
 from models.types import Job, JobOptions
@@ -54,19 +54,8 @@ def start_service() -> Iterator[Callable[..., Service]]:
 @pytest.fixture
 def configured() -> Iterator[Callable[..., Configured]]:
     """Starts services with real HTTP processes and a configuration file."""
-    folder = Path(tempfile.mkdtemp(prefix="hl-", dir="/tmp"))
-    started: list[Configured] = []
-
-    def start(*flags: str, **values) -> Configured:
-        started.append(Configured(folder, *flags, **values))
-        return started[-1]
-
-    try:
+    with configured_services() as start:
         yield start
-    finally:
-        for item in started:
-            item.service.stop()
-        shutil.rmtree(folder)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Mapping
-from typing import cast, get_args
+from typing import TypeVar, cast, get_args
 from urllib.parse import quote
 
 from fastapi import APIRouter, Request, Response
@@ -13,22 +13,27 @@ from msgspec import structs
 
 from models.errors import InvalidOption
 from models.imaging.render import OverlayFormat
-from service.api import handler
+from service.api import events, handler
 from service.api.dependencies import ServiceDep
-from service.api.openapi import BINARY, EXPLAIN, INPUT, image_input, responses
+from service.api.openapi import BINARY, EVENTS, EXPLAIN, INPUT, image_input, responses
 from service.api.options import ExplainOptions
 from service.api.pipeline import Reply
 from service.api.plan import Plan
 from service.api.schemas import ExplainResponse, ExplainResult, ExplanationResponse, ImageData
+from service.api.watch import Watch
 
 router = APIRouter(prefix="/v1", tags=["explain"], default_response_class=Response)
 
 _FORMATS: Mapping[str, OverlayFormat] = {f"image/{name}": name for name in get_args(OverlayFormat)}
+_EVENTS = "text/event-stream"
 _QUALITY = re.compile(r"q\s*=\s*([01](?:\.[0-9]{0,3})?)")
 _RESPONSES = responses(
     ExplainResponse, "Predictions and explanations.", errors=INPUT, example=EXPLAIN
 )
 _RESPONSES[200]["content"] |= {media_type: {"schema": BINARY} for media_type in _FORMATS}
+_RESPONSES[200]["content"][_EVENTS] = {"schema": {"type": "string"}, "example": EVENTS}
+
+T = TypeVar("T")
 
 
 @router.post(
@@ -43,8 +48,23 @@ async def explain(request: Request, service: ServiceDep) -> Response:
     With `Accept: image/png`, `image/jpeg` or `image/webp`, and one image, method, target and layer,
     the response is the overlay itself; `X-Class-Id`, `X-Label` (percent-encoded) and
     `X-Probability` describe its target.
+
+    With `Accept: text/event-stream` the response is a stream of events whose data are JSON:
+    `progress` (`ProgressEvent`) at least every second, `partial` (`PartialEvent`) if `partial_maps`
+    is true and the maps take shape step by step, and in the end `result` with the JSON response, or
+    `error` with the JSON of an error. An error before the stream begins is an ordinary one. Closing
+    the stream cancels the request.
     """
     accept = request.headers.get("accept", "")
+    if _prefers_events(accept):
+        watch = Watch()
+
+        async def answer() -> Response:
+            found = await handler.run(request, service, ExplainOptions, watch=watch)
+            return handler.images_response(request, *found)
+
+        draw = service.pipeline.draw
+        return await events.stream(request, answer(), watch=watch, draw=draw)
 
     def adapt(plan: Plan) -> Plan:
         wanted = overlay_format(accept, plan.render.overlay_format)
@@ -63,8 +83,17 @@ def overlay_format(accept: str, default: OverlayFormat) -> OverlayFormat | None:
         accept: the header.
         default: format for `image/*`.
     """
-    formats = {**_FORMATS, "image/*": default}
-    best: OverlayFormat | None = None
+    return _preferred(accept, {**_FORMATS, "image/*": default})
+
+
+def _prefers_events(accept: str) -> bool:
+    images = dict.fromkeys((*_FORMATS, "image/*"), False)
+    return _preferred(accept, {**images, _EVENTS: True}) or False
+
+
+def _preferred(accept: str, forms: Mapping[str, T]) -> T | None:
+    """What an `Accept` header prefers to JSON, of `forms` by media type; None if nothing."""
+    best: T | None = None
     best_quality = json_quality = 0.0
     for item in accept.lower().split(","):
         media_type, *parameters = (part.strip() for part in item.split(";"))
@@ -72,8 +101,8 @@ def overlay_format(accept: str, default: OverlayFormat) -> OverlayFormat | None:
         quality = next(qualities, 1.0)
         if media_type in ("application/json", "application/*"):
             json_quality = max(json_quality, quality)
-        elif media_type in formats and quality > best_quality:
-            best, best_quality = formats[media_type], quality
+        elif media_type in forms and quality > best_quality:
+            best, best_quality = forms[media_type], quality
     return best if best_quality > json_quality else None
 
 

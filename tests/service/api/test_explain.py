@@ -258,6 +258,7 @@ async def test_options_reach_the_job(client: httpx.AsyncClient, pool: FakePool, 
     assert (options.samples, options.steps, options.seed) == (7, 8, 9)
     body = response.json()["results"][0]
     assert body["explanations"][0]["faithfulness"] == {"deletion": {"value": 0.1, "random": 0.3}}
+
     assert body["statistics"] == []
 
 
@@ -280,6 +281,16 @@ async def test_degenerate_map(client: httpx.AsyncClient) -> None:
 async def test_every_method_is_accepted(client: httpx.AsyncClient, png: bytes, method: str) -> None:
     body = await explain(client, png, methods=method, outputs="heatmap")
     assert body["results"][0]["explanations"][0]["signed"] is METHODS[method].signed
+
+
+async def test_curves_come_when_asked_for(client: httpx.AsyncClient, png: bytes) -> None:
+    body = await explain(client, png, faithfulness="deletion", curves=True)
+    measured = body["results"][0]["explanations"][0]["faithfulness"]["deletion"]
+    assert measured["curve"] == {
+        "share": [0.0, 0.5, 1.0],
+        "value": [0.6, 0.1, 0.0],
+        "random": [0.6, 0.4, 0.0],
+    }
 
 
 # ---------------------------------------------------------------- several images

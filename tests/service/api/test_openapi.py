@@ -59,6 +59,7 @@ async def test_responses_are_as_documented(
         "explain": {
             "outputs": "heatmap,overlay,values",
             "faithfulness": "deletion,road",
+            "curves": "1",
             "methods": ",".join(METHODS),
         },
         "features": {"grid": "1", "kinds": "output,grad_output"},

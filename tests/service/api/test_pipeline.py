@@ -128,9 +128,9 @@ async def test_result_types(options: Any, result: type) -> None:
 
 async def test_timings_are_the_slowest_images() -> None:
     class Slow(FakePool):
-        async def submit(self, job: Job) -> Outcome:
+        async def submit(self, job: Job, **rest: Any) -> Outcome:
             n = len(self.submitted) + 1
-            outcome = await super().submit(job)
+            outcome = await super().submit(job, **rest)
             return structs.replace(
                 outcome, queue_ms=n, device_ms=10 - n, batch_size=n, device=f"cpu:{n % 2}"
             )
