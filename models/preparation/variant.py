@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models.hooks import HookStack
+from models.hooks import ForwardHook, HookStack
 from models.preparation.fusion import fuse_convolutions
+
+logger = logging.getLogger("heatlens.preparation")
 
 TOLERANCE = 1e-4
 """Largest difference of a layer's float32 tensor from the original's, relative to its peak."""
+
+GRADIENT_TOLERANCE = 1e-2
+"""Largest norm of the difference of a layer's gradients, relative to the original's norm.
+
+Rounding may turn single ReLUs on or off; a lost path is another order of magnitude.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +54,9 @@ class Variant:
         module: the variant; eval mode, parameters frozen.
         step: what was done to make it, for the model card.
         readable: layers whose outputs were found equal to the original's.
-        rewritable: layers whose output can be changed, and differentiated at.
-        differentiable: whether gradients reach the images.
+        rewritable: layers whose output can be changed, and differentiated at: with a graph, too,
+            they have the original's values, and they have its gradient.
+        differentiable: whether the images have the original's gradient.
     """
 
     module: nn.Module
@@ -76,19 +86,64 @@ def fused_variant(module: nn.Module, probe: Tensor) -> Variant | None:
         if not fused:
             return None
         expected, found = layer_outputs(module, probe), layer_outputs(variant, probe)
+        same = equal_layers(found, expected, close)
+        exact, recorded = (_differentiated(m, probe[:1], same) for m in (module, variant))
     # A model that cannot be rewritten is served as it is.
-    except Exception:  # noqa: BLE001
+    except Exception:
+        logger.warning("the fused convolutions fail", exc_info=True)
         return None
     if not close(found[""], expected[""]):
         return None
-    same = equal_layers(found, expected, close)
+    proved = {name for name, other in exact.items() if _agree(recorded.get(name), other)}
     return Variant(
         module=variant,
         step=f"{fused} fused convolutions",
         readable=same,
-        rewritable=same,
-        differentiable=True,
+        rewritable=frozenset(proved) - {""},
+        differentiable="" in proved,
     )
+
+
+_Pair = tuple[Tensor, Tensor | None]
+"""A tensor, and the gradient of a mixture of all scores there; None if no score depends on it."""
+
+
+def _differentiated(module: nn.Module, images: Tensor, layers: Collection[str]) -> dict[str, _Pair]:
+    """The pairs of some layers by name, and that of the images under the empty name."""
+    leaf = images.detach().requires_grad_()
+    outputs: dict[str, Tensor] = {"": leaf}
+
+    def record(name: str) -> ForwardHook:
+        def hook(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+            outputs[name] = output
+            # A copy: successors may work in place.
+            return output.clone()
+
+        return hook
+
+    with torch.enable_grad(), HookStack() as hooks:
+        for name in layers:
+            hooks.forward(module.get_submodule(name), record(name))
+        scores: Tensor = module(leaf.clone())
+    tensors = {name: output for name, output in outputs.items() if output.requires_grad}
+    gradients: Sequence[Tensor | None] = [None] * len(tensors)
+    if scores.requires_grad:
+        # Weighted, since plain sums may cancel.
+        weights = torch.arange(1.0, 1 + scores.shape[1]) / scores.shape[1]
+        mixture = (scores * weights).sum()
+        gradients = torch.autograd.grad(mixture, list(tensors.values()), allow_unused=True)
+    by_name = dict(zip(tensors, gradients, strict=True))
+    return {name: (output.detach(), by_name.get(name)) for name, output in outputs.items()}
+
+
+def _agree(found: _Pair | None, expected: _Pair) -> bool:
+    """Whether a layer of a variant has the original's values and gradient where a graph is made."""
+    if found is None or not close(found[0], expected[0]):
+        return False
+    if found[1] is None or expected[1] is None:
+        return found[1] is expected[1]
+    error = torch.linalg.vector_norm(found[1] - expected[1])
+    return bool(error <= GRADIENT_TOLERANCE * torch.linalg.vector_norm(expected[1]))
 
 
 def layer_outputs(

@@ -201,6 +201,30 @@ def test_a_twin_that_answers_differently_is_refused(net, probe, monkeypatch):
     assert fused_variant(net, probe) is None
 
 
+def test_a_twin_that_loses_a_gradient_is_not_differentiated(net, probe, monkeypatch):
+    plain = FusedConv2d._run_plain
+
+    def forgetful(self: FusedConv2d, x, residual):
+        return plain(self, x, None if residual is None else residual.detach())
+
+    monkeypatch.setattr(FusedConv2d, "_run_plain", forgetful)
+    variant = fused_variant(net, probe)
+    assert "stem" in variant.readable
+    assert "stem" not in variant.rewritable, "its gradient passes the residual sum"
+    assert {"act", "fc"} <= variant.rewritable
+    assert not variant.differentiable
+
+
+def test_a_twin_with_other_values_where_a_graph_is_made_is_not_differentiated(
+    net, probe, monkeypatch
+):
+    plain = FusedConv2d._run_plain
+    monkeypatch.setattr(FusedConv2d, "_run_plain", lambda *args: 1.01 * plain(*args))
+    variant = fused_variant(net, probe)
+    assert "act" in variant.readable
+    assert not variant.rewritable
+
+
 class Same(nn.Module):
     """A TensorFlow-like convolution, as timm builds it."""
 
