@@ -171,15 +171,22 @@ class BatchOutcomes:
             capture = whole.rows(place).first(len(self._host.targets[row]))
         asked = {"samples": options.samples, "steps": options.steps, "seed": options.seed}
         chosen = {k: defaults.get(k, 0) if v is None else v for k, v in asked.items()}
+        warm = self._warm
+        known = layer == warm.target_layer and not options.interventions
         return Subject(
-            warm=self._warm,
+            module=warm.module,
+            task=warm.task,
+            layouts=warm.layouts,
+            black=warm.shift,
+            white=warm.shift + 255 * warm.scale,
             interventions=options.interventions,
             inputs=self._shared.inputs[row : row + 1],
             logits=self._shared.logits[row],
             targets=self._host.targets[row],
             capture=capture,
             layer=layer,
-            chunk=self._warm.chunk,
+            head=warm.head if known else None,
+            chunk=warm.chunk,
             **chosen,
         )
 

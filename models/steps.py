@@ -13,15 +13,16 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.capture import Capture
 from models.errors import HeatlensError
+from models.head import HeadProbe
 from models.hooks import ForwardHook
 from models.interventions import changes_for
+from models.layers import Layouts
 from models.targets import ResolvedTarget
-from models.types import Intervention
-from models.warm_model import WarmModel
+from models.types import Intervention, Task
 
 T = TypeVar("T")
 
@@ -132,7 +133,10 @@ class Subject:
     """What a long method explains: one image, its targets, one layer.
 
     Attributes:
-        warm: the model.
+        module: the model, every layer of which can be read and changed.
+        task: how its output is read as scores.
+        layouts: of its layers that are maps.
+        black, white: float32 (1, 3, 1, 1), a black and a white pixel as the model takes them.
         interventions: the job's, which every pass made for it must apply (`changes`).
         inputs: normalised, (1, 3, H, W), on the device.
         logits: float32 (classes,), scores of the unperturbed image.
@@ -140,17 +144,23 @@ class Subject:
         capture: activation (1, K, h, w) and, if the method asked for it, gradient (1, T, …) at the
             explained layer; None for methods of the input itself.
         layer: dotted name of the explained layer, empty for methods of the input itself.
+        head: what follows that layer, where that is known and no intervention may change it.
         chunk: most images in one step.
         samples, steps, seed: as asked, or the method's defaults; 0 where it has none.
     """
 
-    warm: WarmModel
+    module: nn.Module
+    task: Task
+    layouts: Layouts
+    black: Tensor
+    white: Tensor
     interventions: tuple[Intervention, ...]
     inputs: Tensor
     logits: Tensor
     targets: tuple[ResolvedTarget, ...]
     capture: Capture | None
     layer: str
+    head: HeadProbe | None
     chunk: int
     samples: int
     steps: int
@@ -167,18 +177,17 @@ class Subject:
     def linear_head(self) -> Tensor | None:
         """Weight (classes, K) of a head that is exactly pooling and one linear layer.
 
-        None for other heads and layers, where interventions may change what follows the layer, and
-        for images whose scores such a head does not give.
+        None for other heads, and for images whose scores such a head does not give.
         """
-        if self.interventions or self.layer != self.warm.target_layer:
+        if self.head is None:
             return None
-        head, maps = self.warm.head, self.captured.activation
-        holds = head.reproduces(maps, self.logits[None], dtype=self.warm.dtype)
-        return head.weight if holds else None
+        logits, dtype = self.logits[None], self.inputs.dtype
+        holds = self.head.reproduces(self.captured.activation, logits, dtype=dtype)
+        return self.head.weight if holds else None
 
     def changes(self, images: int) -> list[tuple[str, ForwardHook]]:
         """The interventions as the `changes` of an `Extractor` pass over a batch of `images`."""
-        return changes_for(self.warm.layouts, [self.interventions] * images)
+        return changes_for(self.layouts, [self.interventions] * images)
 
     def scores(self, logits: Tensor) -> Tensor:
         """Scores of the T targets for logits (n, classes): (n, T)."""

@@ -59,9 +59,9 @@ def replayed_drops(subject: Subject) -> Generator[Step, Any, Tensor]:
 
 def _rows(subject: Subject) -> int:
     """Ablations that one shared pass feeds, where its batch may grow at the layer."""
-    if subject.layer != subject.warm.target_layer:
+    if subject.head is None:
         return subject.chunk
-    return _ROWS * subject.chunk if subject.warm.head.kind == "gap" else max(_ROWS, subject.chunk)
+    return _ROWS * subject.chunk if subject.head.kind == "gap" else max(_ROWS, subject.chunk)
 
 
 def _begin(subject: Subject, channel: int) -> tuple[bool, Tensor]:
@@ -78,7 +78,7 @@ def _begin(subject: Subject, channel: int) -> tuple[bool, Tensor]:
         except (RuntimeError, ValueError, IndexError, AssertionError):
             pass
         else:
-            if len(grown) == 2 and _close(grown[0], whole[0], subject.warm.dtype):
+            if len(grown) == 2 and _close(grown[0], whole[0], subject.inputs.dtype):
                 return True, subject.scores(grown[:1])
     return False, subject.scores(whole)
 
@@ -94,13 +94,13 @@ def _replay(subject: Subject, channels: Sequence[int], *, spread: bool) -> Tenso
     count = len(channels)
     changes = [*subject.changes(count), (subject.layer, _ablate(subject, channels, spread=spread))]
     inputs = subject.inputs if spread else subject.inputs.expand(count, -1, -1, -1)
-    with Extractor(subject.warm.module, [], changes=changes) as extractor:
-        logits, _ = class_scores(extractor.forward(inputs), subject.warm.task)
+    with Extractor(subject.module, [], changes=changes) as extractor:
+        logits, _ = class_scores(extractor.forward(inputs), subject.task)
     return logits
 
 
 def _ablate(subject: Subject, channels: Sequence[int], *, spread: bool) -> ForwardHook:
-    layout = subject.warm.layouts.get(subject.layer)
+    layout = subject.layouts.get(subject.layer)
     changed_rows = [row for row, channel in enumerate(channels) if channel != _NONE]
     chosen = [channel for channel in channels if channel != _NONE]
 
@@ -112,8 +112,9 @@ def _ablate(subject: Subject, channels: Sequence[int], *, spread: bool) -> Forwa
         elif layout.channels_last:
             changed[changed_rows, :, :, chosen] = 0.0
         else:
-            # Prefix tokens have no place in the map: they stay.
-            changed[changed_rows, layout.prefix :, chosen] = 0.0
+            # Tokens without a place in the map stay.
+            last = layout.prefix + layout.grid[0] * layout.grid[1]
+            changed[changed_rows, layout.prefix : last, chosen] = 0.0
         return changed
 
     return hook

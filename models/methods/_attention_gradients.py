@@ -98,8 +98,8 @@ class Seen:
             MethodNotApplicable: an output was not reproduced, or some tokens were not seen once.
         """
         shapes = {tuple(weights.shape[-2:]) for weights in self.weights}
-        tokens = transformer.tokens
-        if len(self.weights) != len(transformer.attentions) or shapes != {(tokens, tokens)}:
+        whole = all(q == k >= transformer.least_tokens for q, k in shapes)
+        if len(self.weights) != len(transformer.attentions) or len(shapes) != 1 or not whole:
             raise MethodNotApplicable(NOT_A_TRANSFORMER)
         # Written so that NaN is refused, too.
         if not bool(torch.stack(self._errors).max() <= 0):
@@ -135,12 +135,13 @@ def attend(
     Raises:
         MethodNotApplicable: the model is not a vision transformer that is understood here.
     """
-    warm = subject.warm
-    transformer = find_transformer(warm.module, warm.layouts)
+    transformer = find_transformer(subject.module, subject.layouts)
     layout, seen = transformer.layout, Seen()
     hooks = _hooks(transformer, seen)
-    with Extractor(warm.module, [], changes=[*hooks, *subject.changes(1)]) as extractor:
-        logits, _ = class_scores(extractor.forward(subject.inputs.clone(), graph=True), warm.task)
+    with Extractor(subject.module, [], changes=[*hooks, *subject.changes(1)]) as extractor:
+        logits, _ = class_scores(
+            extractor.forward(subject.inputs.clone(), graph=True), subject.task
+        )
         seen.check(transformer)
         scores = ScoreWeights([targets], logits.device).of(logits)[0]
         weights = [w.detach()[0].float() for w in seen.weights]
@@ -166,8 +167,7 @@ def layer_gradients(
     Raises:
         MethodNotApplicable: the model is not a vision transformer that is understood here.
     """
-    warm = subject.warm
-    transformer = find_transformer(warm.module, warm.layouts)
+    transformer = find_transformer(subject.module, subject.layouts)
     layout, seen, tokens = transformer.layout, Seen(), []
     depth = len(transformer.attentions)
 
@@ -178,8 +178,10 @@ def layer_gradients(
     hooks = _hooks(transformer, seen)
     blocks = [(a.block, keep) for a in transformer.attentions]
     changes = [*hooks, *_by_batch(subject, depth), *blocks]
-    with Extractor(warm.module, [], changes=changes) as extractor:
-        logits, _ = class_scores(extractor.forward(subject.inputs.clone(), graph=True), warm.task)
+    with Extractor(subject.module, [], changes=changes) as extractor:
+        logits, _ = class_scores(
+            extractor.forward(subject.inputs.clone(), graph=True), subject.task
+        )
         seen.check(transformer)
         scores = ScoreWeights([targets] * depth, logits.device).of(logits)
         by_target = [

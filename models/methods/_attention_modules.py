@@ -41,8 +41,8 @@ class Transformer:
     layout: TokenLayout
 
     @property
-    def tokens(self) -> int:
-        """Number of tokens, including the prefix."""
+    def least_tokens(self) -> int:
+        """Number of tokens up to the last one that has a place; others may follow."""
         return self.layout.prefix + self.layout.grid[0] * self.layout.grid[1]
 
 

@@ -93,12 +93,12 @@ def decompose(subject: Subject, targets: Sequence[ResolvedTarget]) -> Decomposit
     parts = _Parts(len(targets), leaf)
     taps = [
         Tap(place.layer, place.kind, parts.taker(place), shares_memory=False)
-        for place in _places(subject.warm.module)
+        for place in _places(subject.module)
     ]
     changes = subject.changes(len(targets))
-    with Extractor(subject.warm.module, taps, changes=changes, tensor_hooks_only=True) as extractor:
+    with Extractor(subject.module, taps, changes=changes, tensor_hooks_only=True) as extractor:
         # Not the leaf itself: a model may work on its input in place.
-        scores, _ = class_scores(extractor.forward(leaf.clone(), graph=True), subject.warm.task)
+        scores, _ = class_scores(extractor.forward(leaf.clone(), graph=True), subject.task)
         weights = ScoreWeights([[target] for target in targets], scores.device)
         chosen = weights.of(scores)[:, 0]
         (gradient,) = torch.autograd.grad(chosen.sum(), leaf)

@@ -58,9 +58,9 @@ def guided_gradients(subject: Subject, targets: Sequence[ResolvedTarget]) -> Ten
     changes = subject.changes(count)
     with (
         HookStack() as hooks,
-        Extractor(subject.warm.module, [], changes=changes) as extractor,
+        Extractor(subject.module, [], changes=changes) as extractor,
     ):
-        logits, _ = class_scores(extractor.forward(leaf, graph=True), subject.warm.task)
+        logits, _ = class_scores(extractor.forward(leaf, graph=True), subject.task)
         scores = ScoreWeights([[target] for target in targets], logits.device).of(logits)
         for node in relus(scores):
             hooks.node(node, _positive)

@@ -34,12 +34,12 @@ def curved_weights(subject: Subject, targets: Sequence[ResolvedTarget]) -> Tenso
     changes = [*subject.changes(len(targets)), (subject.layer, cut)]
     # The fused kernels of attention cannot be differentiated twice.
     with (
-        Extractor(subject.warm.module, [], changes=changes) as extractor,
+        Extractor(subject.module, [], changes=changes) as extractor,
         sdpa_kernel(SDPBackend.MATH),
     ):
-        scores, _ = class_scores(extractor.forward(inputs, graph=True), subject.warm.task)
+        scores, _ = class_scores(extractor.forward(inputs, graph=True), subject.task)
         pair = _curved(_utility(subject, scores, targets), starts[-1])
-    return to_map(pair, subject.warm.layouts.get(subject.layer)).mean(_SPACE)
+    return to_map(pair, subject.layouts.get(subject.layer)).mean(_SPACE)
 
 
 def linear_curved_weights(subject: Subject, weight: Tensor) -> Tensor:
@@ -51,8 +51,8 @@ def linear_curved_weights(subject: Subject, weight: Tensor) -> Tensor:
     with torch.enable_grad():
         pooled = activation.mean(_SPACE).repeat(len(subject.targets), 1).requires_grad_()
         scores = pooled @ weight.T
-        if subject.warm.head.bias is not None:
-            scores = scores + subject.warm.head.bias
+        if subject.head is not None and subject.head.bias is not None:
+            scores = scores + subject.head.bias
         curved = _curved(_utility(subject, scores, subject.targets), pooled)
         return curved / activation[0, 0].numel()
 
@@ -61,7 +61,7 @@ def _utility(subject: Subject, scores: Tensor, targets: Sequence[ResolvedTarget]
     """ReST of each row's own target: its score plus log p of its class, (n, classes) → (n,)."""
     linear = ScoreWeights([[target] for target in targets], scores.device).of(scores)[:, 0]
     classes = torch.tensor([target.cls for target in targets], device=scores.device)
-    log_p = log_probabilities(scores, subject.warm.task)
+    log_p = log_probabilities(scores, subject.task)
     return linear + log_p.gather(1, classes[:, None])[:, 0]
 
 

@@ -209,7 +209,7 @@ def fullgrad(subject: Subject) -> Steps:
     Raises:
         MethodNotApplicable: the model has biases of other kinds, as those of layer norms.
     """
-    reason = obstacle(subject.warm.module)
+    reason = obstacle(subject.module)
     if reason is not None:
         raise MethodNotApplicable(f"FullGrad cannot explain this model: {reason}.")
     return run_by_targets(subject, partial(decomposed_maps, subject), cost=3)

@@ -133,7 +133,7 @@ def rise(subject: Subject) -> Steps:
         last = min(first + subject.chunk, subject.samples)
         masks = random.masks(first, last, subject.inputs.device)
         step = Forward(_masked(subject, masks[:, None]), maps=partial(mean, first))
-        shares = subject.scores(probabilities((yield step), subject.warm.task))
+        shares = subject.scores(probabilities((yield step), subject.task))
         sums += shares.T @ masks.flatten(1)
     return mean(subject.samples)
 

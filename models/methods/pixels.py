@@ -134,8 +134,8 @@ def lrp(subject: Subject) -> Generator[Step, Any, NotedMaps]:
         MethodNotApplicable: relevance is not conserved in the model.
     """
     explained = Explained(
-        module=subject.warm.module,
-        task=subject.warm.task,
+        module=subject.module,
+        task=subject.task,
         inputs=subject.inputs,
         low=_black(subject),
         high=_white(subject),
@@ -201,9 +201,9 @@ def _quadrature(points: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def _black(subject: Subject) -> Tensor:
     """A black image as the model takes it, float32 of the input's shape."""
-    return subject.warm.shift.expand(subject.inputs.shape)
+    return subject.black.expand(subject.inputs.shape)
 
 
 def _white(subject: Subject) -> Tensor:
     """A white image as the model takes it, float32 of the input's shape."""
-    return (subject.warm.shift + 255 * subject.warm.scale).expand(subject.inputs.shape)
+    return subject.white.expand(subject.inputs.shape)

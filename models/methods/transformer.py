@@ -113,4 +113,4 @@ def _row_scaled(attention: Tensor) -> Tensor:
 
 
 def _on_grid(relevance: Tensor, layout: TokenLayout) -> Tensor:
-    return relevance[layout.prefix :].view(layout.grid)
+    return layout.to_map(relevance[None, :, None])[0, 0]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -15,12 +17,12 @@ from models.capture import Capture
 from models.engine import Engine, Suspended
 from models.errors import ERRORS
 from models.extractor import Extractor, Tap
-from models.head import probe_head
+from models.head import HeadProbe, probe_head
 from models.interventions import changes_for
 from models.layers import to_map
 from models.steps import Step, Steps, Subject, Unbatched
 from models.targets import ResolvedTarget, ScoreWeights, class_scores
-from models.types import Failure, Job, JobOptions, ModelCard, ModelInfo
+from models.types import Failure, Job, JobOptions
 from models.warm_model import WarmModel
 
 CaptureOf = Callable[..., Capture]
@@ -51,7 +53,7 @@ class Drive:
         pending: dict[int, Suspended] = {}
         for i, (steps, subject) in enumerate(runs):
             try:
-                pending[i] = Suspended(_job(subject, str(i)), subject.warm, steps, next(steps))
+                pending[i] = Suspended(_job(subject, str(i)), _model(subject), steps, next(steps))
             except StopIteration as stop:
                 results[i] = stop.value
         engine = Engine(registry=None)
@@ -76,6 +78,12 @@ class Drive:
             assert step.cost <= 6 * subject.chunk
         else:
             assert 0 < len(step.inputs) <= subject.chunk
+
+
+def _model(subject: Subject) -> WarmModel:
+    """What a step needs to know of the subject's model."""
+    known = {"module": subject.module, "task": subject.task, "layouts": subject.layouts}
+    return cast("WarmModel", SimpleNamespace(module_for=lambda _: subject.module, **known))
 
 
 def _job(subject: Subject, name: str) -> Job:
@@ -140,27 +148,6 @@ def _capture(
     return Capture(layer, activation, torch.stack(gradients, 1), scores.detach())
 
 
-def _warm(net: nn.Module, x: Tensor, layer: str, layouts, task: str) -> WarmModel:
-    probe = torch.randn(2, *x.shape[1:], generator=torch.Generator().manual_seed(0))
-    layout = layouts.get(layer)
-    head = probe_head(net, layer, layout=layout, task=task, probe=probe) if layer else None
-    card = ModelCard(name="net", version="1", state="ready", ready=True, source="python", task=task)
-    return WarmModel(
-        name="net",
-        version="1",
-        module=net,
-        device=x.device,
-        dtype=torch.float32,
-        scale=torch.full((1, 3, 1, 1), 1 / 63.75),
-        shift=torch.full((1, 3, 1, 1), -2.0),
-        task=task,
-        target_layer=layer or None,
-        head=head,
-        layouts=layouts,
-        info=ModelInfo(card=card),
-    )
-
-
 def _subject(
     net: nn.Module,
     x: Tensor,
@@ -179,7 +166,10 @@ def _subject(
     """Args: a frozen network, its input (3, H, W) or (1, 3, H, W), classes, a layer or none."""
     x = x if x.ndim == 4 else x[None]
     layouts = layouts or ({layer: None} if layer else {})
-    warm = _warm(net, x, layer, layouts, task)
+    head = None
+    if layer:
+        probe = torch.randn(2, *x.shape[1:], generator=torch.Generator().manual_seed(0))
+        head = probe_head(net, layer, layout=layouts.get(layer), task=task, probe=probe)
     with Extractor(net, [], changes=changes_for(layouts, [interventions])) as extractor:
         logits = class_scores(extractor.forward(x), task)[0][0].clone()
     capture = None
@@ -193,18 +183,23 @@ def _subject(
             interventions=interventions,
             task=task,
         )
-    if capture and warm.head.closed_form and not interventions:
-        capture = _closed_form(capture, warm, _resolved(targets))
+    if capture and head.closed_form and not interventions:
+        capture = _closed_form(capture, head, _resolved(targets))
     if capture and not gradients:
         capture = Capture(layer, capture.activation, None, capture.score)
     return Subject(
-        warm=warm,
+        module=net,
+        task=task,
+        layouts=layouts,
+        black=torch.full((1, 3, 1, 1), -2.0),
+        white=torch.full((1, 3, 1, 1), 2.0),
         interventions=tuple(interventions),
         inputs=x,
         logits=logits,
         targets=_resolved(targets),
         capture=capture,
         layer=layer,
+        head=None if interventions else head,
         chunk=chunk,
         samples=samples,
         steps=steps,
@@ -212,9 +207,9 @@ def _subject(
     )
 
 
-def _closed_form(capture: Capture, warm: WarmModel, targets) -> Capture:
+def _closed_form(capture: Capture, head: HeadProbe, targets) -> Capture:
     """The same with its gradient in the short form that the shared pass gives for such heads."""
-    rows = ScoreWeights([targets], capture.activation.device).of_rows(warm.head.weight)
+    rows = ScoreWeights([targets], capture.activation.device).of_rows(head.weight)
     gradient = rows[..., None, None] / capture.activation[0, 0].numel()
     torch.testing.assert_close(gradient.expand_as(capture.gradient), capture.gradient)
     return Capture(capture.layer, capture.activation, gradient, capture.score)

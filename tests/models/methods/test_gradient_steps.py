@@ -66,7 +66,7 @@ def smooth_by_definition(subject, capture_of, noise) -> np.ndarray:
     """The formula with a pass for each sample, float64, one target after the other."""
     a = subject.capture.activation[0].double().numpy()
     noisy = torch.cat([subject.inputs + n for n in noise])
-    g = capture_of(subject.warm.module, noisy, subject.layer, subject.targets).gradient
+    g = capture_of(subject.module, noisy, subject.layer, subject.targets).gradient
     maps = []
     for t in range(len(subject.targets)):
         d1, d2, d3 = ((g[:, t].double().numpy() ** p).mean(0) for p in (1, 2, 3))
@@ -345,7 +345,7 @@ def test_other_layers_of_a_linear_head_are_passed_through(
     method, subject_of, drive, pool_net, images
 ):
     subject = subject_of(pool_net, images[0], [1], "act", samples=2)
-    assert subject.warm.head.weight is None
+    assert subject.head.weight is None
     drive(method(subject), subject)
     assert drive.taken
 

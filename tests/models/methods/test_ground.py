@@ -70,7 +70,7 @@ def test_subjects_of_pooled_linear_heads_have_the_short_gradient(
     subject_of, capture_of, pool_net, images
 ):
     subject = subject_of(pool_net, images[0], [ResolvedTarget(1, (0, 4)), 2], "out")
-    assert subject.warm.head.closed_form
+    assert subject.head.closed_form
     assert subject.capture.gradient.shape == (1, 2, 6, 1, 1)
     whole = capture_of(pool_net, images[:1], "out", subject.targets)
     torch.testing.assert_close(gradcam(subject.capture), gradcam(whole))
@@ -132,4 +132,4 @@ def test_layer_gradient_is_zero_where_the_layer_has_no_part(drive, subject_of, p
 
     subject = subject_of(Aside().eval(), images[0], [0])
     maps = drive(pairs("spare")(subject), subject)
-    torch.testing.assert_close(maps, subject.warm.module.spare(images[:1]).sum(1))
+    torch.testing.assert_close(maps, subject.module.spare(images[:1]).sum(1))

@@ -28,7 +28,8 @@ from models.methods._guided import relus
     ],
 )
 def test_a_rectifier_beside_relu_is_refused_by_name(rectify, shown):
-    scores = rectify(nn.functional.relu(torch.randn(2, 4, requires_grad=True)) - 0.5)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    scores = rectify(nn.functional.relu(x) - 0.5)
     with pytest.raises(MethodNotApplicable, match=shown):
         relus(scores)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -240,13 +241,14 @@ def test_ablationcam_on_pooled_linear_heads_needs_no_pass(drive, subject_of, poo
     assert_ablation(found, pool_net, "out", images[0])
 
 
-@pytest.mark.parametrize(("target_layer", "replays"), [("out", 1), ("elsewhere", 3)])
+@pytest.mark.parametrize(("is_target", "replays"), [(True, 1), (False, 3)])
 def test_ablationcam_replays_other_heads_with_one_backbone_row(
-    target_layer, replays, drive, subject_of, flat_net, images, untouched
+    is_target, replays, drive, subject_of, flat_net, images, untouched
 ):
     """All six channels at once after the target layer, chunks of two after any other."""
     subject = subject_of(flat_net, images[0], TARGETS, "out", gradients=False, chunk=2)
-    subject.warm.__dict__["target_layer"] = target_layer
+    if not is_target:
+        subject = replace(subject, head=None)
     rows = []
     watch = flat_net.stem.register_forward_hook(lambda m, args, out: rows.append(len(out)))
     with untouched(flat_net):
@@ -263,7 +265,7 @@ def test_ablationcam_where_the_batch_cannot_grow(kind, drive, subject_of, images
     net = frozen(kind())
     subject = subject_of(net, images[0], TARGETS, "out", gradients=False)
     # The closed form would hold for the second one: not what is tested here.
-    subject.warm.__dict__["head"] = HeadProbe(kind="flatten")
+    subject = replace(subject, head=HeadProbe(kind="flatten"))
     with untouched(net):
         found = run(drive, "ablationcam", subject)
     assert_ablation(found, net, "out", images[0])
