@@ -253,12 +253,11 @@ def _changed(job: Job) -> frozenset[str]:
 
 def _fault(job: Job, warm: WarmModel) -> Failure | None:
     """What makes a job unfit, found before the pass so that the rest of its batch is served."""
-    height, width = warm.input_size
-    if job.input.shape != ((3, height, width) if _is_normalised(job) else (height, width, 3)):
-        return Failure.of(
-            job.id,
-            InvalidOption(f"The model takes images of {width} x {height} pixels, 3 channels."),
-        )
+    height, width, depth = warm.input_shape
+    pixels = height, width, depth
+    if job.input.shape != ((depth, height, width) if _is_normalised(job) else pixels):
+        size = f"{width} x {height} pixels, {depth} channel{'s' if depth > 1 else ''}"
+        return Failure.of(job.id, InvalidOption(f"The model takes images of {size}."))
     explained = job.operation == "explain"
     kinds = job.options.kinds if job.operation == "features" else ()
     for i, layer in enumerate(job.options.layers):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class Proved:
     """A network that may answer.
 
     Attributes:
-        module: (N, 3, H, W) → (N, outputs) scores; it leaves its input as it is.
+        module: (N, C, H, W) → (N, outputs) scores; it leaves its input as it is.
         outputs: scores per image.
         notes: what was done to the network or its answers, as sentences for the model card.
     """
@@ -86,17 +87,48 @@ def _run(module: nn.Module, images: Tensor) -> Any:
         with _watching(module, entered):
             return module(images)
     except Exception as error:
-        size = " x ".join(map(str, images.shape[1:]))
         where = entered[-1] if entered else module
-        if isinstance(where, nn.Conv2d) and where.in_channels != images.shape[1]:
-            channels = f"{where.in_channels} channel{'s' if where.in_channels > 1 else ''}"
-            raise ModelLoadFailed(
-                f"The network takes images of {channels}, but is given the 3 of RGB. Make them "
-                "within the network: a grey one may begin with x = x.mean(1, keepdim=True)."
-            ) from error
-        name = next((n for n, child in module.named_modules() if child is where and n), "")
-        place = f" in its layer {name} ({type(where).__name__})" if name else ""
-        raise ModelLoadFailed(f"The model fails on an input of {size}{place}.") from error
+        raise ModelLoadFailed(_why_it_raised(module, where, images)) from error
+
+
+def _why_it_raised(module: nn.Module, where: nn.Module, images: Tensor) -> str:
+    """What to change where a network raised within a layer, as sentences."""
+    channels, height, width = images.shape[1:]
+    name = next((n for n, child in module.named_modules() if child is where and n), "")
+    place = f"its layer {name} ({type(where).__name__})" if name else "its forward"
+    if isinstance(where, nn.Conv2d) and where.in_channels != channels:
+        wanted = where.in_channels
+        values = f"one value{' each' if wanted > 1 else ''}"
+        return (
+            f"The network takes images of {wanted} channel{'s' if wanted > 1 else ''}, but is "
+            f"given {channels}. Under [models.preprocess] set channels = {wanted}, and mean and std "
+            f"to {values}."
+        )
+    text = (
+        f"The network raises an error in {place} for images of {width} x {height} pixels with "
+        f"{channels} channel{'s' if channels > 1 else ''}. "
+    )
+    if isinstance(where, nn.Linear):
+        return text + _other_size(where.in_features, channels)
+    return text + (
+        "Under [models.preprocess], crop is the size of its input, and channels are 1 for grey."
+    )
+
+
+def _other_size(features: int, channels: int) -> str:
+    """Which images would fill a linear layer, if they are flattened for it."""
+    for wanted in dict.fromkeys((channels, 1, 3)):
+        side = math.isqrt(features // wanted)
+        if side >= 8 and wanted * side * side == features:
+            return (
+                f"The layer takes {features} values, as flattened images of {side} x {side} with "
+                f"{wanted} channel{'s' if wanted > 1 else ''} have: set crop = {side} and channels "
+                f"= {wanted} under [models.preprocess]."
+            )
+    return (
+        f"The layer takes {features} values: was the network trained at another input size? Set "
+        "crop under [models.preprocess]."
+    )
 
 
 def _check_arguments(module: nn.Module) -> None:
@@ -114,7 +146,8 @@ def _check_arguments(module: nn.Module) -> None:
     if len(needed) > 1:
         raise ModelLoadFailed(
             f"The network takes {len(needed)} inputs ({', '.join(needed)}); only images are "
-            "served. Give the others defaults, or wrap the network in one that fills them in."
+            "served. Give the others a constant value each, as in "
+            f"inputs = {{ {needed[1]} = [0.0] }}, or defaults in the network."
         )
 
 

@@ -84,9 +84,11 @@ class Trace:
 def probe_batch(
     preprocess: Preprocess, *, images: int = PROBE_IMAGES, device: str = "cpu"
 ) -> Tensor:
-    """Return (images, 3, H, W) float32 of standard normal noise, the same at each call."""
+    """Return (images, channels, H, W) float32 of standard normal noise, the same at each call."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(images, 3, *preprocess.crop, generator=generator).to(device)
+    return torch.randn(images, preprocess.channels, *preprocess.crop, generator=generator).to(
+        device
+    )
 
 
 def trace(module: nn.Module, task: Task, probe: Tensor) -> Trace:

@@ -23,7 +23,8 @@ Fuse = Literal["none", "mean", "max", "product"]
 Kind = Literal["output", "input", "grad_output", "grad_input"]
 HeadKind = Literal["gap_linear", "gap", "flatten", "token"]
 ModelState = Literal["loading", "ready", "unavailable", "unloading"]
-Fit = Literal["stretch", "cover", "contain"]
+Fit = Literal["stretch", "cover", "contain", "none"]
+Order = Literal["rgb", "bgr"]
 InterventionOp = Literal["zero", "mean", "scale"]
 
 
@@ -138,8 +139,8 @@ class Job(Struct):
         operation: what is asked.
         model: catalog name.
         version: version of that model.
-        input: the model input: pixels before normalising, uint8 (height, width, 3), or values after
-            it, float32 (3, height, width).
+        input: the model input: pixels before normalising, uint8 (height, width, channels), or values
+            after it, float32 (channels, height, width).
     """
 
     id: str
@@ -304,9 +305,13 @@ class Preprocess(Struct):
         fit: how a `resize` pair is meant: `stretch` to exactly that size (timm's crop mode
             `squash`), or keep the aspect ratio and `cover` it (timm's `center` where height and
             width differ) or be `contain`ed in it (timm's `border`; the crop is then padded with the
-            mean colour, otherwise with black).
+            mean colour, otherwise with black). With `none` images keep their size.
         interpolation: `bilinear` | `bicubic` | `nearest` | `lanczos` | `box` | `hamming`.
-        mean, std: per channel, of pixel values scaled to [0, 1].
+        mean, std: per channel as the network has them, of pixel values scaled to [0, 1].
+        channels: 1 (grey), 3 (colours), or the bands of images that have others.
+        order: of the three colours, as the network takes them.
+        bits: what a sample is read with; at 16 no bit of deeper samples is dropped.
+        padding: grey level around an image that is `contain`ed; None = the mean colour.
     """
 
     resize: int | tuple[int, int]
@@ -315,6 +320,15 @@ class Preprocess(Struct):
     interpolation: str = "bilinear"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    channels: int = 3
+    order: Order = "rgb"
+    bits: int = 8
+    padding: int | None = None
+
+    @property
+    def raw(self) -> bool:
+        """Whether samples reach the network as stored, not as 8-bit colours or grey."""
+        return self.bits > 8 or self.channels not in (1, 3)
 
 
 class MethodSupport(Struct):

@@ -14,7 +14,7 @@ from models.cuda.staging import Ready, Uploads, stage
 from models.head import HeadProbe
 from models.layers import Layouts
 from models.preparation.variant import Needs, Variant
-from models.types import Kind, LayerInfo, ModelInfo, Task
+from models.types import Kind, LayerInfo, ModelInfo, Preprocess, Task
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,7 +30,7 @@ class WarmModel:
             first.
         device: where the module is.
         dtype: dtype of its parameters and input.
-        scale: (1, 3, 1, 1) float32 on the device; the input is pixel · scale + shift, for pixels
+        scale: (1, C, 1, 1) float32 on the device; the input is pixel · scale + shift, for pixels
             0…255.
         shift: the same.
         task: how the module's output is read as scores.
@@ -70,8 +70,17 @@ class WarmModel:
     @property
     def input_size(self) -> tuple[int, int]:
         """(height, width) of the module's input in pixels."""
+        return self._input.crop
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of the images that jobs bring."""
+        return (*self._input.crop, self._input.channels)
+
+    @property
+    def _input(self) -> Preprocess:
         assert self.info.card.input is not None
-        return self.info.card.input.crop
+        return self.info.card.input
 
     @property
     def chunk(self) -> int:
@@ -109,14 +118,16 @@ class WarmModel:
         return stage(images, self.uploads)
 
     def normalise(self, batch: Tensor) -> Tensor:
-        """Turn images, (N, H, W, 3) uint8 on any device, into the module's input.
+        """Turn images, (N, H, W, C) uint8 on any device, into the module's input.
 
-        That is (N, 3, H, W) of `dtype` on the model's device, channels_last in memory. A batch of
+        That is (N, C, H, W) of `dtype` on the model's device, channels_last in memory. A batch of
         floating point is normalised already.
         """
         images = batch.to(self.device, non_blocking=True)
         if images.is_floating_point():
             return images.to(self.dtype, memory_format=torch.channels_last)
         pixels = images.permute(0, 3, 1, 2)
+        if self._input.order == "bgr":
+            pixels = pixels.flip(1)
         # One operation, seven times faster than a subtraction and a division of uint8 values.
         return torch.addcmul(self.shift, pixels, self.scale).to(self.dtype)

@@ -188,7 +188,7 @@ def _card(loaded: LoadedModel, device: torch.device, facts: ModelFacts) -> Model
 
 
 def _normalisation(preprocess: Preprocess) -> tuple[Tensor, Tensor]:
-    """Scale and shift, (1, 3, 1, 1): (pixel / 255 - mean) / std = pixel · scale + shift."""
+    """Scale and shift, (1, channels, 1, 1): (pixel / 255 - mean) / std = pixel · scale + shift."""
     statistics = torch.tensor([preprocess.mean, preprocess.std], dtype=torch.float64)
     mean, std = statistics.view(2, 1, -1, 1, 1)
     return (1 / (255 * std)).float(), (-mean / std).float()
@@ -197,7 +197,7 @@ def _normalisation(preprocess: Preprocess) -> tuple[Tensor, Tensor]:
 def _timed(warm: WarmModel, warmup_s: float) -> WarmModel:
     """Run the model by batch size, and return it with its latencies on the card."""
     generator = torch.Generator().manual_seed(0)
-    shape = (max(BATCH_SIZES), *warm.input_size, 3)
+    shape = (max(BATCH_SIZES), *warm.input_shape)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
     @torch.inference_mode()

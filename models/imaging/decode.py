@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -22,6 +22,7 @@ from models.errors import (
     UnsupportedMediaType,
 )
 from models.imaging import deep_png, headers, jpeg, png_chunks, tiff, tiff_directory
+from models.imaging.bands import make_bands, stored_samples
 from models.imaging.modes import to_rgb
 from models.imaging.orientation import TURNS, Turn, orientation, turn_box
 from models.imaging.samples import widen
@@ -80,6 +81,8 @@ class DecodedImage:
             partly outside it when it is reduced.
         drafted: whether `image` is smaller than the original.
         warnings: what had to be assumed to decode it.
+        bands: float images of the samples as stored, 255 for white; only for networks that take
+            more than `image` holds.
     """
 
     image: Image.Image
@@ -88,6 +91,7 @@ class DecodedImage:
     box: tuple[float, float, float, float]
     drafted: bool
     warnings: tuple[str, ...] = ()
+    bands: tuple[Image.Image, ...] = ()
 
 
 def sniff(data: bytes) -> str | None:
@@ -139,17 +143,21 @@ def decode(
         raise ImageUndecodable("The image is damaged or truncated.") from error
 
 
-def from_pixels(pixels: np.ndarray, *, limits: DecodeLimits) -> DecodedImage:
+def from_pixels(
+    pixels: np.ndarray, *, limits: DecodeLimits, preprocess: Preprocess
+) -> DecodedImage:
     """Take pixels, uint8 (height, width, 1, 3 or 4), as a decoded image: grey, RGB or RGBA.
 
     Raises:
+        UnsupportedMediaType: the network takes more channels.
         ImageTooLarge: more pixels than the caps allow.
         ImageTooSmall: a side shorter than the cap allows.
     """
     height, width, channels = pixels.shape
     check_size((width, height), limits)
     image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
-    return _whole(to_rgb(image), None, ())
+    found = _whole(to_rgb(image), None, ())
+    return _with_bands(found, pixels, None, preprocess) if preprocess.raw else found
 
 
 def _decode(
@@ -170,7 +178,12 @@ def _decode(
         layout = tiff.layout(directory)
         if layout is not None:
             rgb, warnings = tiff.read(data, layout, max_pixels=limits.max_pixels)
-            return _whole(rgb, TURNS.get(layout.orientation), warnings)
+            turn = TURNS.get(layout.orientation)
+            found = _whole(rgb, turn, warnings)
+            if not preprocess.raw:
+                return found
+            stored = tiff.samples(data, layout, layout.bands)
+            return _with_bands(found, stored, turn, preprocess)
         data = tiff.essential(data, directory)
     try:
         image = Image.open(io.BytesIO(data), formats=(FORMATS[media_type],))
@@ -210,6 +223,9 @@ def _load(
     image.load()
     rgb, warnings = _to_rgb(image, data)
     turn = TURNS.get(orientation(image))
+    if preprocess.raw:
+        found = _whole(rgb, turn, warnings)
+        return _with_bands(found, stored_samples(image, data), turn, preprocess)
     if scale == 1:
         return _whole(rgb, turn, warnings)
     upright = rgb if turn is None else rgb.transpose(turn.transpose)
@@ -229,6 +245,15 @@ def _whole(rgb: Image.Image, turn: Turn | None, warnings: tuple[str, ...]) -> De
     upright = rgb if turn is None else rgb.transpose(turn.transpose)
     box = (0.0, 0.0, float(upright.width), float(upright.height))
     return DecodedImage(upright, *upright.size, box, drafted=False, warnings=warnings)
+
+
+def _with_bands(
+    found: DecodedImage, samples: np.ndarray, turn: Turn | None, preprocess: Preprocess
+) -> DecodedImage:
+    """The same image with its samples as stored; its RGB form is only what maps are drawn on."""
+    bands, warnings = make_bands(samples, turn, preprocess.channels)
+    shown = "Maps are drawn on an 8-bit RGB form of the image; the model was given its samples."
+    return replace(found, bands=bands, warnings=(shown, *warnings))
 
 
 def _to_rgb(image: Image.Image, data: bytes) -> tuple[Image.Image, tuple[str, ...]]:

@@ -32,13 +32,13 @@ def read(image: Image.Image, data: bytes) -> tuple[Image.Image, tuple[str, ...]]
     """
     declared = png_chunks.significant_bits(data)
     if image.mode.startswith("I"):
-        words, alpha = np.asarray(image)[..., None], False
+        words, alpha = samples(image, data), False
     else:
         greatest = int(np.asarray(image)[..., :3].max())
         depth = depth_of(greatest << 8 | 0xFF, declared)
         if depth.bits == 16:
             return to_rgb(image), depth.warnings
-        words = _words(data)
+        words = samples(image, data)
         alpha = words.shape[2] in (2, 4)
     values, warnings = to_levels(words[..., :-1] if alpha else words, declared_bits=declared)
     rgb = Image.fromarray(np.broadcast_to(values, (*values.shape[:2], 3)))
@@ -51,8 +51,10 @@ def read(image: Image.Image, data: bytes) -> tuple[Image.Image, tuple[str, ...]]
     return rgb, warnings
 
 
-def _words(data: bytes) -> np.ndarray:
-    """Samples of a colour image, uint16 (height, width, 2 to 4): grey or RGB, alpha."""
+def samples(image: Image.Image, data: bytes) -> np.ndarray:
+    """Samples of a loaded 16-bit image, uint16 (height, width, 1 to 4): grey or RGB, alpha."""
+    if image.mode.startswith("I"):
+        return np.asarray(image).astype(np.uint16)[..., None]
     with Image.open(io.BytesIO(data), formats=("PNG",)) as high:
         rawmode = str(high.tile[0].args)
         if rawmode == _GREY_ALPHA:

@@ -103,7 +103,8 @@ def essential(data: bytes, found: Outline) -> bytes:
 
 def draft(image: Image.Image, preprocess: Preprocess, *, keep_original: bool) -> int:
     """Have an image decoded at 1/2, 1/4 or 1/8 where enough is left; returns the divisor."""
-    if preprocess.interpolation in _NEVER_DRAFTED:
+    whole = preprocess.raw or preprocess.fit == "none"
+    if whole or preprocess.interpolation in _NEVER_DRAFTED:
         return 1
     resize = preprocess.resize
     needed = _DRAFT_MARGIN * (resize if isinstance(resize, int) else max(resize))

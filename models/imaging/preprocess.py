@@ -44,9 +44,10 @@ def preprocess(image: DecodedImage, spec: Preprocess) -> tuple[np.ndarray, Geome
     """Resize and crop an image.
 
     Returns:
-        The model input before scaling and normalising, uint8 (crop height, crop width, 3), and
-        where it lies in the original. The region extends beyond the image where the crop had to
-        be padded.
+        The model input, and where it lies in the original. The input is pixels before normalising,
+        uint8 (crop height, crop width, channels); for networks that take samples as stored it is
+        normalised, float32 (channels, crop height, crop width). The region extends beyond the image
+        where the crop had to be padded.
     """
     crop_height, crop_width = spec.crop
     plan = _plan(image.width, image.height, spec)
@@ -63,16 +64,24 @@ def preprocess(image: DecodedImage, spec: Preprocess) -> tuple[np.ndarray, Geome
         input_width=crop_width,
         input_height=crop_height,
     )
-    resized = _resize_inside(image, plan, spec)
-    if resized.size != (crop_width, crop_height):
-        canvas = Image.new("RGB", (crop_width, crop_height), _padding(spec))
-        canvas.paste(resized, (max(0, -plan.left), max(0, -plan.top)))
-        resized = canvas
-    return np.array(resized), geometry
+    if not spec.raw and spec.channels == 3:
+        return np.array(_cut(image, image.image, plan, spec)), geometry
+    if not spec.raw:
+        grey = _cut(image, image.image.convert("L"), plan, spec)
+        return np.array(grey)[..., None], geometry
+    bands = image.bands[::-1] if spec.order == "bgr" else image.bands
+    cut = [np.asarray(_cut(image, band, plan, spec, i)) for i, band in enumerate(bands)]
+    mean, std = (np.array(v, np.float32)[:, None, None] for v in (spec.mean, spec.std))
+    return (np.stack(cut) / np.float32(255) - mean) / std, geometry
+
+
+def picture(image: DecodedImage, spec: Preprocess) -> np.ndarray:
+    """What the model saw as a picture, uint8 (crop height, crop width, 3)."""
+    return np.array(_cut(image, image.image, _plan(image.width, image.height, spec), spec))
 
 
 def take_normalised(values: np.ndarray, spec: Preprocess) -> tuple[np.ndarray, Geometry]:
-    """Check a model input that its sender has resized and normalised, float32 (3, H, W).
+    """Check a model input that its sender has resized and normalised, float32 (channels, H, W).
 
     Returns:
         The input, and its geometry: it is the whole of the image.
@@ -81,8 +90,9 @@ def take_normalised(values: np.ndarray, spec: Preprocess) -> tuple[np.ndarray, G
         InvalidOption: it is not of the model's size, or not finite.
     """
     height, width = spec.crop
-    if values.shape != (3, height, width):
-        raise InvalidOption(f"The model takes normalised values of shape 3 x {height} x {width}.")
+    if values.shape != (spec.channels, height, width):
+        shape = f"{spec.channels} x {height} x {width}"
+        raise InvalidOption(f"The model takes normalised values of shape {shape}.")
     if not np.isfinite(values).all():
         raise InvalidOption("The normalised values are not all finite.")
     region = Region(x=0, y=0, width=width, height=height)
@@ -124,6 +134,8 @@ def _plan(width: int, height: int, spec: Preprocess) -> _Plan:
 
 
 def _resized_size(width: int, height: int, spec: Preprocess) -> tuple[int, int]:
+    if spec.fit == "none":
+        return width, height
     if isinstance(spec.resize, int):
         # torchvision cuts the long side down to whole pixels.
         long_side = int(spec.resize * max(width, height) / min(width, height))
@@ -142,11 +154,36 @@ def _offset(resized: int, crop: int) -> int:
     return round((resized - crop) / 2.0) if resized >= crop else -((crop - resized) // 2)
 
 
-def _padding(spec: Preprocess) -> tuple[int, ...]:
-    return tuple(round(255 * v) for v in spec.mean) if spec.fit == "contain" else (0, 0, 0)
+def _cut(
+    image: DecodedImage, pixels: Image.Image, plan: _Plan, spec: Preprocess, channel: int = 0
+) -> Image.Image:
+    """The crop of an image's pixels, or of those of one channel, padded where they end."""
+    crop_height, crop_width = spec.crop
+    resized = _resize_inside(image, pixels, plan, spec)
+    if resized.size == (crop_width, crop_height):
+        return resized
+    levels = _padding(spec)
+    colour: float | tuple[int, ...] = levels[channel]
+    if pixels.mode != "F":
+        whole = tuple(map(round, levels[::-1] if spec.order == "bgr" else levels))
+        colour = whole[channel] if pixels.mode == "L" else (whole * 3)[:3]
+    canvas = Image.new(pixels.mode, (crop_width, crop_height), colour)
+    canvas.paste(resized, (max(0, -plan.left), max(0, -plan.top)))
+    return canvas
 
 
-def _resize_inside(image: DecodedImage, plan: _Plan, spec: Preprocess) -> Image.Image:
+def _padding(spec: Preprocess) -> tuple[float, ...]:
+    """Levels around an image that does not fill the crop, one for each channel of the network."""
+    if spec.fit != "contain":
+        return (0.0,) * spec.channels
+    if spec.padding is not None:
+        return (float(spec.padding),) * spec.channels
+    return tuple(255 * min(max(mean, 0.0), 1.0) for mean in spec.mean)
+
+
+def _resize_inside(
+    image: DecodedImage, pixels: Image.Image, plan: _Plan, spec: Preprocess
+) -> Image.Image:
     """The part of the crop that lies inside the resized image."""
     resample = _FILTERS[spec.interpolation]
     crop_height, crop_width = spec.crop
@@ -156,7 +193,7 @@ def _resize_inside(image: DecodedImage, plan: _Plan, spec: Preprocess) -> Image.
         min(plan.height, plan.top + crop_height),
     )
     if not image.drafted and plan.width * plan.height <= _MAX_RESIZED_PIXELS:
-        whole = image.image.resize((plan.width, plan.height), resample)
+        whole = pixels.resize((plan.width, plan.height), resample)
         return whole.crop((left, top, right, bottom))
     # Straight from the crop's box to the input takes half the time, but Pillow rounds boxes to
     # float32: up to two levels off, at up to 6 % of the values (measured; where sizes have simple
@@ -169,4 +206,4 @@ def _resize_inside(image: DecodedImage, plan: _Plan, spec: Preprocess) -> Image.
         min(x1, x0 + right * scale_x),
         min(y1, y0 + bottom * scale_y),
     )
-    return image.image.resize((right - left, bottom - top), resample, box=box)
+    return pixels.resize((right - left, bottom - top), resample, box=box)

@@ -156,12 +156,12 @@ def read(data: bytes, layout: Layout, *, max_pixels: int) -> tuple[Image.Image, 
     used = colours + alpha
     if layout.bands > used:
         warnings.append(f"The image has {layout.bands} bands: only the first {used} were read.")
-    samples = _samples(data, layout, used)
-    levels = to_levels(samples[..., :colours])
+    stored = samples(data, layout, used)
+    levels = to_levels(stored[..., :colours])
     pixels = 255 - levels.values if layout.photometric == _WHITE_IS_ZERO else levels.values
     image = _image(pixels)
     if alpha:
-        opacity = to_levels(samples[..., colours : colours + 1]).values
+        opacity = to_levels(stored[..., colours : colours + 1]).values
         image = _on_white(image, opacity, associated=layout.extra[:1] == (_ASSOCIATED_ALPHA,))
     return image, (*warnings, *levels.warnings)
 
@@ -174,8 +174,8 @@ def _says_alpha(layout: Layout, colours: int) -> bool:
     return unsaid or (place and first in ((_ASSOCIATED_ALPHA,), (_ALPHA,)))
 
 
-def _samples(data: bytes, layout: Layout, used: int) -> np.ndarray:
-    """The first `used` bands, (height, width, used)."""
+def samples(data: bytes, layout: Layout, used: int) -> np.ndarray:
+    """The first `used` bands as stored, (height, width, used)."""
     width = layout.size[0]
     if not layout.planar:
         return _rows(data, layout, plane=0)[:, :width, :used]
@@ -206,9 +206,9 @@ def _undo_predictor(stored: np.ndarray, layout: Layout, columns: int) -> np.ndar
     """Samples from their differences to the left neighbour, (height, columns, bands)."""
     height, bands, dtype = stored.shape[0], layout.interleaved, layout.dtype
     if layout.predictor == _DIFFERENCES and dtype.kind != "f":
-        samples = stored.view(dtype).reshape(height, columns, bands)
+        differences = stored.view(dtype).reshape(height, columns, bands)
         native = dtype.newbyteorder("=")
-        return np.cumsum(samples, axis=1, dtype=native)
+        return np.cumsum(differences, axis=1, dtype=native)
     if layout.predictor != _FLOAT_DIFFERENCES or dtype.kind != "f":
         raise ValueError("This predictor does not suit the samples.")
     # The bytes of a row's samples are sorted by significance, the most significant ones first.

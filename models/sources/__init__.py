@@ -32,12 +32,14 @@ class BuildRequest:
         name: what follows the source's prefix.
         pretrained: whether the library's own weights are wanted, which come with their own head.
         num_classes: scores per image of an architecture with other weights; None keeps its own.
+        channels: of the images that the network takes, if configured.
         base_dir: directory that relative paths and modules of the configuration start from.
     """
 
     name: str
     pretrained: bool
     num_classes: int | None
+    channels: int | None = None
     base_dir: Path
 
 
@@ -65,7 +67,7 @@ class LoadedModel:
     """A network that was proved to answer: in eval mode, frozen, float32, on the CPU.
 
     Attributes:
-        module: (N, 3, H, W) normalised float32 → (N, outputs) scores (logits).
+        module: (N, channels, H, W) normalised float32 → (N, outputs) scores (logits).
         labels: `num_classes` names.
         task: how the scores are read: `single_label` for binary models of two scores, too.
         preprocess: how an image becomes its input, the configuration's overrides applied.
@@ -91,6 +93,7 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
     """
     # Torch takes a second to import, which processes that only read SOURCES need not wait for.
     from models.compat import define_missing_operators
+    from models.inputs import fill_inputs
     from models.network_proof import prove_network
     from models.weights import fill_zero_heads, load_weights, seeded
 
@@ -101,6 +104,7 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
         name=name,
         pretrained=spec.weights == "default",
         num_classes=_head_size(spec, labels),
+        channels=spec.preprocess.channels,
         base_dir=base_dir,
     )
     with seeded():
@@ -116,8 +120,9 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
             key=spec.weights_key,
             ignored=built.ignored_keys,
         )
-    module = built.module.eval().requires_grad_(requires_grad=False)
-    preprocess = _preprocess(spec, built.preprocess)
+    module = fill_inputs(built.module, spec.inputs)
+    module = module.eval().requires_grad_(requires_grad=False)
+    preprocess = spec.preprocess.over(built.preprocess)
     proved = prove_network(module, preprocess, spec.task)
     single_logit = spec.task == "binary" and proved.outputs == 1
     # A single logit tells two classes apart.
@@ -135,7 +140,7 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
         task="single_label" if spec.task == "binary" and not single_logit else spec.task,
         preprocess=preprocess,
         spec=spec,
-        notes=(*built.notes, *found, *proved.notes),
+        notes=(*built.notes, *found, *_unknown_range(spec, built, preprocess), *proved.notes),
     )
 
 
@@ -144,6 +149,16 @@ def _head_size(spec: ModelSpec, labels: tuple[str, ...] | None) -> int | None:
     if spec.num_classes is not None or labels is None:
         return spec.num_classes
     return 1 if spec.task == "binary" else len(labels)
+
+
+def _unknown_range(spec: ModelSpec, built: Built, preprocess: Preprocess) -> tuple[str, ...]:
+    said = spec.preprocess.mean or spec.preprocess.range
+    if said or len(built.preprocess.mean) == preprocess.channels:
+        return ()
+    return (
+        "Pixels are scaled to [0, 1] and not normalised: [models.preprocess] has no mean and std "
+        f"for {preprocess.channels} channel{'s' if preprocess.channels > 1 else ''}.",
+    )
 
 
 def _labels(
@@ -157,16 +172,3 @@ def _labels(
             f"There are {len(configured)} labels, but the model has {num_classes} classes."
         )
     return configured
-
-
-def _preprocess(spec: ModelSpec, library: Preprocess) -> Preprocess:
-    merged = spec.preprocess.over(library)
-    if spec.preprocess.resize is None and spec.preprocess.crop is None:
-        return merged
-    short_side = merged.resize if isinstance(merged.resize, int) else min(merged.resize)
-    if max(merged.crop) > short_side:
-        # Otherwise images would be padded with black, which is surely not wanted.
-        raise ModelLoadFailed(
-            f"preprocess.crop {max(merged.crop)} is larger than preprocess.resize {short_side}."
-        )
-    return merged

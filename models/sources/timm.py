@@ -26,15 +26,13 @@ def build(request: BuildRequest) -> Built:
     most checkpoints were fine-tuned from them.
 
     Raises:
-        ModelLoadFailed: unknown name, no classifier, an input of other than 3 channels, or its
-            weights can neither be found nor fetched.
+        ModelLoadFailed: unknown name, no classifier, or its weights can neither be found nor fetched.
     """
     _check_name(request.name)
-    module = _pretrained(request.name) if request.pretrained else _random(request)
+    module = _pretrained(request) if request.pretrained else _random(request)
     if not module.num_classes:
         raise ModelLoadFailed(f"timm's {request.name} has no classifier; configure num_classes.")
-    preprocess = _preprocess(module, request.name)
-    return Built(module=module, preprocess=preprocess, labels=_labels(module))
+    return Built(module=module, preprocess=_preprocess(module), labels=_labels(module))
 
 
 def _check_name(name: str) -> None:
@@ -48,9 +46,10 @@ def _check_name(name: str) -> None:
         raise ModelLoadFailed(f"timm has no weights {name}. Known: {', '.join(known) or 'none'}.")
 
 
-def _pretrained(name: str) -> Any:
+def _pretrained(request: BuildRequest) -> Any:
+    name = request.name
     try:
-        return timm.create_model(name, pretrained=True)
+        return timm.create_model(name, pretrained=True, **_channels(request))
     except Exception as error:
         raise ModelLoadFailed(
             f"The default weights of timm's {name} are not on this machine and cannot be fetched."
@@ -60,15 +59,17 @@ def _pretrained(name: str) -> Any:
 def _random(request: BuildRequest) -> Any:
     classes = request.num_classes
     options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
-    return timm.create_model(request.name, pretrained=False, **options)
+    return timm.create_model(request.name, pretrained=False, **options, **_channels(request))
 
 
-def _preprocess(module: Any, name: str) -> Preprocess:
+def _channels(request: BuildRequest) -> dict[str, Any]:
+    return {} if request.channels is None else {"in_chans": request.channels}
+
+
+def _preprocess(module: Any) -> Preprocess:
     """Read timm's data configuration as its evaluation transform does."""
     config = resolve_model_data_config(module)
     channels, height, width = config["input_size"]
-    if channels != 3:
-        raise ModelLoadFailed(f"timm's {name} takes {channels} channels; only 3 can be served.")
     scaled = math.floor(height / config["crop_pct"]), math.floor(width / config["crop_pct"])
     mode = config["crop_mode"]
     short_side = mode == "center" and scaled[0] == scaled[1]
@@ -81,6 +82,7 @@ def _preprocess(module: Any, name: str) -> Preprocess:
         interpolation=config["interpolation"] if known else "bilinear",
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
+        channels=channels,
     )
 
 

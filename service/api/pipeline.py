@@ -27,7 +27,7 @@ from models.errors import (
     Overloaded,
 )
 from models.imaging.decode import DecodeLimits, decode, from_pixels
-from models.imaging.preprocess import preprocess, take_normalised
+from models.imaging.preprocess import picture, preprocess, take_normalised
 from models.imaging.render import shrink
 from models.types import Job, ModelInfo, Operation, Struct
 from service import logs, tracing
@@ -211,14 +211,17 @@ class Pipeline:
             return DecodedInput(input=values, digest=digest, geometry=geometry)
         whole = plan.operation == "explain" and plan.render.canvas == "original"
         if isinstance(data, np.ndarray):
-            original = from_pixels(data, limits=self._limits)
+            original = from_pixels(data, limits=self._limits, preprocess=spec)
         else:
             original = decode(data, limits=self._limits, preprocess=spec, keep_original=whole)
         model_input, geometry = preprocess(original, spec)
+        drawn_on = plan.operation == "explain" and not whole
+        plain = spec.channels == 3 and not spec.raw
         return DecodedInput(
             input=model_input,
             digest=digest_of(model_input, plan.info),
             geometry=geometry,
+            picture=picture(original, spec) if drawn_on and not plain else model_input,
             # A whole image of 50 megapixels would be kept until the device answers.
             original=shrink(original) if whole else None,
             warnings=original.warnings,

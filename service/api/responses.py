@@ -34,6 +34,7 @@ class DecodedInput:
 
     Attributes:
         input: the model's input, as a job has it.
+        picture: what is drawn on where it is not the whole image, uint8 (H, W, 3).
         digest: of model and input.
         geometry: the place of that input in the original image.
         original: the whole image, shrunk to what is drawn on; None if it is not.
@@ -43,6 +44,7 @@ class DecodedInput:
     input: np.ndarray
     digest: str
     geometry: Geometry
+    picture: np.ndarray | None = None
     original: np.ndarray | None = None
     warnings: tuple[str, ...] = ()
 
@@ -80,10 +82,10 @@ def draw(item: Explanation, source: DecodedInput, plan: Plan) -> schemas.Explana
 def _canvas(source: DecodedInput) -> Canvas:
     if source.original is not None:
         return original_canvas(source.original, source.geometry)
-    if source.input.dtype == np.float32:
+    if source.picture is None:
         # Nothing to draw on: a heatmap takes only the size.
         return input_canvas(np.zeros((*source.input.shape[1:], 3), np.uint8))
-    return input_canvas(source.input)
+    return input_canvas(source.picture)
 
 
 def _explanation(

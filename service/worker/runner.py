@@ -82,13 +82,13 @@ class Runner:
             DeviceLost: the device needs a new process.
         """
         card = info.card
-        height, width = card.input.crop if card.input is not None else (224, 224)
+        shape = (224, 224, 3) if card.input is None else (*card.input.crop, card.input.channels)
         job = Job(
             id="canary",
             operation="predict",
             model=card.name,
             version=card.version,
-            input=np.zeros((height, width, 3), dtype=np.uint8),
+            input=np.zeros(shape, dtype=np.uint8),
             options=JobOptions(top_k=1),
         )
         predicted_s = card.latency_ms.get(1, 0.0) / 1000

@@ -83,12 +83,12 @@ def test_an_input_too_small_for_the_network_is_named(spec_of, tmp_path):
 
 
 def test_a_crop_beyond_the_resized_picture_is_refused(spec_of, tmp_path):
-    with pytest.raises(ModelLoadFailed, match=r"crop 320 is larger than preprocess\.resize 256"):
-        load(spec_of("torchvision:resnet18", preprocess={"crop": 320}), tmp_path)
+    with pytest.raises(ModelLoadFailed, match=r"crop 320 is larger than preprocess\.resize 300"):
+        load(spec_of("torchvision:resnet18", preprocess={"crop": 320, "resize": 300}), tmp_path)
 
 
 def test_overrides_of_the_preprocessing_keep_the_rest(spec_of, tmp_path):
     override = {"crop": 48, "interpolation": "nearest", "mean": (0.1, 0.2, 0.3)}
     merged = load(spec_of(TINY, preprocess=override), tmp_path).preprocess
-    assert (merged.resize, merged.crop, merged.interpolation) == (256, (48, 48), "nearest")
+    assert (merged.resize, merged.crop, merged.interpolation) == (55, (48, 48), "nearest")
     assert (merged.mean, merged.std) == ((0.1, 0.2, 0.3), (0.229, 0.224, 0.225))

@@ -90,7 +90,7 @@ def test_facts_beside_the_network(module_name, spec_of, tmp_path):
     [
         ("raising", "raised an error"),
         ("wrong", "neither a torch.nn.Module nor"),
-        ("wrong_facts", "preprocess that the factory .* may have resize, crop"),
+        ("wrong_facts", "preprocess that the factory .* may have mode, resize, crop"),
         ("constant", "no function constant"),
         ("absent", "no function absent"),
     ],

@@ -41,7 +41,7 @@ def module_of(name: str) -> types.SimpleNamespace:
 @pytest.mark.parametrize("photograph", [data.chelsea, data.rocket])
 def test_a_photograph_becomes_the_same_input(name, fit, photograph, model_input):
     module = module_of(name)
-    spec = source._preprocess(module, name)
+    spec = source._preprocess(module)
     transform = create_transform(**resolve_model_data_config(module))
     theirs = transform(Image.fromarray(photograph())).numpy()
     # One of 256 levels, as the imaging tests allow.
@@ -54,7 +54,7 @@ def test_other_crop_modes(mode, fit, model_input):
     config = module_of("resnet18.tv_in1k").pretrained_cfg
     config |= {"crop_mode": mode, "input_size": (3, 96, 128), "crop_pct": 0.9}
     module = types.SimpleNamespace(pretrained_cfg=config)
-    spec = source._preprocess(module, "made up")
+    spec = source._preprocess(module)
     transform = create_transform(**resolve_model_data_config(module))
     theirs = transform(Image.fromarray(data.chelsea())).numpy()
     assert np.abs(model_input(data.chelsea(), spec) - theirs).max() < 1.01 / 255 / min(spec.std)
@@ -65,7 +65,7 @@ def test_every_configuration_of_the_library_can_be_read():
     for name in timm.list_pretrained()[::7]:
         module = module_of(name)
         if module.pretrained_cfg["input_size"][0] == 3:
-            ours = source._preprocess(module, name)
+            ours = source._preprocess(module)
             assert list(ours.crop) == list(module.pretrained_cfg["input_size"][1:])
 
 
@@ -107,10 +107,11 @@ def test_weights_that_cannot_be_fetched_are_said_so(monkeypatch, tmp_path):
     assert "secret" not in caught.value.message
 
 
-def test_other_than_three_channels_are_refused():
-    module = types.SimpleNamespace(pretrained_cfg={"input_size": (1, 28, 28)}, num_classes=10)
-    with pytest.raises(ModelLoadFailed, match="takes 1 channels"):
-        source._preprocess(module, "digits")
+def test_grey_networks(spec_of, tmp_path):
+    grey = {"crop": 64, "channels": 1, "mean": [0.13], "std": [0.31]}
+    loaded = load(spec_of("timm:resnet10t", num_classes=4, preprocess=grey), tmp_path)
+    assert loaded.module(torch.randn(1, 1, 64, 64)).shape == (1, 4)
+    assert (loaded.preprocess.mean, loaded.preprocess.std) == ((0.13,), (0.31,))
 
 
 def test_random_heads_of_zeros_are_filled(spec_of, tmp_path):

@@ -45,6 +45,10 @@ async def test_card(client: httpx.AsyncClient) -> None:
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
         "interpolation": "bilinear",
+        "channels": 3,
+        "order": "rgb",
+        "bits": 8,
+        "padding": None,
     }
     assert card["head"] == "gap_linear"
     assert card["closed_form"] is True
