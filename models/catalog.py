@@ -157,6 +157,7 @@ class ModelSpec(BaseModel):
         labels: class names, or a file with one per line (or a JSON list); None takes the library's.
         num_classes: size of the head; None keeps the architecture's own.
         task: how scores become probabilities.
+        output: key, attribute or index of the scores, where the network returns several tensors.
         inputs: constant values of the network's inputs beside the image, by parameter of `forward`.
         target_layer: dotted module name, or `auto`.
         precision: what the model computes in, if that passes a check of its scores.
@@ -176,6 +177,7 @@ class ModelSpec(BaseModel):
     labels: list[str] | Path | None = None
     num_classes: Annotated[int, Field(ge=1)] | None = None
     task: Task = "single_label"
+    output: int | str | None = None
     inputs: dict[str, Any] = {}
     target_layer: str = "auto"
     precision: Precision = "fp32"

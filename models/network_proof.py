@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import ModelLoadFailed
+from models.first_run import run_once
 from models.hooks import HookStack
 from models.outputs import Reading, adapt, describe, find_scores, undo_probabilities
 from models.probe import probe_batch
@@ -44,20 +42,24 @@ class Proved:
     notes: tuple[str, ...]
 
 
-def prove_network(module: nn.Module, preprocess: Preprocess, task: Task) -> Proved:
+def prove_network(
+    module: nn.Module, preprocess: Preprocess, task: Task, *, output: int | str | None = None
+) -> Proved:
     """Prove that a network on the CPU can be served, and adapt it where its answers need that.
 
     The same image must get the same scores alone, in other company and at another place of the
     batch. Single tensors within a tuple, dictionary or object are taken out, work on the input in
-    place happens on a copy, and probabilities become scores again.
+    place happens on a copy, and probabilities become scores again. Of several tensors `output` says
+    which are the scores.
 
     Raises:
         ModelLoadFailed: the network cannot be served; the text says why.
     """
     images = probe_batch(preprocess, images=PROVED_IMAGES)
     given = images.clone()
-    answer = _run(module, given)
-    reading = _reading(answer, task, in_place=int(given._version) > 0)  # noqa: SLF001
+    answer = run_once(module, given)
+    key, scores = find_scores(answer, output)
+    reading = _reading(key, scores, task, in_place=int(given._version) > 0)  # noqa: SLF001
     module = adapt(module, reading)
     scores = reading.scores(answer)
     _check_finite(scores)
@@ -74,105 +76,11 @@ def prove_network(module: nn.Module, preprocess: Preprocess, task: Task) -> Prov
     return Proved(module=module, outputs=scores.shape[1], notes=notes)
 
 
-@torch.no_grad()
-def _run(module: nn.Module, images: Tensor) -> Any:
-    """What the network returns.
-
-    Raises:
-        ModelLoadFailed: it raised; the text says what it takes instead, if that can be told.
-    """
-    _check_arguments(module)
-    entered: list[nn.Module] = []
-    try:
-        with _watching(module, entered):
-            return module(images)
-    except Exception as error:
-        where = entered[-1] if entered else module
-        raise ModelLoadFailed(_why_it_raised(module, where, images)) from error
-
-
-def _why_it_raised(module: nn.Module, where: nn.Module, images: Tensor) -> str:
-    """What to change where a network raised within a layer, as sentences."""
-    channels, height, width = images.shape[1:]
-    name = next((n for n, child in module.named_modules() if child is where and n), "")
-    place = f"its layer {name} ({type(where).__name__})" if name else "its forward"
-    if isinstance(where, nn.Conv2d) and where.in_channels != channels:
-        wanted = where.in_channels
-        values = f"one value{' each' if wanted > 1 else ''}"
-        return (
-            f"The network takes images of {wanted} channel{'s' if wanted > 1 else ''}, but is "
-            f"given {channels}. Under [models.preprocess] set channels = {wanted}, and mean and std "
-            f"to {values}."
-        )
-    text = (
-        f"The network raises an error in {place} for images of {width} x {height} pixels with "
-        f"{channels} channel{'s' if channels > 1 else ''}. "
-    )
-    if isinstance(where, nn.Linear):
-        return text + _other_size(where.in_features, channels)
-    return text + (
-        "Under [models.preprocess], crop is the size of its input, and channels are 1 for grey."
-    )
-
-
-def _other_size(features: int, channels: int) -> str:
-    """Which images would fill a linear layer, if they are flattened for it."""
-    for wanted in dict.fromkeys((channels, 1, 3)):
-        side = math.isqrt(features // wanted)
-        if side >= 8 and wanted * side * side == features:
-            return (
-                f"The layer takes {features} values, as flattened images of {side} x {side} with "
-                f"{wanted} channel{'s' if wanted > 1 else ''} have: set crop = {side} and channels "
-                f"= {wanted} under [models.preprocess]."
-            )
-    return (
-        f"The layer takes {features} values: was the network trained at another input size? Set "
-        "crop under [models.preprocess]."
-    )
-
-
-def _check_arguments(module: nn.Module) -> None:
-    """Refuse networks that want more than images."""
-    try:
-        parameters = inspect.signature(module.forward).parameters.values()
-    except (TypeError, ValueError):
-        return
-    needed = [
-        parameter.name
-        for parameter in parameters
-        if parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    ]
-    if len(needed) > 1:
-        raise ModelLoadFailed(
-            f"The network takes {len(needed)} inputs ({', '.join(needed)}); only images are "
-            "served. Give the others a constant value each, as in "
-            f"inputs = {{ {needed[1]} = [0.0] }}, or defaults in the network."
-        )
-
-
-@contextmanager
-def _watching(module: nn.Module, entered: list[nn.Module]) -> Iterator[None]:
-    """Keep the modules that were entered and not left, the innermost last."""
-
-    def enter(child: nn.Module, _args: tuple[Any, ...]) -> None:
-        entered.append(child)
-
-    def leave(_child: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
-        entered.pop()
-
-    with HookStack() as hooks:
-        for child in module.modules():
-            hooks.forward_pre(child, enter)
-            hooks.forward(child, leave)
-        yield
-
-
-def _reading(answer: Any, task: Task, *, in_place: bool) -> Reading:
+def _reading(key: int | str | None, scores: Tensor, task: Task, *, in_place: bool) -> Reading:
     """How the answer to a batch of `PROVED_IMAGES` is read."""
-    key, scores = find_scores(answer)
     flat = task == "binary" and scores.shape == (PROVED_IMAGES,)
-    if not flat and (scores.ndim != 2 or scores.shape[0] != PROVED_IMAGES):
+    pooled = scores.ndim == 4 and scores.shape[0] == PROVED_IMAGES and scores.shape[2:] == (1, 1)
+    if not flat and not pooled and (scores.ndim != 2 or scores.shape[0] != PROVED_IMAGES):
         hint = ""
         if scores.shape == (PROVED_IMAGES,):
             hint = ' For a network with a single logit set task = "binary".'
@@ -180,7 +88,7 @@ def _reading(answer: Any, task: Task, *, in_place: bool) -> Reading:
             f"The model answers {PROVED_IMAGES} images with {describe(scores)}, "
             f"not with one row of scores per image.{hint}"
         )
-    return Reading(key=key, flat=flat, in_place=in_place)
+    return Reading(key=key, flat=flat, pooled=pooled, in_place=in_place)
 
 
 def _check_finite(scores: Tensor) -> None:
@@ -201,9 +109,27 @@ def _independent(module: nn.Module, images: Tensor, scores: Tensor) -> tuple[nn.
         if not _answers(module, images[order], scores[order]):
             raise ModelLoadFailed(_dependence(module, images, scores))
         module = adapt(module, reading)
+    if _loses_the_batch_at_last(module, images[:1], outputs=scores.shape[1]):
+        module = adapt(module, Reading(lone=True))
     if not _same(_alone(module, images[:1]), scores[:1], scores):
         raise ModelLoadFailed(_dependence(module, images, scores))
     return module, reading
+
+
+def _loses_the_batch_at_last(module: nn.Module, image: Tensor, *, outputs: int) -> bool:
+    """Whether an image alone has its scores squeezed, after layers that all keep the batch."""
+    lost: list[bool] = []
+
+    def note(_child: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        lost.append(isinstance(output, Tensor) and output.shape[:1] != (1,))
+
+    with HookStack() as hooks:
+        for name, child in module.named_modules():
+            if name:
+                hooks.forward(child, note)
+        with suppress(Exception):
+            return bool(module(image).shape == (outputs,)) and not any(lost)
+    return False
 
 
 def _answers(module: nn.Module, images: Tensor, expected: Tensor) -> bool:

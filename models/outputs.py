@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,15 +39,19 @@ class Reading:
     Attributes:
         key: index, key or attribute of the scores; None where they are what is returned.
         flat: whether one score per image comes without a dimension of its own.
+        pooled: whether the scores of an image are a map of one pixel, (N, outputs, 1, 1).
         in_place: whether the network works on its input in place, and so is given a copy.
         contiguous: whether the network takes images in contiguous memory only.
+        lone: whether an image alone gets its scores without the dimension of the batch.
         undo: what made probabilities of the scores, outside of any module.
     """
 
     key: int | str | None = None
     flat: bool = False
+    pooled: bool = False
     in_place: bool = False
     contiguous: bool = False
+    lone: bool = False
     undo: Ending | None = None
 
     def scores(self, answer: Any) -> Tensor:
@@ -57,6 +63,10 @@ class Reading:
             found = answer[self.key]
         if self.flat:
             found = found.reshape(-1, 1)
+        if self.pooled:
+            found = found.flatten(1)
+        if self.lone and found.ndim == 1:
+            found = found[None]
         if self.undo is not None:
             found = _UNDO[self.undo](found.float())
         scores: Tensor = found
@@ -75,12 +85,16 @@ class Reading:
         return notes
 
 
-def find_scores(answer: Any) -> tuple[int | str | None, Tensor]:
+def find_scores(answer: Any, output: int | str | None = None) -> tuple[int | str | None, Tensor]:
     """The one tensor of scores in what a network returned, and its key.
+
+    `output` names it where several tensors are returned: a key, attribute or index.
 
     Raises:
         ModelLoadFailed: there is none, or it is not clear which one it is.
     """
+    if output is not None:
+        return output, _named_output(answer, output)
     if isinstance(answer, Tensor):
         return None, answer
     if isinstance(answer, Mapping):
@@ -98,8 +112,32 @@ def find_scores(answer: Any) -> tuple[int | str | None, Tensor]:
         return 0, answer[0]
     raise ModelLoadFailed(
         f"The model returns {describe(answer)}, not one tensor of scores. "
-        "Return the scores alone from forward, or under the key `logits` of a dictionary."
+        f"Say which one the scores are: {_way_to_say(answer)}."
     )
+
+
+def _named_output(answer: Any, output: int | str) -> Tensor:
+    found = None
+    if isinstance(output, str) and not isinstance(answer, Mapping):
+        found = getattr(answer, output, None)
+    elif isinstance(answer, (Mapping, Sequence)):
+        with suppress(LookupError):
+            found = answer[output]  # type: ignore[index]
+    if not isinstance(found, Tensor):
+        raise ModelLoadFailed(
+            f"output = {json.dumps(output)} is no tensor of what the model returns, which is "
+            f"{describe(answer)}."
+        )
+    return found
+
+
+def _way_to_say(answer: Any) -> str:
+    """How the configuration names one of several outputs."""
+    if isinstance(answer, Mapping) and answer:
+        return f'output = "{next(iter(answer))}", or another key'
+    if isinstance(answer, Sequence) and answer:
+        return "output = 0, or another index"
+    return 'output = "logits", or another attribute'
 
 
 def describe(answer: Any) -> str:

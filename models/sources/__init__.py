@@ -123,7 +123,7 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
     module = fill_inputs(built.module, spec.inputs)
     module = module.eval().requires_grad_(requires_grad=False)
     preprocess = spec.preprocess.over(built.preprocess)
-    proved = prove_network(module, preprocess, spec.task)
+    proved = prove_network(module, preprocess, spec.task, output=spec.output)
     single_logit = spec.task == "binary" and proved.outputs == 1
     # A single logit tells two classes apart.
     num_classes = 2 if single_logit else proved.outputs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 
 import pytest
 import torch
@@ -134,6 +135,32 @@ def frozen(module: nn.Module) -> nn.Module:
 def test_networks_that_cannot_be_served(network, message):
     with pytest.raises(ModelLoadFailed, match=message):
         prove_network(frozen(network), SIZE, "single_label")
+
+
+@pytest.mark.parametrize(
+    ("network", "output"),
+    [
+        (Answer(lambda y, m: (m, y)), 1),
+        (Answer(lambda y, m: [m, y]), -1),
+        (Answer(lambda y, m: {"a": m, "b": y}), "b"),
+        (Answer(lambda y, m: types.SimpleNamespace(maps=m, scores=y)), "scores"),
+        (Answer(lambda y, m: y[:, :, None, None]), None),
+        (Answer(lambda y, m: y.squeeze()), None),
+    ],
+)
+def test_scores_are_found_where_the_configuration_says(network, output):
+    plain = Net()
+    plain.load_state_dict(network.state_dict())
+    images = torch.randn(3, 3, 12, 12)
+    proved = prove_network(frozen(network), SIZE, "single_label", output=output)
+    torch.testing.assert_close(proved.module(images), frozen(plain)(images))
+    torch.testing.assert_close(proved.module(images[:1]), frozen(plain)(images[:1]))
+
+
+@pytest.mark.parametrize("output", [5, "b", "shape"])
+def test_an_output_that_is_not_there_is_refused(output):
+    with pytest.raises(ModelLoadFailed, match="is no tensor of what the model returns"):
+        prove_network(frozen(Answer(lambda y, m: (m, y))), SIZE, "single_label", output=output)
 
 
 def test_the_operator_learns_which_shapes_did_not_fit():
