@@ -8,13 +8,15 @@ name.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, dataclass_transform
+from typing import Annotated, Literal
 
-import msgspec
 import numpy as np
 from msgspec import UNSET, Meta, UnsetType
 
 from models.errors import HeatlensError
+from models.image_types import Fit, Geometry, Order, Preprocess, Region, Struct
+
+__all__ = ["Fit", "Geometry", "Order", "Preprocess", "Region", "Struct"]
 
 Operation = Literal["predict", "explain", "features"]
 Task = Literal["single_label", "multi_label", "binary"]
@@ -23,44 +25,7 @@ Fuse = Literal["none", "mean", "max", "product"]
 Kind = Literal["output", "input", "grad_output", "grad_input"]
 HeadKind = Literal["gap_linear", "gap", "flatten", "token"]
 ModelState = Literal["loading", "ready", "unavailable", "unloading"]
-Fit = Literal["stretch", "cover", "contain", "none"]
-Order = Literal["rgb", "bgr"]
 InterventionOp = Literal["zero", "mean", "scale"]
-
-
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(msgspec.field,))
-class Struct(msgspec.Struct, frozen=True, kw_only=True):
-    """Base: immutable, keyword-only."""
-
-
-# ---------------------------------------------------------------- images
-
-
-class Region(Struct):
-    """A rectangle in pixels of the original (EXIF-rotated) image; may be fractional."""
-
-    x: float
-    y: float
-    width: float
-    height: float
-
-
-class Geometry(Struct):
-    """Where the model input lies in the original image.
-
-    Attributes:
-        width: width of the original image in pixels, after EXIF rotation.
-        height: its height.
-        region: the part of the original that the model saw.
-        input_width: width of the model input in pixels.
-        input_height: its height.
-    """
-
-    width: int
-    height: int
-    region: Region
-    input_width: int
-    input_height: int
 
 
 # ---------------------------------------------------------------- jobs
@@ -294,41 +259,6 @@ class Failure(Struct):
 
 
 # ---------------------------------------------------------------- models
-
-
-class Preprocess(Struct):
-    """How an image becomes a model input: resize, centre-crop, scale to [0, 1], normalise.
-
-    Attributes:
-        resize: short side in pixels after resizing; a pair (height, width) resizes to exactly that.
-        crop: (height, width) of the centre crop, the model input.
-        fit: how a `resize` pair is meant: `stretch` to exactly that size (timm's crop mode
-            `squash`), or keep the aspect ratio and `cover` it (timm's `center` where height and
-            width differ) or be `contain`ed in it (timm's `border`; the crop is then padded with the
-            mean colour, otherwise with black). With `none` images keep their size.
-        interpolation: `bilinear` | `bicubic` | `nearest` | `lanczos` | `box` | `hamming`.
-        mean, std: per channel as the network has them, of pixel values scaled to [0, 1].
-        channels: 1 (grey), 3 (colours), or the bands of images that have others.
-        order: of the three colours, as the network takes them.
-        bits: what a sample is read with; at 16 no bit of deeper samples is dropped.
-        padding: grey level around an image that is `contain`ed; None = the mean colour.
-    """
-
-    resize: int | tuple[int, int]
-    crop: tuple[int, int]
-    fit: Fit = "stretch"
-    interpolation: str = "bilinear"
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    channels: int = 3
-    order: Order = "rgb"
-    bits: int = 8
-    padding: int | None = None
-
-    @property
-    def raw(self) -> bool:
-        """Whether samples reach the network as stored, not as 8-bit colours or grey."""
-        return self.bits > 8 or self.channels not in (1, 3)
 
 
 class MethodSupport(Struct):

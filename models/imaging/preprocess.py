@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from models.errors import InvalidOption
+from models.image_types import Centre
 from models.imaging.decode import DecodedImage
 from models.types import Geometry, Preprocess, Region
 
@@ -128,8 +129,8 @@ def _plan(width: int, height: int, spec: Preprocess) -> _Plan:
     return _Plan(
         width=resized_width,
         height=resized_height,
-        left=_offset(resized_width, crop_width),
-        top=_offset(resized_height, crop_height),
+        left=_offset(resized_width, crop_width, spec.centre),
+        top=_offset(resized_height, crop_height, spec.centre),
     )
 
 
@@ -149,9 +150,11 @@ def _resized_size(width: int, height: int, spec: Preprocess) -> tuple[int, int]:
     return max(1, round(width / ratio)), max(1, round(height / ratio))
 
 
-def _offset(resized: int, crop: int) -> int:
+def _offset(resized: int, crop: int, centre: Centre) -> int:
     """Corner of a centred crop; torchvision rounds halves to even and pads less at the start."""
-    return round((resized - crop) / 2.0) if resized >= crop else -((crop - resized) // 2)
+    if resized < crop:
+        return -((crop - resized) // 2)
+    return (resized - crop) // 2 if centre == "down" else round((resized - crop) / 2.0)
 
 
 def _cut(

@@ -49,6 +49,7 @@ async def test_card(client: httpx.AsyncClient) -> None:
         "order": "rgb",
         "bits": 8,
         "padding": None,
+        "centre": "even",
     }
     assert card["head"] == "gap_linear"
     assert card["closed_form"] is True
