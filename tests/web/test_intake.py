@@ -7,17 +7,10 @@ import io
 import pytest
 from PIL import Image
 
+from tests.web.asking import explained, links_to
 from tests.web.conftest import NARROW, SAMPLES, WIDE
 
 pytestmark = [pytest.mark.browser, pytest.mark.real]
-
-
-def explained(page, label: str = "cat") -> None:
-    """Wait until the page answers why."""
-    page.wait_for_function(
-        "label => document.querySelector('#question em')?.textContent.includes(label)", arg=label
-    )
-    page.locator("#view-look .heat").wait_for()
 
 
 @pytest.mark.parametrize(("size", "scheme"), [(WIDE, "light"), (NARROW, "dark")])
@@ -64,7 +57,7 @@ def test_sample_and_its_link(visit) -> None:
     page = visit()
     page.get_by_role("button", name="A cat").click()
     explained(page)
-    assert "sample=cat" in page.url
+    links_to(page, sample="cat")
     again = visit(page.url.partition("#")[2])
     explained(again)
 
@@ -84,7 +77,7 @@ def test_a_new_picture(visit) -> None:
     explained(page)
     page.get_by_role("button", name="New picture").click()
     page.get_by_role("heading", name="Why did the model say that?").wait_for()
-    assert page.url.endswith("/")
+    page.wait_for_url("**/")
 
 
 def test_a_file_that_is_no_picture(visit, drop) -> None:

@@ -37,7 +37,7 @@ export async function post(path, pictures, options, { signal, onProgress, onPart
   for (const picture of pictures) body.append("image", picture.blob, picture.name);
   body.append("options", JSON.stringify(options));
   const streamed = onProgress || onPartial;
-  const headers = streamed ? { Accept: "text/event-stream, application/json" } : {};
+  const headers = streamed ? { Accept: "text/event-stream, application/json;q=0.5" } : {};
   const response = await send(path, { method: "POST", body, headers, signal });
   if (!isOf(response, "text/event-stream")) return response.json();
   return follow(response, { onProgress, onPartial });

@@ -3,7 +3,7 @@
 import { h, s } from "./dom.js";
 import { shown } from "./stage.js";
 
-const [WIDTH, HEIGHT, PAD] = [320, 150, { left: 34, right: 8, top: 8, bottom: 22 }];
+const [WIDTH, HEIGHT, PAD] = [260, 140, { left: 38, right: 8, top: 8, bottom: 22 }];
 const INNER = { width: WIDTH - PAD.left - PAD.right, height: HEIGHT - PAD.top - PAD.bottom };
 
 /**

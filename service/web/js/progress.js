@@ -1,5 +1,6 @@
 // How far a long method is, how long it will take, and the button that ends it.
 
+import { method } from "./catalogue.js";
 import { find } from "./dom.js";
 import { cancel as cancelAnswer, onBusy, onProgress } from "./session.js";
 
@@ -34,11 +35,14 @@ function showProgress({ what, done, total, seconds_left: seconds }) {
   clearTimeout(timer);
   find("#progress").hidden = false;
   const bar = find("#bar");
-  bar.max = total;
-  bar.value = done;
+  if (total) Object.assign(bar, { max: total, value: done });
+  else bar.removeAttribute("value");
+  const of = total ? `: ${done.toLocaleString("en")} of ${total.toLocaleString("en")}` : "";
   const left = seconds === null ? "" : ` · about ${duration(seconds)} left`;
-  find("#far").textContent = `${what}: ${done.toLocaleString("en")} of ${total.toLocaleString("en")}${left}`;
+  find("#far").textContent = `${method(what)?.title ?? capital(what)}${of}${left}`;
 }
+
+const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 
 function duration(seconds) {
   const whole = Math.max(1, Math.round(seconds));

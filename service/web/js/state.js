@@ -24,7 +24,11 @@ const DEFAULTS = {
   order: "confident",
 };
 
+// Browsers throttle changes of the address, and a slider makes many.
+const SETTLE_MS = 120;
+
 const watchers = [];
+let timer = 0;
 
 /** The state. Only `set` changes it. */
 export const state = { ...DEFAULTS, ...read() };
@@ -34,7 +38,9 @@ export function set(patch) {
   const changed = Object.keys(patch).filter((key) => patch[key] !== state[key]);
   if (!changed.length) return;
   Object.assign(state, patch);
-  write(changed.includes("view"));
+  clearTimeout(timer);
+  if (changed.includes("view")) write("pushState");
+  else timer = setTimeout(write, SETTLE_MS, "replaceState");
   tell(changed);
 }
 
@@ -50,7 +56,10 @@ export const list = (value) => value.split(",").filter(Boolean);
 export const fresh = () => ({ target: "top1", against: "", off: "", channel: "" });
 
 /** The address of this page, state included. */
-export const address = () => new URL(location.href).href;
+export function address() {
+  write("replaceState");
+  return location.href;
+}
 
 function tell(changed) {
   for (const { keys, reaction } of watchers) {
@@ -69,13 +78,13 @@ function read() {
   return found;
 }
 
-function write(asEntry) {
+function write(how) {
   const hash = new URLSearchParams();
   for (const [key, value] of Object.entries(state)) {
     if (value !== DEFAULTS[key]) hash.set(key, value);
   }
   const text = hash.toString().replaceAll("%2C", ",").replaceAll("%3A", ":");
-  history[asEntry ? "pushState" : "replaceState"](null, "", text ? `#${text}` : location.pathname + location.search);
+  history[how](null, "", text ? `#${text}` : location.pathname + location.search);
 }
 
 function restore() {
