@@ -15,6 +15,7 @@ from models.imaging.decode import DecodeLimits
 from service.api import errors, openapi
 from service.api.body import BodyReader
 from service.api.dependencies import Service
+from service.api.dialects import kserve_v1, sagemaker, torchserve
 from service.api.dialects.v2 import infer, metadata, statistics
 from service.api.dialects.v2 import schemas as v2
 from service.api.limiter import ConcurrencyLimiter
@@ -97,7 +98,8 @@ def create_app(
         redirect_slashes=False,
     )
     errors.install(app)
-    openapi.install(app, requests=v2.REQUESTS, responses=v2.RESPONSES)
+    described = (*v2.RESPONSES, *torchserve.RESPONSES)
+    openapi.install(app, requests=v2.REQUESTS, responses=described)
     if settings.security.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -134,7 +136,7 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
     keyed = [Depends(require_api_key)]
     is_limited = settings.limits.max_concurrent_per_key is not None
     limited = [*keyed, Depends(limit_key)] if is_limited else keyed
-    for module in (predict, explain, features, infer):
+    for module in (predict, explain, features, infer, kserve_v1, torchserve, sagemaker):
         app.include_router(module.router, dependencies=limited)
     for router in (models.router, statistics.router, metadata.models):
         app.include_router(router, dependencies=keyed)
@@ -142,3 +144,4 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
     app.include_router(health.router)
     app.include_router(metadata.server)
     app.include_router(page.router)
+    app.include_router(torchserve.health)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import binascii
 import re
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic
@@ -43,8 +43,9 @@ BYTES = "application/octet-stream"
 _DATA_URL = re.compile(r"data:[\w.+/-]*(?:;[\w.+=-]+)*;base64,", re.ASCII)
 _CONCURRENT_FETCHES = 4
 
-# Bodies that are one image, or JSON; curl calls what it posts from a file a form.
-_WHOLE = frozenset({"", JSON, BYTES, "application/x-www-form-urlencoded"})
+# curl calls whatever it posts a form.
+_UNKNOWN = frozenset({"", "application/x-www-form-urlencoded"})
+_WHOLE = _UNKNOWN | {JSON, BYTES, "application/x-image"}
 
 # The URL-safe alphabet of base64 becomes the standard one; encoders like to break lines.
 _STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
@@ -65,8 +66,11 @@ class ImageInput:
     error: HeatlensError | None = None
 
 
-# Images, and options that are not validated yet.
-_Parsed = tuple[tuple[ImageInput, ...], dict[str, Any]]
+Parsed = tuple[tuple[ImageInput, ...], dict[str, Any]]
+"""Images, and options that are not validated yet."""
+
+ReadInstance = Callable[[Any], dict[str, Any]]
+"""Makes an element of `images` of one of `instances`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +103,23 @@ class BodyReader:
         Raises:
             HeatlensError: the body as a whole or an option is wrong.
         """
+        images, values = await self.parse(request, options)
+        return RequestBody(images=images, options=validate(options, values))
+
+    async def parse(
+        self, request: Request, options: type[OptionsT], *, instance: ReadInstance | None = None
+    ) -> Parsed:
+        """Read the body in any of its forms.
+
+        Args:
+            request: the request.
+            options: its options; here they say which ones are lists.
+            instance: reads the elements of `instances`, which JSON may then have in place of
+                `images`; its options are `parameters`, and other keys are left alone.
+
+        Raises:
+            HeatlensError: the body as a whole is wrong.
+        """
         content_type = request.headers.get("content-type", "")
         media_type = content_type.partition(";")[0].strip().lower()
         given = parse_query(request.query_params.multi_items(), options)
@@ -107,11 +128,11 @@ class BodyReader:
             images, more = await self._read_form(body, content_type, options)
         elif media_type in _WHOLE or media_type.startswith("image/"):
             whole = b"".join([chunk async for chunk in body])
-            images, more = await self._read_whole(whole, media_type)
+            images, more = await self._read_whole(whole, media_type, instance)
         else:
             allowed = ", ".join([FORM, JSON, *FORMATS, BYTES])
             raise UnsupportedMediaType(f"The content type is not accepted. Allowed: {allowed}.")
-        return RequestBody(images=images, options=validate(options, {**given, **more}))
+        return images, {**given, **more}
 
     async def read_bytes(self, request: Request) -> bytes:
         """Read the whole body, inflated if it is compressed.
@@ -149,7 +170,7 @@ class BodyReader:
 
     async def _read_form(
         self, body: AsyncIterator[bytes], content_type: str, options: type[OptionsT]
-    ) -> _Parsed:
+    ) -> Parsed:
         form = await read_form(body, content_type=content_type, limits=self._limits)
         if not form.images:
             raise MalformedBody(f"The form has no image: send it as a file named `{IMAGE_PART}`.")
@@ -161,11 +182,13 @@ class BodyReader:
                 given |= json_object(data)
         return images, given
 
-    async def _read_whole(self, body: bytes, media_type: str) -> _Parsed:
+    async def _read_whole(
+        self, body: bytes, media_type: str, instance: ReadInstance | None
+    ) -> Parsed:
         if not body.strip():
             raise MalformedBody("The body is empty.")
-        if media_type == JSON or (not media_type and body.lstrip()[:1] == b"{"):
-            return await self._read_json(body)
+        if media_type == JSON or (media_type in _UNKNOWN and body.lstrip()[:1] == b"{"):
+            return await self._read_json(body, instance)
         if len(body) > self._limits.max_image_bytes:
             raise ImageTooLarge(f"The image has more than {self._limits.max_image_bytes} bytes.")
         if sniff(body) is None:
@@ -174,30 +197,37 @@ class BodyReader:
             )
         return (ImageInput(data=body),), {}
 
-    async def _read_json(self, body: bytes) -> _Parsed:
+    async def _read_json(self, body: bytes, instance: ReadInstance | None) -> Parsed:
         loop = asyncio.get_running_loop()
-        items, images, options = await loop.run_in_executor(self._threads, self._parse_json, body)
+        items, images, options = await loop.run_in_executor(
+            self._threads, self._parse_json, body, instance
+        )
         if self._fetcher is not None:
             images = await self._fetch_all(self._fetcher, items, images)
         return tuple(images), options
 
     def _parse_json(
-        self, body: bytes
+        self, body: bytes, instance: ReadInstance | None
     ) -> tuple[list[ImageOption], list[ImageInput], dict[str, Any]]:
         options = json_object(body)
-        raw = options.pop("images", None)
+        key = "images" if instance is None or "images" in options else "instances"
+        raw = options.pop(key, None)
         if not isinstance(raw, list) or not raw:
-            raise InvalidOption("Must be a list of at least one image.", field="images")
+            raise InvalidOption("Must be a list of at least one image.", field=key)
         if len(raw) > self._limits.max_images:
             raise TooManyImages(f"A request has at most {self._limits.max_images} images.")
-        items = [validate(ImageOption, item, prefix=f"images.{i}") for i, item in enumerate(raw)]
+        if instance is not None and key == "instances":
+            raw, options = [instance(item) for item in raw], options.get("parameters") or {}
+            if not isinstance(options, dict):
+                raise InvalidOption("Must be an object.", field="parameters")
+        items = [validate(ImageOption, item, prefix=f"{key}.{i}") for i, item in enumerate(raw)]
         for i, item in enumerate(items):
             if (item.b64 is None) == (item.url is None):
-                raise InvalidOption("Either `b64` or `url` is required.", field=f"images.{i}")
+                raise InvalidOption("Either `b64` or `url` is required.", field=f"{key}.{i}")
             if item.url is not None and self._fetcher is None:
                 text = "Image URLs are not enabled on this server."
-                raise UrlInputDisabled(text, field=f"images.{i}.url")
-        return items, [_from_base64(item, f"images.{i}") for i, item in enumerate(items)], options
+                raise UrlInputDisabled(text, field=f"{key}.{i}.url")
+        return items, [_from_base64(item, f"{key}.{i}") for i, item in enumerate(items)], options
 
     async def _fetch_all(
         self, fetcher: UrlFetcher, items: list[ImageOption], images: list[ImageInput]

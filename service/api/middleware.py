@@ -22,7 +22,9 @@ from service.tracing import HttpTracing, RequestTrace
 _access = logging.getLogger("heatlens.access")
 _log = logging.getLogger(__name__)
 
-_QUIET = frozenset({"/livez", "/readyz", "/healthz", "/metrics"})
+_QUIET = frozenset(
+    {"/livez", "/readyz", "/healthz", "/metrics", "/ping", "/v2/health/live", "/v2/health/ready"}
+)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 

@@ -58,9 +58,15 @@ _TIMEOUT_HEADER = {
 }
 
 
-def array_of(kind: type[Any]) -> dict[str, Any]:
-    """The schema of a list of a component."""
-    return {"type": "array", "items": _ref(kind.__name__)}
+def array_of(*kinds: type[Any]) -> dict[str, Any]:
+    """The schema of a list of components, each of one of `kinds`."""
+    refs = [_ref(kind.__name__) for kind in kinds]
+    return {"type": "array", "items": refs[0] if len(refs) == 1 else {"anyOf": refs}}
+
+
+def object_of(**properties: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of an object that has all these properties."""
+    return {"type": "object", "properties": properties, "required": list(properties)}
 
 
 def responses(
@@ -69,13 +75,20 @@ def responses(
     *,
     errors: tuple[int, ...] = KEYED,
     example: Any = None,
+    error: type[Any] | None = None,
 ) -> dict[int | str, dict[str, Any]]:
-    """A route's `responses`: its JSON response (or the schema of it) and its error statuses."""
+    """A route's `responses`: its JSON response (or the schema of it) and its error statuses.
+
+    `error` is the shape of errors where it is not that of the native API.
+    """
     shape = schema if isinstance(schema, Mapping) else _ref(schema.__name__)
     found: dict[int | str, dict[str, Any]] = {200: _json_content(description, shape, example)}
     for status in sorted(errors):
         codes = ", ".join(f"`{code}`" for code in CODES[status])
-        found[status] = _json_content(f"Codes: {codes}.", _ref("ErrorResponse"), ERROR)
+        shape, shown = (
+            (_ref("ErrorResponse"), ERROR) if error is None else (_ref(error.__name__), None)
+        )
+        found[status] = _json_content(f"Codes: {codes}.", shape, shown)
     return found
 
 
@@ -131,6 +144,27 @@ def infer_input() -> dict[str, Any]:
     }
     content = {JSON: {"schema": _ref("InferRequest")}, BYTES: {"schema": BINARY}}
     return {"parameters": [length], "requestBody": {"required": True, "content": content}}
+
+
+def instances_input() -> dict[str, Any]:
+    """The `openapi_extra` of a route that takes instances, or any form of the native API."""
+    extra = image_input(ExplainOptions)
+    text = {"type": "string", "description": "Base64."}
+    held = {"anyOf": [text, {"type": "object", "properties": {"b64": text}, "required": ["b64"]}]}
+    holders = dict.fromkeys(("image", "image_bytes", "data"), held)
+    instance = {
+        "anyOf": [text, {"type": "object", "properties": {"b64": text, **holders, "target": {}}}]
+    }
+    schema = {
+        "type": "object",
+        "properties": {
+            "instances": {"type": "array", "items": instance, "minItems": 1},
+            "parameters": {"type": "object", "description": "Options; `explain`: true or false."},
+        },
+        "required": ["instances"],
+    }
+    extra["requestBody"]["content"][JSON] = {"schema": schema}
+    return extra
 
 
 def _query_parameters(options: type[BaseModel]) -> list[dict[str, Any]]:

@@ -62,7 +62,8 @@ options_schema = make_schema()
 options_schema.config.phases.coverage.enabled = False
 
 
-@schema.parametrize()
+# Paths with a version, and PUT, are second names of the same routes.
+@schema.exclude(path_regex="{version}").exclude(method="PUT").parametrize()
 @settings(max_examples=10, suppress_health_check=list(HealthCheck))
 def test_documented_requests(case: schemathesis.Case) -> None:
     case.call_and_validate(checks=CHECKS)

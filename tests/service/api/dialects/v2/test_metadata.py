@@ -127,7 +127,7 @@ async def test_statistics_count_what_was_done(
 
 
 OPEN = {"/", "/livez", "/readyz", "/healthz", "/metrics", "/v2"}
-OPEN |= {"/v2/health/live", "/v2/health/ready"}
+OPEN |= {"/v2/health/live", "/v2/health/ready", "/ping"}
 
 
 async def test_every_other_route_needs_a_key(serve: Callable[..., Any], png: bytes) -> None:
