@@ -1,59 +1,80 @@
 # Heatlens in a container.
 #
-#   docker build -t heatlens .                                      the torch that pip finds; runs on a CPU or a GPU
-#   docker build -t heatlens --build-arg TORCH_INDEX_URL=… .        a torch of your choice, such as the small CPU build
-#   docker run --rm -p 8000:8000 heatlens                           add --gpus all for the GPU
+#   docker build -t heatlens .                                  the torch that pip finds: CPU or GPU
+#   docker build -t heatlens --build-arg VARIANT=cpu \
+#     --build-arg TORCH_INDEX_URL=… .                           PyTorch's small CPU build
+#   docker run --rm -p 8000:8080 heatlens                       add --gpus all for the GPU
+#
+# Without a network: `deploy/image/build.sh` builds from a folder of wheels.
 
 ARG BASE_IMAGE=python:3.11-slim
 
-# ---- build: a virtual environment that the runtime stage copies whole
-FROM ${BASE_IMAGE} AS build
+# ---- what both stages start from: an empty environment, and a user who owns nothing
+FROM ${BASE_IMAGE} AS base
 
-ARG TORCH_INDEX_URL=""
+RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin heatlens \
+    && python3 -m venv --without-pip /opt/heatlens
+ENV PATH=/opt/heatlens/bin:$PATH
+
+# ---- build: one folder a layer, what changes least first
+FROM base AS build
+
+# PIP_* as in pip's documentation, for mirrors and folders of wheels.
+ARG PIP_INDEX_URL
+ARG PIP_FIND_LINKS
+ARG PIP_NO_INDEX
+ARG TORCH_INDEX_URL
+ARG VARIANT=cuda
 ARG EXTRAS="otel"
 ENV PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
-    PIP_CONSTRAINT=/src/constraints.txt \
-    PATH=/opt/heatlens/bin:$PATH
+    PIP_CONSTRAINT=/src/constraints.txt
 
 WORKDIR /src
-RUN python -m venv /opt/heatlens
+RUN python3 -m venv /opt/pip
+COPY constraints.txt deploy/image/trim.sh ./
+RUN /opt/pip/bin/pip --python /opt/heatlens/bin/python install --prefix /layers/torch \
+        ${TORCH_INDEX_URL:+--index-url "${TORCH_INDEX_URL}"} torch torchvision \
+    && sh trim.sh "${VARIANT}" /layers/torch/lib/python*/site-packages
 
-# Dependencies before the code: a change of the code does not install torch again.
-COPY pyproject.toml constraints.txt ./
-RUN if [ -n "${TORCH_INDEX_URL}" ]; then pip install --index-url "${TORCH_INDEX_URL}" torch torchvision; fi
+COPY pyproject.toml ./
 RUN python -c "import sys, tomllib; \
 p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 print(*p['dependencies'], *(r for e in sys.argv[1:] for r in p['optional-dependencies'][e]), sep='\n')" \
-    ${EXTRAS} > requirements.txt \
-    && pip install -r requirements.txt
+        ${EXTRAS} > requirements.txt \
+    && PYTHONPATH="$(echo /layers/torch/lib/python*/site-packages)" \
+        /opt/pip/bin/pip --python /opt/heatlens/bin/python install --prefix /layers/packages \
+        -r requirements.txt
 
 COPY README.md LICENSE ./
+COPY heatlens heatlens
 COPY models models
 COPY service service
-RUN pip install --no-deps . \
-    && python -m compileall -q /opt/heatlens/lib
+RUN /opt/pip/bin/pip --python /opt/heatlens/bin/python install --prefix /layers/heatlens --no-deps .
 
-# ---- runtime: no compiler, no source tree, no root
-FROM ${BASE_IMAGE}
+# ---- runtime: no compiler, no pip, no source tree, no root
+FROM base
 
 LABEL org.opencontainers.image.title="heatlens" \
       org.opencontainers.image.description="Classifies images over REST and shows why" \
       org.opencontainers.image.licenses="Apache-2.0"
 
-RUN useradd --system --uid 10001 --no-create-home --shell /usr/sbin/nologin heatlens
-COPY --from=build /opt/heatlens /opt/heatlens
+COPY --from=build /layers/torch /opt/heatlens
+COPY --from=build /layers/packages /opt/heatlens
+COPY --from=build /layers/heatlens /opt/heatlens
 
-ENV PATH=/opt/heatlens/bin:$PATH \
-    HOME=/tmp \
+# 8080 is where KServe, SageMaker and Vertex AI look.
+ENV HOME=/tmp \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     HEATLENS_SERVER__HOST=0.0.0.0 \
-    HEATLENS_SERVER__PORT=8000
+    HEATLENS_SERVER__PORT=8080 \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
 USER 10001
 WORKDIR /etc/heatlens
-EXPOSE 8000
+EXPOSE 8080
 STOPSIGNAL SIGTERM
 
 # urlopen raises on 503, which is what /readyz says until a device has completed a real pass.

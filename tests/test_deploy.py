@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from compose_spec import PyCompose
 
 from models.errors import HeatlensError
 from service.api.metrics import Metrics, Served
@@ -33,6 +34,26 @@ def balanced(expression: str) -> bool:
     return depth == 0
 
 
+def test_compose_takes_the_file() -> None:
+    # Variables are put in before the file is parsed.
+    text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", (ROOT / "docker-compose.yml").read_text())
+    compose = PyCompose.from_yaml(text)
+    for validate in (compose.validate, compose.validate_configs, compose.validate_networks):
+        validate()
+    assert set(compose.service_names()) == set(COMPOSE["services"])
+
+
+def test_the_gpu_is_a_profile_of_its_own() -> None:
+    service = COMPOSE["services"]["heatlens-gpu"]
+    assert service["profiles"] == ["gpu"]
+    assert service["extends"] == {"service": "heatlens"}
+    (gpus,) = service["deploy"]["resources"]["reservations"]["devices"]
+    assert gpus["capabilities"] == ["gpu"]
+    # Prometheus scrapes whichever of the two runs.
+    (target,) = SCRAPE["scrape_configs"][0]["static_configs"][0]["targets"]
+    assert service["networks"]["default"]["aliases"] == [target.partition(":")[0]]
+
+
 def test_monitoring_is_optional_and_open_to_this_machine_only() -> None:
     assert "profiles" not in COMPOSE["services"]["heatlens"]
     for name in ("prometheus", "grafana"):
@@ -54,6 +75,7 @@ def test_prometheus_finds_service_and_rules() -> None:
     host, port = target.split(":")
     assert host in COMPOSE["services"]
     assert COMPOSE["services"][host]["ports"][0].endswith(f":{port}")
+    assert f"EXPOSE {port}\n" in (ROOT / "Dockerfile").read_text()
     for name in SCRAPE["rule_files"]:
         assert (ROOT / "deploy/prometheus" / name).is_file()
     command = COMPOSE["services"]["prometheus"]["command"][0]

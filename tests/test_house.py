@@ -215,13 +215,14 @@ def test_image_is_safe_by_default() -> None:
     steps = dockerfile()
     stages = [i for i, (keyword, _) in enumerate(steps) if keyword == "FROM"]
     runtime = dict(steps[stages[-1] :])
-    assert len(stages) == 2
-    assert all(steps[i][1].startswith("${BASE_IMAGE}") for i in stages)
+    # One from outside, of which the others are made; the last one is what is shipped.
+    assert [steps[i][1].partition(" ")[0] for i in stages] == ["${BASE_IMAGE}", "base", "base"]
     assert runtime["USER"].isdecimal()
     assert int(runtime["USER"]) > 0
     assert runtime["ENTRYPOINT"].startswith("[")  # exec form: signals reach the supervisor
     assert runtime["CMD"].startswith("[")
     assert "/readyz" in runtime["HEALTHCHECK"]
+    assert not any(keyword == "RUN" for keyword, _ in steps[stages[-1] :])
 
 
 def test_image_copies_only_what_is_let_in() -> None:
@@ -232,6 +233,9 @@ def test_image_copies_only_what_is_let_in() -> None:
             for name in rest.split()[:-1]:
                 assert (ROOT / name).exists(), name
                 assert f"!{name}" in ignore, name
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    for pattern in tools["setuptools"]["packages"]["find"]["include"]:
+        assert ("COPY", f"{pattern[:-1]} {pattern[:-1]}") in dockerfile(), "a package is missing"
 
 
 def test_compose_file_says_what_it_must() -> None:

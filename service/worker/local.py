@@ -37,7 +37,6 @@ from service.worker.tracing import device_tracing
 
 log = logging.getLogger("heatlens.local")
 
-_CANARY_S = 3600.0
 _LOST = "The device failed; see the log for the reason."
 
 
@@ -50,10 +49,15 @@ class LocalPool:
         settings: models, limits, and devices, of which the first one is used; `auto` is the first
             GPU, or the CPU with all its cores.
         make_backend: makes the engine in the compute thread; None = the real one.
+        canary_s: idle time after which the device proves itself by a pass.
     """
 
     def __init__(
-        self, settings: Settings, *, make_backend: Callable[[], Backend] | None = None
+        self,
+        settings: Settings,
+        *,
+        make_backend: Callable[[], Backend] | None = None,
+        canary_s: float = 3600.0,
     ) -> None:
         self._device = device = resolve_devices(settings.server.devices, cores=1)[0]
         threads = settings.workers.threads or available_cores()
@@ -74,7 +78,7 @@ class LocalPool:
             listener=self,
             write_status=self._write_status,
             device=device,
-            canary_s=_CANARY_S,
+            canary_s=canary_s,
             tracing=self._tracing,
         )
 
