@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.capture import Capture
+from models.cuda.staging import Ready
 from models.errors import HeatlensError, InternalError, InvalidOption, UnknownLayer
 from models.extractor import Extractor, Tap
 from models.graphed_pass import run_graphed
@@ -19,9 +21,11 @@ from models.layers import TokenLayout, to_map
 from models.outcomes import BatchOutcomes
 from models.phases import Phases
 from models.preparation.variant import Needs
+from models.price import exceeds_step
 from models.registry import ModelRegistry
 from models.resolve import not_before_the_head
 from models.shared_pass import differentiates_layers, run_shared_pass
+from models.sliced_job import bare, sliced_steps
 from models.steps import Forward, InputGradient, LayerGradient, Step, Unbatched
 from models.targets import ScoreWeights, class_scores
 from models.types import Failure, Job, Outcome, Progress
@@ -98,6 +102,8 @@ class Engine:
     def run(self, jobs: Sequence[Job]) -> list[Outcome | Failure | Suspended]:
         """Run one shared pass for jobs of one model and version, whatever their operations.
 
+        A job whose pass would take too long is only predicted; `advance` runs the rest in parts.
+
         Returns:
             One entry for each job, in order: its outcome, its typed failure, or, where methods need
             further passes, what `advance` goes on with.
@@ -135,18 +141,20 @@ class Engine:
     @staticmethod
     def _answer(warm: WarmModel, jobs: Sequence[Job]) -> list[Outcome | Failure | Suspended]:
         """One pass for all jobs, or one for each variant of the model and kind of input."""
+        firsts = [bare(job) if _is_cut(job, warm) else job for job in jobs]
         parts: dict[tuple[nn.Module, bool], list[int]] = {}
-        for i, job in enumerate(jobs):
+        for i, job in enumerate(firsts):
             parts.setdefault((warm.module_for(_needs(job)), _is_normalised(job)), []).append(i)
         staged = {key: warm.stage([jobs[i].input for i in rows]) for key, rows in parts.items()}
         answered: dict[int, Outcome | Failure | Suspended] = {}
         for key, rows in parts.items():
-            module, part, images = key[0], [jobs[i] for i in rows], staged[key]()
-            shared = run_graphed(warm, part, module=module, images=images)
-            if shared is None:
-                shared = run_shared_pass(warm, part, module=module, images=images)
-            outcomes = BatchOutcomes(warm, part, shared)
-            answered |= {i: _start(jobs[i], warm, outcomes, r) for r, i in enumerate(rows)}
+            outcomes = _run_together(warm, [firsts[i] for i in rows], key[0], staged[key])
+            for row, i in enumerate(rows):
+                steps = partial(outcomes.steps, row)
+                if firsts[i] is not jobs[i]:
+                    run = partial(_alone, warm)
+                    steps = partial(sliced_steps, warm, jobs[i], (outcomes, row), run)
+                answered[i] = _start(jobs[i], warm, steps)
         return [answered[i] for i in range(len(jobs))]
 
     @staticmethod
@@ -209,11 +217,33 @@ class Engine:
         return [p.step.run() for p in group if isinstance(p.step, Unbatched)]
 
 
+def _run_together(
+    warm: WarmModel, jobs: Sequence[Job], module: nn.Module, images: Ready
+) -> BatchOutcomes:
+    batch = images()
+    shared = run_graphed(warm, jobs, module=module, images=batch)
+    if shared is None:
+        shared = run_shared_pass(warm, jobs, module=module, images=batch)
+    return BatchOutcomes(warm, jobs, shared)
+
+
+def _alone(warm: WarmModel, job: Job) -> BatchOutcomes:
+    return _run_together(warm, [job], warm.module_for(_needs(job)), warm.stage([job.input]))
+
+
+def _is_cut(job: Job, warm: WarmModel) -> bool:
+    """Whether the job's shared pass is run in parts."""
+    options = job.options
+    if len(options.layers) * max(1, len(options.targets)) == 1:
+        return False
+    return exceeds_step(job.operation, options, warm.info)
+
+
 def _start(
-    job: Job, warm: WarmModel, outcomes: BatchOutcomes, row: int
+    job: Job, warm: WarmModel, begin: Callable[[Phases], Generator[Step, Any, Outcome]]
 ) -> Outcome | Failure | Suspended:
     phases = Phases()
-    steps = outcomes.steps(row, phases)
+    steps = begin(phases)
     try:
         first = next(steps)
     except StopIteration as stop:

@@ -12,7 +12,7 @@ from msgspec import structs
 from torch import Tensor, nn
 
 from models.cuda.staging import indices
-from models.errors import InternalError
+from models.errors import InternalError, InvalidOption
 from models.faithfulness.measures import FaithfulnessTest, images_per_map
 from models.host_results import HostResults
 from models.methods import METHODS, implementation
@@ -22,7 +22,16 @@ from models.shared_pass import SharedPass
 from models.statistics import Summary, describe, summarise
 from models.steps import NotedMaps, Step, Subject
 from models.targets import ResolvedTarget, predictions
-from models.types import ClassScore, Explanation, Fuse, Job, Kind, LayerFeatures, Outcome
+from models.types import (
+    ClassScore,
+    Explanation,
+    Fuse,
+    Job,
+    JobOptions,
+    Kind,
+    LayerFeatures,
+    Outcome,
+)
 from models.warm_model import WarmModel
 
 _SIGNED_LAYER = "The layer has negative values, for which this method is not derived."
@@ -56,10 +65,16 @@ class BatchOutcomes:
         It begins the job's phases.
 
         Raises:
-            InternalError: the model's scores are not finite.
+            InvalidOption: the model's scores are not finite after the job's interventions.
+            InternalError: they are not finite.
         """
         job = self._jobs[row]
         if not self._finite[row]:
+            if job.options.interventions:
+                raise InvalidOption(
+                    "With these interventions the model's scores are not finite.",
+                    field="interventions",
+                )
             raise InternalError("The model's scores for this image are not finite.")
         explanations: list[Explanation] = []
         phases.later = self._plan(row)
@@ -67,7 +82,7 @@ class BatchOutcomes:
             explanations += yield from self._explain(name, row, phases)
         if job.options.faithfulness:
             phases.begin("faithfulness")
-            explanations = yield from self._test(explanations, row)
+            explanations = yield from self.test(explanations, row, options=job.options)
         return Outcome(
             id=job.id,
             predictions=self._predictions[row][: job.options.top_k],
@@ -137,11 +152,10 @@ class BatchOutcomes:
             for layer, layer_maps in maps.items()
         ]
 
-    def _test(
-        self, explanations: Sequence[Explanation], row: int
+    def test(
+        self, explanations: Sequence[Explanation], row: int, *, options: JobOptions
     ) -> Generator[Step, Any, list[Explanation]]:
-        """The explanations with their faithfulness measured."""
-        options = self._jobs[row].options
+        """The explanations of an image with their faithfulness measured as the options say."""
         test = FaithfulnessTest(
             names=options.faithfulness,
             inputs=self._shared.inputs[row : row + 1],

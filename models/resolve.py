@@ -26,14 +26,14 @@ RawTarget = int | str | Mapping[str, Any]
 def resolve_targets(
     raw: Sequence[RawTarget], info: ModelInfo, *, field: str = "targets"
 ) -> tuple[Target, ...]:
-    """Turn class indices, labels, ranks and contrasts into targets.
+    """Turn class indices, labels, ranks and contrasts into targets, each once.
 
     Raises:
         TargetOutOfRange: an index or rank beyond the model's classes.
         UnknownLabel: no class has that label.
         InvalidOption: a label that several classes share, or a target of no known form.
     """
-    return tuple(_target(item, info, f"{field}.{i}") for i, item in enumerate(raw))
+    return tuple(dict.fromkeys(_target(r, info, f"{field}.{i}") for i, r in enumerate(raw)))
 
 
 def resolve_methods(
@@ -136,7 +136,9 @@ def _target(raw: RawTarget, info: ModelInfo, field: str) -> Target:
         return Target(
             cls=_class_ref(raw["class"], info, f"{field}.class"),
             against=tuple(
-                _class_ref(a, info, f"{field}.against.{i}") for i, a in enumerate(against)
+                dict.fromkeys(
+                    _class_ref(a, info, f"{field}.against.{i}") for i, a in enumerate(against)
+                )
             ),
         )
     return Target(cls=_class_ref(raw, info, field))

@@ -199,10 +199,16 @@ class Subject:
             columns.append(column)
         return torch.stack(columns, 1)
 
-    def target_chunks(self) -> Iterator[tuple[ResolvedTarget, ...]]:
-        """The targets, as many at a time as one step may hold."""
-        for start in range(0, len(self.targets), self.chunk):
-            yield self.targets[start : start + self.chunk]
+    @property
+    def gradient_chunk(self) -> int:
+        """Most images in one step that differentiates with respect to the pixels."""
+        return max(1, self.chunk // 3)
+
+    def target_chunks(self, *, cost: int) -> Iterator[tuple[ResolvedTarget, ...]]:
+        """The targets, as many at a time as one step may hold; each is worth `cost` images."""
+        size = max(1, self.chunk // cost)
+        for start in range(0, len(self.targets), size):
+            yield self.targets[start : start + size]
 
     def generator(self) -> torch.Generator:
         """Random numbers of the subject's seed, on the CPU so that every device draws the same."""
@@ -228,7 +234,7 @@ def run_by_targets(
     `run` returns a row for each of the targets that it is given; each is worth `cost` images.
     """
     results = []
-    for targets in subject.target_chunks():
+    for targets in subject.target_chunks(cost=cost):
         step = run_unbatched(partial(run, targets), cost=cost * len(targets))
         results.append((yield from step))
     return torch.cat(results)

@@ -28,6 +28,13 @@ ModelState = Literal["loading", "ready", "unavailable", "unloading"]
 InterventionOp = Literal["zero", "mean", "scale"]
 
 
+STEP_MS = 250.0
+"""Device time that one step of a job should take at most, since others wait for it."""
+
+STEP_BYTES = 64_000_000
+"""Memory for tensors that one step of a job should keep at most."""
+
+
 # ---------------------------------------------------------------- jobs
 
 

@@ -14,7 +14,7 @@ from models.cuda.staging import Ready, Uploads, stage
 from models.head import HeadProbe
 from models.layers import Layouts
 from models.preparation.variant import Needs, Variant
-from models.types import Kind, LayerInfo, ModelInfo, Preprocess, Task
+from models.types import STEP_MS, Kind, LayerInfo, ModelInfo, Preprocess, Task
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,8 +84,10 @@ class WarmModel:
 
     @property
     def chunk(self) -> int:
-        """Images that one pass of a long method should hold."""
-        return self.info.card.best_batch
+        """Images that one pass of a long method should hold: the best batch that is a step."""
+        card = self.info.card
+        fitting = [n for n, ms in card.latency_ms.items() if n <= card.best_batch and ms <= STEP_MS]
+        return max(fitting, default=1) if card.latency_ms else card.best_batch
 
     def channels(self, layer: str) -> int | None:
         """Number of a layer's feature maps, or of its features; None if it returns no tensor."""

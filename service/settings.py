@@ -107,6 +107,8 @@ class LimitSettings(_Section):
         max_pixels: width times height of one image.
         max_images: images in one request.
         max_results: explanations, or statistics of layers, in one response.
+        max_device_s: estimated device time of one request, all images together.
+        max_answer_mb: estimated size of one answer, in millions of bytes.
         max_wait_s: estimated wait for a device beyond which a request is refused.
         timeout_s: deadline of a request without one.
         max_timeout_s: longest deadline; longer ones are cut.
@@ -120,6 +122,8 @@ class LimitSettings(_Section):
     max_pixels: Annotated[int, Field(ge=1, le=178_000_000)] = 50_000_000
     max_images: Annotated[int, Field(ge=1, le=1024)] = 32
     max_results: Annotated[int, Field(ge=1, le=1_000_000)] = 2048
+    max_device_s: Annotated[float, Field(gt=0, le=86_400)] = 120.0
+    max_answer_mb: Annotated[float, Field(gt=0, le=2000)] = 32.0
     max_wait_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
     timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
     max_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 300.0

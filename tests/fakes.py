@@ -31,7 +31,7 @@ from models.types import (
 )
 from service.devices.messages import Completion, JobProgress, Submission
 from service.devices.model_state import merge
-from service.devices.pool import DeviceStatus, OnProgress, ignore, is_long
+from service.devices.pool import DeviceStatus, OnProgress, ignore
 
 LABELS = ("tabby", "tiger cat", "golden retriever", "goldfish", "Egyptian cat")
 LAYERS = ("stem", "body", "head.conv")
@@ -146,7 +146,7 @@ class FakePool:
         self.submissions.append(submission)
         self.arrived.set()
         try:
-            if submission.news != "none" and is_long(job.options):
+            if submission.news != "none" and submission.price.long:
                 on_progress(news_of(submission, answer(job, info)))
             await asyncio.sleep(self.delay_s)
         except asyncio.CancelledError:

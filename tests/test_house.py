@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LONGEST_FILE = 400  # about 300 is the habit; this is the fence
 
-SHARED = ("models.types", "models.errors", "models.catalog", "models.resolve")
+SHARED = ("models.types", "models.errors", "models.catalog", "models.price", "models.resolve")
 SHARED_PACKAGES = ("models.methods", "models.sources")
 TORCH_FREE_TREES = ("models/imaging", "service")
 

@@ -122,7 +122,7 @@ def smooth_gradcam_plus_plus(subject: Subject) -> Steps:
         return gradcam_plus_plus(capture)[0]
     inputs, random = subject.inputs, subject.generator()
     deviation = _NOISE * (inputs.amax() - inputs.amin())
-    size = max(1, subject.chunk // len(subject.targets))
+    size = max(1, subject.chunk // (1 + 2 * len(subject.targets)))
     moments = capture.activation.new_zeros(3, len(subject.targets), *capture.activation.shape[1:])
     for start in range(0, subject.samples, size):
         count = min(size, subject.samples - start)
@@ -193,7 +193,7 @@ def shapleycam(subject: Subject) -> Steps:
     if linear is not None:
         weights = linear_curved_weights(subject, linear)
     else:
-        weights = yield from run_by_targets(subject, partial(curved_weights, subject), cost=6)
+        weights = yield from run_by_targets(subject, partial(curved_weights, subject), cost=24)
     return _weighted_sum(weights[None], capture.activation)[0].relu_()
 
 
@@ -212,7 +212,7 @@ def fullgrad(subject: Subject) -> Steps:
     reason = obstacle(subject.module)
     if reason is not None:
         raise MethodNotApplicable(f"FullGrad cannot explain this model: {reason}.")
-    return run_by_targets(subject, partial(decomposed_maps, subject), cost=3)
+    return run_by_targets(subject, partial(decomposed_maps, subject), cost=6)
 
 
 def _against_closest(target: ResolvedTarget, logits: Tensor) -> ResolvedTarget:

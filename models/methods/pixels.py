@@ -9,7 +9,7 @@ colours.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,8 @@ from models.steps import (
 
 _NOISE = 0.15
 _COLOURS = 1
+# Images that LRP's rules are worth for each target.
+_RULES_COST = 10
 
 
 def saliency(subject: Subject) -> Steps:
@@ -109,7 +111,8 @@ def integrated_gradients(subject: Subject) -> Generator[Step, Any, NotedMaps]:
         return (difference * sums).sum(_COLOURS)
 
     for t, target in enumerate(subject.targets):
-        parts = zip(nodes.split(subject.chunk), weights.split(subject.chunk), strict=True)
+        size = subject.gradient_chunk
+        parts = zip(nodes.split(size), weights.split(size), strict=True)
         for node, weight in parts:
             points = (black + node * difference).to(dtype)
             gradients, _ = yield InputGradient(points, (target,) * len(points), maps=maps)
@@ -143,17 +146,16 @@ def lrp(subject: Subject) -> Generator[Step, Any, NotedMaps]:
         changes=subject.changes(1),
     )
     found: list[tuple[Tensor, str]] = []
-    for targets in subject.target_chunks():
-        # Rules cost several forwards, but these are of one image whatever the number of targets.
+    for targets in subject.target_chunks(cost=_RULES_COST):
         run = partial(relevance, explained, targets)
-        found += yield from run_unbatched(run, cost=3 * len(targets))
+        found += yield from run_unbatched(run, cost=_RULES_COST * len(targets))
     return NotedMaps(torch.stack([pixels for pixels, _ in found]), tuple(note for _, note in found))
 
 
 def _gradients(subject: Subject) -> Generator[Step, Any, Tensor]:
     """Gradients dx y of every target, (T, 3, H, W)."""
     found = []
-    for targets in subject.target_chunks():
+    for targets in subject.target_chunks(cost=3):
         inputs = subject.inputs.expand(len(targets), -1, -1, -1)
         gradients, _ = yield InputGradient(inputs, targets)
         found.append(gradients)
@@ -176,8 +178,8 @@ def _noisy_gradients(subject: Subject, reduce: Callable[[Tensor, Tensor], Tensor
     def maps(count: int) -> Tensor:
         return reduce(mean, squares / count)
 
-    for start in range(0, subject.samples, subject.chunk):
-        count = min(subject.chunk, subject.samples - start)
+    for start in range(0, subject.samples, subject.gradient_chunk):
+        count = min(subject.gradient_chunk, subject.samples - start)
         # Drawn one by one, so that the size of a chunk does not change what a copy gets.
         noise = torch.stack([torch.randn(x.shape[1:], generator=generator) for _ in range(count)])
         noisy = (x + spread * noise.to(x.device)).to(subject.inputs.dtype)
@@ -191,6 +193,7 @@ def _noisy_gradients(subject: Subject, reduce: Callable[[Tensor, Tensor], Tensor
     return maps(subject.samples)
 
 
+@lru_cache(maxsize=32)
 def _quadrature(points: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Nodes in (0, 1) and weights that sum to 1, (points, 1, 1, 1) each."""
     nodes, weights = np.polynomial.legendre.leggauss(points)

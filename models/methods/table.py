@@ -137,7 +137,7 @@ _ROWS = (
         formula="M = ReLU(sum_k w_k A_k), w_k = (1/Z) sum_ij (g - H A / 2)_kij, g and H gradient "
         "and Hessian of u = y_c + log p_c (ReST)",
         cost="passes",
-        images=(2, _GRADIENT, "targets"),
+        images=(8, _GRADIENT, "targets"),
     ),
     _gradient(
         name="fullgrad",
@@ -147,7 +147,7 @@ _ROWS = (
         "beta - gamma mean / sqrt(var + eps); psi = sum over channels of the upsampled "
         "|.|, scaled to [0, 1] over all channels of the layer",
         cost="passes",
-        images=(_GRADIENT, "targets"),
+        images=(2, _GRADIENT, "targets"),
         of_input=True,
     ),
     _activation(
@@ -297,6 +297,7 @@ _ROWS = (
         formula="M = sum over colours of R, R_i = sum_j s_ij R_j / sum_i s_ij; linear: s = x w, "
         "epsilon 0.25 RMS; convolutions, batch normalisation in them: s = x w + 0.25 (x "
         "w)^+; pixels: s = x w - low w^+ - high w^-",
+        images=(10, "targets"),
         signed=True,
     ),
     _transformer(

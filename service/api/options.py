@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -26,7 +26,8 @@ CanvasName = Literal["input", "original"]
 Measure = Literal["average_drop", "increase", "deletion", "insertion", "road"]
 
 MAX_TARGETS = 16
-_MAX_AGAINST = 1000
+MAX_AGAINST = 1000
+MAX_SCALE = 1e6
 _MAX_NAME = 512
 _MAX_FIELD = 64
 
@@ -36,7 +37,7 @@ _CONTRAST_SCHEMA = {
     "type": "object",
     "properties": {
         "class": _CLASS_SCHEMA,
-        "against": {"type": "array", "items": _CLASS_SCHEMA, "maxItems": _MAX_AGAINST},
+        "against": {"type": "array", "items": _CLASS_SCHEMA, "maxItems": MAX_AGAINST},
     },
     "required": ["class"],
     "additionalProperties": False,
@@ -47,18 +48,25 @@ _TARGET_SCHEMA: dict[str, Any] = {
 }
 
 
-def _check_target(value: object) -> object:
-    """Bound the size of a contrast, which `models.resolve` checks later."""
-    against = value.get("against") if isinstance(value, Mapping) else None
-    if isinstance(against, list) and len(against) > _MAX_AGAINST:
-        raise ValueError(f"A contrast has at most {_MAX_AGAINST} classes.")
-    return value
+def count_against(targets: Sequence[object]) -> int:
+    """Classes that the contrasts among raw targets name to be held against."""
+    lists = (target.get("against") for target in targets if isinstance(target, Mapping))
+    return sum(len(against) for against in lists if isinstance(against, list))
+
+
+def _check_targets(targets: list[Any]) -> list[Any]:
+    """Bound the size of contrasts, which `models.resolve` checks later."""
+    if count_against(targets) > MAX_AGAINST:
+        raise ValueError(f"Contrasts have at most {MAX_AGAINST} classes together.")
+    return targets
 
 
 Name = Annotated[str, Field(min_length=1, max_length=_MAX_NAME)]
-TargetOption = Annotated[Any, AfterValidator(_check_target), WithJsonSchema(_TARGET_SCHEMA)]
+TargetOption = Annotated[Any, WithJsonSchema(_TARGET_SCHEMA)]
 Targets = Annotated[
-    list[TargetOption], Field(min_length=1, max_length=MAX_TARGETS, examples=[["top1", 281]])
+    list[TargetOption],
+    Field(min_length=1, max_length=MAX_TARGETS, examples=[["top1", 281]]),
+    AfterValidator(_check_targets),
 ]
 Layers = Annotated[list[Name], Field(min_length=1, max_length=64, examples=[["auto"]])]
 TopK = Annotated[int, Field(ge=1, le=100, description="Number of predictions.")]
@@ -98,7 +106,9 @@ class InterventionOption(_Model):
         Field(min_length=1, max_length=4096, examples=[[3, 17]]),
     ]
     op: Annotated[InterventionOp, Field(description="The operation on these channels.")]
-    value: Annotated[Finite, Field(description="Factor of `scale`.")] = 1.0
+    value: Annotated[
+        Finite, Field(ge=-MAX_SCALE, le=MAX_SCALE, description="Factor of `scale`.")
+    ] = 1.0
 
 
 class CommonOptions(_Model):

@@ -38,7 +38,7 @@ from service.api.responses import DecodedInput, draw, render
 from service.api.schemas import STAGES, ExplanationResponse, ImageError, Result, Timings
 from service.api.watch import PartialMap, Watch
 from service.devices.messages import JobProgress, News, Submission
-from service.devices.pool import DevicePool, is_long
+from service.devices.pool import DevicePool
 
 T = TypeVar("T")
 
@@ -129,15 +129,11 @@ class Pipeline:
         return _reply(outcomes, plan)
 
     def _refuse_excess(self, plan: Plan) -> None:
-        """Refuse a plan that the devices would refuse, before spending time on decoding it.
-
-        Long jobs have their own share of a device, and only the device knows its queue.
-        """
-        if any(is_long(image.options) for image in plan.images):
-            return
+        """Refuse a plan that the devices would refuse, before spending time on decoding it."""
+        is_long = any(image.price.long for image in plan.images)
         name = f"{plan.info.card.name}@{plan.info.card.version}"
         waits = [
-            device.wait_ms / 1000
+            (device.long_wait_ms if is_long else device.wait_ms) / 1000
             for device in self._pool.devices()
             if device.state == "ready" and name in device.models
         ]
@@ -243,6 +239,7 @@ def _submission(
             options=image.options,
         ),
         deadline=plan.deadline,
+        price=image.price,
         digest=decoded.digest,
         traceparent=tracing.traceparent(),
         request_id=logs.request_id.get(),

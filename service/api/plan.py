@@ -12,16 +12,20 @@ from models.errors import InvalidOption, NotReady, UnknownLayer, UnknownModel
 from models.imaging.render import OverlayFormat
 from models.imaging.style import ClipChoice, ColormapChoice
 from models.methods import METHODS
+from models.price import Price, price
 from models.resolve import check_cam, resolve_layers, resolve_methods, resolve_targets
 from models.types import Intervention, JobOptions, ModelCard, ModelInfo, Operation, Struct
 from service.api.body import ImageInput
+from service.api.budget import answer_bytes, check_budget
 from service.api.options import (
+    MAX_AGAINST,
     AnyOptions,
     CanvasName,
     FeaturesOptions,
     InterventionOption,
     Output,
     PredictOptions,
+    count_against,
 )
 from service.settings import LimitSettings, Settings
 
@@ -45,6 +49,7 @@ class PlannedImage(Struct):
 
     input: ImageInput
     options: JobOptions
+    price: Price
 
 
 class Plan(Struct):
@@ -62,6 +67,11 @@ class Plan(Struct):
     render: RenderOptions
     started: float
     deadline: float
+
+    @property
+    def answer_bytes(self) -> int:
+        """Estimated size of the answer, or of the results that it is made from."""
+        return sum(answer_bytes(self, image.price, self.render) for image in self.images)
 
 
 def find_model(reference: str, infos: Sequence[ModelInfo], settings: Settings) -> ModelInfo:
@@ -127,27 +137,29 @@ def make_plan(
     started: float,
     deadline: float,
 ) -> Plan:
-    """Resolve labels, ranks, layers and methods against the model.
+    """Resolve labels, ranks, layers and methods against the model, and price the request.
 
     Raises:
-        HeatlensError: an option does not fit the model; the error names it.
+        HeatlensError: an option does not fit the model, or costs too much; the error names it.
     """
     common = job_options(options, info)
-    planned = []
+    planned, usual = [], price(options.operation, common, info)
+    _check_contrasts([image.targets or [] for image in images])
     for i, image in enumerate(images):
-        resolved = common
+        resolved, cost = common, usual
         if image.targets is not None:
             targets = resolve_targets(image.targets, info, field=f"images.{i}.targets")
             # A prediction has no targets; they are only checked.
             if options.operation != "predict":
                 resolved = msgspec.structs.replace(common, targets=targets)
-        planned.append(PlannedImage(input=image, options=resolved))
+                cost = price(options.operation, resolved, info)
+        planned.append(PlannedImage(input=image, options=resolved, price=cost))
     results = sum(_count(options.operation, image.options) for image in planned)
     if results > limits.max_results:
         raise InvalidOption(
             f"The request asks for {results} results, at most {limits.max_results} are allowed."
         )
-    return Plan(
+    plan = Plan(
         operation=options.operation,
         info=info,
         images=tuple(planned),
@@ -155,6 +167,8 @@ def make_plan(
         started=started,
         deadline=deadline,
     )
+    check_budget(plan, limits)
+    return plan
 
 
 def job_options(options: AnyOptions, info: ModelInfo) -> JobOptions:
@@ -231,7 +245,19 @@ def _interventions(
         if not layers[item.layer].usable:
             reason = layers[item.layer].reason
             raise UnknownLayer(f"{item.layer} cannot be changed: {reason}.", field=field)
-    return tuple(Intervention(**dict(item)) for item in wanted)
+    return tuple(
+        Intervention(**{**dict(item), "channels": tuple(dict.fromkeys(item.channels))})
+        for item in wanted
+    )
+
+
+def _check_contrasts(targets: Sequence[Sequence[object]]) -> None:
+    """Bound the classes of all contrasts together, before they are looked up."""
+    if sum(map(count_against, targets)) > MAX_AGAINST:
+        raise InvalidOption(
+            f"The contrasts of all images have at most {MAX_AGAINST} classes together.",
+            field="images",
+        )
 
 
 def _count(operation: Operation, options: JobOptions) -> int:

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from models.errors import ERRORS, HeatlensError, InternalError
+from models.price import Price
 from models.types import Failure, Job, ModelInfo, Outcome, Progress, Struct
 
 News = Literal["none", "progress", "maps"]
@@ -40,7 +41,8 @@ class Submission(Message, frozen=True, kw_only=True):
 
     Attributes:
         deadline: monotonic time after which the result is useless.
-        digest: digest of model and input, which identifies an input after a worker's exit.
+        price: what the job is expected to cost.
+        digest: digest of model, input and options, which identifies a job after a worker's exit.
         worker_exits: worker exits that this job was already part of; such a job runs alone.
         traceparent: W3C trace context, empty when tracing is off.
         request_id: id of the HTTP request, for logs.
@@ -51,6 +53,7 @@ class Submission(Message, frozen=True, kw_only=True):
 
     job: Job
     deadline: float
+    price: Price = Price()
     digest: str = ""
     worker_exits: int = 0
     traceparent: str = ""

@@ -52,11 +52,6 @@ def loading_model(spec: ModelSpec) -> ModelInfo:
     return ModelInfo(card=card)
 
 
-def job_ms(card: ModelCard) -> float:
-    """Estimated device time of one more job: its part of the best batch."""
-    return card.latency_ms.get(card.best_batch, 10.0) / max(1, card.best_batch)
-
-
 def merge(
     by_device: Mapping[str, Sequence[ModelInfo]],
     *,

@@ -15,8 +15,7 @@ from msgspec import Meta
 
 from models.catalog import ModelSpec
 from models.errors import DeadlineExceeded
-from models.methods import METHODS
-from models.types import Failure, JobOptions, ModelInfo, Struct
+from models.types import Failure, ModelInfo, Struct
 from service.devices.messages import Completion, JobProgress, JobResult, Submission, from_wire
 from service.devices.status import BatchCount
 
@@ -48,12 +47,14 @@ class DeviceStatus(DeviceReport):
 
     Attributes:
         wait_ms: estimated wait of a new job in device-milliseconds.
+        long_wait_ms: the same of a long job.
         restart_reasons: restarts by exit reason; see `DeviceState`.
         memory_bytes: memory that the worker holds on the device.
         batches: batches the worker has run since it started.
     """
 
     wait_ms: float = 0.0
+    long_wait_ms: float = 0.0
     restart_reasons: dict[str, int] = {}
     memory_bytes: int = 0
     batches: tuple[BatchCount, ...] = ()
@@ -124,9 +125,3 @@ async def wait_for(result: asyncio.Future[JobResult], *, deadline: float) -> Com
     if isinstance(outcome, Failure):
         raise from_wire(outcome)
     return outcome
-
-
-def is_long(options: JobOptions) -> bool:
-    """Whether a job takes more passes than the one that an interactive job takes."""
-    methods = (METHODS[name] for name in options.methods if name in METHODS)
-    return bool(options.faithfulness) or any(m.cost in {"passes", "many"} for m in methods)

@@ -36,7 +36,7 @@ from service.devices.messages import (
     Results,
     Submission,
 )
-from service.devices.model_state import job_ms, keep_known_models, loading_model, merge, model_key
+from service.devices.model_state import keep_known_models, loading_model, merge, model_key
 from service.devices.pool import DeviceHealth, DeviceStatus, OnProgress, ignore, wait_for
 from service.devices.runtime_dir import RuntimeDir, holds
 from service.devices.status import DeviceState, DeviceStates, DeviceStatesFile, WorkerStatus
@@ -183,7 +183,7 @@ class SocketPool:
             request.fail(ModelReplaced("The model was replaced; try again."))
             return
         connection = min(fitting, key=WorkerConnection.load_ms)
-        connection.outstanding[job.id] = job_ms(connection.infos[key].card)
+        connection.outstanding[job.id] = submission.price.device_ms
         request.connection, request.was_sent = connection, True
         connection.send(submission)
 
@@ -306,6 +306,7 @@ class SocketPool:
             last_pass_s=last_pass_s,
             queue_depth=worker.queue_depth,
             wait_ms=worker.wait_ms,
+            long_wait_ms=worker.long_wait_ms,
             models=worker.models,
             restarts=state.restarts,
             restart_reasons=state.restart_reasons,

@@ -67,6 +67,7 @@ class WorkerStatus(Struct):
         last_pass: end of the last real pass; 0 = never.
         queue_depth: jobs waiting and running.
         wait_ms: estimated wait of a new job.
+        long_wait_ms: the same of a long job.
         models: warm models, as `name@version`.
         memory_bytes: memory that the worker holds on its device.
         batches: batches run since the worker started.
@@ -81,6 +82,7 @@ class WorkerStatus(Struct):
     last_pass: float = 0.0
     queue_depth: int = 0
     wait_ms: float = 0.0
+    long_wait_ms: float = 0.0
     models: tuple[str, ...] = ()
     memory_bytes: int = 0
     batches: tuple[BatchCount, ...] = ()

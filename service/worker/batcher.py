@@ -10,11 +10,11 @@ the same model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from models.errors import DeadlineExceeded, ModelReplaced, NotReady, Overloaded, UnknownModel
+from models.types import STEP_BYTES, STEP_MS
 from service.devices.messages import Submission
-from service.devices.pool import is_long
 from service.worker.pace import Suspended
 from service.worker.queue import (
     Batch,
@@ -28,6 +28,9 @@ from service.worker.queue import (
     QueuedModel,
     can_share_batch,
 )
+
+_BATCH_BYTES = 2 * STEP_BYTES
+_SUSPENDED_BYTES = 4 * STEP_BYTES
 
 _CLASSES: tuple[JobClass, JobClass] = ("interactive", "long")
 
@@ -131,7 +134,7 @@ class Batcher:
             raise NotReady("The model is being unloaded.")
         if deadline <= now:
             raise DeadlineExceeded("The deadline passed before the job reached a device.")
-        job_class: JobClass = "long" if is_long(job.options) else "interactive"
+        job_class: JobClass = "long" if submission.price.long else "interactive"
         wait_s = self.wait_ms(now, job_class) / 1000
         excess_s = wait_s - min(self._max_wait_s, deadline - now)
         if excess_s > 0:
@@ -155,7 +158,7 @@ class Batcher:
             return None
         entry.gone = True
         if entry.started is None:
-            self._queues[entry.key, entry.job_class].dismiss()
+            self._queues[entry.key, entry.job_class].dismiss(entry)
             self._forget(entry)
         return entry
 
@@ -182,10 +185,12 @@ class Batcher:
         self._finish[batch.job_class] += duration_s / self._share[batch.job_class]
         states = {item.job.id: item for item in suspended}
         model = self._models.get(batch.key)
-        if model is not None:
-            learnt = model.steps if batch.is_step else model.passes
-            learnt.observe(batch.images, 1000 * duration_s)
+        if model is not None and batch.is_step:
+            model.steps.observe(batch.images, 1000 * duration_s)
+        elif model is not None:
+            model.observe_pass(batch.images, batch.extra_ms, 1000 * duration_s)
         for entry in batch.entries:
+            entry.own_ms += 1000 * duration_s * entry.cost / batch.images
             entry.device_s += duration_s
             entry.batches += 1
             entry.suspended = states.get(entry.job.id)
@@ -194,7 +199,7 @@ class Batcher:
                 continue
             self._forget(entry)
             if entry.job_class == "long" and model is not None and not entry.gone:
-                model.long_ms += 0.2 * (1000 * entry.device_s - model.long_ms)
+                model.observe_long(entry)
 
     # ---------------------------------------------------------------- load
 
@@ -217,12 +222,13 @@ class Batcher:
         return running_ms + min(own_ms / self._share[job_class], own_ms + other_ms)
 
     def _work_ms(self, job_class: JobClass, now: float) -> float:
-        """Device time queued in a class; a long job counts with the average of earlier ones."""
+        """Device time queued in a class; a long job counts with what is left of its price."""
         if job_class == "long":
+            paces = {key: model.long_pace for key, model in self._models.items()}
             return sum(
-                max(0.0, self._models[entry.key].long_ms - 1000 * entry.device_s)
+                max(0.0, paces[entry.key] * entry.price.device_ms - entry.own_ms)
                 for entry in self._entries.values()
-                if entry.job_class == "long" and entry.key in self._models
+                if entry.job_class == "long" and entry.key in paces
             )
         total = 0.0
         for (key, queued_class), queue in self._queues.items():
@@ -231,6 +237,7 @@ class Batcher:
                 full, rest = divmod(len(queue), model.batch_limit(now))
                 total += full * model.passes.predict_ms(model.batch_limit(now))
                 total += model.passes.predict_ms(rest) if rest else 0.0
+                total += model.extra_pace * queue.extra_ms
         return total
 
     # ---------------------------------------------------------------- forming a batch
@@ -251,7 +258,7 @@ class Batcher:
     def _candidates(self, job_class: JobClass) -> list[Entry]:
         """The head of each queue of the class, and for the long class the suspended jobs."""
         suspended = list(self._suspended.values()) if job_class == "long" else []
-        if job_class == "long" and len(suspended) >= self._max_suspended:
+        if job_class == "long" and not self._has_room():
             return suspended
         heads = [
             q.head() for (_, queued_class), q in self._queues.items() if queued_class == job_class
@@ -268,14 +275,20 @@ class Batcher:
         if fitting < limit:
             limit, reason = fitting, "deadline"
         entries = [queue.pop()]
-        while len(entries) < limit and can_share_batch(entries, queue.head()):
+        while len(entries) < limit and (head := queue.head()) is not None:
+            if not can_share_batch(entries[0], head):
+                reason = "alone"
+                break
+            if not _is_affordable([*entries, head], model):
+                reason = "costly"
+                break
             entries.append(queue.pop())
-        if first.submission.worker_exits or len(entries) < limit:
+        if first.submission.worker_exits:
             reason = "alone"
         for entry in entries:
             entry.started = now
             entry.batch_size = len(entries)
-        predicted_ms = model.passes.predict_ms(len(entries))
+        predicted_ms = model.pass_ms(len(entries), sum(e.price.extra_ms for e in entries))
         return Batch.of(entries, predicted_ms=predicted_ms, now=now, reason=reason)
 
     def _limit(self, first: Entry, now: float) -> tuple[int, BatchReason]:
@@ -294,13 +307,18 @@ class Batcher:
         others = (e for e in self._suspended.values() if e.key == first.key and e is not first)
         for entry in sorted(others, key=lambda e: e.deadline):
             fits = images + entry.cost <= model.batch_limit(now)
-            if fits and can_share_batch(entries, entry):
+            if fits and can_share_batch(first, entry):
                 entries.append(entry)
                 images += entry.cost
         for entry in entries:
             del self._suspended[entry.job.id]
         predicted_ms = model.steps.predict_ms(images)
         return Batch.of(entries, predicted_ms=predicted_ms, now=now, reason="step")
+
+    def _has_room(self) -> bool:
+        """Whether another long job may begin: each keeps memory until it has finished."""
+        held = sum(entry.price.device_bytes for entry in self._suspended.values())
+        return len(self._suspended) < self._max_suspended and held < _SUSPENDED_BYTES
 
     # ---------------------------------------------------------------- bookkeeping
 
@@ -324,3 +342,10 @@ class Batcher:
         del self._entries[entry.job.id]
         self._suspended.pop(entry.job.id, None)
         self._count[entry.job_class] -= 1
+
+
+def _is_affordable(entries: Sequence[Entry], model: QueuedModel) -> bool:
+    """Whether a first pass of these entries is a step that others can wait for."""
+    extra_ms = sum(entry.price.extra_ms for entry in entries)
+    size = sum(entry.price.device_bytes for entry in entries)
+    return model.extra_pace * extra_ms <= STEP_MS and size <= _BATCH_BYTES

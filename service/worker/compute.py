@@ -100,7 +100,7 @@ class ComputeThread:
         self._tasks = TaskQueue(specs)
         self._tasks_turn = True
         self._stopping = False
-        self._published = (0, 0.0)
+        self._published = (0, 0.0, 0.0)
         self._infos: tuple[ModelInfo, ...] = ()
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
 
@@ -156,10 +156,12 @@ class ComputeThread:
         """Every model version, as of the last change."""
         return self._infos
 
-    def load_state(self) -> tuple[int, float]:
-        """Number of jobs here, and the estimated wait of a new one in milliseconds."""
+    def load_state(self) -> tuple[int, float, float]:
+        """Number of jobs here, and the estimated waits of a new one and of a long one, in ms."""
         with self._changed:
-            return self._batcher.depth, self._batcher.wait_ms(time.monotonic())
+            now = time.monotonic()
+            waits = (self._batcher.wait_ms(now), self._batcher.wait_ms(now, "long"))
+            return self._batcher.depth, *waits
 
     def _schedule(self, task: Task) -> None:
         with self._changed:
@@ -355,5 +357,9 @@ class ComputeThread:
         return msgspec.structs.replace(info, card=card)
 
     def _publish(self, status: WorkerStatus) -> None:
-        depth, wait_ms = self._published = self.load_state()
-        self._write_status(msgspec.structs.replace(status, queue_depth=depth, wait_ms=wait_ms))
+        depth, wait_ms, long_wait_ms = self._published = self.load_state()
+        self._write_status(
+            msgspec.structs.replace(
+                status, queue_depth=depth, wait_ms=wait_ms, long_wait_ms=long_wait_ms
+            )
+        )

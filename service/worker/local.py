@@ -151,7 +151,7 @@ class LocalPool:
 
     def devices(self) -> Sequence[DeviceStatus]:
         """The one device."""
-        depth, wait_ms = self._compute.load_state()
+        depth, wait_ms, long_wait_ms = self._compute.load_state()
         last_pass = self._status.last_pass
         return [
             DeviceStatus(
@@ -160,6 +160,7 @@ class LocalPool:
                 last_pass_s=time.monotonic() - last_pass if last_pass else None,
                 queue_depth=depth,
                 wait_ms=wait_ms,
+                long_wait_ms=long_wait_ms,
                 models=self._status.models,
                 memory_bytes=self._status.memory_bytes,
                 batches=self._status.batches,

@@ -228,7 +228,7 @@ class Worker:
             owner = self._owners.pop(result.id, None)
             if owner is not None:
                 by_owner.setdefault(owner, []).append(result)
-        depth, wait_ms = self._compute.load_state()
+        depth, wait_ms, _ = self._compute.load_state()
         for owner, own in by_owner.items():
             mine = sum(identity == owner for identity in self._owners.values())
             others = max(0, depth - mine) / depth if depth else 0.0

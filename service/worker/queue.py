@@ -9,23 +9,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from models.price import Price
 from models.types import Job
 from service.devices.messages import JobProgress, Submission
 from service.worker.pace import Pace, Suspended
 
 JobClass = Literal["interactive", "long"]
-BatchReason = Literal["full", "idle", "deadline", "memory", "held", "alone", "step"]
+BatchReason = Literal["full", "idle", "deadline", "costly", "memory", "held", "alone", "step"]
 """The reason for a batch's size.
 
 `full`: the best batch. `idle`: everything that waited was taken. `deadline`: a larger batch would
-miss the earliest deadline. `memory`: the device recently had no memory for more. `held`: the limit
-of suspended long jobs is reached. `alone`: a job that was part of a worker's exit runs by itself.
+miss the earliest deadline. `costly`: more would be too much work or memory for one batch. `memory`:
+the device recently had no memory for more. `held`: the limit of suspended long jobs is reached.
+`alone`: a job that was part of a worker's exit runs by itself.
 `step`: next steps of long jobs.
 """
 ModelKey = tuple[str, str]
 """Name and version."""
 
 _UNKNOWN_MS = 50.0
+_SMOOTHING = 0.2
+# A pass to which jobs add less than this share says how long plain predictions take.
+_PLAIN_SHARE = 0.1
+# No estimate is trusted to be further off.
+_MAX_PACE = 8.0
 
 
 @dataclass(slots=True, eq=False)
@@ -36,6 +43,7 @@ class Entry:
         arrived: time of admission.
         started: start of its first batch; None while it waits for that.
         device_s: device time of its batches so far.
+        own_ms: its part of that, by images.
         batch_size: jobs in its first batch.
         batches: finished batches that it was part of.
         suspended: its state between steps.
@@ -48,6 +56,7 @@ class Entry:
     arrived: float
     started: float | None = None
     device_s: float = 0.0
+    own_ms: float = 0.0
     batch_size: int = 1
     batches: int = 0
     suspended: Suspended | None = None
@@ -58,6 +67,11 @@ class Entry:
     def job(self) -> Job:
         """The job."""
         return self.submission.job
+
+    @property
+    def price(self) -> Price:
+        """What the job is expected to cost."""
+        return self.submission.price
 
     @property
     def deadline(self) -> float:
@@ -110,6 +124,11 @@ class Batch:
         )
 
     @property
+    def extra_ms(self) -> float:
+        """What the entries add to a first pass of plain predictions."""
+        return sum(entry.price.extra_ms for entry in self.entries)
+
+    @property
     def is_step(self) -> bool:
         """Whether the entries are long jobs that have run before."""
         return self.reason == "step"
@@ -127,11 +146,15 @@ class Decision:
 class EntryQueue:
     """Entries waiting for their first batch, by deadline, then by arrival.
 
-    Its length does not count entries that are `gone`.
+    Its length and its work do not count entries that are `gone`.
+
+    Attributes:
+        extra_ms: what the entries add to plain predictions.
     """
 
     heap: list[tuple[float, int, Entry]] = field(default_factory=list)
     size: int = 0
+    extra_ms: float = 0.0
 
     def __len__(self) -> int:
         return self.size
@@ -139,7 +162,7 @@ class EntryQueue:
     def push(self, entry: Entry, sequence: int) -> None:
         """Add an entry; `sequence` orders those of equal deadline."""
         heapq.heappush(self.heap, (entry.deadline, sequence, entry))
-        self.size += 1
+        self._count(entry, 1)
 
     def head(self) -> Entry | None:
         """The first entry that is not gone."""
@@ -149,15 +172,21 @@ class EntryQueue:
 
     def pop(self) -> Entry:
         """Remove and return the entry that `head` showed."""
-        self.size -= 1
-        return heapq.heappop(self.heap)[2]
+        entry = heapq.heappop(self.heap)[2]
+        self._count(entry, -1)
+        return entry
 
-    def dismiss(self) -> None:
+    def dismiss(self, entry: Entry) -> None:
         """Stop counting an entry that is `gone`; compact the heap once most of it is."""
-        self.size -= 1
+        self._count(entry, -1)
         if len(self.heap) > 2 * self.size + 8:
             self.heap = [item for item in self.heap if not item[2].gone]
             heapq.heapify(self.heap)
+
+    def _count(self, entry: Entry, times: int) -> None:
+        self.size += times
+        # Rounding must not add up over the life of a queue.
+        self.extra_ms = self.extra_ms + times * entry.price.extra_ms if self.size else 0.0
 
 
 class LatencyModel:
@@ -169,7 +198,7 @@ class LatencyModel:
     """
 
     def __init__(
-        self, latency_ms: Mapping[int, float] | None = None, *, smoothing: float = 0.2
+        self, latency_ms: Mapping[int, float] | None = None, *, smoothing: float = _SMOOTHING
     ) -> None:
         self._points = dict(latency_ms or {})
         self._sizes = sorted(self._points)
@@ -212,10 +241,11 @@ class QueuedModel:
 
     Attributes:
         best_batch: best number of jobs in a batch.
-        passes: duration of first passes.
+        passes: duration of first passes of plain predictions.
         steps: duration of steps of long jobs.
+        extra_pace: what jobs add to a first pass, over what was expected.
+        long_pace: device time of long jobs, over what was expected.
         fingerprint: see `ModelInfo`; empty = unknown.
-        long_ms: average device time of a long job.
         closing: whether it takes no more jobs.
         batch_cap: limit of jobs in a batch until `cap_until`.
     """
@@ -224,10 +254,27 @@ class QueuedModel:
     passes: LatencyModel
     steps: LatencyModel
     fingerprint: str = ""
-    long_ms: float = 0.0
+    extra_pace: float = 1.0
+    long_pace: float = 1.0
     closing: bool = False
     batch_cap: int = 0
     cap_until: float = -math.inf
+
+    def pass_ms(self, images: int, extra_ms: float) -> float:
+        """Expected duration of a first pass of jobs that add this much to plain predictions."""
+        return self.passes.predict_ms(images) + self.extra_pace * extra_ms
+
+    def observe_pass(self, images: int, extra_ms: float, duration_ms: float) -> None:
+        """Learn from a first pass."""
+        plain_ms = self.passes.predict_ms(images)
+        if self.extra_pace * extra_ms < _PLAIN_SHARE * plain_ms:
+            self.passes.observe(images, duration_ms)
+        else:
+            self.extra_pace = _learnt(self.extra_pace, (duration_ms - plain_ms) / extra_ms)
+
+    def observe_long(self, entry: Entry) -> None:
+        """Learn from a long job that has finished."""
+        self.long_pace = _learnt(self.long_pace, entry.own_ms / max(1e-3, entry.price.device_ms))
 
     def batch_limit(self, now: float) -> int:
         """Current limit of jobs in a batch."""
@@ -238,6 +285,10 @@ class QueuedModel:
         return bool(fingerprint and self.fingerprint) and fingerprint != self.fingerprint
 
 
-def can_share_batch(entries: Sequence[Entry], entry: Entry | None) -> bool:
+def _learnt(pace: float, seen: float) -> float:
+    return pace + _SMOOTHING * (min(_MAX_PACE, max(1 / _MAX_PACE, seen)) - pace)
+
+
+def can_share_batch(first: Entry, entry: Entry) -> bool:
     """Whether an entry may join a batch: a job that was part of a worker's exit runs alone."""
-    return entry is not None and not any(e.submission.worker_exits for e in (entries[0], entry))
+    return not (first.submission.worker_exits or entry.submission.worker_exits)

@@ -74,8 +74,8 @@ class Drive:
         self.taken.append(step)
         assert step.cost > 0
         if isinstance(step, Unbatched):
-            # A chunk of images that are differentiated twice costs as much as six.
-            assert step.cost <= 6 * subject.chunk
+            # One target that is differentiated twice is worth up to 24 images.
+            assert step.cost <= max(24, subject.chunk)
         else:
             assert 0 < len(step.inputs) <= subject.chunk
 

@@ -107,7 +107,7 @@ JSON_OPTIONS: list[tuple[dict[str, Any], int, str, str]] = [
         "target_out_of_range",
         "targets.0.against.0",
     ),
-    ({"targets": [{"class": 1, "against": [1] * 1001}]}, 422, "invalid_option", "targets.0"),
+    ({"targets": [{"class": 1, "against": [1] * 1001}]}, 422, "invalid_option", "targets"),
     ({"interventions": [{}]}, 422, "invalid_option", "interventions.0.layer"),
     (
         {"interventions": [{"layer": "stem", "channels": [1], "op": "x"}]},

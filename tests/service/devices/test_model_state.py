@@ -8,7 +8,6 @@ from fake_engine import spec
 
 from models.types import LayerInfo, ModelCard, ModelInfo, Preprocess
 from service.devices.model_state import (
-    job_ms,
     keep_known_models,
     loading_model,
     merge,
@@ -51,9 +50,7 @@ def test_what_a_restart_finds_broken_is_not_remembered_as_warm():
     assert now.card.state == "unavailable"
 
 
-def test_the_cost_of_a_job():
-    assert job_ms(info(best_batch=4, latency_ms={1: 10, 4: 20}).card) == 5
-    assert job_ms(info().card) > 0
+def test_a_model_that_is_being_loaded():
     assert loading_model(spec()).card.state == "loading"
 
 

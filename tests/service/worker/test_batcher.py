@@ -18,9 +18,9 @@ from hypothesis.stateful import (
 )
 
 from models.errors import DeadlineExceeded, NotReady, Overloaded, UnknownModel
+from models.price import Price
 from models.types import Job, JobOptions
 from service.devices.messages import Submission
-from service.devices.pool import is_long
 from service.worker.batcher import Batcher
 
 PIXELS = np.zeros((1, 1, 3), dtype=np.uint8)
@@ -37,7 +37,7 @@ class Step:
 
 
 def job(
-    job_id: object, *, key=A, deadline=100.0, long=False, exits=0, fingerprint=""
+    job_id: object, *, key=A, deadline=100.0, long=False, exits=0, fingerprint="", **cost
 ) -> Submission:
     job = Job(
         id=str(job_id),
@@ -45,9 +45,15 @@ def job(
         model=key[0],
         version=key[1],
         input=PIXELS,
-        options=JobOptions(faithfulness=("deletion",) if long else ()),
+        options=JobOptions(),
     )
-    return Submission(job=job, deadline=deadline, worker_exits=exits, fingerprint=fingerprint)
+    return Submission(
+        job=job,
+        deadline=deadline,
+        price=Price(long=long, **cost),
+        worker_exits=exits,
+        fingerprint=fingerprint,
+    )
 
 
 def batcher(*, best: int = 8, **rest: float) -> Batcher:
@@ -133,7 +139,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.now += seconds
         suspended = []
         for entry in self.running.entries:
-            goes_on = is_long(entry.job.options) and data.draw(st.booleans())
+            goes_on = entry.price.long and data.draw(st.booleans())
             if goes_on:
                 suspended.append(Step(entry.job, cost=data.draw(st.integers(1, 12))))
             elif entry.job.id not in self.cancelled:

@@ -12,6 +12,7 @@ from fake_engine import Fault, image_of, make_backend, spec
 from running import eventually
 
 from models.errors import ModelReplaced, NotReady, UnknownModel
+from models.price import Price
 from models.types import Failure, Job, JobOptions
 from service.devices.messages import Completion, Submission
 from service.settings import Settings
@@ -28,6 +29,7 @@ def job(
     fingerprint: str = "",
     deadline: float = 100.0,
     exits: int = 0,
+    price: Price | None = None,
     **changes: object,
 ) -> Submission:
     plain = Job(
@@ -41,6 +43,7 @@ def job(
     return Submission(
         job=msgspec.structs.replace(plain, **changes),
         deadline=deadline,
+        price=price or Price(),
         worker_exits=exits,
         fingerprint=fingerprint,
     )
@@ -216,7 +219,7 @@ def test_long_jobs_are_held_and_step():
 
     queue = Batcher(max_suspended=2)
     queue.set_model(KEY, best_batch=8, latency_ms=LATENCY)
-    long = [job(n, options=JobOptions(faithfulness=("deletion",))) for n in range(3)]
+    long = [job(n, price=Price(long=True)) for n in range(3)]
     assert reason(queue, *long) == ("held", 2)
     queue.done(0.01, suspended=[Step(item.job) for item in long[:2]])
     assert reason(queue, now=0.01) == ("step", 2)
