@@ -27,8 +27,11 @@ PROCESS_TESTS := tests/process tests/service tests/deploy
 AXE := $(VENV)/axe/node_modules/axe-core/axe.min.js
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+# A program of Debian, and the packages that bring it where it is missing.
+debian = command -v $(1) > /dev/null || { apt-get -qq update && apt-get -qq install -y --no-install-recommends $(2); }
+
 .DEFAULT_GOAL := help
-.PHONY: help run install test test-process test-browser cov check lint format format-check types contracts bench helm image image-test clean
+.PHONY: help run install test test-process test-browser cov check lint format format-check types contracts bench fleet helm image image-test clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +45,7 @@ test: $(DEV_OK) $(HELM) test-process test-browser ## Run every test
 	$(PYTEST) -m "not process and not browser" -n auto --maxprocesses 4 --dist worksteal
 
 test-process: $(DEV_OK) ## Run the tests that spawn, kill and hang processes, one after the other
+	-@$(call debian,nginx,nginx-light)
 	$(PYTEST) -m process $(PROCESS_TESTS)
 
 test-browser: $(DEV_OK) $(AXE) ## Run the tests of the web page in Chromium; without it they are skipped
@@ -71,9 +75,15 @@ contracts: $(DEV_OK) ## Check which module may import which
 bench: $(RUN_OK) ## Measure explain over the plain forward (ARGS="--rounds 20")
 	$(BIN)/python -m benchmarks.engine $(ARGS)
 
+fleet: $(DEV_OK) ## Drain, restart and kill one of two services behind nginx under load (ARGS="--clients 8")
+	$(call debian,nginx,nginx-light)
+	$(BIN)/python -m benchmarks.fleet $(ARGS)
+
 helm: $(HELM) ## Fetch helm into .venv/bin; tests of the chart use it
 
-image: $(DEV_OK) ## Build the container image with buildah (VARIANT=cpu; needs root, buildah, debootstrap)
+image: $(DEV_OK) ## Build the container image with buildah (VARIANT=cpu; needs root on Debian)
+	$(call debian,buildah,buildah debootstrap)
+	$(call debian,podman,podman runc)
 	PYTHON=$(BIN)/python deploy/image/build.sh $(VARIANT)
 
 image-test: $(DEV_OK) ## Run the image with podman: readiness, an answer, drain, read-only root, no root
