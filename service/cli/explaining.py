@@ -8,7 +8,7 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import heatlens
 from models.types import Struct
@@ -16,6 +16,8 @@ from service.cli.files import ImageFile, write_result
 
 if TYPE_CHECKING:
     from heatlens import AsyncClient
+
+T = TypeVar("T")
 
 _MIN_IN_FLIGHT = 4
 _MAX_IN_FLIGHT = 32
@@ -97,7 +99,7 @@ async def explain_files(
     in_flight = min(max(2 * best_batch, _MIN_IN_FLIGHT), _MAX_IN_FLIGHT)
     runner = _Runner(client, {**options, "outputs": ["overlay"]}, folder)
     work = (runner.explain(file) for file in files)
-    async for report in _as_completed(work, limit=in_flight):
+    async for report in as_completed(work, limit=in_flight):
         yield report
 
 
@@ -149,11 +151,9 @@ class _Runner:
         return Explained(image=file, result=result, overlays=tuple(overlays), resumed=True)
 
 
-async def _as_completed(
-    work: Iterator[Coroutine[Any, Any, Explained | Failed]], *, limit: int
-) -> AsyncIterator[Explained | Failed]:
+async def as_completed(work: Iterator[Coroutine[Any, Any, T]], *, limit: int) -> AsyncIterator[T]:
     """Run coroutines, at most `limit` at a time, and yield their results as they finish."""
-    running: set[asyncio.Task[Explained | Failed]] = set()
+    running: set[asyncio.Task[T]] = set()
     try:
         while True:
             started = itertools.islice(work, limit - len(running))

@@ -1,0 +1,158 @@
+"""`heatlens compare`: one image explained by many methods, as one sheet."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import typer
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+
+from models.methods import METHODS
+from service.cli.common import (
+    Config,
+    Model,
+    Server,
+    given,
+    open_client,
+    progress_bar,
+    reported_errors,
+)
+
+if TYPE_CHECKING:
+    from heatlens import AsyncClient
+
+TILE = 224
+_TITLE = 36
+_GAP = 8
+_COLUMNS = 6
+
+
+class Tile(NamedTuple):
+    """A titled picture of the sheet; without a picture the second line says why."""
+
+    title: str
+    subtitle: str
+    picture: Image.Image | None
+
+
+def compare(
+    image: Annotated[Path, typer.Argument(exists=True, dir_okay=False, metavar="IMAGE")],
+    *,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", dir_okay=False, help="[default: IMAGE.compare.png]"),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method", "-m", metavar="NAME", help="May be repeated. [default: all that apply]"
+        ),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", "-t", help="Class index, label, or top1 to top10.")
+    ] = None,
+    layer: Annotated[
+        str | None, typer.Option("--layer", "-l", metavar="NAME", help="A layer by its name.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Samples of the stochastic methods; fewer is quicker.")
+    ] = None,
+    model: Model = None,
+    config: Config = None,
+    server: Server = None,
+) -> None:
+    """Explain one image by every method, and draw the overlays side by side.
+
+    Methods that change the image many times take their time; `--samples` bounds it.
+
+    For example:
+
+    - `heatlens compare cat.jpg`
+    - `heatlens compare cat.jpg -m gradcam -m layercam -m rise --samples 500 -o cat.png`
+    """
+    options = given(
+        targets=None if target is None else [target],
+        layers=None if layer is None else [layer],
+        samples=samples,
+        model=model,
+    )
+
+    async def run() -> list[Tile]:
+        async with open_client(server, config=config, model=model) as client:
+            methods = method or await _applicable(client, model)
+            tiles = [await _original(client, image, options)]
+            with progress_bar() as progress:
+                task = progress.add_task("explaining", total=len(methods))
+                for name in methods:
+                    progress.update(task, description=name)
+                    tiles.append(await _explained(client, image, name, options))
+                    progress.advance(task)
+        return tiles
+
+    with reported_errors():
+        tiles = asyncio.run(run())
+    written = output or image.with_suffix(".compare.png")
+    draw_sheet(tiles).save(written)
+    Console(soft_wrap=True).print(f"written to {written}")
+
+
+def draw_sheet(tiles: Sequence[Tile]) -> Image.Image:
+    """Lay titled pictures out in rows, on white."""
+    columns = min(_COLUMNS, len(tiles))
+    rows = -(-len(tiles) // columns)
+    width, height = TILE + _GAP, TILE + _TITLE + _GAP
+    sheet = Image.new("RGB", (columns * width + _GAP, rows * height + _GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    large, small = ImageFont.load_default(14), ImageFont.load_default(11)
+    for index, tile in enumerate(tiles):
+        x, y = _GAP + index % columns * width, _GAP + index // columns * height
+        draw.text((x, y), tile.title, "black", large)
+        draw.text((x, y + 18), tile.subtitle, "#555555", small)
+        if tile.picture is not None:
+            fitted = tile.picture.convert("RGB")
+            fitted.thumbnail((TILE, TILE))
+            sheet.paste(fitted, (x, y + _TITLE))
+        else:
+            draw.rectangle((x, y + _TITLE, x + TILE, y + _TITLE + TILE), "#eeeeee")
+    return sheet
+
+
+async def _applicable(client: AsyncClient, model: str | None) -> list[str]:
+    """The methods that can explain a model, as the table of methods orders them."""
+    cards = await client.models()
+    name = (model or "").partition("@")[0]
+    card = next((card for card in cards if card.name == name), cards[0])
+    able = {support.name for support in card.methods if support.applicable}
+    return [name for name in METHODS if name in able]
+
+
+async def _original(client: AsyncClient, image: Path, options: dict[str, object]) -> Tile:
+    """The model's crop without a map, and its best class."""
+    response = await client.explain(image, **{**options, "alpha": 0.0})  # type: ignore[arg-type]
+    best = response.explanation.target
+    return Tile(best.label, f"{best.probability:.1%}", response.explanation.overlay)
+
+
+async def _explained(
+    client: AsyncClient, image: Path, method: str, options: dict[str, object]
+) -> Tile:
+    import heatlens
+
+    try:
+        response = await client.explain(
+            image,
+            methods=[method],
+            overlay_format="png",
+            **options,  # type: ignore[arg-type]
+        )
+    except heatlens.APIError as error:
+        if error.field is None or not error.field.startswith("methods"):
+            raise
+        return Tile(method, error.message[:44], None)
+    shown = response.explanation
+    note = "shows nothing" if shown.degenerate else f"{response.timings_ms['total']:,.0f} ms"
+    return Tile(method, f"{shown.layer}, {note}", shown.overlay)

@@ -1,0 +1,1 @@
+"""`heatlens report`: the audit of a classifier on labelled images."""
