@@ -151,12 +151,14 @@ class ModelSpec(BaseModel):
     Attributes:
         name: name in URLs and options.
         version: any short string without `@` or `/`.
-        source: `torchvision:NAME`, `timm:NAME`, `python:package.module:factory`, `embedded:NAME`.
+        source: `torchvision:NAME`, `timm:NAME` or `timm:FOLDER`, `transformers:FOLDER`,
+            `export:FILE`, `onnx:FILE`, `python:module:factory` or `python:FILE:factory`, or
+            `embedded:NAME`.
         weights: `default` (the library's), `none` (random), or a checkpoint file.
         weights_key: dotted place of the weights in that file; None takes the one that fits.
         labels: class names, or a file with one per line (or a JSON list); None takes the library's.
         num_classes: size of the head; None keeps the architecture's own.
-        task: how scores become probabilities.
+        task: how scores become probabilities; None takes what the source says, or single_label.
         output: key, attribute or index of the scores, where the network returns several tensors.
         inputs: constant values of the network's inputs beside the image, by parameter of `forward`.
         target_layer: dotted module name, or `auto`.
@@ -171,12 +173,14 @@ class ModelSpec(BaseModel):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
     version: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "1"
-    source: Annotated[str, Field(pattern=r"^(torchvision|timm|python|embedded):.+$")]
+    source: Annotated[
+        str, Field(pattern=r"^(torchvision|timm|python|transformers|export|onnx|embedded):.+$")
+    ]
     weights: str = "default"
     weights_key: str | None = None
     labels: list[str] | Path | None = None
     num_classes: Annotated[int, Field(ge=1)] | None = None
-    task: Task = "single_label"
+    task: Task | None = None
     output: int | str | None = None
     inputs: dict[str, Any] = {}
     target_layer: str = "auto"

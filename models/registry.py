@@ -85,7 +85,7 @@ class ModelRegistry:
             devices=(str(self.device),),
             reason=reason,
             cause=cause,
-            task=spec.task,
+            task=spec.task or "single_label",
         )
         self._unavailable[key] = ModelInfo(card=card)
         return self._unavailable[key]

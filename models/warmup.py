@@ -177,7 +177,7 @@ def _card(loaded: LoadedModel, device: torch.device, facts: ModelFacts) -> Model
         source=spec.source,
         devices=(str(device),),
         num_classes=loaded.num_classes,
-        task=spec.task,
+        task=loaded.declared_task or loaded.task,
         input=loaded.preprocess,
         target_layer=facts.target_layer,
         head=facts.head,

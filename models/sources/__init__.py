@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from models.catalog import ModelSpec
+from models.catalog import ModelSpec, PreprocessSpec
 from models.errors import ModelLoadFailed
 from models.labels import default_labels, read_labels
 from models.types import Preprocess, Task
@@ -19,9 +20,21 @@ SOURCES = {
     "torchvision": "models.sources.torchvision",
     "timm": "models.sources.timm",
     "python": "models.sources.python",
+    "transformers": "models.sources.transformers",
+    "export": "models.sources.export",
+    "onnx": "models.sources.onnx",
     "embedded": "models.sources.embedded",
 }
 """Module of each source by the prefix of `ModelSpec.source`, with `build(request) -> Built`."""
+
+
+USUAL_PREPROCESS = Preprocess(resize=256, crop=(224, 224))
+"""What most networks were trained with: the margin, mean and deviation of ImageNet."""
+_ASSUMED = (
+    "Nothing says how images become the network's input: they are resized, cropped and normalised "
+    "as for ImageNet, to {width} x {height}. If it was trained otherwise, say so under "
+    "[models.preprocess]."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +63,18 @@ class Built:
     Attributes:
         module: the architecture, with its own weights or, if they were not asked for, random ones.
         preprocess: the preprocessing that belongs to the weights.
+        assumed_preprocess: whether that is a guess, which the model card says.
         labels: names of the classes that the weights were trained on, if known.
+        task: how the scores are read, if known.
         ignored_keys: prefixes of checkpoint keys that belong to parts which only training uses.
         notes: what the operator should know of how it was built, as sentences.
     """
 
     module: nn.Module
     preprocess: Preprocess
+    assumed_preprocess: bool = False
     labels: tuple[str, ...] | None = None
+    task: Task | None = None
     ignored_keys: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -70,6 +87,7 @@ class LoadedModel:
         module: (N, channels, H, W) normalised float32 → (N, outputs) scores (logits).
         labels: `num_classes` names.
         task: how the scores are read: `single_label` for binary models of two scores, too.
+        declared_task: the task as the configuration or the source says it.
         preprocess: how an image becomes its input, the configuration's overrides applied.
         notes: for the model card.
     """
@@ -78,6 +96,7 @@ class LoadedModel:
     labels: tuple[str, ...]
     num_classes: int
     task: Task
+    declared_task: Task | None = None
     preprocess: Preprocess
     spec: ModelSpec
     notes: tuple[str, ...] = ()
@@ -111,6 +130,7 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
         built: Built = importlib.import_module(SOURCES[kind]).build(request)
         if spec.weights == "none":
             fill_zero_heads(built.module)
+    task = spec.task or built.task or "single_label"
     found: tuple[str, ...] = ()
     if spec.weights not in ("default", "none"):
         found = load_weights(
@@ -123,8 +143,8 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
     module = fill_inputs(built.module, spec.inputs)
     module = module.eval().requires_grad_(requires_grad=False)
     preprocess = spec.preprocess.over(built.preprocess)
-    proved = prove_network(module, preprocess, spec.task, output=spec.output)
-    single_logit = spec.task == "binary" and proved.outputs == 1
+    proved = prove_network(module, preprocess, task, output=spec.output)
+    single_logit = task == "binary" and proved.outputs == 1
     # A single logit tells two classes apart.
     num_classes = 2 if single_logit else proved.outputs
     if spec.num_classes not in (None, num_classes, proved.outputs):
@@ -137,10 +157,11 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
         module=proved.module,
         labels=_labels(labels, built.labels, num_classes),
         num_classes=num_classes,
-        task="single_label" if spec.task == "binary" and not single_logit else spec.task,
+        task="single_label" if task == "binary" and not single_logit else task,
+        declared_task=task,
         preprocess=preprocess,
         spec=spec,
-        notes=(*built.notes, *found, *_unknown_range(spec, built, preprocess), *proved.notes),
+        notes=(*built.notes, *found, *_assumptions(spec, built, preprocess), *proved.notes),
     )
 
 
@@ -151,14 +172,18 @@ def _head_size(spec: ModelSpec, labels: tuple[str, ...] | None) -> int | None:
     return 1 if spec.task == "binary" else len(labels)
 
 
-def _unknown_range(spec: ModelSpec, built: Built, preprocess: Preprocess) -> tuple[str, ...]:
-    said = spec.preprocess.mean or spec.preprocess.range
-    if said or len(built.preprocess.mean) == preprocess.channels:
-        return ()
-    return (
-        "Pixels are scaled to [0, 1] and not normalised: [models.preprocess] has no mean and std "
-        f"for {preprocess.channels} channel{'s' if preprocess.channels > 1 else ''}.",
-    )
+def _assumptions(spec: ModelSpec, built: Built, preprocess: Preprocess) -> Iterator[str]:
+    """What had to be assumed of the preprocessing, as sentences."""
+    configured = spec.preprocess
+    if built.assumed_preprocess and configured == PreprocessSpec():
+        height, width = preprocess.crop
+        yield _ASSUMED.format(width=width, height=height)
+    known = configured.mean or configured.range
+    if not known and len(built.preprocess.mean) != preprocess.channels:
+        yield (
+            "Pixels are scaled to [0, 1] and not normalised: [models.preprocess] has no mean and "
+            f"std for {preprocess.channels} channel{'s' if preprocess.channels > 1 else ''}."
+        )
 
 
 def _labels(

@@ -1,9 +1,10 @@
-"""`python:package.module:factory`: a function of the user's own that returns a network."""
+"""`python:module:factory` or `python:FILE:factory`: a user's own function that returns a network."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -11,17 +12,16 @@ from torch import nn
 
 from models.catalog import PreprocessSpec
 from models.errors import ModelLoadFailed
-from models.sources import BuildRequest, Built
+from models.sources import USUAL_PREPROCESS, BuildRequest, Built
 from models.sources.project import import_from
 from models.types import Preprocess
-
-_DEFAULT_PREPROCESS = Preprocess(resize=256, crop=(224, 224))
 
 
 def build(request: BuildRequest) -> Built:
     """Call the factory, with `num_classes` if it is configured and the factory takes it.
 
-    The module is imported from the configuration's folder if it is there, else as usual. The factory
+    The module is imported from the configuration's folder if it is there, else as usual; a file from
+    its own folder. The factory
     returns a network, or (network, {"preprocess": {…}, "labels": […]}), where `preprocess` has the
     fields of `[models.preprocess]` and labels may be left out.
 
@@ -39,17 +39,28 @@ def build(request: BuildRequest) -> Built:
             f"The factory {request.name} returned neither a torch.nn.Module nor a pair of one "
             "and a dictionary."
         )
-    return Built(module=module, preprocess=_preprocess(facts, request), labels=_labels(facts))
+    return Built(
+        module=module,
+        preprocess=_preprocess(facts, request),
+        assumed_preprocess="preprocess" not in facts,
+        labels=_labels(facts),
+    )
 
 
 def _factory(request: BuildRequest) -> Callable[..., Any]:
-    path, _, attribute = request.name.partition(":")
+    path, _, attribute = request.name.rpartition(":")
     if not path or not attribute:
-        raise ModelLoadFailed("A python source is written python:package.module:factory.")
+        raise ModelLoadFailed(
+            "A python source is written python:package.module:factory or python:file.py:factory."
+        )
+    root, name = request.base_dir, path
+    if path.endswith(".py"):
+        # As for a script, what the file imports is looked for beside it.
+        root, name = (request.base_dir / path).parent, Path(path).stem
     try:
-        module = import_from(request.base_dir, path)
+        module = import_from(root, name)
     except ModuleNotFoundError as error:
-        if error.name and f"{path}.".startswith(f"{error.name}."):
+        if error.name and f"{name}.".startswith(f"{error.name}."):
             raise ModelLoadFailed(
                 f"The module {path} is not found, neither installed nor beside the configuration."
             ) from error
@@ -72,7 +83,7 @@ def _arguments(factory: Callable[..., Any], request: BuildRequest) -> dict[str, 
 
 def _preprocess(facts: Mapping[str, Any], request: BuildRequest) -> Preprocess:
     try:
-        return PreprocessSpec.model_validate(facts.get("preprocess", {})).over(_DEFAULT_PREPROCESS)
+        return PreprocessSpec.model_validate(facts.get("preprocess", {})).over(USUAL_PREPROCESS)
     except ValidationError as error:
         raise ModelLoadFailed(
             f"The preprocess that the factory {request.name} returned is not one: it may have "

@@ -1,9 +1,11 @@
-"""`timm:NAME`: an architecture of timm, with the data configuration that belongs to it."""
+"""`timm:NAME`: an architecture of timm, or a folder, with its data configuration."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, get_args
 
 import timm
@@ -15,6 +17,8 @@ from models.errors import ModelLoadFailed
 from models.sources import BuildRequest, Built
 from models.types import Fit, Preprocess
 
+_FOLDER = "local-dir:"
+"""timm's scheme for what `save_for_hf` wrote to a folder."""
 _FITS: dict[str, Fit] = {"squash": "stretch", "border": "contain"}
 """How timm's crop modes other than `center` make an image fit a pair of sizes."""
 
@@ -22,13 +26,19 @@ _FITS: dict[str, Fit] = {"squash": "stretch", "border": "contain"}
 def build(request: BuildRequest) -> Built:
     """Build a model of timm; the name may carry a pretrained tag (`resnet50.a1_in1k`).
 
+    A folder that timm's `save_for_hf` wrote may stand in place of the name.
+
     Where other weights are loaded, preprocessing and labels are still those of the named weights:
     most checkpoints were fine-tuned from them.
 
     Raises:
         ModelLoadFailed: unknown name, no classifier, or its weights can neither be found nor fetched.
     """
-    _check_name(request.name)
+    folder = request.base_dir / request.name
+    if (folder / "config.json").is_file():
+        request = replace(request, name=f"{_FOLDER}{folder.resolve()}")
+    else:
+        _check_name(request.name)
     module = _pretrained(request) if request.pretrained else _random(request)
     if not module.num_classes:
         raise ModelLoadFailed(f"timm's {request.name} has no classifier; configure num_classes.")
@@ -51,6 +61,8 @@ def _pretrained(request: BuildRequest) -> Any:
     try:
         return timm.create_model(name, pretrained=True, **_channels(request))
     except Exception as error:
+        if name.startswith(_FOLDER):
+            raise ModelLoadFailed(f"timm reads no model from {Path(name).name}.") from error
         raise ModelLoadFailed(
             f"The default weights of timm's {name} are not on this machine and cannot be fetched."
         ) from error
@@ -87,5 +99,8 @@ def _preprocess(module: Any) -> Preprocess:
 
 
 def _labels(module: Any) -> tuple[str, ...] | None:
+    own = module.pretrained_cfg.get("label_names")
+    if own:
+        return tuple(map(str, own))
     subset = infer_imagenet_subset(module)
     return tuple(ImageNetInfo(subset).label_descriptions()) if subset else None

@@ -45,7 +45,7 @@ def loading_model(spec: ModelSpec) -> ModelInfo:
         state="loading",
         ready=False,
         source=spec.source,
-        task=spec.task,
+        task=spec.task or "single_label",
         precision=spec.precision,
         reason="The model is being loaded.",
     )

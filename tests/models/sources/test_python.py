@@ -142,3 +142,17 @@ def test_a_module_that_does_not_import(module_name, spec_of, tmp_path):
     (tmp_path / f"broken_{module_name}.py").write_text("raise RuntimeError('secret')")
     with pytest.raises(ModelLoadFailed, match=r"Importing the module .* raised an error"):
         load(spec_of(f"python:broken_{module_name}:make"), tmp_path)
+
+
+def test_a_factory_in_a_file(spec_of, tmp_path):
+    folder = tmp_path / "my code"
+    folder.mkdir()
+    (folder / "layers.py").write_text("WIDTH = 3")
+    (folder / "net.py").write_text(
+        "from torch import nn\n"
+        "from layers import WIDTH\n"
+        "def build(): return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, WIDTH))"
+    )
+    assert load(spec_of("python:my code/net.py:build"), tmp_path).num_classes == 3
+    with pytest.raises(ModelLoadFailed, match=r"The module my code/other\.py is not found"):
+        load(spec_of("python:my code/other.py:build"), tmp_path)

@@ -117,3 +117,21 @@ def test_grey_networks(spec_of, tmp_path):
 def test_random_heads_of_zeros_are_filled(spec_of, tmp_path):
     loaded = load(spec_of("timm:mixer_s32_224"), tmp_path)
     assert loaded.module(torch.randn(1, 3, 224, 224)).std() > 0
+
+
+def test_a_folder_of_save_for_hf(spec_of, tmp_path):
+    from timm.models import save_for_hf
+
+    network = timm.create_model("resnet10t", num_classes=3)
+    network.pretrained_cfg.update(input_size=(3, 64, 64), crop_pct=1.0)
+    config = {"label_names": ["cat", "dog", "fox"]}
+    save_for_hf(network.eval(), tmp_path / "saved", model_config=config)
+    loaded = load(spec_of("timm:saved", weights="default"), tmp_path)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.module(images), network(images))
+    assert loaded.labels == ("cat", "dog", "fox")
+    assert (loaded.preprocess.resize, loaded.preprocess.crop) == (64, (64, 64))
+    (tmp_path / "saved" / "config.json").write_text("{}")
+    with pytest.raises(ModelLoadFailed, match="timm reads no model from saved"):
+        load(spec_of("timm:saved", weights="default"), tmp_path)
