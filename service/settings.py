@@ -106,6 +106,11 @@ class LimitSettings(_Section):
         max_options_kb: options in a multipart part, in thousands of bytes.
         max_pixels: width times height of one image.
         max_images: images in one request.
+        max_request_pixels: width times height of all images of one request.
+        max_decode_s: processor time for decoding one image.
+        max_decode_mb: memory for decoding one image, in millions of bytes.
+        decoders: processes that decode images in formats and of sizes that are not proved to be cheap,
+            in each HTTP process.
         max_results: explanations, or statistics of layers, in one response.
         max_device_s: estimated device time of one request, all images together.
         max_answer_mb: estimated size of one answer, in millions of bytes.
@@ -121,6 +126,10 @@ class LimitSettings(_Section):
     max_options_kb: Annotated[float, Field(gt=0, le=2000)] = 64.0
     max_pixels: Annotated[int, Field(ge=1, le=178_000_000)] = 50_000_000
     max_images: Annotated[int, Field(ge=1, le=1024)] = 32
+    max_request_pixels: Annotated[int, Field(ge=1)] = 400_000_000
+    max_decode_s: Annotated[float, Field(gt=0, le=3600)] = 4.0
+    max_decode_mb: Annotated[int, Field(ge=100)] = 1000
+    decoders: Annotated[int, Field(ge=1, le=256)] = 2
     max_results: Annotated[int, Field(ge=1, le=1_000_000)] = 2048
     max_device_s: Annotated[float, Field(gt=0, le=86_400)] = 120.0
     max_answer_mb: Annotated[float, Field(gt=0, le=2000)] = 32.0

@@ -23,6 +23,7 @@ from models.errors import (
 )
 from models.imaging import deep_png, headers, jpeg, png_chunks, tiff, tiff_directory
 from models.imaging.bands import make_bands, stored_samples
+from models.imaging.headers import Header
 from models.imaging.modes import to_rgb
 from models.imaging.orientation import TURNS, Turn, orientation, turn_box
 from models.imaging.samples import widen
@@ -126,12 +127,7 @@ def decode(
         ImageTooSmall: a side shorter than the cap allows.
         ImageUndecodable: damaged or truncated.
     """
-    if len(data) > limits.max_bytes:
-        raise ImageTooLarge(f"The image has more than {limits.max_bytes} bytes.")
-    media_type = sniff(data)
-    if media_type is None:
-        allowed = ", ".join(FORMATS)
-        raise UnsupportedMediaType(f"The image is of no known format. Allowed: {allowed}.")
+    media_type = inspect(data, limits=limits).media_type
     try:
         return _decode(data, media_type, limits, preprocess, keep_original=keep_original)
     except HeatlensError:
@@ -141,6 +137,23 @@ def decode(
     # Damaged bytes raise anything at all inside a decoder.
     except Exception as error:
         raise ImageUndecodable("The image is damaged or truncated.") from error
+
+
+def inspect(data: bytes, *, limits: DecodeLimits) -> Header:
+    """Read what an image is, and refuse it by that if it is none or too large.
+
+    Raises:
+        HeatlensError: see `decode`.
+    """
+    if len(data) > limits.max_bytes:
+        raise ImageTooLarge(f"The image has more than {limits.max_bytes} bytes.")
+    media_type = sniff(data)
+    if media_type is None:
+        allowed = ", ".join(FORMATS)
+        raise UnsupportedMediaType(f"The image is of no known format. Allowed: {allowed}.")
+    header = headers.read(data, media_type)
+    check_size(header.size, limits)
+    return header
 
 
 def from_pixels(
@@ -168,7 +181,6 @@ def _decode(
     *,
     keep_original: bool,
 ) -> DecodedImage:
-    check_size(headers.size(data, media_type), limits)
     if media_type == "image/png":
         data = png_chunks.essential(data)
     elif media_type == "image/jpeg":

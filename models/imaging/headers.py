@@ -1,4 +1,4 @@
-"""The size of an image by its header, and what a header announces that nobody sends.
+"""What an image is by its header, and what a header announces that nobody sends.
 
 Nothing is decoded, and no loop is longer than a bound. A decoder that is asked first has often taken
 memory or time already when it tells the size.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from models.errors import ImageUndecodable, UnsupportedMediaType
 from models.imaging import jpeg, tiff_directory
@@ -21,33 +22,54 @@ _GIF_EXTENSION, _GIF_FRAME = 0x21, 0x2C
 _MAX_GIF_BLOCKS = 10_000
 
 
-def size(data: bytes, media_type: str) -> tuple[int, int]:
-    """Width and height of an image, of its first frame if that is larger.
+class Header(NamedTuple):
+    """What an image is, as its header says.
+
+    Attributes:
+        size: width and height, of the first frame if that is larger.
+        scans: passes over all pixels.
+        deep: whether the samples have more than 8 bits.
+    """
+
+    size: tuple[int, int]
+    media_type: str = ""
+    scans: int = 1
+    deep: bool = False
+
+    @property
+    def pixels(self) -> int:
+        """Width times height."""
+        return self.size[0] * self.size[1]
+
+
+def read(data: bytes, media_type: str) -> Header:
+    """Read the header of an image.
 
     Raises:
-        ImageUndecodable: the header is damaged, or claims what no encoder writes.
+        ImageUndecodable: it is damaged, or claims what no encoder writes.
         UnsupportedMediaType: a rare kind that is costly to read.
     """
     try:
-        return _SIZES[media_type](data)
+        return _READERS[media_type](data)._replace(media_type=media_type)
     except (struct.error, IndexError) as error:
         raise ImageUndecodable("The image is damaged or truncated.") from error
 
 
-def _jpeg(data: bytes) -> tuple[int, int]:
-    return jpeg.outline(data).size
+def _jpeg(data: bytes) -> Header:
+    outline = jpeg.outline(data)
+    return Header(outline.size, scans=outline.scans)
 
 
-def _png(data: bytes) -> tuple[int, int]:
-    width, height = struct.unpack_from(">II", data, 16)
-    return width, height
+def _png(data: bytes) -> Header:
+    width, height, bits = struct.unpack_from(">IIB", data, 16)
+    return Header((width, height), deep=bits > 8)
 
 
-def _bmp(data: bytes) -> tuple[int, int]:
+def _bmp(data: bytes) -> Header:
     (header,) = struct.unpack_from("<I", data, 14)
     if header == _BITMAP_CORE_HEADER:
         width, height = struct.unpack_from("<HH", data, 18)
-        return width, height
+        return Header((width, height))
     width, height, compression = struct.unpack_from("<ii4xI", data, 18)
     width, height = abs(width), abs(height)
     if compression in _RLE and width * height > _MAX_RLE_PIXELS:
@@ -55,16 +77,16 @@ def _bmp(data: bytes) -> tuple[int, int]:
             f"Run-length encoded BMP images of more than {_MAX_RLE_PIXELS} pixels are not read; "
             "save the image as PNG."
         )
-    return width, height
+    return Header((width, height))
 
 
-def _gif(data: bytes) -> tuple[int, int]:
+def _gif(data: bytes) -> Header:
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     at = 13 + _colours(flags)
     for _ in range(_MAX_GIF_BLOCKS):
         if data[at] == _GIF_FRAME:
             left, top, inner_width, inner_height = struct.unpack_from("<HHHH", data, at + 1)
-            return max(width, left + inner_width), max(height, top + inner_height)
+            return Header((max(width, left + inner_width), max(height, top + inner_height)))
         # An extension is a kind, and blocks that each begin with their length.
         if data[at] == _GIF_EXTENSION:
             at += 2
@@ -77,23 +99,23 @@ def _colours(flags: int) -> int:
     return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
-def _webp(data: bytes) -> tuple[int, int]:
+def _webp(data: bytes) -> Header:
     kind = data[12:16]
     if kind == b"VP8X":
         width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
-        return width, height
-    if kind == b"VP8L":
+    elif kind == b"VP8L":
         (bits,) = struct.unpack_from("<I", data, 21)
-        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    width, height = struct.unpack_from("<HH", data, 26)
-    return width & 0x3FFF, height & 0x3FFF
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    else:
+        width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", data, 26))
+    return Header((width, height))
 
 
-def _tiff(data: bytes) -> tuple[int, int]:
-    return tiff_directory.read(data).size
+def _tiff(data: bytes) -> Header:
+    return Header(tiff_directory.read(data).size)
 
 
-_SIZES: Mapping[str, Callable[[bytes], tuple[int, int]]] = {
+_READERS: Mapping[str, Callable[[bytes], Header]] = {
     "image/jpeg": _jpeg,
     "image/png": _png,
     "image/bmp": _bmp,

@@ -14,6 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from models.imaging.decode import DecodeLimits
 from service.api import errors, openapi
 from service.api.body import BodyReader
+from service.api.decoders import Decoders
 from service.api.dependencies import Service
 from service.api.dialects import kserve_v1, sagemaker, torchserve
 from service.api.dialects.v2 import infer, metadata, statistics
@@ -71,6 +72,8 @@ def create_app(
         async with AsyncExitStack() as stack:
             threads = ThreadPoolExecutor(max(2, available_cores()), "images")
             stack.callback(threads.shutdown, wait=False, cancel_futures=True)
+            decoders = _decoders(settings)
+            stack.callback(decoders.close)
             fetcher = _fetcher(settings)
             if fetcher is not None:
                 stack.push_async_callback(fetcher.close)
@@ -84,7 +87,7 @@ def create_app(
                 read_settings=read_settings or (lambda: settings),
                 pool=pool,
                 reader=BodyReader(settings.limits, threads=threads, fetcher=fetcher),
-                pipeline=_pipeline(settings, pool, threads),
+                pipeline=_pipeline(settings, pool, threads, decoders),
                 metrics=metrics,
                 limiter=limiter,
             )
@@ -126,10 +129,28 @@ def _fetcher(settings: Settings) -> UrlFetcher | None:
     return UrlFetcher(hosts)
 
 
-def _pipeline(settings: Settings, pool: DevicePool, threads: ThreadPoolExecutor) -> Pipeline:
+def _decoders(settings: Settings) -> Decoders:
+    limits = settings.limits
+    return Decoders(
+        count=limits.decoders,
+        memory_bytes=limits.max_decode_mb * 1_000_000,
+        cpu_s=limits.max_decode_s,
+    )
+
+
+def _pipeline(
+    settings: Settings, pool: DevicePool, threads: ThreadPoolExecutor, decoders: Decoders
+) -> Pipeline:
     limits = settings.limits
     caps = DecodeLimits(max_bytes=limits.max_image_bytes, max_pixels=limits.max_pixels)
-    return Pipeline(pool, limits=caps, threads=threads, max_wait_s=limits.max_wait_s)
+    return Pipeline(
+        pool,
+        limits=caps,
+        threads=threads,
+        decoders=decoders,
+        max_pixels=limits.max_request_pixels,
+        max_wait_s=limits.max_wait_s,
+    )
 
 
 def _add_routes(app: FastAPI, settings: Settings) -> None:

@@ -7,7 +7,6 @@ zlib and numpy release the interpreter), all images of a request at once.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import math
 import time
@@ -16,24 +15,15 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import TypeVar
 
-import numpy as np
-
-from models.errors import (
-    DeadlineExceeded,
-    HeatlensError,
-    InvalidOption,
-    ModelReplaced,
-    NotReady,
-    Overloaded,
-)
-from models.imaging.decode import DecodeLimits, decode, from_pixels
-from models.imaging.preprocess import picture, preprocess, take_normalised
-from models.imaging.render import shrink
-from models.types import Job, ModelInfo, Operation, Struct
+from models.errors import DeadlineExceeded, HeatlensError, ModelReplaced, Overloaded
+from models.imaging.decode import DecodeLimits
+from models.types import Job, Operation, Struct
 from service import logs, tracing
 from service.api import schemas
+from service.api.decoders import Decoders
 from service.api.errors import internal_error
 from service.api.plan import Plan, PlannedImage
+from service.api.preparation import PlanInputs, Preparation
 from service.api.responses import DecodedInput, draw, render
 from service.api.schemas import STAGES, ExplanationResponse, ImageError, Result, Timings
 from service.api.watch import PartialMap, Watch
@@ -83,6 +73,8 @@ class Pipeline:
         pool: the devices.
         limits: caps on images.
         threads: where images are decoded and drawn.
+        decoders: where images are decoded that are not proved to be cheap; None = in threads, too.
+        max_pixels: of all images of a plan together.
         max_wait_s: estimated wait for a device beyond which a plan is refused before decoding.
     """
 
@@ -92,10 +84,14 @@ class Pipeline:
         *,
         limits: DecodeLimits,
         threads: Executor,
+        decoders: Decoders | None = None,
+        max_pixels: float = math.inf,
         max_wait_s: float = math.inf,
     ) -> None:
         self._pool = pool
-        self._limits = limits
+        self._preparation = Preparation(
+            limits, threads=threads, decoders=decoders, max_pixels=max_pixels
+        )
         self._threads = threads
         self._max_wait_s = max_wait_s
 
@@ -117,8 +113,9 @@ class Pipeline:
             watch.start(len(plan.images))
         try:
             async with asyncio.timeout(plan.deadline - time.monotonic()):
+                inputs = await self._preparation.begin(plan)
                 outcomes = await asyncio.gather(
-                    *(self._try_image(i, plan, watch) for i in range(len(plan.images)))
+                    *(self._try_image(i, plan, inputs, watch) for i in range(len(plan.images)))
                 )
         except TimeoutError:
             raise DeadlineExceeded("The deadline passed before the response was ready.") from None
@@ -146,10 +143,10 @@ class Pipeline:
         return await self._in_thread(lambda: draw(item.explanation, item.source, item.plan))
 
     async def _try_image(
-        self, number: int, plan: Plan, watch: Watch | None
+        self, number: int, plan: Plan, inputs: PlanInputs, watch: Watch | None
     ) -> tuple[Result, ImageRun] | HeatlensError:
         try:
-            return await self._run_image(number, plan, watch)
+            return await self._run_image(number, plan, inputs, watch)
         except HeatlensError as error:
             return error
         except Exception:  # noqa: BLE001 # one image must not fail the others
@@ -160,13 +157,13 @@ class Pipeline:
                 watch.finish(number)
 
     async def _run_image(
-        self, number: int, plan: Plan, watch: Watch | None
+        self, number: int, plan: Plan, inputs: PlanInputs, watch: Watch | None
     ) -> tuple[Result, ImageRun]:
         image = plan.images[number]
         if image.input.error is not None:
             raise image.input.error
         decoding = time.monotonic()
-        decoded = await self._in_thread(lambda: self._prepare(image, plan))
+        decoded = await inputs.prepare(number)
         submitted = time.monotonic()
         tracing.stage("decode", began=decoding, ended=submitted)
 
@@ -193,36 +190,6 @@ class Pipeline:
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def _prepare(self, image: PlannedImage, plan: Plan) -> DecodedInput:
-        spec = plan.info.card.input
-        if spec is None:
-            raise NotReady("The model is not ready yet.", field="model")
-        data = image.input.data
-        if isinstance(data, np.ndarray) and data.dtype == np.float32:
-            if plan.operation == "explain" and "overlay" in plan.render.outputs:
-                reason = "Normalised values are not an image to draw an overlay on."
-                raise InvalidOption(reason, field="outputs")
-            values, geometry = take_normalised(data, spec)
-            digest = digest_of(values, plan.info)
-            return DecodedInput(input=values, digest=digest, geometry=geometry)
-        whole = plan.operation == "explain" and plan.render.canvas == "original"
-        if isinstance(data, np.ndarray):
-            original = from_pixels(data, limits=self._limits, preprocess=spec)
-        else:
-            original = decode(data, limits=self._limits, preprocess=spec, keep_original=whole)
-        model_input, geometry = preprocess(original, spec)
-        drawn_on = plan.operation == "explain" and not whole
-        plain = spec.channels == 3 and not spec.raw
-        return DecodedInput(
-            input=model_input,
-            digest=digest_of(model_input, plan.info),
-            geometry=geometry,
-            picture=picture(original, spec) if drawn_on and not plain else model_input,
-            # A whole image of 50 megapixels would be kept until the device answers.
-            original=shrink(original) if whole else None,
-            warnings=original.warnings,
-        )
-
 
 def _submission(
     image: PlannedImage, decoded: DecodedInput, plan: Plan, *, is_watched: bool
@@ -246,14 +213,6 @@ def _submission(
         fingerprint=plan.info.fingerprint,
         news=news if is_watched else "none",
     )
-
-
-def digest_of(model_input: np.ndarray, info: ModelInfo) -> str:
-    """Digest of model and input, which identifies an input after a worker's exit."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(f"{info.card.name}@{info.card.version}".encode())
-    digest.update(np.ascontiguousarray(model_input).data)
-    return digest.hexdigest()
 
 
 def _reply(outcomes: Sequence[tuple[Result, ImageRun] | HeatlensError], plan: Plan) -> Reply:

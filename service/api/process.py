@@ -21,8 +21,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.connections import Connections
 from service.api.reload import MakeApp, Reload
+from service.devices.lifeline import die_with_parent
 from service.devices.pool import DevicePool
-from service.devices.runtime_dir import RuntimeDir, die_with_parent
+from service.devices.runtime_dir import RuntimeDir
 from service.logs import configure_logging
 from service.settings import Settings
 

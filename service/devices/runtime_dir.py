@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
-import signal
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,8 +16,6 @@ from service.settings import Settings
 
 _SOCKET_PATH_LIMIT = 107
 """Maximum length of a Unix socket's path on Linux, in bytes."""
-
-_PR_SET_PDEATHSIG = 1
 
 
 class RuntimeDir:
@@ -162,21 +157,6 @@ def holds(spec: ModelSpec, device: str) -> bool:
     """Whether a device holds a model, by its name or its kind (`cpu` stands for any `cpu:N`)."""
     kind = device.split(":", maxsplit=1)[0]
     return spec.devices is None or not {device, kind}.isdisjoint(spec.devices)
-
-
-def die_with_parent(parent_pid: int) -> None:
-    """Have the kernel kill this process when its parent exits; elsewhere than on Linux, check once.
-
-    Args:
-        parent_pid: the expected parent; if it has exited already, this process exits at once.
-    """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-            raise OSError(ctypes.get_errno(), "prctl failed")
-    # The parent may have exited before the kernel was told.
-    if os.getppid() != parent_pid:
-        os._exit(1)
 
 
 def _plain(device: str) -> str:

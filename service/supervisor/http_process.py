@@ -56,6 +56,8 @@ class HttpProcess:
                     "PROMETHEUS_MULTIPROC_DIR": str(self._runtime.metrics_dir),
                     # Unused threads of a BLAS cost memory.
                     "OPENBLAS_NUM_THREADS": "1",
+                    # Memory of large images and bodies goes back to the system (glibc).
+                    "MALLOC_MMAP_THRESHOLD_": "1048576",
                 },
                 inherit=[self._listener],
             )

@@ -29,6 +29,7 @@ from pydantic import ValidationError
 from models.catalog import ModelSpec
 from models.errors import HeatlensError, ModelLoadFailed
 from models.types import Failure, ModelInfo
+from service.devices.lifeline import die_with_parent
 from service.devices.messages import (
     Ack,
     Cancel,
@@ -47,7 +48,7 @@ from service.devices.messages import (
     decode,
     encode,
 )
-from service.devices.runtime_dir import RuntimeDir, die_with_parent, holds
+from service.devices.runtime_dir import RuntimeDir, holds
 from service.devices.status import (
     EXIT_DEVICE_LOST,
     DeviceStates,

@@ -216,17 +216,17 @@ def test_a_small_image_in_one_padded_tile_is_read() -> None:
 def test_a_header_tells_the_size_of_what_is_decoded(media_type: str) -> None:
     data = encode(PHOTO, FORMATS[media_type])
     assert sniff(data) == media_type
-    assert headers.size(data, media_type) == PHOTO.size
+    assert headers.read(data, media_type).size == PHOTO.size
     with pytest.raises(HeatlensError):
-        headers.size(data[:14], media_type)
+        headers.read(data[:14], media_type)
 
 
 @pytest.mark.parametrize("options", [{"lossless": True}, {"exif": Image.Exif().tobytes()}], ids=str)
 def test_each_kind_of_webp_tells_its_size(options: dict[str, object]) -> None:
-    assert headers.size(encode(PHOTO, "WEBP", **options), "image/webp") == PHOTO.size
+    assert headers.read(encode(PHOTO, "WEBP", **options), "image/webp").size == PHOTO.size
 
 
 def test_a_frame_larger_than_its_gif_counts() -> None:
     data = bytearray(encode(PHOTO.quantize(), "GIF"))
     data[6:10] = struct.pack("<HH", 4, 4)
-    assert headers.size(bytes(data), "image/gif") == PHOTO.size
+    assert headers.read(bytes(data), "image/gif").size == PHOTO.size

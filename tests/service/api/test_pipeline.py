@@ -27,8 +27,9 @@ from models.imaging.decode import DecodeLimits
 from models.types import Job, Outcome
 from service.api.body import ImageInput
 from service.api.options import ExplainOptions, FeaturesOptions, PredictOptions
-from service.api.pipeline import Pipeline, digest_of
+from service.api.pipeline import Pipeline
 from service.api.plan import Plan, make_plan
+from service.api.preparation import digest_of
 from service.api.schemas import ExplainResult, FeaturesResult, PredictResult
 from service.devices.pool import DeviceStatus
 from service.settings import LimitSettings

@@ -1,0 +1,158 @@
+"""From the encoded images of a request to inputs of the model, within a budget of pixels and time."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from typing import TypeVar
+
+import numpy as np
+
+from models.errors import HeatlensError, ImageTooLarge, InvalidOption, NotReady
+from models.imaging.decode import DecodeLimits, from_pixels, inspect
+from models.imaging.headers import Header
+from models.imaging.prepare import Canvas, PreparedImage, from_decoded, is_light, prepare
+from models.imaging.preprocess import take_normalised
+from models.types import ModelInfo, Preprocess
+from service.api.decoders import Decoders
+from service.api.plan import Plan
+from service.api.responses import DecodedInput
+
+T = TypeVar("T")
+
+# Reading the headers of so many bytes takes less time than handing them to a thread.
+_INLINE_BYTES = 256_000
+
+
+class Preparation:
+    """Prepares the images of requests.
+
+    Attributes:
+        limits: caps on images.
+        threads: where images are decoded that are proved to be cheap.
+        decoders: where the others are; None = in threads, too.
+        max_pixels: of all images of a request together.
+    """
+
+    def __init__(
+        self,
+        limits: DecodeLimits,
+        *,
+        threads: Executor,
+        decoders: Decoders | None = None,
+        max_pixels: float = math.inf,
+    ) -> None:
+        self.limits = limits
+        self._threads = threads
+        self.decoders = decoders
+        self._max_pixels = max_pixels
+
+    async def begin(self, plan: Plan) -> PlanInputs:
+        """Look at the images of a plan.
+
+        Raises:
+            ImageTooLarge: they have too many pixels together.
+        """
+        images = [image.input.data for image in plan.images]
+        files = [data for data in images if isinstance(data, bytes)]
+        if sum(map(len, files)) <= _INLINE_BYTES:
+            headers = [self._header(data) for data in images]
+        else:
+            headers = await self.in_thread(lambda: [self._header(data) for data in images])
+        if sum(header.pixels for header in headers if header) > self._max_pixels:
+            raise ImageTooLarge(
+                f"The images have more than {self._max_pixels} pixels together.", field="images"
+            )
+        return PlanInputs(self, plan, headers)
+
+    def _header(self, data: bytes | np.ndarray) -> Header | None:
+        try:
+            return inspect(data, limits=self.limits) if isinstance(data, bytes) else None
+        except HeatlensError:
+            # Decoding raises it again, for this image alone.
+            return None
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Run something in the threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+class PlanInputs:
+    """The images of one plan, each prepared when it is asked for.
+
+    Args:
+        preparation: where.
+        plan: the plan.
+        headers: of its images; None for what cannot be read, or needs no reading.
+    """
+
+    def __init__(
+        self, preparation: Preparation, plan: Plan, headers: Sequence[Header | None]
+    ) -> None:
+        self._preparation = preparation
+        self._plan = plan
+        self._headers = headers
+        # Images of others get their turn in the decoders between those of this plan.
+        self._lane = asyncio.Semaphore(1)
+
+    async def prepare(self, number: int) -> DecodedInput:
+        """Prepare one image.
+
+        Raises:
+            HeatlensError: the image cannot be decoded, or only at too high a cost.
+        """
+        plan, header = self._plan, self._headers[number]
+        data, decoders = plan.images[number].input.data, self._preparation.decoders
+        spec = plan.info.card.input
+        if spec is None:
+            raise NotReady("The model is not ready yet.", field="model")
+        if decoders is None or header is None or is_light(header) or isinstance(data, np.ndarray):
+            return await self._preparation.in_thread(
+                lambda: self._as_input(self._prepare(data, spec))
+            )
+        limits, canvas = self._preparation.limits, self._canvas
+        async with self._lane:
+            return self._as_input(
+                await decoders.prepare(data, header=header, limits=limits, spec=spec, canvas=canvas)
+            )
+
+    def _as_input(self, prepared: PreparedImage) -> DecodedInput:
+        drawn_on = prepared.picture
+        if drawn_on is None and prepared.input.dtype == np.uint8:
+            drawn_on = prepared.input
+        return DecodedInput(
+            input=prepared.input,
+            digest=digest_of(prepared.input, self._plan.info),
+            geometry=prepared.geometry,
+            picture=drawn_on,
+            original=prepared.original,
+            warnings=prepared.warnings,
+        )
+
+    @property
+    def _canvas(self) -> Canvas:
+        return self._plan.render.canvas if self._plan.operation == "explain" else "none"
+
+    def _prepare(self, data: bytes | np.ndarray, spec: Preprocess) -> PreparedImage:
+        limits, canvas = self._preparation.limits, self._canvas
+        if isinstance(data, bytes):
+            return prepare(data, limits=limits, spec=spec, canvas=canvas)
+        if data.dtype != np.float32:
+            image = from_pixels(data, limits=limits, preprocess=spec)
+            return from_decoded(image, spec=spec, canvas=canvas)
+        if self._plan.operation == "explain" and "overlay" in self._plan.render.outputs:
+            reason = "Normalised values are not an image to draw an overlay on."
+            raise InvalidOption(reason, field="outputs")
+        values, geometry = take_normalised(data, spec)
+        return PreparedImage(input=values, geometry=geometry)
+
+
+def digest_of(model_input: np.ndarray, info: ModelInfo) -> str:
+    """Digest of model and input, which identifies an input after a worker's exit."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(f"{info.card.name}@{info.card.version}".encode())
+    digest.update(np.ascontiguousarray(model_input).data)
+    return digest.hexdigest()
