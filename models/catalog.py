@@ -155,6 +155,7 @@ class ModelSpec(BaseModel):
             `export:FILE`, `onnx:FILE`, `python:module:factory` or `python:FILE:factory`, or
             `embedded:NAME`.
         weights: `default` (the library's), `none` (random), or a checkpoint file.
+        weights_sha256: digest that the weights file must have; None takes any.
         weights_key: dotted place of the weights in that file; None takes the one that fits.
         labels: class names, or a file with one per line (or a JSON list); None takes the library's.
         num_classes: size of the head; None keeps the architecture's own.
@@ -177,6 +178,7 @@ class ModelSpec(BaseModel):
         str, Field(pattern=r"^(torchvision|timm|python|transformers|export|onnx|embedded):.+$")
     ]
     weights: str = "default"
+    weights_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     weights_key: str | None = None
     labels: list[str] | Path | None = None
     num_classes: Annotated[int, Field(ge=1)] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 from collections.abc import Callable, Iterator, Mapping
@@ -46,6 +47,24 @@ class Unread:
     def is_network(self) -> bool:
         """Whether the object has the state of a `torch.nn.Module`."""
         return "_parameters" in vars(self)
+
+
+def check_digest(weights: str, expected: str, *, base_dir: Path) -> None:
+    """Check that a weights file is the one that the operator means.
+
+    Raises:
+        ModelLoadFailed: it is another one, or does not exist, or its parts are files of their own.
+    """
+    path = base_dir / weights
+    if path.name.endswith(_SHARD_INDEX):
+        raise ModelLoadFailed("weights_sha256 is of one file; these weights are in several.")
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelLoadFailed(f"The weights file {weights} cannot be read.") from error
+    if found != expected:
+        raise ModelLoadFailed(f"The weights file {weights} does not have the given weights_sha256.")
 
 
 def read_checkpoint(weights: str, *, base_dir: Path) -> Any:

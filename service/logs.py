@@ -62,6 +62,8 @@ def configure_logging(level: str, *, stream: TextIO | None = None) -> None:
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    # Warnings of libraries are lines of JSON, too, and each is told once.
+    logging.captureWarnings(True)
     # The middleware writes the access log; lines of the client library would repeat URLs.
     for name in ("uvicorn.access", "httpx", "httpcore"):
         logging.getLogger(name).setLevel(logging.WARNING)

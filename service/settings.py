@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -19,6 +19,7 @@ from pydantic import (
     Field,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 from pydantic_settings import NoDecode
 
@@ -199,15 +200,28 @@ class SecuritySettings(_Section):
         api_keys: keys for `/v1`, as `sha256:<hex>`; plain ones are hashed at once. Without keys the
             API is open to all.
         admin_keys: keys for everything; without them the admin API is off.
+        require_keys: whether the service refuses to start without API keys.
+        operations: who may read `/docs`, `/openapi.json`, `/metrics` and the details of `/readyz`:
+            anyone (`open`), or callers with a key (`key`).
         allowed_url_hosts: hosts (`example.org`, `*.example.org`) allowed in image URLs; without
             them URLs are refused.
+        allow_http_urls: whether image URLs may be plain `http`.
         cors_origins: origins of web pages that may call the API.
     """
 
     api_keys: KeyHashes = []
     admin_keys: KeyHashes = []
+    require_keys: bool = False
+    operations: Literal["open", "key"] = "open"
     allowed_url_hosts: Names = []
+    allow_http_urls: bool = False
     cors_origins: Names = []
+
+    @model_validator(mode="after")
+    def _check_keys(self) -> Self:
+        if self.require_keys and not self.api_keys:
+            raise ValueError("api_keys are required, and there are none.")
+        return self
 
 
 class WorkerSettings(_Section):

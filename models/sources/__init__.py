@@ -111,6 +111,7 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
         ModelLoadFailed: the model cannot answer; the text names what the configuration got wrong.
     """
     # Torch takes a second to import, which processes that only read SOURCES need not wait for.
+    from models.checkpoints import check_digest
     from models.compat import define_missing_operators
     from models.inputs import fill_inputs
     from models.network_proof import prove_network
@@ -132,6 +133,8 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
             fill_zero_heads(built.module)
     task = spec.task or built.task or "single_label"
     found: tuple[str, ...] = ()
+    if spec.weights_sha256 is not None:
+        check_digest(spec.weights, spec.weights_sha256, base_dir=base_dir)
     if spec.weights not in ("default", "none"):
         found = load_weights(
             built.module,

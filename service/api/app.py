@@ -23,7 +23,7 @@ from service.api.limiter import ConcurrencyLimiter
 from service.api.metrics import Metrics
 from service.api.middleware import RequestContext, RouteAliases
 from service.api.pipeline import Pipeline
-from service.api.routes import admin, explain, features, health, models, page, predict
+from service.api.routes import admin, docs, explain, features, health, models, page, predict
 from service.api.security import limit_key, require_admin_key, require_api_key
 from service.devices.pool import DevicePool
 from service.hardware import available_cores
@@ -72,6 +72,9 @@ def create_app(
         async with AsyncExitStack() as stack:
             threads = ThreadPoolExecutor(max(2, available_cores()), "images")
             stack.callback(threads.shutdown, wait=False, cancel_futures=True)
+            # Bodies are read while images are decoded and drawn.
+            parsers = ThreadPoolExecutor(2, "bodies")
+            stack.callback(parsers.shutdown, wait=False, cancel_futures=True)
             decoders = _decoders(settings)
             stack.callback(decoders.close)
             fetcher = _fetcher(settings)
@@ -86,7 +89,7 @@ def create_app(
                 settings=settings,
                 read_settings=read_settings or (lambda: settings),
                 pool=pool,
-                reader=BodyReader(settings.limits, threads=threads, fetcher=fetcher),
+                reader=BodyReader(settings.limits, threads=parsers, fetcher=fetcher),
                 pipeline=_pipeline(settings, pool, threads, decoders),
                 metrics=metrics,
                 limiter=limiter,
@@ -99,6 +102,9 @@ def create_app(
         version=version("heatlens"),
         lifespan=lifespan,
         redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
     )
     errors.install(app)
     described = (*v2.RESPONSES, *torchserve.RESPONSES)
@@ -126,7 +132,7 @@ def _fetcher(settings: Settings) -> UrlFetcher | None:
     # Imported only where needed: an HTTP client costs memory.
     from service.api.fetch import UrlFetcher
 
-    return UrlFetcher(hosts)
+    return UrlFetcher(hosts, allow_http=settings.security.allow_http_urls)
 
 
 def _decoders(settings: Settings) -> Decoders:
@@ -163,6 +169,7 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
         app.include_router(router, dependencies=keyed)
     app.include_router(admin.router, dependencies=[Depends(require_admin_key)])
     app.include_router(health.router)
+    app.include_router(docs.router)
     app.include_router(metadata.server)
     app.include_router(page.router)
     app.include_router(torchserve.health)

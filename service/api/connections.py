@@ -36,6 +36,7 @@ log = logging.getLogger("heatlens.connections")
 
 _SWEEP_S = 1.0
 _LINGER_S = 2.0
+_LINGER_BYTES = 32_000_000
 
 # Descriptors for everything that is not a connection of a client.
 _RESERVED_DESCRIPTORS = 128
@@ -44,6 +45,7 @@ _RESERVED_DESCRIPTORS = 128
 _SMALL_BODY = 1_000_000
 _SMALL_BODIES_SHARE = 1.25
 
+_VERSIONS = ("1.0", "1.1")
 _UPGRADE_HEADERS = frozenset((b"upgrade", b"http2-settings"))
 
 _Phase = Literal["idle", "headers", "body", "response"]
@@ -157,7 +159,7 @@ class _Connection(HttpToolsProtocol):
         self._phase: _Phase = "headers"
         self._messages = 0
         self._header_bytes = 0
-        self._body_bytes = 0
+        self._body_bytes = self._discarded_bytes = 0
         self._received, self._sent = _Progress(self.since), _Progress(self.since)
         self._unsent_bytes = 0
         self._fault: HeatlensError | None = None
@@ -179,16 +181,17 @@ class _Connection(HttpToolsProtocol):
             self._refuse(errors.Overloaded("The service has too many connections."))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Give back what the connection held."""
         self._table.forget(self)
         self._release_body()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what has arrived."""
-        if self._lingers:
-            return
         self._received.add(len(data))
+        if self._lingers:
+            self._discarded_bytes += len(data)
+            if self._discarded_bytes > _LINGER_BYTES:
+                self.transport.abort()
+            return
         self._unset_keepalive_if_required()
         messages = self._messages
         try:
@@ -232,7 +235,6 @@ class _Connection(HttpToolsProtocol):
     # ---------------------------------------------------------------- the parser
 
     def on_message_begin(self) -> None:
-        """Begin to count headers."""
         super().on_message_begin()
         self._enter("headers")
         self._messages += 1
@@ -250,9 +252,10 @@ class _Connection(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Start the request, unless it has to be read again."""
         if self._lingers or self.parser.should_upgrade():
             return
+        if self.parser.get_http_version() not in _VERSIONS:
+            raise httptools.HttpParserError("another version")
         super().on_headers_complete()
         self._enter("body")
         self._received = _Progress(self.since)
@@ -271,7 +274,6 @@ class _Connection(HttpToolsProtocol):
         cycle.send = send_and_close_if_early  # type: ignore[method-assign, assignment]
 
     def on_body(self, body: bytes) -> None:
-        """Keep a piece of a body, if there is room."""
         if self._lingers or self.cycle.response_complete:
             return
         self._body_bytes += len(body)
@@ -282,14 +284,12 @@ class _Connection(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """Wait for the response."""
         if self._lingers or self.parser.should_upgrade():
             return
         super().on_message_complete()
         self._phase = "response"
 
     def on_response_complete(self) -> None:
-        """Wait for the next request."""
         self._release_body()
         if self._is_last:
             self.linger()
@@ -301,7 +301,6 @@ class _Connection(HttpToolsProtocol):
     # ---------------------------------------------------------------- limits
 
     def check(self, now: float) -> None:
-        """End the connection if it is too slow."""
         limits = self._limits = self._table.limits()
         waited = now - self.since
         if self._is_unread(now):

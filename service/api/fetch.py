@@ -16,14 +16,47 @@ import httpx
 
 from models.errors import HeatlensError, ImageTooLarge, ImageUndecodable, UrlInputDisabled
 
+
+def _networks(*texts: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+    return tuple(map(ipaddress.ip_network, texts))
+
+
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
 _MAX_REDIRECTS = 3
 _PORTS = {"http": 80, "https": 443}
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
-# Metadata services of clouds at addresses that `ipaddress` takes for public; the second one only in
-# Python 3.11.
-_METADATA = frozenset(map(ipaddress.ip_address, ("168.63.129.16", "192.0.0.192")))
+# What is special within the space of addresses that are unicast and global. IANA's registries of
+# special-purpose addresses (RFC 6890, as of 2025), multicast, and the metadata services of clouds
+# at addresses that count as public.
+_GLOBAL_V6 = ipaddress.ip_network("2000::/3")
+_SPECIAL_V6 = _networks(
+    "2001::/23",  # IETF protocols: Teredo, benchmarking, ORCHID, drone identities
+    "2001:db8::/32",
+    "2002::/16",  # 6to4
+    "2620:4f:8000::/48",  # AS112
+    "3fff::/20",
+)
+_SPECIAL_V4 = _networks(
+    "0.0.0.0/8",
+    "10.0.0.0/8",
+    "100.64.0.0/10",
+    "127.0.0.0/8",
+    "168.63.129.16/32",  # Azure
+    "169.254.0.0/16",
+    "172.16.0.0/12",
+    "192.0.0.0/24",
+    "192.0.2.0/24",
+    "192.31.196.0/24",  # AS112
+    "192.52.193.0/24",  # AMT
+    "192.88.99.0/24",  # 6to4 relays
+    "192.168.0.0/16",
+    "192.175.48.0/24",  # AS112
+    "198.18.0.0/15",
+    "198.51.100.0/24",
+    "203.0.113.0/24",
+    "224.0.0.0/4",
+    "240.0.0.0/4",
+)
 
 
 async def resolve(host: str, port: int) -> Sequence[str]:
@@ -34,7 +67,7 @@ async def resolve(host: str, port: int) -> Sequence[str]:
 
 
 def is_public(address: str) -> bool:
-    """Whether an address, also in a mapped or tunnelled form, is on the public internet."""
+    """Whether an address is on the public internet, and not a special or tunnelled one."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
@@ -43,9 +76,9 @@ def is_public(address: str) -> bool:
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped is not None:
             return is_public(str(ip.ipv4_mapped))
-        if ip in _NAT64 or ip.sixtofour is not None or ip.teredo is not None:
-            return False
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip in _METADATA)
+        # Translated and compatible forms of IPv4 addresses lie outside of that space.
+        return ip in _GLOBAL_V6 and not any(ip in network for network in _SPECIAL_V6)
+    return not any(ip in network for network in _SPECIAL_V4)
 
 
 class UrlFetcher:
@@ -54,6 +87,7 @@ class UrlFetcher:
     Args:
         hosts: the allowed hosts: `example.org`, `*.example.org` (any name below it), each with
             `:port` if it is not the default port of the scheme.
+        allow_http: whether plain `http` is allowed.
         timeout_s: for one image, redirects included.
         resolve: finds the addresses of a host.
         allow: whether an address may be connected to.
@@ -63,10 +97,12 @@ class UrlFetcher:
         self,
         hosts: Sequence[str],
         *,
+        allow_http: bool = False,
         timeout_s: float = 10.0,
         resolve: Resolve = resolve,
         allow: Callable[[str], bool] = is_public,
     ) -> None:
+        self._schemes = _PORTS.keys() if allow_http else {"https"}
         self._hosts = frozenset(host.lower() for host in hosts)
         self._timeout_s = timeout_s
         self._resolve = resolve
@@ -121,8 +157,9 @@ class UrlFetcher:
         raise ImageUndecodable("The URL redirects too often.")
 
     def _check(self, url: httpx.URL) -> None:
-        if url.scheme not in _PORTS or not url.raw_host or url.userinfo:
-            raise UrlInputDisabled("Only plain http and https URLs are allowed.")
+        if url.scheme not in self._schemes or not url.raw_host or url.userinfo:
+            allowed = " and ".join(sorted(self._schemes))
+            raise UrlInputDisabled(f"Only {allowed} URLs without credentials are allowed.")
         host = url.raw_host.decode("ascii").lower()
         port = "" if url.port in (None, _PORTS[url.scheme]) else f":{url.port}"
         labels = host.split(".")

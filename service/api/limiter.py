@@ -49,8 +49,8 @@ class ConcurrencyLimiter:
         Raises:
             Overloaded: the key has reached its limit.
         """
-        self._add(key, 1)
         try:
+            self._add(key, 1)
             if self._own[key] + self._elsewhere(key) > limit:
                 raise Overloaded(
                     f"A key may have at most {limit} requests in flight.",

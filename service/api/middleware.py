@@ -25,6 +25,11 @@ _log = logging.getLogger(__name__)
 _QUIET = frozenset(
     {"/livez", "/readyz", "/healthz", "/metrics", "/ping", "/v2/health/live", "/v2/health/ready"}
 )
+# A page brings its own policy; nothing else is a page.
+_SECURITY_HEADERS = (
+    ("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'"),
+    ("X-Content-Type-Options", "nosniff"),
+)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -67,6 +72,8 @@ class RequestContext:
                 record.status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = record.request_id
+                for name, value in _SECURITY_HEADERS:
+                    headers.setdefault(name, value)
                 headers["Server-Timing"] = _server_timing(record.timings, _since(started))
                 if trace is not None:
                     headers["traceparent"] = trace.traceparent

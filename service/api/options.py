@@ -12,7 +12,15 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+)
 from pydantic_core import ErrorDetails
 
 from models.errors import InvalidOption
@@ -103,6 +111,8 @@ class InterventionOption(_Model):
     layer: Annotated[Name, Field(description="Dotted module name.", examples=["layer4.1"])]
     channels: Annotated[
         tuple[Annotated[int, Field(ge=0, le=1_000_000)], ...],
+        # Otherwise each wrong one of thousands is described.
+        FailFast(),
         Field(min_length=1, max_length=4096, examples=[[3, 17]]),
     ]
     op: Annotated[InterventionOp, Field(description="The operation on these channels.")]
@@ -265,6 +275,8 @@ def validate(model: type[OptionsT], values: Mapping[str, Any], *, prefix: str = 
     Raises:
         InvalidOption: a value is wrong; the error names the first field and its allowed values.
     """
+    if isinstance(values, Mapping):
+        _check_names(model, values, prefix)
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -272,6 +284,16 @@ def validate(model: type[OptionsT], values: Mapping[str, Any], *, prefix: str = 
         path = [prefix] if prefix else []
         field = ".".join([*path, *(str(part)[:_MAX_FIELD] for part in first["loc"])])
         raise InvalidOption(_explain(first, model), field=field or None) from None
+
+
+def _check_names(model: type[BaseModel], values: Mapping[str, Any], prefix: str) -> None:
+    """Refuse the first unknown option; the library would describe each of a hundred thousand."""
+    for name in values:
+        if name not in model.model_fields:
+            field = f"{prefix}.{name[:_MAX_FIELD]}".removeprefix(".")
+            allowed = ", ".join(model.model_fields)
+            text = "Unknown key." if prefix else f"Unknown option. Allowed: {allowed}."
+            raise InvalidOption(text, field=field)
 
 
 _TYPES: Mapping[str, str] = {

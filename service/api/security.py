@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import AsyncIterator, Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
-from fastapi import Depends
+from fastapi import Depends, Request
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 
 from models.errors import AdminDisabled, Forbidden, Unauthorized
-from service.api.dependencies import ServiceDep
+from service.api.dependencies import Service, ServiceDep
+from service.settings import SecuritySettings
+
+# Enough digits of a digest to tell configured keys apart; all processes share a small record.
+_COUNTED_DIGITS = 16
 
 _bearer = HTTPBearer(auto_error=False, description="`Authorization: Bearer KEY`")
 _header = APIKeyHeader(name="X-API-Key", auto_error=False)
@@ -35,22 +39,42 @@ async def require_api_key(service: ServiceDep, key: KeyDep) -> None:
         Unauthorized: there is no key, or an unknown one.
     """
     security = service.settings.security
-    if security.api_keys and not _is_one_of(key, [*security.api_keys, *security.admin_keys]):
+    if security.api_keys and not _is_one_of(key, _all_keys(security)):
         raise Unauthorized("A valid key is required.")
 
 
 async def limit_key(service: ServiceDep, key: KeyDep) -> AsyncIterator[None]:
-    """Count a request against its key while it is in flight; a request without one is not counted.
+    """Count a request against its key while it is in flight; only configured keys are counted.
 
     Raises:
         Overloaded: the key has reached its limit.
     """
     limit = service.settings.limits.max_concurrent_per_key
-    if limit is None or not key:
+    if limit is None or not _is_one_of(key, _all_keys(service.settings.security)):
         yield
         return
-    with service.limiter.slot(_hash(key), limit=limit):
+    with service.limiter.slot(_hash(key or "")[-_COUNTED_DIGITS:], limit=limit):
         yield
+
+
+async def require_operator_key(service: ServiceDep, key: KeyDep) -> None:
+    """Let a request for documentation or metrics pass, if these are open or the key is right.
+
+    Raises:
+        Unauthorized: there is no key, or an unknown one.
+    """
+    if service.settings.security.operations == "key":
+        await require_api_key(service, key)
+
+
+async def access_of(request: Request, service: Service) -> Literal["none", "caller", "admin"]:
+    """What a request may know that is answered in any case."""
+    security = service.settings.security
+    key = await presented_key(await _bearer(request), await _header(request))
+    if _is_one_of(key, security.admin_keys):
+        return "admin"
+    known = security.operations == "open" or not security.api_keys
+    return "caller" if known or _is_one_of(key, security.api_keys) else "none"
 
 
 async def require_admin_key(service: ServiceDep, key: KeyDep) -> None:
@@ -69,6 +93,10 @@ async def require_admin_key(service: ServiceDep, key: KeyDep) -> None:
     if _is_one_of(key, security.api_keys):
         raise Forbidden("This requires an admin key.")
     raise Unauthorized("A valid key is required.")
+
+
+def _all_keys(security: SecuritySettings) -> list[str]:
+    return [*security.api_keys, *security.admin_keys]
 
 
 def _is_one_of(key: str | None, hashes: Sequence[str]) -> bool:

@@ -98,7 +98,7 @@ class Child:
         arguments: Mapping[str, object],
         *,
         now: float,
-        environment: Mapping[str, str],
+        environment: Mapping[str, str | None],
         inherit: Sequence[int] = (),
     ) -> None:
         """Start the next process.
@@ -106,7 +106,7 @@ class Child:
         Args:
             arguments: values of the command's options by name; `parent` is added.
             now: `time.monotonic()`.
-            environment: variables in addition to our own.
+            environment: variables in addition to our own; None takes one away.
             inherit: file descriptors to pass on.
         """
         self.incarnation += 1
@@ -117,7 +117,7 @@ class Child:
         # in order.
         self._process = subprocess.Popen(  # noqa: S603
             [*self._command, *words],
-            env=os.environ | environment,
+            env={k: v for k, v in (os.environ | environment).items() if v is not None},
             stdin=subprocess.DEVNULL,
             pass_fds=tuple(inherit),
             process_group=0,

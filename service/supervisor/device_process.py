@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from collections import Counter
 
@@ -25,6 +26,7 @@ LOAD_TIMEOUT_S = 300.0
 """Longest time for a worker's start, or for loading one model, before it counts as a hang."""
 
 _MAX_LOAD_EXITS = 2
+_KEYS_PREFIX = "HEATLENS_SECURITY"
 
 
 class DeviceProcess:
@@ -105,7 +107,7 @@ class DeviceProcess:
                 "threads": self._threads,
             },
             now=now,
-            environment=threads if self.device.startswith("cpu") else {},
+            environment=_without_keys() | (threads if self.device.startswith("cpu") else {}),
         )
 
     def take_quarantined(self) -> list[str]:
@@ -170,3 +172,8 @@ def _request_ids(status: WorkerStatus) -> dict[str, object]:
     """The ids of the requests that were on the device, as `extra` for the logger."""
     ids = tuple(dict.fromkeys(job.request_id for job in status.jobs if job.request_id))
     return {"fields": {"request_ids": ids}} if ids else {}
+
+
+def _without_keys() -> dict[str, str | None]:
+    """Takes the variables away that hold keys: a worker runs code of users (`python:` sources)."""
+    return dict.fromkeys(name for name in os.environ if name.startswith(_KEYS_PREFIX))

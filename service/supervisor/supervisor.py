@@ -52,7 +52,7 @@ class Supervisor:
     SIGTERM or SIGINT: readiness ends, accepted requests finish or expire within the grace period,
     and the exit code is 0. A second signal stops at once. SIGHUP: one HTTP process reloads the
     configuration for all; see `service.api.reload`. When the restart budget of all devices, or of
-    an HTTP process, is spent, everything is stopped and the exit code is 1.
+    all HTTP processes, is spent, everything is stopped and the exit code is 1.
 
     Args:
         settings: the configuration.
@@ -138,7 +138,9 @@ class Supervisor:
         log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
         if not settings.security.api_keys and not ipaddress.ip_address(host).is_loopback:
             log.warning(
-                "no API key is configured: anyone who can reach %s can use the service", host
+                "NO API KEY IS CONFIGURED: anyone who can reach %s can use the service; set "
+                "security.api_keys, and security.require_keys to never start without",
+                host,
             )
 
     def _child(self, name: str, command: Sequence[str]) -> Child:
@@ -177,7 +179,10 @@ class Supervisor:
         devices = all(device.child.given_up for device in self._devices)
         if devices:
             log.error("the restart budget of every device is spent: stopping")
-        return devices or any(process.child.given_up for process in self._http)
+        http = all(process.child.given_up for process in self._http)
+        if http:
+            log.error("the restart budget of every HTTP process is spent: stopping")
+        return devices or http
 
     # ---------------------------------------------------------------- stopping
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from models.checkpoints import check_digest
 from models.errors import ModelLoadFailed, cause_of
 from models.weights import fill_zero_heads, load_weights, seeded
 
@@ -137,6 +139,16 @@ def test_weights_of_another_precision_become_float32_and_that_is_said(tmp_path, 
     assert target.conv.weight.dtype == torch.float32
     assert torch.equal(target.conv.weight, source.conv.weight.float())
     assert f"stored as {str(dtype).removeprefix('torch.')}" in notes[0]
+
+
+def test_the_digest_of_a_file_is_checked(tmp_path):
+    save(network().state_dict(), tmp_path / "a.pt")
+    digest = hashlib.sha256((tmp_path / "a.pt").read_bytes()).hexdigest()
+    check_digest("a.pt", digest, base_dir=tmp_path)
+    with pytest.raises(ModelLoadFailed, match="does not have the given weights_sha256"):
+        check_digest("a.pt", "0" * 64, base_dir=tmp_path)
+    with pytest.raises(ModelLoadFailed, match="cannot be read"):
+        check_digest("b.pt", digest, base_dir=tmp_path)
 
 
 def test_shards_of_safetensors(tmp_path):

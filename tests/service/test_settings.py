@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from models.catalog import DEFAULT_MODEL
 from service.configuration import (
@@ -321,3 +322,11 @@ crop = 64
 )
 def test_a_key_has_its_line(location, line):
     assert line_of(TOML, location) == line
+
+
+def test_keys_can_be_required():
+    with pytest.raises(ValidationError, match="api_keys are required"):
+        Settings(security={"require_keys": True})
+    with pytest.raises(ValidationError, match="api_keys are required"):
+        Settings(security={"require_keys": True, "admin_keys": ["a"]})
+    assert Settings(security={"require_keys": True, "api_keys": ["a"]}).security.api_keys

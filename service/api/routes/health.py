@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
+from msgspec import structs
 
 from service.api import metrics
 from service.api.dependencies import ServiceDep
@@ -12,6 +13,7 @@ from service.api.handler import json_response
 from service.api.openapi import OPEN, responses
 from service.api.readiness import readiness
 from service.api.schemas import AliveResponse, ReadyResponse
+from service.api.security import access_of, require_operator_key
 
 router = APIRouter(tags=["health"], default_response_class=Response)
 
@@ -34,16 +36,27 @@ async def livez(request: Request) -> Response:
 
 @router.get("/readyz", summary="Readiness", responses=_READY)
 @router.get("/healthz", summary="Readiness", responses=_READY)
-async def readyz(service: ServiceDep) -> Response:
+async def readyz(request: Request, service: ServiceDep) -> Response:
     """200 if a device completed a real pass recently and a model is warm, else 503.
 
-    The body lists what is missing.
+    The body lists what is missing. Why a model could not be loaded is told to admins only.
     """
     found = readiness(service.pool, service.settings)
+    access = await access_of(request, service)
+    if access == "none":
+        found = ReadyResponse(ready=found.ready, missing=(), devices=(), models=())
+    elif access != "admin":
+        models = tuple(structs.replace(model, reason=None) for model in found.models)
+        found = structs.replace(found, models=models)
     return json_response(found, status=200 if found.ready else 503)
 
 
-@router.get("/metrics", summary="Prometheus metrics", responses=_METRICS)
+@router.get(
+    "/metrics",
+    summary="Prometheus metrics",
+    responses=_METRICS,
+    dependencies=[Depends(require_operator_key)],
+)
 async def show_metrics(service: ServiceDep) -> Response:
     """Metrics of all HTTP processes and devices."""
     return Response(service.metrics.exposition(), headers={"Content-Type": metrics.CONTENT_TYPE})

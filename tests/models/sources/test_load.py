@@ -27,6 +27,13 @@ def test_a_loaded_model_is_frozen_and_in_eval_mode(spec_of, tmp_path):
     assert loaded.labels[:2] == ("tench", "goldfish")
 
 
+def test_weights_of_another_digest_are_not_loaded(spec_of, tmp_path):
+    (tmp_path / "a.pt").write_bytes(b"other weights")
+    spec = spec_of(TINY, weights="a.pt", weights_sha256="0" * 64, preprocess=SMALL)
+    with pytest.raises(ModelLoadFailed, match="weights_sha256"):
+        load(spec, tmp_path)
+
+
 def test_labels_set_the_size_of_the_head(spec_of, tmp_path):
     loaded = load(spec_of(TINY, labels=["a", "b", "c"], preprocess=SMALL), tmp_path)
     assert (loaded.num_classes, loaded.labels) == (3, ("a", "b", "c"))

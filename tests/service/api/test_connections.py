@@ -157,6 +157,28 @@ async def test_what_is_not_http_gets_a_typed_error() -> None:
         assert error_of(await server.ask(b"\x16\x03\x01\0\xc8 hello\r\n\r\n")) == "malformed_body"
 
 
+async def test_http_without_a_version_is_refused() -> None:
+    async with serving() as server:
+        assert error_of(await server.ask(b"GET /\r\n\r\n")) == "malformed_body"
+
+
+async def test_what_follows_a_refusal_is_not_read_without_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(connections, "_LINGER_BYTES", 1_000_000)
+    monkeypatch.setattr(connections, "_LINGER_S", 60)
+    async with serving() as server:
+        _, writer = await server.connect()
+        writer.write(b"NONSENSE\r\n\r\n")
+        sent = 0
+        with suppress(ConnectionError):
+            while sent < 100_000_000:
+                writer.write(bytes(100_000))
+                await writer.drain()
+                sent += 100_000
+        assert sent < 100_000_000
+
+
 async def test_a_bad_request_behind_a_good_one_does_not_take_its_response() -> None:
     async with serving() as server:
         received = await server.ask(HEAD + b"Content-Length: 5\r\n\r\nhelloNONSENSE\r\n\r\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
@@ -45,7 +46,12 @@ async def server(handler: Handler) -> AsyncIterator[int]:
 @asynccontextmanager
 async def fetcher(*hosts: str, **kwargs: object) -> AsyncIterator[UrlFetcher]:
     """A fetcher that may connect to the loopback, where every name is found."""
-    options = {"resolve": looks_up("127.0.0.1"), "allow": lambda _: True, **kwargs}
+    options = {
+        "resolve": looks_up("127.0.0.1"),
+        "allow": lambda _: True,
+        "allow_http": True,
+        **kwargs,
+    }
     made = UrlFetcher(hosts, **options)
     try:
         yield made
@@ -271,3 +277,78 @@ async def test_the_environments_proxy_is_not_used(monkeypatch: pytest.MonkeyPatc
 
 async def test_resolve_finds_the_loopback() -> None:
     assert "127.0.0.1" in await resolve("localhost", 80)
+
+
+# Every block of IANA's registries of special-purpose addresses that is not global, multicast,
+# site-local and compatible addresses, and metadata services of clouds.
+SPECIAL = """
+0.0.0.0/8 0.0.0.0/32 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12
+192.0.0.0/24 192.0.0.0/29 192.0.0.8/32 192.0.0.9/32 192.0.0.10/32 192.0.0.170/32 192.0.0.171/32
+192.0.2.0/24 192.31.196.0/24 192.52.193.0/24 192.88.99.0/24 192.88.99.2/32 192.168.0.0/16
+192.175.48.0/24 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 224.0.0.0/4 240.0.0.0/4
+255.255.255.255/32 168.63.129.16/32 192.0.0.192/32 169.254.169.254/32 169.254.170.2/32
+100.100.100.200/32 ::1/128 ::/128 ::ffff:0:0/96 ::/96 64:ff9b::/96 64:ff9b:1::/48 100::/64
+100:0:0:1::/64 2001::/23 2001::/32 2001:1::1/128 2001:1::2/128 2001:1::3/128 2001:2::/48
+2001:3::/32 2001:4:112::/48 2001:10::/28 2001:20::/28 2001:30::/28 2001:db8::/32 2002::/16
+2620:4f:8000::/48 3fff::/20 5f00::/16 fc00::/7 fe80::/10 fec0::/10 ff00::/8 fd00:ec2::254/128
+"""
+
+
+@pytest.mark.parametrize("block", SPECIAL.split())
+async def test_no_address_of_a_special_block_is_public(block: str) -> None:
+    network = ipaddress.ip_network(block)
+    assert not is_public(str(network[0]))
+    assert not is_public(str(network[-1]))
+
+
+@pytest.mark.parametrize(
+    "address", ["1.1.1.1", "8.8.8.8", "193.0.6.139", "2606:4700::1111", "2a00::1"]
+)
+async def test_other_addresses_are_public(address: str) -> None:
+    assert is_public(address)
+
+
+@pytest.mark.parametrize(
+    "address", ["127.1", "0x7f000001", "2130706433", "fe80::1%eth0", "localhost", ""]
+)
+async def test_what_is_no_plain_address_is_not_public(address: str) -> None:
+    assert not is_public(address)
+
+
+async def test_plain_http_is_refused_unless_it_is_allowed() -> None:
+    async with fetcher("images.example", allow_http=False) as made:
+        with pytest.raises(UrlInputDisabled, match="https"):
+            await made.fetch("http://images.example/", max_bytes=10)
+
+
+async def test_a_redirect_to_plain_http_is_refused() -> None:
+    async def handler(_: str, writer: asyncio.StreamWriter) -> None:
+        respond(writer, b"", head="Location: ftp://images.example/\r\n", status=302)
+
+    async with server(handler) as port, fetcher(f"images.example:{port}") as made:
+        with pytest.raises(UrlInputDisabled, match="Only"):
+            await made.fetch(f"http://images.example:{port}/", max_bytes=10)
+
+
+async def test_a_name_that_changes_its_address_is_looked_up_once() -> None:
+    """Rebinding: the address that was checked is the one that is connected to."""
+    asked: list[str] = []
+
+    async def rebinding(host: str, port: int) -> list[str]:
+        asked.append(host)
+        return ["127.0.0.1"] if len(asked) == 1 else ["169.254.169.254"]
+
+    async def handler(_: str, writer: asyncio.StreamWriter) -> None:
+        respond(writer, b"image")
+
+    async with (
+        server(handler) as port,
+        fetcher(
+            f"images.example:{port}", resolve=rebinding, allow=lambda a: a == "127.0.0.1"
+        ) as made,
+    ):
+        url = f"http://images.example:{port}/"
+        assert await made.fetch(url, max_bytes=10) == b"image"
+        assert asked == ["images.example"]
+        with pytest.raises(UrlInputDisabled, match="public"):
+            await made.fetch(url, max_bytes=10)

@@ -111,3 +111,33 @@ def png_bytes() -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (40, 40), "red").save(buffer, "PNG")
     return buffer.getvalue()
+
+
+@pytest.mark.anyio
+async def test_keys_that_are_not_configured_are_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, png_bytes: bytes
+) -> None:
+    """The record of counts has room for a few thousand keys: strangers must not fill it."""
+    limiter = process(tmp_path, 11, monkeypatch)
+    pool = FakePool(delay_s=0.05)
+    app = create_app(Settings(limits={"max_concurrent_per_key": 2}), pool, limiter=limiter)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://testserver"
+        ) as client,
+    ):
+        for n in range(3):
+            headers = {"X-API-Key": f"stranger {n}"}
+            assert (await client.post("/v1/predict", content=png_bytes, headers=headers)).is_success
+        assert not limiter._own
+
+
+def test_a_count_that_cannot_be_written_does_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limiter = process(tmp_path, 11, monkeypatch)
+    monkeypatch.setattr(limiter._record, "_capacity", 1, raising=False)
+    with pytest.raises(ValueError), limiter.slot("a" * 100_000, limit=1):  # noqa: PT011
+        pass
+    assert not limiter._own

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import signal
+import sys
+import time
 
-from service.supervisor.child import RestartBudget, describe_exit
+import pytest
+
+from service.settings import WorkerSettings
+from service.supervisor.child import Child, RestartBudget, describe_exit
+from service.supervisor.device_process import _without_keys
 
 
 def test_the_budget_is_spent_and_comes_back():
@@ -29,3 +35,17 @@ def test_exits_are_named():
     assert describe_exit(0) == "exit 0"
     assert describe_exit(-signal.SIGSEGV) == "SIGSEGV"
     assert describe_exit(-250) == "signal 250"
+
+
+@pytest.mark.process
+def test_keys_do_not_reach_device_workers(monkeypatch, capfd):
+    """A worker runs the code of a user's `python:` source, which may read its environment."""
+    monkeypatch.setenv("HEATLENS_SECURITY__API_KEYS", "a secret")
+    monkeypatch.setenv("HEATLENS_SECURITY", '{"admin_keys": ["a secret"]}')
+    monkeypatch.setenv("HEATLENS_SERVER__PORT", "1")
+    show = "import os; print({k: v for k, v in os.environ.items() if 'HEATLENS' in k})"
+    child = Child("worker", command=[sys.executable, "-c", show], settings=WorkerSettings())
+    child.start({}, now=time.monotonic(), environment=_without_keys())
+    child._process.wait(20)
+    assert child.reap() == 0
+    assert capfd.readouterr().out.strip() == "{'HEATLENS_SERVER__PORT': '1'}"

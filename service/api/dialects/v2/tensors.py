@@ -15,9 +15,13 @@ from msgspec import UNSET
 
 from models.errors import InvalidOption, MalformedBody
 from models.types import Struct
+from service.api.body import check_json_size
 from service.api.dialects.v2.schemas import InferInput, InferOutput, InferRequest
 
 IMAGE = "image"
+
+# Twenty images of 224 by 224 pixels as JSON, which is the dearest way to send them.
+_MAX_JSON_VALUES = 3_000_000
 
 _DTYPES: Mapping[str, np.dtype[Any]] = {"UINT8": np.dtype(np.uint8), "FP32": np.dtype("<f4")}
 _PATH = re.compile(r"(?:field `(\w+)`)?(?: - at `\$\.?([\w.\[\]]*)`)?$")
@@ -70,6 +74,7 @@ def read_request(body: bytes, *, json_bytes: str | None) -> tuple[InferRequest, 
 
 
 def _read_json(text: bytes) -> InferRequest:
+    check_json_size(text, most=_MAX_JSON_VALUES)
     try:
         return msgspec.json.decode(text, type=InferRequest)
     except msgspec.ValidationError as error:
