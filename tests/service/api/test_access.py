@@ -22,7 +22,7 @@ KEYS = {"api_keys": ["caller"], "admin_keys": ["admin"]}
 OPEN = """
 GET /  GET /page/colormaps.json  GET /page/{path}
 GET /livez  GET /readyz  GET /healthz
-GET /v2  GET /v2/health/live  GET /v2/health/ready
+GET /v2  GET /v2/health/live  GET /v2/health/ready  GET /ping
 """
 # Open too, unless `security.operations` is `key`.
 OPERATIONS = """
@@ -39,6 +39,11 @@ GET /v2/models/{model}/ready  GET /v2/models/{model}/versions/{version}/ready
 GET /v2/models/{model}/config  GET /v2/models/{model}/versions/{version}/config
 GET /v2/models/stats  GET /v2/models/{model}/stats
 GET /v2/models/{model}/versions/{version}/stats
+POST /v1/models/{model}:predict  POST /v1/models/{model}:explain  POST /invocations
+POST /predictions/{model}  PUT /predictions/{model}
+POST /explanations/{model}  PUT /explanations/{model}
+POST /predictions/{model}/{version}  PUT /predictions/{model}/{version}
+POST /explanations/{model}/{version}  PUT /explanations/{model}/{version}
 """
 ADMIN = """
 POST /v2/repository/index
