@@ -93,11 +93,16 @@ class Suspended:
 
 
 class Engine:
-    """Runs batches on one device. Not thread-safe: one thread owns it and its registry."""
+    """Runs batches on one device. Not thread-safe: one thread owns it and its registry.
+
+    Attributes:
+        beat: called now and then in a long run, as a sign of life.
+    """
 
     def __init__(self, registry: ModelRegistry) -> None:
         """Args: the registry whose warm models answer."""
         self._registry = registry
+        self.beat: Callable[[], object] = lambda: None
 
     def run(self, jobs: Sequence[Job]) -> list[Outcome | Failure | Suspended]:
         """Run one shared pass for jobs of one model and version, whatever their operations.
@@ -136,10 +141,10 @@ class Engine:
         results: dict[int, Any] = {}
         for (kind, _), group in groups.items():
             results |= dict(zip(map(id, group), execute[kind](group), strict=True))
+            self.beat()
         return [job.resume(results[id(job)]) for job in suspended]
 
-    @staticmethod
-    def _answer(warm: WarmModel, jobs: Sequence[Job]) -> list[Outcome | Failure | Suspended]:
+    def _answer(self, warm: WarmModel, jobs: Sequence[Job]) -> list[Outcome | Failure | Suspended]:
         """One pass for all jobs, or one for each variant of the model and kind of input."""
         firsts = [bare(job) if _is_cut(job, warm) else job for job in jobs]
         parts: dict[tuple[nn.Module, bool], list[int]] = {}
@@ -155,6 +160,7 @@ class Engine:
                     run = partial(_alone, warm)
                     steps = partial(sliced_steps, warm, jobs[i], (outcomes, row), run)
                 answered[i] = _start(jobs[i], warm, steps)
+                self.beat()
         return [answered[i] for i in range(len(jobs))]
 
     @staticmethod

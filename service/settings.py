@@ -150,6 +150,11 @@ class LimitSettings(_Section):
         return int(self.max_image_mb * 1_000_000)
 
     @property
+    def max_answer_bytes(self) -> int:
+        """Estimated size of one answer in bytes."""
+        return int(self.max_answer_mb * 1_000_000)
+
+    @property
     def max_options_bytes(self) -> int:
         """Options of a multipart request in bytes."""
         return int(self.max_options_kb * 1_000)
@@ -233,6 +238,7 @@ class WorkerSettings(_Section):
         restart_window_s: the window of that budget.
         hang_floor_s: minimum age of a running batch that counts as a hang.
         hang_factor: multiple of its predicted duration after which a batch counts as a hang.
+        quarantine_s: time for which a job that was in two exits of workers is refused.
         canary_s: idle time after which a device runs a pass to prove that it works.
         keep_heap: whether CPU workers keep freed memory for the next pass (glibc only); faster, but
             a little larger.
@@ -243,6 +249,7 @@ class WorkerSettings(_Section):
     restart_window_s: Annotated[float, Field(gt=0)] = 60.0
     hang_floor_s: Annotated[float, Field(gt=0)] = 10.0
     hang_factor: Annotated[float, Field(gt=1)] = 10.0
+    quarantine_s: Annotated[float, Field(ge=0)] = 600.0
     canary_s: Annotated[float, Field(gt=0)] = 5.0
     keep_heap: bool = True
 

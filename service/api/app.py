@@ -70,7 +70,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            threads = ThreadPoolExecutor(max(2, available_cores()), "images")
+            threads = ThreadPoolExecutor(_image_threads(), "images")
             stack.callback(threads.shutdown, wait=False, cancel_futures=True)
             # Bodies are read while images are decoded and drawn.
             parsers = ThreadPoolExecutor(2, "bodies")
@@ -153,10 +153,16 @@ def _pipeline(
         pool,
         limits=caps,
         threads=threads,
+        workers=_image_threads(),
         decoders=decoders,
         max_pixels=limits.max_request_pixels,
         max_wait_s=limits.max_wait_s,
+        max_answer_bytes=limits.max_answer_bytes,
     )
+
+
+def _image_threads() -> int:
+    return max(2, available_cores())
 
 
 def _add_routes(app: FastAPI, settings: Settings) -> None:

@@ -11,17 +11,24 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Executor
-from typing import TypeVar
+from dataclasses import dataclass
 
-from models.errors import DeadlineExceeded, HeatlensError, ModelReplaced, Overloaded
+from models.errors import (
+    DeadlineExceeded,
+    HeatlensError,
+    InvalidOption,
+    ModelReplaced,
+    Overloaded,
+)
 from models.imaging.decode import DecodeLimits
 from models.types import Job, Operation, Struct
 from service import logs, tracing
 from service.api import schemas
 from service.api.decoders import Decoders
 from service.api.errors import internal_error
+from service.api.host import HostWork
 from service.api.plan import Plan, PlannedImage
 from service.api.preparation import PlanInputs, Preparation
 from service.api.responses import DecodedInput, draw, render
@@ -30,7 +37,11 @@ from service.api.watch import PartialMap, Watch
 from service.devices.messages import JobProgress, News, Submission
 from service.devices.pool import DevicePool
 
-T = TypeVar("T")
+_DRAW_S = 0.05
+# Answers of the largest size that may be in the making at once.
+_ANSWERS = 3
+# The estimate of an answer's size may be this far off.
+_TOLERANCE = 2
 
 _log = logging.getLogger(__name__)
 
@@ -73,9 +84,13 @@ class Pipeline:
         pool: the devices.
         limits: caps on images.
         threads: where images are decoded and drawn.
+        workers: the number of these threads.
         decoders: where images are decoded that are not proved to be cheap; None = in threads, too.
         max_pixels: of all images of a plan together.
-        max_wait_s: estimated wait for a device beyond which a plan is refused before decoding.
+        max_wait_s: estimated wait, for a device or for the threads, beyond which a plan is refused
+            before decoding.
+        max_answer_bytes: estimated size of one answer; all that are being made together have at
+            most three times as much.
     """
 
     def __init__(
@@ -84,16 +99,20 @@ class Pipeline:
         *,
         limits: DecodeLimits,
         threads: Executor,
+        workers: int = 2,
         decoders: Decoders | None = None,
         max_pixels: float = math.inf,
         max_wait_s: float = math.inf,
+        max_answer_bytes: int = 32_000_000,
     ) -> None:
         self._pool = pool
         self._preparation = Preparation(
             limits, threads=threads, decoders=decoders, max_pixels=max_pixels
         )
-        self._threads = threads
+        self._host = HostWork(threads, workers=workers)
         self._max_wait_s = max_wait_s
+        self._max_answer_bytes = max_answer_bytes
+        self._answer_bytes = 0
 
     async def run(self, plan: Plan, *, watch: Watch | None = None) -> Reply:
         """Run all images of a plan; cancelling this cancels their jobs.
@@ -111,14 +130,21 @@ class Pipeline:
         self._refuse_excess(plan)
         if watch is not None:
             watch.start(len(plan.images))
+        room = _Room(_TOLERANCE * self._max_answer_bytes)
+        self._answer_bytes += plan.answer_bytes
         try:
             async with asyncio.timeout(plan.deadline - time.monotonic()):
                 inputs = await self._preparation.begin(plan)
                 outcomes = await asyncio.gather(
-                    *(self._try_image(i, plan, inputs, watch) for i in range(len(plan.images)))
+                    *(
+                        self._try_image(i, plan, inputs, watch=watch, room=room)
+                        for i in range(len(plan.images))
+                    )
                 )
         except TimeoutError:
             raise DeadlineExceeded("The deadline passed before the response was ready.") from None
+        finally:
+            self._answer_bytes -= plan.answer_bytes
         for outcome in outcomes:
             # The plan must be made again for all images, not only for this one.
             if isinstance(outcome, ModelReplaced):
@@ -126,7 +152,14 @@ class Pipeline:
         return _reply(outcomes, plan)
 
     def _refuse_excess(self, plan: Plan) -> None:
-        """Refuse a plan that the devices would refuse, before spending time on decoding it."""
+        """Refuse a plan before spending time on decoding it, if it would wait for too long.
+
+        Raises:
+            Overloaded: for a device, for the threads, or for memory.
+        """
+        others = self._answer_bytes
+        if others and others + plan.answer_bytes > _ANSWERS * self._max_answer_bytes:
+            raise Overloaded("Too many large answers are being made.", retry_after_s=1.0)
         is_long = any(image.price.long for image in plan.images)
         name = f"{plan.info.card.name}@{plan.info.card.version}"
         waits = [
@@ -134,19 +167,20 @@ class Pipeline:
             for device in self._pool.devices()
             if device.state == "ready" and name in device.models
         ]
-        excess_s = min(waits, default=0.0) - self._max_wait_s
+        excess_s = max(min(waits, default=0.0), self._host.wait_s) - self._max_wait_s
         if excess_s > 0:
             raise Overloaded("The service is at its limit.", retry_after_s=excess_s)
 
     async def draw(self, item: PartialMap) -> ExplanationResponse:
         """Draw what a map shows so far."""
-        return await self._in_thread(lambda: draw(item.explanation, item.source, item.plan))
+        with self._host.stage("draw") as stage:
+            return await stage.run(lambda: draw(item.explanation, item.source, item.plan))
 
     async def _try_image(
-        self, number: int, plan: Plan, inputs: PlanInputs, watch: Watch | None
+        self, number: int, plan: Plan, inputs: PlanInputs, *, watch: Watch | None, room: _Room
     ) -> tuple[Result, ImageRun] | HeatlensError:
         try:
-            return await self._run_image(number, plan, inputs, watch)
+            return await self._run_image(number, plan, inputs, watch=watch, room=room)
         except HeatlensError as error:
             return error
         except Exception:  # noqa: BLE001 # one image must not fail the others
@@ -157,13 +191,14 @@ class Pipeline:
                 watch.finish(number)
 
     async def _run_image(
-        self, number: int, plan: Plan, inputs: PlanInputs, watch: Watch | None
+        self, number: int, plan: Plan, inputs: PlanInputs, *, watch: Watch | None, room: _Room
     ) -> tuple[Result, ImageRun]:
         image = plan.images[number]
         if image.input.error is not None:
             raise image.input.error
         decoding = time.monotonic()
-        decoded = await inputs.prepare(number)
+        with self._host.stage("decode") as stage:
+            decoded = await inputs.prepare(number, stage)
         submitted = time.monotonic()
         tracing.stage("decode", began=decoding, ended=submitted)
 
@@ -172,9 +207,14 @@ class Pipeline:
                 watch.hear(number, news, decoded, plan)
 
         submission = _submission(image, decoded, plan, is_watched=watch is not None)
-        completion = await self._pool.submit(submission, on_progress=hear)
-        answered = time.monotonic()
-        result = await self._in_thread(lambda: render(completion.outcome, decoded, plan))
+        with self._host.stage("draw") as stage:
+            completion = await self._pool.submit(submission, on_progress=hear)
+            answered = time.monotonic()
+            steps = render(completion.outcome, decoded, plan)
+            result, piece = None, number
+            while result is None:
+                result = await stage.run(lambda: _draw_some(steps, room), piece=piece)
+                piece += 1
         rendered = time.monotonic()
         tracing.stage("render", began=answered, ended=rendered)
         timings = Timings(
@@ -187,8 +227,33 @@ class Pipeline:
         run = ImageRun(timings=timings, batch_size=completion.batch_size, device=completion.device)
         return result, run
 
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+@dataclass(slots=True)
+class _Room:
+    """Bytes that the pictures of one answer may still take."""
+
+    left: float
+
+    def take(self, size: int) -> None:
+        self.left -= size
+        if self.left < 0:
+            reason = (
+                "The pictures are larger than an answer may be: ask for fewer, or smaller ones."
+            )
+            raise InvalidOption(reason, field="outputs")
+
+
+def _draw_some(steps: Generator[int, None, Result], room: _Room) -> Result | None:
+    """Draw for a short while; returns the result when it is complete."""
+    until = time.monotonic() + _DRAW_S
+    while True:
+        try:
+            room.take(next(steps))
+        except StopIteration as stop:
+            result: Result = stop.value
+            return result
+        if time.monotonic() >= until:
+            return None
 
 
 def _submission(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import TypeVar
 
+import msgspec
 import numpy as np
 
 from models.errors import HeatlensError, ImageTooLarge, InvalidOption, NotReady
@@ -16,8 +17,9 @@ from models.imaging.decode import DecodeLimits, from_pixels, inspect
 from models.imaging.headers import Header
 from models.imaging.prepare import Canvas, PreparedImage, from_decoded, is_light, prepare
 from models.imaging.preprocess import take_normalised
-from models.types import ModelInfo, Preprocess
+from models.types import JobOptions, ModelInfo, Preprocess
 from service.api.decoders import Decoders
+from service.api.host import HostStage
 from service.api.plan import Plan
 from service.api.responses import DecodedInput
 
@@ -32,8 +34,9 @@ class Preparation:
 
     Attributes:
         limits: caps on images.
-        threads: where images are decoded that are proved to be cheap.
-        decoders: where the others are; None = in threads, too.
+        threads: where headers are read.
+        decoders: where images are decoded that are not proved to be cheap; None = where the others
+            are.
         max_pixels: of all images of a request together.
     """
 
@@ -98,8 +101,8 @@ class PlanInputs:
         # Images of others get their turn in the decoders between those of this plan.
         self._lane = asyncio.Semaphore(1)
 
-    async def prepare(self, number: int) -> DecodedInput:
-        """Prepare one image.
+    async def prepare(self, number: int, stage: HostStage) -> DecodedInput:
+        """Prepare one image; `stage` has the threads.
 
         Raises:
             HeatlensError: the image cannot be decoded, or only at too high a cost.
@@ -110,22 +113,25 @@ class PlanInputs:
         if spec is None:
             raise NotReady("The model is not ready yet.", field="model")
         if decoders is None or header is None or is_light(header) or isinstance(data, np.ndarray):
-            return await self._preparation.in_thread(
-                lambda: self._as_input(self._prepare(data, spec))
+            return await stage.run(
+                lambda: self._as_input(self._prepare(data, spec), number), piece=number
             )
         limits, canvas = self._preparation.limits, self._canvas
         async with self._lane:
             return self._as_input(
-                await decoders.prepare(data, header=header, limits=limits, spec=spec, canvas=canvas)
+                await decoders.prepare(
+                    data, header=header, limits=limits, spec=spec, canvas=canvas
+                ),
+                number,
             )
 
-    def _as_input(self, prepared: PreparedImage) -> DecodedInput:
+    def _as_input(self, prepared: PreparedImage, number: int) -> DecodedInput:
         drawn_on = prepared.picture
         if drawn_on is None and prepared.input.dtype == np.uint8:
             drawn_on = prepared.input
         return DecodedInput(
             input=prepared.input,
-            digest=digest_of(prepared.input, self._plan.info),
+            digest=digest_of(prepared.input, self._plan.info, self._plan.images[number].options),
             geometry=prepared.geometry,
             picture=drawn_on,
             original=prepared.original,
@@ -150,9 +156,10 @@ class PlanInputs:
         return PreparedImage(input=values, geometry=geometry)
 
 
-def digest_of(model_input: np.ndarray, info: ModelInfo) -> str:
-    """Digest of model and input, which identifies an input after a worker's exit."""
+def digest_of(model_input: np.ndarray, info: ModelInfo, options: JobOptions) -> str:
+    """Digest of model, input and options, which identifies a job after a worker's exit."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(f"{info.card.name}@{info.card.version}".encode())
+    digest.update(msgspec.msgpack.encode(options))
     digest.update(np.ascontiguousarray(model_input).data)
     return digest.hexdigest()

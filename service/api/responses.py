@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import struct
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +36,7 @@ class DecodedInput:
     Attributes:
         input: the model's input, as a job has it.
         picture: what is drawn on where it is not the whole image, uint8 (H, W, 3).
-        digest: of model and input.
+        digest: of model, input and options.
         geometry: the place of that input in the original image.
         original: the whole image, shrunk to what is drawn on; None if it is not.
         warnings: what had to be assumed to decode it.
@@ -49,12 +50,16 @@ class DecodedInput:
     warnings: tuple[str, ...] = ()
 
 
-def render(outcome: Outcome, source: DecodedInput, plan: Plan) -> Result:
-    """Make the result of one image."""
+def render(outcome: Outcome, source: DecodedInput, plan: Plan) -> Generator[int, None, Result]:
+    """Make the result of one image; yields the number of bytes after each part that was drawn."""
     labels = plan.info.labels
     image = derive(schemas.ImageInfo, source.geometry)
     predictions = tuple(_prediction(item, labels) for item in outcome.predictions)
-    statistics = tuple(_statistics(item, plan.render) for item in outcome.statistics)
+    described: list[StatisticsResponse] = []
+    for item in outcome.statistics:
+        described.append(_statistics(item, plan.render))
+        yield _size(described[-1].grid)
+    statistics = tuple(described)
     warnings = source.warnings or UNSET
     if plan.operation == "predict":
         return schemas.PredictResult(
@@ -65,10 +70,14 @@ def render(outcome: Outcome, source: DecodedInput, plan: Plan) -> Result:
             image=image, predictions=predictions, features=statistics, warnings=warnings
         )
     canvas = _canvas(source)
+    explanations: list[schemas.ExplanationResponse] = []
+    for explanation in outcome.explanations:
+        explanations.append(_explanation(explanation, canvas, source, plan))
+        yield _size(explanations[-1].heatmap) + _size(explanations[-1].overlay)
     return schemas.ExplainResult(
         image=image,
         predictions=predictions,
-        explanations=tuple(_explanation(e, canvas, source, plan) for e in outcome.explanations),
+        explanations=tuple(explanations),
         statistics=statistics,
         warnings=warnings,
     )
@@ -158,6 +167,10 @@ def _values(values: np.ndarray) -> schemas.Values:
 def _image_data(data: bytes, media_type: str, canvas: Canvas) -> ImageData:
     height, width = canvas.base.shape[:2]
     return ImageData(media_type=media_type, width=width, height=height, data=_base64(data))
+
+
+def _size(picture: ImageData | UnsetType) -> int:
+    return 0 if picture is UNSET else len(picture.data)
 
 
 def _base64(data: bytes) -> str:

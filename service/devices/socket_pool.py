@@ -45,7 +45,9 @@ _POLL_S = 0.02
 _MAX_WAITING = 512
 _FIRST_MODELS_S = 1.0
 _FIRST_MODELS_POLL_S = 0.002
-_QUARANTINED = "This input was on a device in two worker exits; it is not retried."
+_QUARANTINED = (
+    "This image with these options was on a device in two worker exits; it is refused for a while."
+)
 
 
 @dataclass(slots=True, eq=False)

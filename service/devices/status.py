@@ -60,7 +60,7 @@ class WorkerStatus(Struct):
     Attributes:
         ready: whether every configured model was tried and a real pass has succeeded since.
         activity: current activity of the device.
-        since: start of that activity.
+        since: start of that activity, or its last sign of progress.
         predicted_s: expected duration of that activity.
         subject: the model being run or loaded, as `name@version`.
         jobs: jobs on the device.
@@ -127,7 +127,7 @@ class DeviceStates(Struct):
 
     Attributes:
         draining: whether the service is stopping.
-        quarantined: digests of inputs that were on a device in two worker exits, oldest first.
+        quarantined: digests of jobs that were on a device in two worker exits, oldest first.
         refused_models: `name@version` of models whose loading ended workers; not to be retried.
     """
 

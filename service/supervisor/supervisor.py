@@ -18,13 +18,14 @@ from enum import Enum
 from service import tracing
 from service.configuration import ConfigurationSource
 from service.devices.runtime_dir import RuntimeDir
-from service.devices.status import MAX_QUARANTINED, DeviceStates, DeviceStatesFile
+from service.devices.status import DeviceStates, DeviceStatesFile
 from service.hardware import available_cores, resolve_devices, threads_per_device
 from service.logs import configure_logging
 from service.settings import Settings
 from service.supervisor.child import Child
 from service.supervisor.device_process import DeviceProcess
 from service.supervisor.http_process import HttpProcess
+from service.supervisor.quarantine import Quarantine
 
 log = logging.getLogger("heatlens.supervisor")
 
@@ -80,7 +81,7 @@ class Supervisor:
         self._exit_code = 0
         self._signals = 0
         self._reload_requested = False
-        self._quarantined: tuple[str, ...] = ()
+        self._quarantine = Quarantine(settings.workers.quarantine_s)
         self._published: DeviceStates | None = None
 
     def run(self) -> int:
@@ -152,7 +153,7 @@ class Supervisor:
         self._handle_signals(now)
         for device in self._devices:
             device.poll(now, restart=self._phase is not _Phase.STOPPING)
-        self._quarantine()
+        self._find_quarantined(now)
         # Clients see the exit of a worker before they can see its successor.
         self._publish()
         for device in self._devices:
@@ -233,19 +234,17 @@ class Supervisor:
 
     # ---------------------------------------------------------------- records
 
-    def _quarantine(self) -> None:
-        """Refuse inputs that were part of two worker exits from now on."""
+    def _find_quarantined(self, now: float) -> None:
         for device in self._devices:
             for digest in device.take_quarantined():
-                log.error("quarantined an input that was part of two worker exits: %s", digest)
-                others = tuple(d for d in self._quarantined if d != digest)
-                self._quarantined = (*others, digest)[-MAX_QUARANTINED:]
+                log.error("quarantined a job that was part of two worker exits: %s", digest)
+                self._quarantine.add(digest, now)
 
     def _publish(self) -> None:
         states = DeviceStates(
             devices=tuple(device.state() for device in self._devices),
             draining=self._phase is not _Phase.SERVING,
-            quarantined=self._quarantined,
+            quarantined=self._quarantine.digests(time.monotonic()),
             refused_models=tuple(
                 sorted({m for device in self._devices for m in device.refused_models})
             ),

@@ -41,7 +41,13 @@ _DEVICE = (
 
 
 class Engine(Protocol):
-    """Runs jobs of one model on a device; see `models.engine.Engine`."""
+    """Runs jobs of one model on a device; see `models.engine.Engine`.
+
+    Attributes:
+        beat: called now and then in a long run, as a sign of life.
+    """
+
+    beat: Callable[[], object]
 
     def run(self, jobs: Sequence[Job]) -> Sequence[Result]:
         """Run one pass for all jobs; a result each, in order."""

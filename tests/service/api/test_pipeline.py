@@ -24,7 +24,7 @@ from models.errors import (
     Overloaded,
 )
 from models.imaging.decode import DecodeLimits
-from models.types import Job, Outcome
+from models.types import Job, JobOptions, Outcome
 from service.api.body import ImageInput
 from service.api.options import ExplainOptions, FeaturesOptions, PredictOptions
 from service.api.pipeline import Pipeline
@@ -93,12 +93,57 @@ async def test_excess_is_refused_before_it_is_decoded() -> None:
         await made.run(plan_of(ImageInput(data=draw())))
 
 
-async def test_long_jobs_are_refused_by_devices_only() -> None:
+async def test_long_jobs_wait_for_their_share_of_a_device() -> None:
     pool = FakePool()
+    plan = plan_of(ImageInput(data=draw()), options=ExplainOptions(methods=["rise"]))
     async with pipeline(pool, max_wait_s=2.0) as made:
         pool.statuses = waiting(5.0)
-        options = ExplainOptions(methods=["rise"])
-        await made.run(plan_of(ImageInput(data=draw()), options=options))
+        await made.run(plan)
+        pool.statuses = [structs.replace(s, wait_ms=0, long_wait_ms=5000) for s in waiting(5.0)]
+        with pytest.raises(Overloaded) as caught:
+            await made.run(plan)
+    assert caught.value.retry_after_s == pytest.approx(3.0)
+
+
+async def test_large_answers_are_made_a_few_at_a_time() -> None:
+    pool = FakePool(delay_s=30)
+    async with pipeline(pool, max_answer_bytes=50_000) as made:
+        options = ExplainOptions(canvas="original", overlay_format="png", outputs=["overlay"])
+        first = asyncio.create_task(made.run(plan_of(ImageInput(data=draw()), options=options)))
+        await pool.arrived.wait()
+        with pytest.raises(Overloaded, match="large answers"):
+            await made.run(plan_of(ImageInput(data=draw())))
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        pool.delay_s = 0
+        assert await made.run(plan_of(ImageInput(data=draw())))
+
+
+async def test_pictures_that_turn_out_too_large_end_the_request() -> None:
+    async with pipeline(FakePool(), max_answer_bytes=500) as made:
+        with pytest.raises(InvalidOption) as caught:
+            await made.run(plan_of(ImageInput(data=draw()), options=ExplainOptions()))
+    assert caught.value.field == "outputs"
+
+
+async def test_drawing_ends_with_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, begun = [], asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def locate(*_: Any, **__: Any) -> None:
+        drawn.append(1)
+        loop.call_soon_threadsafe(begun.set)
+
+    monkeypatch.setattr("service.api.pipeline._DRAW_S", 0.0)
+    monkeypatch.setattr("service.api.responses.locate", locate)
+    options = ExplainOptions(targets=list(range(5)), layers=["*"], outputs=["values"])
+    async with pipeline(FakePool()) as made:
+        running = asyncio.create_task(made.run(plan_of(ImageInput(data=draw()), options=options)))
+        await begun.wait()
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    # The context waited for the threads: at most the picture that had begun was finished.
+    assert len(drawn) < 5
 
 
 async def test_images_are_submitted_together() -> None:
@@ -194,18 +239,20 @@ async def test_a_fault_of_one_image_stays_its_own(caplog: pytest.LogCaptureFixtu
     assert "secret" in caplog.text
 
 
-def test_digest_depends_on_input_and_model() -> None:
+def test_digest_depends_on_input_model_and_options() -> None:
     info, array = fake_info(), np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    plain, asked = JobOptions(), JobOptions(methods=("rise",))
     other_version = structs.replace(info, card=structs.replace(info.card, version="2"))
     other_pixel = array.copy()
     other_pixel[0, 0, 0] = 9
     digests = {
-        digest_of(array, info),
-        digest_of(array, other_version),
-        digest_of(other_pixel, info),
+        digest_of(array, info, plain),
+        digest_of(array, other_version, plain),
+        digest_of(other_pixel, info, plain),
+        digest_of(array, info, asked),
     }
-    assert len(digests) == 3
-    assert digest_of(np.asfortranarray(array), info) == digest_of(array.copy(), info)
+    assert len(digests) == 4
+    assert digest_of(np.asfortranarray(array), info, plain) in digests
     assert all(len(digest) == 32 for digest in digests)
 
 

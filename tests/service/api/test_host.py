@@ -1,0 +1,95 @@
+"""The order of decoding and drawing, and what is left when a request is cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from service.api.host import HostWork, StageName
+
+pytestmark = pytest.mark.anyio
+
+
+class Held:
+    """One thread that is held until it is released, and the order of what ran after that."""
+
+    def __init__(self) -> None:
+        self.threads = ThreadPoolExecutor(1)
+        self.host = HostWork(self.threads, workers=1)
+        self.gate = threading.Event()
+        self.ran: list[str] = []
+        self.tasks = [self.add("decode", self.gate.wait)]
+
+    def add(
+        self, stage: StageName, work: Callable[[], object] | str, piece: int = 0
+    ) -> asyncio.Task[object]:
+        async def run() -> object:
+            with self.host.stage(stage) as entered:
+                note = work if callable(work) else lambda: self.ran.append(work)
+                return await entered.run(note, piece=piece)
+
+        return asyncio.create_task(run())
+
+    async def finish(self, *tasks: asyncio.Task[object]) -> list[str]:
+        await asyncio.sleep(0)
+        self.gate.set()
+        await asyncio.gather(*self.tasks, *tasks)
+        return self.ran
+
+
+@pytest.fixture
+async def held() -> AsyncIterator[Held]:
+    made = Held()
+    await asyncio.sleep(0)
+    yield made
+    made.gate.set()
+    made.threads.shutdown()
+
+
+async def test_drawing_comes_before_decoding(held: Held) -> None:
+    tasks = [held.add("decode", "decode"), held.add("draw", "draw")]
+    assert await held.finish(*tasks) == ["draw", "decode"]
+
+
+async def test_a_request_of_many_images_does_not_hold_up_another(held: Held) -> None:
+    many = [held.add("decode", f"many {number}", number) for number in range(8)]
+    one = held.add("decode", "one")
+    order = await held.finish(*many, one)
+    assert order.index("one") == 1
+    assert [name for name in order if name != "one"] == [f"many {n}" for n in range(8)]
+
+
+async def test_later_pictures_of_a_large_drawing_wait_for_a_new_image(held: Held) -> None:
+    tasks = [held.add("draw", "later", piece=5), held.add("decode", "decode")]
+    assert await held.finish(*tasks) == ["decode", "later"]
+
+
+async def test_cancelled_work_is_not_run_and_leaves_its_place(held: Held) -> None:
+    given_up, kept = held.add("decode", "given up"), held.add("decode", "kept")
+    await asyncio.sleep(0)
+    given_up.cancel()
+    assert await held.finish(kept) == ["kept"]
+    await asyncio.wait_for(held.add("decode", "next"), 5)
+
+
+async def test_a_thread_is_free_when_cancelled_work_has_ended_and_not_before(held: Held) -> None:
+    held.tasks.pop().cancel()
+    waiting = held.add("decode", "waiting")
+    await asyncio.sleep(0.01)
+    assert not held.ran
+    assert await held.finish(waiting) == ["waiting"]
+
+
+async def test_the_wait_follows_the_work(held: Held) -> None:
+    assert held.host.wait_s == 0
+    await held.finish()
+    took_s = held.host.wait_s
+    assert took_s == 0, "nothing waits"
+    with held.host.stage("decode") as entered:
+        entered.seconds = 2.0
+    with held.host.stage("decode"), held.host.stage("decode"):
+        assert held.host.wait_s > 0.2
