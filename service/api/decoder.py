@@ -71,7 +71,8 @@ def read(stream: BinaryIO, kind: type[MessageT]) -> MessageT:
     """
     (count,) = _LENGTH.unpack(_exactly(stream, _LENGTH.size))
     sizes = struct.unpack(f">{count}I", _exactly(stream, count * _LENGTH.size))
-    frames: list[Frame] = [_exactly(stream, size) for size in sizes]
+    # Torch wants arrays that may be written to.
+    frames: list[Frame] = [bytearray(_exactly(stream, size)) for size in sizes]
     message: MessageT = messages.decode(frames, kind)
     return message
 
