@@ -9,7 +9,7 @@ VARIANT ?= cpu
 VENV := .venv
 BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip install -c constraints.txt
-DEV  := .[test,lint,otel]
+DEV  := .[test,lint,otel,audit]
 
 # Two things decide what is installed; a stamp is older than them when it is time to install again.
 PINS    := pyproject.toml constraints.txt
@@ -31,7 +31,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 debian = command -v $(1) > /dev/null || { apt-get -qq update && apt-get -qq install -y --no-install-recommends $(2); }
 
 .DEFAULT_GOAL := help
-.PHONY: help run install test test-process test-browser cov check lint format format-check types contracts bench fleet helm image image-test clean
+.PHONY: help run install test test-process test-browser cov check lint format format-check types contracts bench fleet helm image image-test clean fuzz audit sbom
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -88,6 +88,17 @@ image: $(DEV_OK) ## Build the container image with buildah (VARIANT=cpu; needs r
 
 image-test: $(DEV_OK) ## Run the image with podman: readiness, an answer, drain, read-only root, no root
 	$(BIN)/python deploy/image/check.py
+
+fuzz: $(DEV_OK) ## Decode 50,000 mutated images and send the service 20,000 generated requests (ARGS="--images 1000")
+	$(BIN)/python -m tests.hostile.fuzz $(ARGS)
+
+audit: $(DEV_OK) ## Hold what is required and installed against known faults
+	$(PYTEST) -q tests/test_advisories.py
+	$(BIN)/pip-audit --skip-editable --progress-spinner off
+
+sbom: $(DEV_OK) ## List what is installed in dist/sbom.json (CycloneDX)
+	@mkdir -p dist
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-file dist/sbom.json $(BIN)/python
 
 clean: ## Remove caches and build products, keep .venv
 	rm -rf build dist out htmlcov .coverage .coverage.* *.egg-info
