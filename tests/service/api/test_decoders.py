@@ -174,3 +174,18 @@ async def test_a_request_for_a_format_that_is_not_light_is_answered(serve: Serve
             assert response.status_code == 200, response.text
             result = response.json()["results"][0]
             assert result["explanations"][0]["overlay"]["width"] == 80
+
+
+async def test_costly_images_do_not_hold_up_cheap_ones(serve: Serve) -> None:
+    headers = {"Content-Type": "application/octet-stream"}
+    async with serve(limits={"decoders": 1}) as client:
+
+        async def ask(data: bytes) -> None:
+            response = await client.post("/v1/predict", content=data, headers=headers)
+            assert response.status_code == 200
+
+        costly = [asyncio.create_task(ask(flat(4000))) for _ in range(4)]
+        for _ in range(5):
+            await ask(encoded("JPEG"))
+        assert not all(task.done() for task in costly)
+        await asyncio.gather(*costly)
