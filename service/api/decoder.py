@@ -122,6 +122,7 @@ def main() -> None:
     die_with_parent(options.parent)
     _limit(options.memory)
     tasks, results = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    # Whatever a library prints must not get among the results.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     while True:
         try:

@@ -129,6 +129,8 @@ class Decoders:
             env=passed | _OWN,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            # libtiff writes a line for each fault that it finds, thousands for one file.
+            stderr=subprocess.DEVNULL,
             cwd=Path("/"),
             process_group=0,
         )

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import base64
+import os
 import random
 import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -58,8 +60,14 @@ def decode_mutated(number: int) -> Counter[str]:
 
 def fuzz_images(count: int) -> Counter[str]:
     """Decode mutated images in two processes; a crash ends the run."""
-    with ProcessPoolExecutor(2) as processes:
+    with ProcessPoolExecutor(2, initializer=_be_quiet) as processes:
         return sum(processes.map(decode_mutated, range(-(-count // _CHUNK))), Counter[str]())
+
+
+def _be_quiet() -> None:
+    """Libraries write a line for each fault that they find."""
+    warnings.simplefilter("ignore")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 @contextmanager

@@ -115,7 +115,7 @@ def _set_number(data: bytearray, random_: random.Random) -> None:
 
 
 def _cut(data: bytearray, random_: random.Random) -> None:
-    del data[random_.randrange(1, len(data) + 1) :]
+    del data[random_.randrange(len(data) + 1) :]
 
 
 def _drop(data: bytearray, random_: random.Random) -> None:

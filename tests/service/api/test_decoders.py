@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import os
 import signal
@@ -72,6 +73,19 @@ async def test_errors_are_those_of_decoding(decoders: Decoders) -> None:
     with pytest.raises(ImageUndecodable, match="damaged or truncated"):
         await decoders.prepare(data[:-2000], header=header, limits=LIMITS, spec=SPEC, canvas="none")
     assert (await run(decoders, data)).geometry.width == 80
+
+
+async def test_what_libraries_write_does_not_reach_the_log(
+    decoders: Decoders, capfd: pytest.CaptureFixture[str]
+) -> None:
+    buffer = io.BytesIO()
+    noise = Image.effect_noise((200, 200), 50).convert("1")
+    noise.save(buffer, "TIFF", compression="group4")
+    data = bytearray(buffer.getvalue())
+    data[len(data) // 2 :: 50] = b"\x55" * len(data[len(data) // 2 :: 50])
+    with contextlib.suppress(ImageUndecodable):
+        await run(decoders, bytes(data))
+    assert capfd.readouterr() == ("", "")
 
 
 async def test_too_much_time_ends_the_process_and_the_next_image_gets_another() -> None:
