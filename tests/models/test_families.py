@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -12,60 +13,46 @@ import torch
 from torch import Tensor, nn
 
 from models.catalog import ModelSpec
-from models.compat import define_missing_operators
 from models.engine import Engine
+from models.extractor import Extractor, Tap
 from models.hooks import HookStack
 from models.layers import to_map
 from models.sources import LoadedModel
 from models.types import Failure, Intervention, Job, Outcome, Preprocess, Target
 from models.warm_model import WarmModel
 from models.warmup import warm_up
-from models.weights import fill_zero_heads
-from tests.models.conftest import OneModel, frozen
+from tests.models.conftest import OneModel
+from tests.models.families import CLASSES, FAMILIES, network
 from tests.models.test_engine import finish, index, job, normalised
 
-CLASSES = 5
+pytestmark = pytest.mark.slow
+
 TARGET = 3
-
-WINDOWS = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
-TOKENS = {"embed_dim": 32, "depth": 2, "num_heads": 2}
-FAMILIES: dict[str, tuple[int, dict]] = {
-    "torchvision:resnet18": (64, {}),
-    "torchvision:mobilenet_v3_small": (64, {}),
-    "torchvision:shufflenet_v2_x0_5": (64, {}),
-    "torchvision:efficientnet_b0": (64, {}),
-    "timm:densenet121": (64, {"growth_rate": 8, "block_config": (2, 2, 2, 2)}),
-    "timm:convnext_atto": (64, {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}),
-    "timm:vit_tiny_patch16_224": (64, {**TOKENS, "img_size": 64}),
-    "timm:vit_small_patch14_reg4_dinov2": (56, {**TOKENS, "img_size": 56}),
-    "timm:deit_tiny_distilled_patch16_224": (64, {**TOKENS, "img_size": 64}),
-    "timm:beit_base_patch16_224": (64, {**TOKENS, "img_size": 64}),
-    "timm:eva02_tiny_patch14_224": (56, {**TOKENS, "img_size": 56}),
-    "timm:swin_tiny_patch4_window7_224": (64, {**WINDOWS, "img_size": 64}),
-    "timm:mobilevit_xxs": (64, {}),
-    "timm:hiera_tiny_224": (64, {"img_size": (64, 64), "embed_dim": 16, "stages": (1, 1, 2, 1)}),
-}
+SEEDS = (2, 3)
+"""Of two images: no ReLU of these networks is within rounding of its kink for them, where float32
+and float64 may take different sides."""
 
 
-def network(name: str) -> tuple[nn.Module, int]:
-    source, _, kind = name.partition(":")
-    side, options = FAMILIES[name]
-    torch.manual_seed(0)
-    define_missing_operators()
-    if source == "timm":
-        import timm
+@dataclass(frozen=True, eq=False)
+class Family:
+    """A family's network, and it as the registry prepares it for the images of `job`."""
 
-        net = timm.create_model(kind, num_classes=CLASSES, **options)
-    else:
-        import torchvision
+    side: int
+    net: nn.Module
+    warm: WarmModel
+    engine: Engine
 
-        net = torchvision.models.get_model(kind, num_classes=CLASSES, **options)
-    fill_zero_heads(net)
-    return frozen(net), side
+    def layers(self, *, spatial: bool) -> list[str]:
+        infos = self.warm.info.layers
+        return [i.name for i in infos if i.usable and i.output_shape and i.spatial >= spatial]
+
+    def run(self, *jobs: Job) -> list[Outcome | Failure]:
+        return finish(self.engine, list(jobs))
 
 
-def warm(net: nn.Module, side: int) -> WarmModel:
-    """The network as the registry prepares it, for the pictures of `job`."""
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request) -> Family:
+    side, net = FAMILIES[request.param][0], network(request.param)
     loaded = LoadedModel(
         module=copy.deepcopy(net),
         labels=tuple(map(str, range(CLASSES))),
@@ -74,13 +61,21 @@ def warm(net: nn.Module, side: int) -> WarmModel:
         preprocess=Preprocess(resize=side, crop=(side, side), mean=(0.5,) * 3, std=(64 / 255,) * 3),
         spec=ModelSpec(name="tiny", source="python:tests:tiny"),
     )
-    return warm_up(loaded, torch.device("cpu"), warmup_s=0.0)
+    warm = warm_up(loaded, torch.device("cpu"), warmup_s=0.0)
+    return Family(side, net, warm, Engine(OneModel(warm)))
 
 
-def reference(net: nn.Module, images: Tensor) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """The output of each call of a module, and the target's gradient there, from one pass."""
-    outputs: dict[str, Tensor] = {}
-    calls: Counter[str] = Counter()
+@dataclass(frozen=True, eq=False)
+class Exact:
+    """The output of each call of a module by name, and the target's gradient there."""
+
+    outputs: dict[str, Tensor]
+    gradients: dict[str, Tensor | None]
+
+
+def exact(net: nn.Module, image: Tensor) -> Exact:
+    """By float64 autograd, in one pass."""
+    net, outputs, calls = copy.deepcopy(net).double(), {}, Counter()
 
     def hook_of(name: str) -> Callable:
         def hook(_: nn.Module, __: object, output: object) -> object:
@@ -97,76 +92,140 @@ def reference(net: nn.Module, images: Tensor) -> dict[str, tuple[Tensor, Tensor 
         for name, module in net.named_modules():
             if name:
                 hooks.forward(module, hook_of(name))
-        scores = net(images.clone().requires_grad_())
-    tensors = [t for t in outputs.values() if t.requires_grad]
-    found = torch.autograd.grad(scores[:, TARGET].sum(), tensors, allow_unused=True)
-    by_tensor = dict(zip(map(id, tensors), found, strict=True))
-    return {name: (t.detach(), by_tensor.get(id(t))) for name, t in outputs.items()}
+        scores = net(image.double().requires_grad_())
+    names = [name for name, output in outputs.items() if output.requires_grad]
+    tensors = [outputs[name] for name in names]
+    gradients = torch.autograd.grad(scores[0, TARGET], tensors, allow_unused=True)
+    return Exact(
+        {n: o.detach() for n, o in outputs.items()}, dict(zip(names, gradients, strict=True))
+    )
 
 
-def explain(number: int, layer: str, side: int) -> Job:
-    target = (Target(cls=index(TARGET)),)
-    options = {"layers": (layer,), "methods": ("hirescam",), "targets": target}
-    return job(layer, seed=number, side=side, **options)
+@pytest.fixture(scope="module")
+def right(family) -> list[Exact]:
+    """What is right for each of the two images."""
+    items = [job("", seed=seed, side=family.side) for seed in SEEDS]
+    return [exact(family.net, normalised(item)) for item in items]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_layer_is_right_or_refused(name):
-    net, side = network(name)
-    model = warm(net, side)
-    engine = Engine(OneModel(model))
-    layers = [item.name for item in model.info.layers if item.spatial]
-    assert model.target_layer in layers
-    # Two images take turns, so that each is in company. No ReLU of these networks is within rounding
-    # of its kink for them, where float32 and float64 may take different sides.
-    jobs = [explain(2 + number % 2, layer, side) for number, layer in enumerate(layers)]
-    outcomes: list[Outcome | Failure] = []
-    for start in range(0, len(jobs), 8):
-        outcomes += finish(engine, jobs[start : start + 8])
-    exact = net.double()
-    expected = [reference(exact, normalised(item).double()) for item in jobs[:2]]
-    answered = 0
-    for number, (layer, outcome) in enumerate(zip(layers, outcomes, strict=True)):
-        if isinstance(outcome, Failure):
-            assert layer != model.target_layer, outcome.message
-            assert outcome.message
-            continue
-        output, gradient = expected[number % 2][layer]
-        found = outcome.explanations[0].map
+def asked(family: Family, operation: str, layers: Sequence[str], **options) -> list[Job]:
+    """The same question about each of the two images."""
+    options |= {"layers": tuple(layers), "targets": (Target(cls=index(TARGET)),)}
+    return [job(f"{seed}", operation, seed=seed, side=family.side, **options) for seed in SEEDS]
+
+
+def some(layers: Sequence[str], count: int = 6) -> list[str]:
+    """Some layers spread over the depth, the last among them."""
+    return list(layers[:: -max(1, len(layers) // count)])
+
+
+def check_maps(family: Family, outcome: Outcome, expected: Exact) -> None:
+    for explanation in outcome.explanations:
+        layer, gradient = explanation.layer, expected.gradients.get(explanation.layer)
         if gradient is None:
-            assert not np.any(found), f"{layer} has no gradient"
+            assert not np.any(explanation.map), f"{layer} has no gradient"
             continue
-        layout = model.layouts[layer]
-        products = (to_map(output, layout) * to_map(gradient, layout))[0]
-        right = products.sum(0).relu().numpy()
-        # What precedes a normalisation cancels in the sum, so the terms are the measure of rounding.
+        layout = family.warm.layouts[layer]
+        products = to_map(expected.outputs[layer] * gradient, layout)[0]
+        # What precedes a normalisation cancels in the sum, so the terms are the measure.
         size = float(products.abs().sum(0).max())
-        assert np.abs(found - right).max() <= 2e-4 * size, layer
-        answered += 1
-    assert answered > len(layers) / 2
+        error = np.abs(explanation.map - products.sum(0).relu().numpy()).max()
+        assert error <= 1e-4 * size, layer
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
-def test_what_is_changed_at_a_layer_changes_its_own_image_only(name):
-    net, side = network(name)
-    model = warm(net, side)
-    engine = Engine(OneModel(model))
-    usable = [item.name for item in model.info.layers if item.usable and item.output_shape]
-    plain = job("plain", "predict", seed=1, side=side)
-    alone = finish(engine, [plain])[0]
-    for layer in usable[:: max(1, len(usable) // 6)]:
+def test_every_map_is_right(family, right):
+    """At all layers in one pass of the plain network, and at those of its fused twin in one."""
+    layers = family.layers(spatial=True)
+    assert family.warm.target_layer in layers
+    assert len(layers) > len(family.warm.info.layers) / 4
+    parts = [layers]
+    parts += [[x for x in layers if x in v.rewritable] for v in family.warm.variants]
+    for part in parts:
+        outcomes = family.run(*asked(family, "explain", part, methods=("hirescam",)))
+        for outcome, expected in zip(outcomes, right, strict=True):
+            assert len(outcome.explanations) == len(part)
+            check_maps(family, outcome, expected)
+
+
+def test_a_map_alone_is_the_map_in_company(family, right):
+    for layer in some(family.layers(spatial=True)):
+        (outcome,) = family.run(asked(family, "explain", [layer], methods=("hirescam",))[0])
+        check_maps(family, outcome, right[0])
+
+
+def test_every_layer_is_described_right(family, right):
+    layers, kinds = family.layers(spatial=False), ("output", "grad_output")
+    outcomes = family.run(*asked(family, "features", layers, kinds=kinds))
+    for outcome, expected in zip(outcomes, right, strict=True):
+        found = {(s.layer, s.kind): s for s in outcome.statistics}
+        for layer in layers:
+            tensors = {"output": expected.outputs[layer]}
+            if (gradient := expected.gradients.get(layer)) is not None:
+                tensors["grad_output"] = gradient
+            for kind, tensor in tensors.items():
+                statistics, peak = found[layer, kind], float(tensor.abs().max())
+                numbers = [statistics.mean, statistics.min, statistics.max]
+                wanted = [float(n) for n in (tensor.mean(), tensor.min(), tensor.max())]
+                assert numbers == pytest.approx(wanted, abs=1e-4 * peak + 1e-12), (layer, kind)
+                assert statistics.l2 == pytest.approx(float(tensor.norm()), rel=1e-4, abs=1e-9)
+
+
+def test_what_is_changed_at_a_layer_changes_its_own_image_only(family):
+    plain = job("plain", "predict", seed=1, side=family.side)
+    (alone,) = family.run(plain)
+    for layer in some(family.layers(spatial=False)):
         change = (Intervention(layer=layer, channels=(0,), op="scale", value=3.0),)
-        changed = job("changed", "predict", seed=2, side=side, interventions=change)
-        found, beside = finish(engine, [changed, plain])
-        (by_itself,) = finish(engine, [changed])
-        for one, other in ((beside, alone), (found, by_itself)):
-            if isinstance(other, Failure):
-                assert isinstance(one, Failure)
-                continue
-            scores = [
-                [p.score for p in sorted(o.predictions, key=lambda p: p.class_id)]
-                for o in (one, other)
-            ]
+        changed = job("changed", "predict", seed=2, side=family.side, interventions=change)
+        found, beside = family.run(changed, plain)
+        (by_itself,) = family.run(changed)
+        for pair in ((beside, alone), (found, by_itself)):
+            by_class = [sorted(o.predictions, key=lambda p: p.class_id) for o in pair]
+            scores = [[p.score for p in predictions] for predictions in by_class]
             np.testing.assert_allclose(*scores, rtol=1e-4, atol=1e-4)
+
+
+PLACES = ((0.05, 0.55), (0.6, 0.1), (0.3, 0.7), (0.7, 0.4))
+"""Corners of the patches, as shares of the side."""
+
+
+def planted(side: int) -> Tensor:
+    """Four images (4, 5, 3, side, side), each without and with a patch at each of the places."""
+    generator = torch.Generator().manual_seed(4)
+    images = 0.3 * torch.randn(4, 1, 3, side, side, generator=generator)
+    images = images.repeat(1, 1 + len(PLACES), 1, 1, 1)
+    size = side // 4
+    for i, (top, left) in enumerate(PLACES, 1):
+        y, x = round(top * side), round(left * side)
+        content = 2 * torch.randn(4, 3, size, size, generator=generator)
+        images[:, i, :, y : y + size, x : x + size] = content
+    return images
+
+
+def on_patch(peak: int, corner: float, positions: int) -> bool:
+    """Whether a position lies on a patch, or beside it."""
+    low, high = (peak - 1) / positions, (peak + 2) / positions
+    return low <= corner + 0.25 and corner <= high
+
+
+def test_a_planted_patch_is_felt_where_it_is(family):
+    """What patches change at a layer peaks on the patch, at every layer that is a map."""
+    images = planted(family.side)
+    layers = family.layers(spatial=True)
+    with Extractor(family.net, [Tap(layer, "output") for layer in layers]) as extractor:
+        extractor.forward(images.flatten(0, 1))
+        outputs = {layer: extractor.caught(layer, "output") for layer in layers}
+    for layer, output in outputs.items():
+        maps = to_map(output, family.warm.layouts[layer]).unflatten(0, images.shape[:2])
+        felt = (maps[:, 1:] - maps[:, :1]).square().sum((0, 2))
+        # Attention is felt everywhere: what counts is where this patch is felt more than others.
+        excess = felt - felt.mean(0)
+        if not bool(felt.any()):
+            continue  # a branch whose weights begin at zero
+        size = excess.shape[1:]
+        peaks = [np.unravel_index(int(response.argmax()), size) for response in excess]
+        hits = sum(
+            all(map(on_patch, peak, corner, size))
+            for peak, corner in zip(peaks, PLACES, strict=True)
+        )
+        # Of random networks single peaks may lie elsewhere; maps of few positions see everything.
+        assert hits >= (3 if size.numel() > 16 else 1), (layer, peaks)
