@@ -190,7 +190,7 @@ def has_gradient(trace: Trace, layouts: Layouts, name: str) -> bool:
 
 def _gradient(trace: Trace, call: Call, layouts: Layouts, classes: Sequence[int]) -> Tensor | None:
     """Gradient (N, C, h, w) of a mixture of the classes' scores at a map; None without one."""
-    if call.output is None or not (call.output.requires_grad and trace.scores.requires_grad):
+    if call.output is None or not (call.output.requires_grad and trace.differentiable):
         return None
     # Weighted, since plain sums may cancel: two classes of one logit, scores that add up to one.
     weights = torch.arange(1.0, 1 + len(classes), device=trace.scores.device)

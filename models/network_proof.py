@@ -171,21 +171,6 @@ def _alone(module: nn.Module, image: Tensor) -> Tensor:
     return scores
 
 
-def reaches_input(scores: Tensor) -> bool:
-    """Whether the recorded graph of a frozen network's scores goes back to its input."""
-    nodes, seen = [scores.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        # Quantised operations are recorded, but not differentiated.
-        if node is None or node in seen or "NotImplemented" in node.name():
-            continue
-        if node.name().endswith("AccumulateGrad"):
-            return True
-        seen.add(node)
-        nodes += [following for following, _ in node.next_functions]
-    return False
-
-
 def _same(found: Tensor, expected: Tensor, scores: Tensor) -> bool:
     """Whether scores are equal but for rounding.
 

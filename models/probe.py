@@ -56,6 +56,7 @@ class Trace:
         module: the model.
         probe: (N, 3, H, W), its input.
         scores: (N, classes), with the graph back to every recorded output.
+        differentiable: whether that graph goes back to the input.
         calls: calls of all modules except the root, by name, in the order of their return.
         times: how often each module was called, by dotted name, in the order in which the model
             defines them.
@@ -64,6 +65,7 @@ class Trace:
     module: nn.Module
     probe: Tensor
     scores: Tensor
+    differentiable: bool
     calls: Mapping[str, Call]
     times: Mapping[str, int]
 
@@ -129,9 +131,25 @@ def trace(module: nn.Module, task: Task, probe: Tensor) -> Trace:
         module=module,
         probe=probe,
         scores=scores,
+        differentiable=_reaches_input(scores),
         calls={call.name: call for call in named},
         times={path: times[path] for path in paths.values() if path in times},
     )
+
+
+def _reaches_input(scores: Tensor) -> bool:
+    """Whether the recorded graph of a frozen network's scores goes back to its input."""
+    nodes, seen = [scores.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        # Quantised operations are recorded, but not differentiated.
+        if node is None or node in seen or "NotImplemented" in node.name():
+            continue
+        if node.name().endswith("AccumulateGrad"):
+            return True
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
+    return False
 
 
 def row_checksum(tensor: Tensor) -> tuple[float, float] | None:

@@ -23,7 +23,6 @@ from models.layers import (
     has_gradient,
 )
 from models.methods.applicability import ModelFacts, supported_methods, try_methods
-from models.network_proof import reaches_input
 from models.preparation.optimise import Findings, optimise
 from models.preparation.precision import DTYPES
 from models.preparation.variant import Needs, Variant
@@ -65,7 +64,7 @@ def warm_up(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARM
         target_layer=target,
         head=None if target is None else head.kind,
         closed_form=head.closed_form,
-        differentiable=reaches_input(traced.scores),
+        differentiable=traced.differentiable,
         refusals=try_methods(traced, proofs, task=task),
     )
     probed = probe, before.check(loaded.module, probe)

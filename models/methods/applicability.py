@@ -69,8 +69,12 @@ def try_methods(traced: Trace, proofs: Proofs, *, task: Task) -> dict[str, str]:
     """
     image, layouts = traced.probe[:1], layouts_of(proofs)
     fresh = partial(copy.deepcopy, traced.module)
-    guided = _refusal(lambda: relus(traced.scores))
-    conserving = _refusal(lambda: relevance(_explained(fresh(), task, image), [ResolvedTarget(0)]))
+    guided = conserving = None
+    # Others are refused for that, whatever they are made of.
+    if traced.differentiable:
+        guided = _refusal(lambda: relus(traced.scores))
+        explained = partial(_explained, task=task, image=image)
+        conserving = _refusal(lambda: relevance(explained(fresh()), [ResolvedTarget(0)]))
     attentive = _refusal(lambda: verify_transformer(fresh(), layouts, image))
     reasons = {"guided_backprop": guided, "guided_gradcam": guided, "lrp": conserving}
     reasons["fullgrad"] = obstacle(traced.module) or misplaced(traced, proofs)

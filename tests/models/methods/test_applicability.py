@@ -136,6 +136,20 @@ def test_relevance_is_tried_on_a_whole_picture_where_the_model_takes_no_other(fl
     assert net.sides == [8, 8, 96, 8, 8]
 
 
+def test_methods_of_gradients_are_not_tried_where_none_reaches_the_picture(pool_net):
+    class Detached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = pool_net
+
+        def forward(self, x):
+            return self.net(x.detach())
+
+    net = Seen(Detached())
+    assert set(reasons_of(net, 8)) == ATTENTION
+    assert net.sides == [8, 8]  # traced, proved
+
+
 @pytest.mark.parametrize("net", [Silu(), nn.Sequential(nn.Flatten(), nn.Linear(192, 5))])
 def test_reasons_are_clauses_and_nothing_is_left(net, untouched):
     net.eval().requires_grad_(False)
