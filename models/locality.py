@@ -35,8 +35,10 @@ _CERTAIN = 0.8
 """Correlation with rows and columns exchanged that disproves a map of few positions."""
 _NOISE = 1e-11
 """Energy of a response, relative to that of the map, that may be rounding."""
-_CHANNELS = 32
-"""Channels that are looked at, evenly spread."""
+_CHANNELS = (4, 32)
+"""Fewest and most channels that are looked at, evenly spread."""
+_VALUES = 1 << 15
+"""Values of an image that are looked at where that leaves enough channels."""
 
 
 class Verdict(Enum):
@@ -68,7 +70,9 @@ class Locality:
     def of(cls, output: Tensor, layout: TokenLayout | None, places: Tensor) -> Locality:
         """Read a layer's output for images of `patched` in one layout."""
         maps = to_map(output, layout)
-        maps = maps[:, :: max(1, maps.shape[1] // _CHANNELS)].float()
+        fewest, most = _CHANNELS
+        channels = min(most, max(fewest, _VALUES // maps[0, 0].numel()))
+        maps = maps[:, :: max(1, maps.shape[1] // channels)].float()
         response = (maps[1:] - maps[:1]).square().sum(1)
         positions, noise = response[0].numel(), _NOISE * maps[0].square().sum()
         felt = response.sum((1, 2))

@@ -154,6 +154,8 @@ def _head(findings: Findings, device: torch.device, *, outputs: int) -> PooledHe
         raise Refused("it is for the CPU")
     if findings.target_layer is None:
         raise Refused("the model has no target layer")
+    if "#" in findings.target_layer:
+        raise Refused("the target layer is one of several calls of a module")
     return PooledHead.of(
         findings.head, layer=findings.target_layer, layout=findings.layout, outputs=outputs
     )
