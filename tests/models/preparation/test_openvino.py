@@ -218,9 +218,17 @@ class Fixed(PoolNet):
         return super().forward(x.reshape(int(x.shape[0]), 3, SIDE, SIDE))
 
 
+class Repeated(PoolNet):
+    """A network whose last map is made by a module that made an earlier one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.pool(self.act(self.body(self.act(self.stem(x))))).flatten(1))
+
+
 @pytest.mark.parametrize(
     ("net", "reason"),
     [
+        (Repeated, "the target layer is one of several calls of a module"),
         (FlatNet, "what follows the target layer is not pooling and one linear layer"),
         (Unknown, "the conversion failed; the log says more"),
         (Fixed, "it fails on a batch of another size; the log says more"),
