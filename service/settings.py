@@ -78,6 +78,7 @@ class ServerSettings(_Section):
         devices: `auto`, `cpu`, `cpu:0`, `cuda:0`, …; `auto` takes the best found.
         grace_s: time that accepted requests get to finish after SIGTERM.
         ready_within_s: maximum age of the last completed pass of a healthy device.
+        grpc_port: port of the Open Inference Protocol over gRPC; None = off. Needs the extra `grpc`.
         aliases: other paths of routes, such as those that a platform dictates: `{"/ask":
             "/v1/models/defects:explain"}`.
     """
@@ -89,6 +90,7 @@ class ServerSettings(_Section):
     log_level: LogLevel = "info"
     grace_s: Annotated[float, Field(ge=0, le=3600)] = 30.0
     ready_within_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
+    grpc_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     aliases: dict[Route, Route] = {}
 
     def http_worker_count(self) -> int:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ def module_name(path: Path) -> str:
 
 def torch_free_modules() -> list[str]:
     found = {module_name(path) for tree in TORCH_FREE_TREES for path in (ROOT / tree).rglob("*.py")}
+    if find_spec("grpc_health") is None:
+        # The extra `grpc` is not installed.
+        found = {name for name in found if not name.startswith("service.grpc.")}
     return sorted(found.union(SHARED, SHARED_PACKAGES) - {"service.__main__"})
 
 

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -26,6 +27,9 @@ from service.devices.pool import DevicePool
 from service.devices.runtime_dir import RuntimeDir
 from service.logs import configure_logging
 from service.settings import Settings
+
+if TYPE_CHECKING:
+    from grpc.aio import Server
 
 log = logging.getLogger("heatlens.http")
 
@@ -75,7 +79,24 @@ class HttpServer(uvicorn.Server):
         self._draining = draining
         self._reload = reload
         self._leaving: asyncio.Task[None] | None = None
+        self._grpc: Server | None = None
         self.servers = []
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to serve, over gRPC as well if that has a port."""
+        await super().startup(sockets)
+        settings = self._reload.settings
+        if self.started and settings.server.grpc_port is not None:
+            # Imported only where needed: it costs memory.
+            from service.grpc.server import start
+
+            self._grpc = await start(self._reload, settings)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wait for accepted requests, then close the application."""
+        if self._grpc is not None:
+            await self._grpc.stop(self._reload.settings.server.grace_s)
+        await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -104,6 +125,9 @@ class HttpServer(uvicorn.Server):
     async def _leave(self, grace_s: float) -> None:
         for server in self.servers:
             server.close()
+        if self._grpc is not None:
+            # From now on new calls are refused; `shutdown` waits for the others.
+            self._refusing = asyncio.create_task(self._grpc.stop(grace_s))
         until = time.monotonic() + min(_LINGER_S, grace_s / 4)
         # uvicorn's set of connections has no event to wait for.
         while self.server_state.connections and time.monotonic() < until:  # noqa: ASYNC110

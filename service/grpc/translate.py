@@ -1,0 +1,96 @@
+"""Messages of gRPC to requests of the REST protocol, and its responses back."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from service.grpc import inference_pb2 as pb
+from service.grpc.gateway import Answer, Headers
+
+BINARY_LENGTH = "inference-header-content-length"
+
+# Fields of contents by datatype, and how their elements are stored.
+_CONTENTS: Mapping[str, tuple[str, str]] = {
+    "UINT8": ("uint_contents", "u1"),
+    "FP32": ("fp32_contents", "<f4"),
+}
+
+
+class BadRequest(Exception):
+    """The message has no meaning; the text says why."""
+
+
+def to_rest(request: pb.ModelInferRequest) -> tuple[Headers, bytes]:
+    """Headers and body of the REST request; every tensor is binary.
+
+    Raises:
+        BadRequest: the tensors' data is neither in the one nor in the other place.
+    """
+    raw = request.raw_input_contents
+    if raw and len(raw) != len(request.inputs):
+        raise BadRequest("raw_input_contents has one element for each input.")
+    parts = [*raw] if raw else [_contents(tensor) for tensor in request.inputs]
+    document = {
+        "id": request.id or None,
+        "parameters": {**_parameters(request.parameters), "binary_data_output": True},
+        "inputs": [
+            {
+                "name": tensor.name,
+                "datatype": tensor.datatype,
+                "shape": list(tensor.shape),
+                "parameters": {**_parameters(tensor.parameters), "binary_data_size": len(part)},
+            }
+            for tensor, part in zip(request.inputs, parts, strict=True)
+        ],
+    }
+    if request.outputs:
+        document["outputs"] = [
+            {"name": output.name, "parameters": _parameters(output.parameters)}
+            for output in request.outputs
+        ]
+    text = json.dumps(document).encode()
+    return [(BINARY_LENGTH, str(len(text)))], b"".join([text, *parts])
+
+
+def from_rest(answer: Answer) -> pb.ModelInferResponse:
+    """The message of a REST response; every tensor is raw."""
+    split = int(answer.headers[BINARY_LENGTH])
+    document = json.loads(answer.body[:split])
+    response = pb.ModelInferResponse(
+        model_name=document["model_name"],
+        model_version=document["model_version"],
+        id=str(document.get("id", "")),
+    )
+    for output in document["outputs"]:
+        response.outputs.add(
+            name=output["name"], datatype=output["datatype"], shape=output["shape"]
+        )
+        end = split + output["parameters"]["binary_data_size"]
+        response.raw_output_contents.append(answer.body[split:end])
+        split = end
+    return response
+
+
+def _parameters(parameters: Mapping[str, pb.InferParameter]) -> dict[str, Any]:
+    chosen = {name: value.WhichOneof("parameter_choice") for name, value in parameters.items()}
+    return {name: getattr(parameters[name], field) for name, field in chosen.items() if field}
+
+
+def _contents(tensor: pb.ModelInferRequest.InferInputTensor) -> bytes:
+    contents = tensor.contents
+    if tensor.datatype == "BYTES":
+        elements = contents.bytes_contents
+        return b"".join(struct.pack("<I", len(element)) + element for element in elements)
+    if tensor.datatype not in _CONTENTS:
+        # The REST protocol names the datatypes that are accepted.
+        return b""
+    field, dtype = _CONTENTS[tensor.datatype]
+    values = np.array(getattr(contents, field), np.float64)
+    if dtype == "u1" and values.size and values.max() > 255:
+        raise BadRequest("An element of UINT8 is 0 to 255.")
+    return values.astype(dtype).tobytes()
