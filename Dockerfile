@@ -16,6 +16,13 @@ RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin heatlens \
     && python3 -m venv --without-pip /opt/heatlens
 ENV PATH=/opt/heatlens/bin:$PATH
 
+# ---- pins: those of torch and what it needs, so that other ones do not install torch again
+FROM base AS pins
+
+COPY constraints.txt /
+RUN grep -iE "^(torch|torchvision|numpy|pillow|sympy|mpmath|networkx|jinja2|markupsafe|filelock|fsspec|typing_extensions|setuptools)==" \
+        /constraints.txt > /torch.txt
+
 # ---- build: one folder a layer, what changes least first
 FROM base AS build
 
@@ -27,24 +34,28 @@ ARG TORCH_INDEX_URL
 ARG VARIANT=cuda
 ARG EXTRAS="otel"
 ENV PIP_NO_CACHE_DIR=1 \
-    PIP_DISABLE_PIP_VERSION_CHECK=1 \
-    PIP_CONSTRAINT=/src/constraints.txt
+    PIP_DISABLE_PIP_VERSION_CHECK=1
 
 WORKDIR /src
 RUN python3 -m venv /opt/pip
-COPY constraints.txt deploy/image/trim.sh ./
-RUN /opt/pip/bin/pip --python /opt/heatlens/bin/python install --prefix /layers/torch \
+COPY --from=pins /torch.txt ./
+COPY deploy/image/trim.sh ./
+RUN /opt/pip/bin/pip --python /opt/heatlens/bin/python install --prefix /layers/torch -c torch.txt \
         ${TORCH_INDEX_URL:+--index-url "${TORCH_INDEX_URL}"} torch torchvision \
     && sh trim.sh "${VARIANT}" /layers/torch/lib/python*/site-packages
 
-COPY pyproject.toml ./
+# Nothing may be in two layers: pins above that lack a package of torch's show here.
+COPY constraints.txt pyproject.toml ./
+ENV PIP_CONSTRAINT=/src/constraints.txt
 RUN python -c "import sys, tomllib; \
 p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 print(*p['dependencies'], *(r for e in sys.argv[1:] for r in p['optional-dependencies'][e]), sep='\n')" \
         ${EXTRAS} > requirements.txt \
     && PYTHONPATH="$(echo /layers/torch/lib/python*/site-packages)" \
         /opt/pip/bin/pip --python /opt/heatlens/bin/python install --prefix /layers/packages \
-        -r requirements.txt
+        -r requirements.txt \
+    && ! { basename -a /layers/*/lib/python*/site-packages/*.dist-info | sed "s/-[^-]*$//" | sort \
+        | uniq -d | grep .; }
 
 COPY README.md LICENSE ./
 COPY heatlens heatlens

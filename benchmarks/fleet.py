@@ -31,7 +31,7 @@ from benchmarks.servers import ROOT, Server, free_port
 CONFIG = ROOT / "deploy/nginx/heatlens.conf"
 PICTURES = 4
 
-_START_S = 300.0
+START_S = 300.0
 
 _NGINX = """
 daemon off;
@@ -123,7 +123,7 @@ def drive(config: Path | None, *, clients: int, pause_s: float) -> tuple[Traffic
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         first, second = (stack.enter_context(_service(port, flags)) for port in ports)
         for service in (first, second):
-            _say(f"{service.name} is ready after {service.wait_ready(timeout_s=_START_S):.1f} s")
+            _say(f"{service.name} is ready after {service.wait_ready(timeout_s=START_S):.1f} s")
         with httpx.Client(trust_env=False, timeout=60) as client:
             expected = [values(explain(client, second.url(), n)) for n in range(PICTURES)]
         proxy = stack.enter_context(_nginx(folder, ports))
@@ -133,7 +133,7 @@ def drive(config: Path | None, *, clients: int, pause_s: float) -> tuple[Traffic
             time.sleep(pause_s)
             _say(f"drained: exit code {first.stop()}")
             first = stack.enter_context(_service(ports[0], flags))
-            _say(f"restarted: ready after {first.wait_ready(timeout_s=_START_S):.1f} s")
+            _say(f"restarted: ready after {first.wait_ready(timeout_s=START_S):.1f} s")
             time.sleep(pause_s)
         drained.tried_again = _tried_again(folder)
         _report("drain and restart", drained)

@@ -152,7 +152,7 @@ class ModelSpec(BaseModel):
         name: name in URLs and options.
         version: any short string without `@` or `/`.
         source: `torchvision:NAME`, `timm:NAME` or `timm:FOLDER`, `transformers:FOLDER`,
-            `export:FILE`, `onnx:FILE`, `python:module:factory` or `python:FILE:factory`, or
+            `export:FILE`, `onnx:FILE`, `checkpoint:FILE`, `python:module:factory` or `python:FILE:factory`, or
             `embedded:NAME`.
         weights: `default` (the library's), `none` (random), or a checkpoint file.
         weights_sha256: digest that the weights file must have; None takes any.
@@ -175,7 +175,10 @@ class ModelSpec(BaseModel):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
     version: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "1"
     source: Annotated[
-        str, Field(pattern=r"^(torchvision|timm|python|transformers|export|onnx|embedded):.+$")
+        str,
+        Field(
+            pattern=r"^(torchvision|timm|python|transformers|export|onnx|checkpoint|embedded):.+$"
+        ),
     ]
     weights: str = "default"
     weights_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None

@@ -220,7 +220,7 @@ def test_image_is_safe_by_default() -> None:
     stages = [i for i, (keyword, _) in enumerate(steps) if keyword == "FROM"]
     runtime = dict(steps[stages[-1] :])
     # One from outside, of which the others are made; the last one is what is shipped.
-    assert [steps[i][1].partition(" ")[0] for i in stages] == ["${BASE_IMAGE}", "base", "base"]
+    assert [steps[i][1].partition(" ")[0] for i in stages] == ["${BASE_IMAGE}", *["base"] * 3]
     assert runtime["USER"].isdecimal()
     assert int(runtime["USER"]) > 0
     assert runtime["ENTRYPOINT"].startswith("[")  # exec form: signals reach the supervisor

@@ -23,6 +23,7 @@ SOURCES = {
     "transformers": "models.sources.transformers",
     "export": "models.sources.export",
     "onnx": "models.sources.onnx",
+    "checkpoint": "models.sources.checkpoint",
     "embedded": "models.sources.embedded",
 }
 """Module of each source by the prefix of `ModelSpec.source`, with `build(request) -> Built`."""

@@ -11,7 +11,7 @@ from models.errors import ModelLoadFailed
 from models.sources import BuildRequest, Built
 from models.types import Preprocess
 
-_AUXILIARY = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}
+AUXILIARY = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}
 """Heads that only training reads, by architecture; they are left out."""
 _NOT_RESCALED = (
     "torchvision's rescaling of the input (transform_input) is off, as for networks trained from "
@@ -36,7 +36,7 @@ def build(request: BuildRequest) -> Built:
         hint = f" Close names: {', '.join(close)}." if close else ""
         raise ModelLoadFailed(f"torchvision has no classification model {request.name}.{hint}")
     weights = zoo.get_model_weights(request.name).DEFAULT
-    auxiliary = _AUXILIARY.get(request.name, ())
+    auxiliary = AUXILIARY.get(request.name, ())
     return Built(
         module=_pretrained(request.name, weights) if request.pretrained else _random(request),
         preprocess=_preprocess(weights.transforms()),
@@ -54,7 +54,7 @@ def _pretrained(name: str, weights: Any) -> Any:
             f"The default weights of torchvision's {name} are not on this machine "
             "and cannot be fetched."
         ) from error
-    for head in _AUXILIARY.get(name, ()):
+    for head in AUXILIARY.get(name, ()):
         module.aux_logits = False
         setattr(module, head, None)
     return module
@@ -64,7 +64,7 @@ def _random(request: BuildRequest) -> Any:
     options: dict[str, Any] = {}
     if request.num_classes is not None:
         options["num_classes"] = request.num_classes
-    if request.name in _AUXILIARY:
+    if request.name in AUXILIARY:
         options |= {"aux_logits": False, "init_weights": True}
     return zoo.get_model(request.name, weights=None, **options)
 

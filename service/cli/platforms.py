@@ -17,8 +17,8 @@ MOUNTED = (Path("/mnt/models"), Path("/opt/ml/model"))
 """Where KServe and SageMaker put a model."""
 CONFIG_NAME = "heatlens.toml"
 
-_LABEL_FILES = ("labels.txt", "labels.json")
-_WEIGHTS = (".safetensors", ".pth", ".pt")
+_LABEL_FILES = ("labels.txt", "labels.json", "index_to_name.json")
+_WEIGHTS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 _WHOLE = {".pt2": "export", ".onnx": "onnx"}
 """Files that hold the network as well as its weights, by suffix: the source that reads them."""
 _OWN_ROUTES = ("/v1/", "/v2/")
@@ -95,13 +95,7 @@ def model_in(folder: Path) -> dict[str, Any]:
             f"({', '.join(suffixes)}) or in a folder saved by transformers or timm; found: {found}."
         )
     (file,) = files
-    if file.suffix in _WHOLE:
-        return entry | {"source": f"{_WHOLE[file.suffix]}:{file.name}"}
-    raise ConfigurationError(
-        f"{file} holds weights, but not which network they belong to; put a {CONFIG_NAME} beside "
-        f'it that says so: [[models]] with name, source (such as "timm:resnet50") and weights = '
-        f'"{file.name}".'
-    )
+    return entry | {"source": f"{_WHOLE.get(file.suffix, 'checkpoint')}:{file.name}"}
 
 
 def _saved_by(file: Path) -> str | None:

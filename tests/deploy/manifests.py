@@ -23,7 +23,7 @@ FILES = [
 VARIANTS: dict[str, tuple[str, ...]] = {
     "defaults": (),
     "hpa": ("autoscaling.kind=hpa", "podMonitor.enabled=true", "podMonitor.labels.release=mine"),
-    "keda": ("autoscaling.kind=keda", "networkPolicy.enabled=false"),
+    "keda": ("autoscaling.kind=keda", "networkPolicy.enabled=false", "keysSecret="),
     "everything": (
         "gpus=2",
         "weightsClaim=weights",

@@ -49,6 +49,8 @@ def settings_of(container: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> S
         monkeypatch.delenv(name)
     for variable in container.get("env", []):
         monkeypatch.setenv(variable["name"], variable["value"])
+    if container.get("envFrom"):
+        monkeypatch.setenv("HEATLENS_SECURITY__API_KEYS", "the secret's")
     flags = dict(arg.split("=", 1) for arg in container.get("args", []) if "=" in arg)
     port = flags.get("--http_port")
     return load_settings(overrides={"server": {"port": port}} if port else None)
@@ -62,6 +64,7 @@ async def check_container(
     assert port["containerPort"] == settings.server.port
     given = {arg.partition("=")[0] for arg in container.get("args", []) if arg.startswith("-")}
     assert given <= KNOWN_FLAGS
+    assert settings.security.require_keys == bool(container.get("envFrom")), "the secret is there"
     assert settings.server.grace_s > settings.limits.max_timeout_s, "longer than any request"
     grace = pod.get("terminationGracePeriodSeconds", 30)
     pause = container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [0])
@@ -141,6 +144,16 @@ def test_a_chart_with_everything_has_what_was_asked_for() -> None:
     assert container["envFrom"] == [{"secretRef": {"name": "keys"}}]
     assert {"name": "HEATLENS_SERVER__LOG_LEVEL", "value": "debug"} in container["env"]
     assert pod["terminationGracePeriodSeconds"] == 15 + 300 + 5 + 10
+
+
+def test_a_chart_without_keys_is_open_by_choice_only() -> None:
+    closed, opened = (
+        next(pods(of_kind("Deployment", rendered(variant))))["containers"][0]
+        for variant in ("defaults", "keda")
+    )
+    assert closed["envFrom"]
+    assert {"name": "HEATLENS_SECURITY__REQUIRE_KEYS", "value": "true"} in closed["env"]
+    assert "envFrom" not in opened
 
 
 def test_scalers_and_monitor_find_the_pods() -> None:

@@ -125,6 +125,28 @@ def test_an_empty_mount_leaves_the_default_model(serve: Serve, folder: Path) -> 
 
 
 @pytest.mark.parametrize(
+    ("files", "source"),
+    [
+        ({"config.json": '{"model_type": "vit"}', "model.safetensors": ""}, "transformers:."),
+        ({"config.json": '{"architecture": "resnet18"}', "model.safetensors": ""}, "timm:."),
+        ({"net.pt2": ""}, "export:net.pt2"),
+        ({"net.onnx": "", "notes.md": ""}, "onnx:net.onnx"),
+        ({"resnet50-0676ba61.pth": ""}, "checkpoint:resnet50-0676ba61.pth"),
+        ({"config.json": "[", "last.ckpt": ""}, "checkpoint:last.ckpt"),
+    ],
+)
+def test_what_lies_in_the_folder_is_served(
+    serve: Serve, folder: Path, files: dict[str, str], source: str
+) -> None:
+    for name, text in {**files, "labels.txt": "a\nb\n"}.items():
+        (folder / name).write_text(text)
+    _, settings = serve("--model_name", "cats")
+    (spec,) = settings.models
+    assert (spec.name, spec.source, spec.labels) == ("cats", source, Path("labels.txt"))
+    assert settings.base_dir == folder
+
+
+@pytest.mark.parametrize(
     ("files", "hint"),
     [
         ({"notes.md": "x"}, "found: none"),
