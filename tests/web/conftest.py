@@ -45,7 +45,7 @@ class Server:
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
         self._thread.start()
-        assert self._ready.wait(100)
+        assert self._ready.wait(250)
 
     async def _serve(self) -> None:
         pool = LocalPool(self._settings)
@@ -81,6 +81,8 @@ def server(playwright, tmp_path_factory) -> Iterator[Server]:
         models=[default_spec(), tiny],
         base_dir=folder,
         server={"devices": ["cpu"]},
+        # A thread that waits for another one that is not run waits long on a busy machine.
+        workers={"threads": 1},
         limits={"max_wait_s": 1000.0},
     )
     server = Server(settings)
@@ -171,7 +173,7 @@ def other_server(playwright) -> Callable[..., contextlib.AbstractContextManager[
 
     @contextlib.contextmanager
     def start(**sections) -> Iterator[Server]:
-        server = Server(Settings(server={"devices": ["cpu"]}, **sections))
+        server = Server(Settings(server={"devices": ["cpu"]}, workers={"threads": 1}, **sections))
         try:
             yield server
         finally:

@@ -57,7 +57,7 @@ function render() {
   find("#view-truth").replaceChildren(
     h("div", { class: "ask" },
       stage.element,
-      h("h3", {}, `Does the map for ${explained.target.label} show what matters?`),
+      h("h2", { class: "minor" }, `Does the map for ${explained.target.label} show what matters?`),
       h("p", {}, `If it does, deleting the pixels that it ranks first takes away the model's ${percent(explained.target.probability)} sooner than deleting random ones.`),
       button(controller ? "Measuring…" : "Measure it", measure, { class: "primary", disabled: Boolean(controller) }),
     ),
@@ -102,7 +102,13 @@ async function prepare(body) {
   context.drawImage(image, 0, 0);
   const large = enlarge(decode(explained.values), width, height).data;
   const order = Uint32Array.from(large.keys()).sort((a, b) => large[b] - large[a] || a - b);
-  return { explained, order, pixels: context.getImageData(0, 0, width, height), grey: card()?.input?.mean.map((m) => Math.round(255 * m)) ?? [128, 128, 128] };
+  return { explained, order, pixels: context.getImageData(0, 0, width, height), grey: meanColour(card()?.input) };
+}
+
+/** The colour that replaces deleted pixels: the mean that the network was trained with. */
+function meanColour({ mean = [0.5], order = "rgb" } = {}) {
+  const shades = mean.length === 3 ? mean : [mean[0], mean[0], mean[0]];
+  return (order === "bgr" ? shades.toReversed() : shades).map((shade) => Math.round(255 * shade));
 }
 
 function show() {
@@ -111,7 +117,7 @@ function show() {
   measured.charts = [["Deletion: what is left of the probability", deletion], ["Insertion: what comes back of it", insertion]]
     .filter(([, measure]) => measure?.curve)
     .map(([title, { curve }]) => lineChart({
-      title, range: [0, Math.max(0.05, ...curve.value, ...curve.random)], format: percent, ticks: TICKS,
+      title, range: [0, Math.max(0.05, ...curve.value, ...curve.random)], format: percent, ticks: TICKS, size: [480, 180],
       lines: [{ label: "random pixels", kind: "random", x: curve.share, y: curve.random }, { label: "this map's pixels", kind: "map", x: curve.share, y: curve.value }],
     }));
   const slider = h("input", { type: "range", id: "share", min: "0", max: "100", "aria-describedby": "left-over", oninput: () => {
