@@ -84,3 +84,12 @@ def test_few_samples_end(visit) -> None:
     page.get_by_label("Samples").press("Enter")
     explained(page)
     assert page.get_by_text("samples so far").count() == 0
+
+
+def test_a_comparison_can_be_cancelled(visit) -> None:
+    page = visit(f"{CAT}&view=compare&items=gradcam,rise")
+    page.locator("#far", has_text="RISE").wait_for()
+    page.get_by_role("button", name="Cancel").click()
+    page.get_by_role("group", name="Progress").wait_for(state="hidden")
+    page.locator("figcaption", has_text="RISE").get_by_text("Cancelled").wait_for()
+    assert page.locator("#view-compare .region:visible").count() == 1

@@ -9,7 +9,7 @@ import { decode, enlarge } from "./heatmap.js";
 import { lookOf } from "./look.js";
 import { percent } from "./predictions.js";
 import { explainOptions } from "./request.js";
-import { answerFor, onAnswer, onBusy, onError, onPictures, onProgress, session } from "./session.js";
+import { answerFor, onAnswer, onBusy, onError, onPictures, session } from "./session.js";
 import { shown, Stage } from "./stage.js";
 import { set, state, watch } from "./state.js";
 
@@ -74,7 +74,8 @@ async function measure() {
   set({ truth: 1 });
   render();
   onError.emit(null);
-  onBusy.emit(true, () => mine.abort());
+  const stop = () => mine.abort();
+  onBusy.emit(true, stop);
   try {
     const body = await answerFor(picture, options, mine.signal, { follow: true, whenPartial: () => {} });
     if (picture !== session.current || mine.signal.aborted) return;
@@ -85,8 +86,7 @@ async function measure() {
     if (!isCancelled(error)) onError.emit(error);
   } finally {
     if (controller === mine) controller = null;
-    onProgress.emit(null);
-    onBusy.emit(false);
+    onBusy.emit(false, stop);
     render();
   }
 }
