@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import sync_playwright
 from rich.console import Console
 from rich.table import Table
 
@@ -27,10 +27,11 @@ from benchmarks.timing import machine_line
 from service.cli.bench.client import parse_url
 
 _SAMPLES = Path(service.__file__).parent / "web" / "samples"
-_BARE = """async ([bytes, options]) => {
+_BARE = """async bytes => {
+  const {explainOptions} = await import(new URL('page/js/request.js', document.baseURI));
   const body = new FormData();
   body.append('image', new File([new Uint8Array(bytes)], 'cat.jpg', {type: 'image/jpeg'}));
-  body.append('options', options);
+  body.append('options', JSON.stringify(explainOptions()));
   const begun = performance.now();
   await (await fetch('v1/explain', {method: 'POST', body})).json();
   return performance.now() - begun;
@@ -70,21 +71,13 @@ def _measure(url: str, picture: Path, rounds: int) -> None:
         page = browser.new_page()
         page.goto(url)
         page.locator("#samples-list img").first.wait_for()
-        options = _options(page, content)
+        # The first one warms everything up.
+        page.evaluate(_DROP, content)
         pairs = [
-            (page.evaluate(_BARE, [content, options]), page.evaluate(_DROP, content))
-            for _ in range(rounds)
+            (page.evaluate(_BARE, content), page.evaluate(_DROP, content)) for _ in range(rounds)
         ]
         browser.close()
     _print(pairs)
-
-
-def _options(page: Page, content: list[int]) -> str:
-    """The options that the page sends, from a first drop that also warms everything up."""
-    with page.expect_request("**/v1/explain") as sent:
-        page.evaluate(_DROP, content)
-    body = sent.value.post_data_buffer or b""
-    return body.split(b'name="options"\r\n\r\n')[1].split(b"\r\n")[0].decode()
 
 
 def _print(pairs: list[tuple[float, float]]) -> None:
