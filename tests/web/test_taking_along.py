@@ -119,6 +119,20 @@ def test_record_needs_nothing_else(page, browser, tmp_path: Path) -> None:
     context.close()
 
 
+def test_the_record_has_what_was_measured_of_this_map_alone(visit) -> None:
+    page = visit(f"{CAT}&model=tiny&view=truth&truth=1")
+    page.locator("#verdict").wait_for()
+    measured = download(page, "Download a one-page record").read_text()
+    assert "deletion " in measured
+    assert measured.count("<svg") == 2
+    page.get_by_role("tab", name="Look").click()
+    page.get_by_label("Method").select_option("layercam")
+    explained(page)
+    other = download(page, "Download a one-page record").read_text()
+    assert "deletion " not in other
+    assert "<svg" not in other
+
+
 def test_names_are_text_and_not_markup(visit, drop) -> None:
     buffer = io.BytesIO()
     Image.open(SAMPLES / "cat.jpg").save(buffer, "JPEG")

@@ -41,8 +41,12 @@ function forget() {
   controller?.abort();
   cancelAnimationFrame(playing);
   measured = null;
+  find("#view-truth").replaceChildren();
   render();
 }
+
+/** How faithful the map that is shown was measured to be, by measure; empty if it was not. */
+export const measurement = () => measured?.explained.faithfulness ?? {};
 
 function render() {
   if (state.view !== "truth" || !session.answer || session.answer.isPartial) return;
