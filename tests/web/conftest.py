@@ -45,7 +45,7 @@ class Server:
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
         self._thread.start()
-        assert self._ready.wait(100)
+        assert self._ready.wait(250)
 
     async def _serve(self) -> None:
         pool = LocalPool(self._settings)
@@ -73,14 +73,22 @@ def playwright():
 
 
 @pytest.fixture(scope="session")
-def server(playwright, tmp_path_factory) -> Iterator[Server]:
+def tiny(tmp_path_factory) -> dict:
+    """Settings of a tiny model."""
     folder = tmp_path_factory.mktemp("tiny")
     (folder / "net_of_page.py").write_text(TINY)
-    tiny = {"name": "tiny", "source": "python:net_of_page:net", "weights": "none"}
+    model = {"name": "tiny", "source": "python:net_of_page:net", "weights": "none"}
+    return {"models": [model], "base_dir": folder}
+
+
+@pytest.fixture(scope="session")
+def server(playwright, tiny) -> Iterator[Server]:
     settings = Settings(
-        models=[default_spec(), tiny],
-        base_dir=folder,
+        models=[default_spec(), *tiny["models"]],
+        base_dir=tiny["base_dir"],
         server={"devices": ["cpu"]},
+        # A thread that waits for another one that is not run waits long on a busy machine.
+        workers={"threads": 1},
         limits={"max_wait_s": 1000.0},
     )
     server = Server(settings)
@@ -166,12 +174,20 @@ def drop() -> Callable:
 
 
 @pytest.fixture(scope="session")
-def other_server(playwright) -> Callable[..., contextlib.AbstractContextManager[Server]]:
-    """Starts a service with other settings on the embedded model."""
+def other_server(playwright, tiny) -> Callable[..., contextlib.AbstractContextManager[Server]]:
+    """Starts a service with other settings on the tiny model."""
 
     @contextlib.contextmanager
     def start(**sections) -> Iterator[Server]:
-        server = Server(Settings(server={"devices": ["cpu"]}, **sections))
+        server = Server(
+            Settings(
+                server={"devices": ["cpu"]},
+                workers={"threads": 1},
+                default_model="tiny",
+                **tiny,
+                **sections,
+            )
+        )
         try:
             yield server
         finally:

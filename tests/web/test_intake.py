@@ -10,7 +10,7 @@ from PIL import Image
 from tests.web.asking import explained, links_to
 from tests.web.conftest import NARROW, SAMPLES, WIDE
 
-pytestmark = [pytest.mark.browser, pytest.mark.real]
+pytestmark = [pytest.mark.browser, pytest.mark.real, pytest.mark.timeout(300)]
 
 
 @pytest.mark.parametrize(("size", "scheme"), [(WIDE, "light"), (NARROW, "dark")])

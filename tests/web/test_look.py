@@ -11,7 +11,7 @@ import pytest
 from tests.web.asking import CAT, explained, labels, links_to, pixels, probabilities, until
 from tests.web.conftest import NARROW, SAMPLES, WIDE
 
-pytestmark = [pytest.mark.browser, pytest.mark.real]
+pytestmark = [pytest.mark.browser, pytest.mark.real, pytest.mark.timeout(300)]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from PIL import Image
 from tests.web.asking import CAT, explained, labels, links_to, pixels, probabilities, until
 from tests.web.conftest import NARROW, SAMPLES, WIDE
 
-pytestmark = [pytest.mark.browser, pytest.mark.real]
+pytestmark = [pytest.mark.browser, pytest.mark.real, pytest.mark.timeout(300)]
 
 
 def drawn(page, selector: str) -> int:

@@ -75,12 +75,14 @@ async function toError(response) {
 }
 
 async function follow(response, { onProgress, onPartial }) {
+  let result = null;
   for await (const { event, data } of events(response.body)) {
     if (event === "progress") onProgress?.(data);
     else if (event === "partial") onPartial?.(data);
     else if (event === "error") throw new ApiError(data);
-    else if (event === "result") return data;
+    else if (event === "result") result = data;
   }
+  if (result) return result;
   throw new ApiError({ code: "unreachable", error: "The connection ended before the answer." });
 }
 

@@ -60,6 +60,6 @@ function toItem(layer, { index, max, mean, weight, map }, isOff) {
   return h(
     "li", { class: isOff ? "off" : "" },
     h("button", { type: "button", class: "channel", "aria-pressed": String(isOpen), "aria-label": `Show ${facts}`, title: facts, data: { key: `channel-${index}` }, onclick: () => set({ channel: isOpen ? "" : String(index) }) }, canvas, h("small", {}, `${index}`)),
-    button(isOff ? "off" : "on", () => set({ off: toggled(layer, index) }), { class: "switch", "aria-pressed": String(isOff), "aria-label": `Switch channel ${index} off`, data: { key: `switch-${index}` } }),
+    button(isOff ? "off" : "on", () => set({ off: toggled(layer, index) }), { class: "switch", "aria-label": `Channel ${index} is ${isOff ? "off: switch it on" : "on: switch it off"}`, data: { key: `switch-${index}` } }),
   );
 }

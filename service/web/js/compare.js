@@ -8,7 +8,7 @@ import { decode } from "./heatmap.js";
 import { lookOf } from "./look.js";
 import { percent } from "./predictions.js";
 import { explainOptions } from "./request.js";
-import { answerFor, onAnswer, onPictures, session } from "./session.js";
+import { answerFor, onAnswer, onBusy, onPictures, session } from "./session.js";
 import { Stage } from "./stage.js";
 import { list, set, state, watch } from "./state.js";
 
@@ -55,7 +55,8 @@ export function openCompare() {
 async function render() {
   if (state.view !== "compare" || !session.current) return;
   controller.abort();
-  const { signal } = (controller = new AbortController());
+  const mine = (controller = new AbortController());
+  const { signal } = mine;
   const axis = AXES[state.axis] ?? AXES.methods;
   const choices = await axis.choices();
   if (signal.aborted) return;
@@ -69,7 +70,10 @@ async function render() {
     chips(choices, items),
     h("div", { class: "compared" }, ...cards.map(({ element }) => element)),
   );
+  const stop = () => mine.abort();
+  onBusy.emit(true, stop);
   for (const made of cards) await fillCard(made, axis, signal);
+  onBusy.emit(false, stop);
 }
 
 function axisList() {
@@ -99,13 +103,16 @@ function toCard(item, text) {
 }
 
 async function fillCard({ item, stage, note }, axis, signal) {
-  if (signal.aborted) return;
+  if (signal.aborted) {
+    note.textContent = "Cancelled";
+    return;
+  }
   const options = explainOptions(axis.options(item));
   try {
     const show = (body) => showOn(stage, note, body);
     show(await answerFor(session.current, options, signal, { whenPartial: () => {} }));
   } catch (error) {
-    if (!isCancelled(error)) note.textContent = sentence(error);
+    note.textContent = isCancelled(error) ? "Cancelled" : sentence(error);
   }
 }
 

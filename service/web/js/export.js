@@ -12,6 +12,7 @@ import { explainOptions } from "./request.js";
 import { onAnswer, onPictures, session } from "./session.js";
 import { shown } from "./stage.js";
 import { address, state } from "./state.js";
+import { measurement } from "./truth.js";
 
 const MOST_PIXELS = 2048;
 
@@ -100,7 +101,7 @@ function record({ picture, options, body }, plain, mapped) {
     Layer: explained.layer || "the input itself",
     Values: `${shown(explained.range.min)} to ${shown(explained.range.max)}`,
     Peak: explained.peak ? `${Math.round(explained.peak.x)}, ${Math.round(explained.peak.y)}` : "none",
-    Faithfulness: Object.entries(explained.faithfulness).map(([name, { value, random }]) => `${name} ${shown(value)} (random ${shown(random)})`).join("; "),
+    Faithfulness: Object.entries(measurement()).map(([name, { value, random }]) => `${name} ${shown(value)} (random ${shown(random)})`).join("; "),
     Request: `${body.request_id}, ${new Date().toISOString().slice(0, 16).replace("T", " ")} UTC`,
     Link: address(),
   };

@@ -30,7 +30,7 @@ export function openLayers() {
   const parts = ["tree", "charts", "channels"].map((name) => h("div", { id: `layers-${name}` }));
   const [tree, charts, channels] = parts;
   const trunk = h("div", { class: "trunk" }, h("nav", { "aria-label": "Layer tree" }, tree), charts);
-  const middle = h("div", { class: "middle" }, h("h3", { id: "layer-title" }), stage.element, channels);
+  const middle = h("div", { class: "middle" }, h("h2", { class: "minor", id: "layer-title" }), stage.element, channels);
   find("#view-layers").append(trunk, middle);
   watch(["view", "model", "layer", "target", "against"], render);
   watch(["channel", "off", "colormap"], renderChannels);
@@ -98,5 +98,5 @@ async function renderCharts(signal) {
     if (at >= 0) chart.mark(x[at]);
     return chart.element;
   });
-  find("#layers-charts").replaceChildren(h("h3", {}, "Over the depth"), h("div", { class: "charts" }, ...charts));
+  find("#layers-charts").replaceChildren(h("h2", { class: "minor" }, "Over the depth"), h("div", { class: "charts" }, ...charts));
 }

@@ -2,37 +2,39 @@
 
 import { method } from "./catalogue.js";
 import { find } from "./dom.js";
-import { cancel as cancelAnswer, onBusy, onProgress } from "./session.js";
+import { onBusy, onProgress } from "./session.js";
 
 const SLOW_MS = 400;
+
+/** What is being done: for each, the function that stops it. */
+const running = new Set();
 let timer = 0;
-let cancel = cancelAnswer;
 
 export function openProgress() {
-  find("#cancel").onclick = () => cancel();
+  find("#cancel").onclick = () => running.forEach((stop) => stop());
   onBusy.on(showBusy);
-  onProgress.on((data) => data && showProgress(data));
+  onProgress.on(showProgress);
 }
 
-/** A quick answer shows no bar at all. `stop` ends what is busy. */
-function showBusy(isBusy, stop = cancelAnswer) {
-  cancel = stop;
+/** A quick answer shows no bar at all. */
+function showBusy(isBusy, stop) {
+  if (isBusy) running.add(stop);
+  else running.delete(stop);
+  find("#work").setAttribute("aria-busy", String(running.size > 0));
   clearTimeout(timer);
-  find("#work").setAttribute("aria-busy", String(isBusy));
-  if (!isBusy) {
-    find("#progress").hidden = true;
-    return;
-  }
-  timer = setTimeout(() => {
-    const bar = find("#bar");
-    bar.removeAttribute("value");
-    find("#far").textContent = "Working…";
-    find("#progress").hidden = false;
-  }, SLOW_MS);
+  if (running.size) timer = setTimeout(showWorking, SLOW_MS);
+  else find("#progress").hidden = true;
+}
+
+function showWorking() {
+  if (!find("#progress").hidden) return;
+  find("#bar").removeAttribute("value");
+  find("#far").textContent = "Working…";
+  find("#progress").hidden = false;
 }
 
 function showProgress({ what, done, total, seconds_left: seconds }) {
-  clearTimeout(timer);
+  if (!running.size) return;
   find("#progress").hidden = false;
   const bar = find("#bar");
   if (total) Object.assign(bar, { max: total, value: done });

@@ -58,8 +58,6 @@ export function clear() {
   onPictures.emit();
 }
 
-export const cancel = () => running?.abort();
-
 /** Ask once for all that changes at the same time. */
 function askSoon() {
   if (isDue) return;
@@ -77,7 +75,8 @@ export async function explain() {
   if (!picture) return;
   const controller = (running = new AbortController());
   const options = explainOptions();
-  onBusy.emit(true);
+  const stop = () => controller.abort();
+  onBusy.emit(true, stop);
   onError.emit(null);
   try {
     const body = await answerFor(picture, options, controller.signal);
@@ -86,11 +85,8 @@ export async function explain() {
   } catch (error) {
     if (running === controller && !isCancelled(error)) onError.emit(error);
   } finally {
-    if (running === controller) {
-      running = null;
-      onBusy.emit(false);
-    }
-    onProgress.emit(null);
+    if (running === controller) running = null;
+    onBusy.emit(false, stop);
   }
 }
 

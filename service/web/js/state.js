@@ -53,7 +53,7 @@ export function watch(keys, reaction) {
 export const list = (value) => value.split(",").filter(Boolean);
 
 /** What asking anew begins with: the class, the layer and the channels of another model or picture mean nothing. */
-export const fresh = () => ({ target: "top1", against: "", off: "", channel: "" });
+export const fresh = () => ({ target: "top1", against: "", off: "", channel: "", truth: 0, share: 0 });
 
 /** The address of this page, state included. */
 export function address() {

@@ -9,7 +9,7 @@ import { decode, enlarge } from "./heatmap.js";
 import { lookOf } from "./look.js";
 import { percent } from "./predictions.js";
 import { explainOptions } from "./request.js";
-import { answerFor, onAnswer, onBusy, onError, onPictures, onProgress, session } from "./session.js";
+import { answerFor, onAnswer, onBusy, onError, onPictures, session } from "./session.js";
 import { shown, Stage } from "./stage.js";
 import { set, state, watch } from "./state.js";
 
@@ -41,8 +41,12 @@ function forget() {
   controller?.abort();
   cancelAnimationFrame(playing);
   measured = null;
+  find("#view-truth").replaceChildren();
   render();
 }
+
+/** How faithful the map that is shown was measured to be, by measure; empty if it was not. */
+export const measurement = () => measured?.explained.faithfulness ?? {};
 
 function render() {
   if (state.view !== "truth" || !session.answer || session.answer.isPartial) return;
@@ -57,7 +61,7 @@ function render() {
   find("#view-truth").replaceChildren(
     h("div", { class: "ask" },
       stage.element,
-      h("h3", {}, `Does the map for ${explained.target.label} show what matters?`),
+      h("h2", { class: "minor" }, `Does the map for ${explained.target.label} show what matters?`),
       h("p", {}, `If it does, deleting the pixels that it ranks first takes away the model's ${percent(explained.target.probability)} sooner than deleting random ones.`),
       button(controller ? "Measuring…" : "Measure it", measure, { class: "primary", disabled: Boolean(controller) }),
     ),
@@ -74,7 +78,8 @@ async function measure() {
   set({ truth: 1 });
   render();
   onError.emit(null);
-  onBusy.emit(true, () => mine.abort());
+  const stop = () => mine.abort();
+  onBusy.emit(true, stop);
   try {
     const body = await answerFor(picture, options, mine.signal, { follow: true, whenPartial: () => {} });
     if (picture !== session.current || mine.signal.aborted) return;
@@ -85,8 +90,7 @@ async function measure() {
     if (!isCancelled(error)) onError.emit(error);
   } finally {
     if (controller === mine) controller = null;
-    onProgress.emit(null);
-    onBusy.emit(false);
+    onBusy.emit(false, stop);
     render();
   }
 }
@@ -102,7 +106,13 @@ async function prepare(body) {
   context.drawImage(image, 0, 0);
   const large = enlarge(decode(explained.values), width, height).data;
   const order = Uint32Array.from(large.keys()).sort((a, b) => large[b] - large[a] || a - b);
-  return { explained, order, pixels: context.getImageData(0, 0, width, height), grey: card()?.input?.mean.map((m) => Math.round(255 * m)) ?? [128, 128, 128] };
+  return { explained, order, pixels: context.getImageData(0, 0, width, height), grey: meanColour(card()?.input) };
+}
+
+/** The colour that replaces deleted pixels: the mean that the network was trained with. */
+function meanColour({ mean = [0.5], order = "rgb" } = {}) {
+  const shades = mean.length === 3 ? mean : [mean[0], mean[0], mean[0]];
+  return (order === "bgr" ? shades.toReversed() : shades).map((shade) => Math.round(255 * shade));
 }
 
 function show() {
@@ -111,7 +121,7 @@ function show() {
   measured.charts = [["Deletion: what is left of the probability", deletion], ["Insertion: what comes back of it", insertion]]
     .filter(([, measure]) => measure?.curve)
     .map(([title, { curve }]) => lineChart({
-      title, range: [0, Math.max(0.05, ...curve.value, ...curve.random)], format: percent, ticks: TICKS,
+      title, range: [0, Math.max(0.05, ...curve.value, ...curve.random)], format: percent, ticks: TICKS, size: [480, 180],
       lines: [{ label: "random pixels", kind: "random", x: curve.share, y: curve.random }, { label: "this map's pixels", kind: "map", x: curve.share, y: curve.value }],
     }));
   const slider = h("input", { type: "range", id: "share", min: "0", max: "100", "aria-describedby": "left-over", oninput: () => {
