@@ -224,7 +224,7 @@ def _attributes(docstring: str) -> dict[str, str]:
     meanings: dict[str, str] = {}
     names: list[str] = []
     for line in block.splitlines():
-        if found := re.match(r"^    ([a-z_, ]+): (.*)$", line):
+        if found := re.match(r"^    ([a-z0-9_, ]+): (.*)$", line):
             names = [name.strip() for name in found[1].split(",")]
             meanings |= dict.fromkeys(names, found[2])
         elif line.startswith("        ") and names:
