@@ -9,7 +9,7 @@ VARIANT ?= cpu
 VENV := .venv
 BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip install -c constraints.txt
-DEV  := .[test,lint,otel,grpc,audit]
+DEV  := .[test,lint,otel,grpc,audit,docs]
 
 # Two things decide what is installed; a stamp is older than them when it is time to install again.
 PINS    := pyproject.toml constraints.txt
@@ -25,7 +25,7 @@ CLIENTS    := .venv-clients
 CLIENTS_OK := $(CLIENTS)/.installed
 
 # Collecting the tests of models takes longer than the tests that spawn processes, which live elsewhere.
-PROCESS_TESTS := tests/process tests/service tests/deploy
+PROCESS_TESTS := tests/process tests/service tests/deploy tests/docs
 # One thread a test process: the tests run beside each other, and tiny networks gain nothing from more.
 # What the accessibility check runs in the page; without it, that check is skipped.
 AXE := $(VENV)/axe/node_modules/axe-core/axe.min.js
@@ -35,7 +35,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 debian = command -v $(1) > /dev/null || { apt-get -qq update && apt-get -qq install -y --no-install-recommends $(2); }
 
 .DEFAULT_GOAL := help
-.PHONY: help run install test test-process test-browser test-clients cov check lint format format-check types contracts bench fleet helm image image-test stubs clean fuzz audit sbom
+.PHONY: help run install test test-process test-browser test-clients cov check lint format format-check types contracts docs bench fleet helm image image-test stubs clean fuzz audit sbom
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,6 +82,10 @@ types: $(DEV_OK) ## Check the types (strict)
 contracts: $(DEV_OK) ## Check which module may import which
 	$(BIN)/lint-imports --no-logo
 
+docs: $(DEV_OK) ## Make the reference pages, and build the documentation in site/
+	$(BIN)/python -m tools.reference
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 bench: $(RUN_OK) ## Measure explain over the plain forward (ARGS="--rounds 20")
 	$(BIN)/python -m benchmarks.engine $(ARGS)
 
@@ -115,7 +119,7 @@ stubs: | $(BIN)/python ## Generate the messages of gRPC from service/grpc/infere
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. service/grpc/inference.proto
 
 clean: ## Remove caches and build products, keep .venv
-	rm -rf build dist out htmlcov .coverage .coverage.* *.egg-info
+	rm -rf build dist out site htmlcov .coverage .coverage.* *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .schemathesis
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
 

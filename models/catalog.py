@@ -168,6 +168,7 @@ class ModelSpec(BaseModel):
         cuda_graphs: whether CUDA devices replay recorded passes.
         copy_stream: whether images reach CUDA devices on a stream of their own.
         devices: devices that hold the model; None = all of the service's.
+        preprocess: what differs from the preprocessing that comes with the weights.
     """
 
     model_config = ConfigDict(extra="forbid")

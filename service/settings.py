@@ -74,6 +74,9 @@ class ServerSettings(_Section):
     """`[server]`.
 
     Attributes:
+        host: address to bind.
+        port: port to bind; 0 takes a free one.
+        log_level: `debug`, `info`, `warning` or `error`.
         http_workers: HTTP processes; `auto` takes one per four cores, at most 8.
         devices: `auto`, `cpu`, `cpu:0`, `cuda:0`, …; `auto` takes the best found.
         grace_s: time that accepted requests get to finish after SIGTERM.

@@ -169,7 +169,15 @@ class ExplainOptions(CommonOptions):
     fuse: Annotated[
         Fuse, Field(description="How the maps of several layers are fused into one.")
     ] = "none"
-    outputs: Annotated[list[Output], Field(min_length=1, max_length=3)] = ["heatmap", "overlay"]
+    outputs: Annotated[
+        list[Output],
+        Field(
+            min_length=1,
+            max_length=3,
+            description="`heatmap` is a picture to lay over the image, `overlay` both blended, "
+            "`values` the map itself.",
+        ),
+    ] = ["heatmap", "overlay"]
     canvas: Annotated[
         CanvasName, Field(description="`input` is the model's crop, `original` the whole image.")
     ] = "input"
@@ -184,7 +192,7 @@ class ExplainOptions(CommonOptions):
         ),
     ] = "auto"
     alpha: Annotated[Finite, Field(ge=0, le=1, description="Opacity of the overlay.")] = 0.5
-    overlay_format: OverlayFormat = "jpeg"
+    overlay_format: Annotated[OverlayFormat, Field(description="Format of the overlay.")] = "jpeg"
     statistics: Annotated[
         bool, Field(description="Whether to add statistics of the explained layers.")
     ] = True

@@ -40,7 +40,9 @@ class Tile(NamedTuple):
 
 
 def compare(
-    image: Annotated[Path, typer.Argument(exists=True, dir_okay=False, metavar="IMAGE")],
+    image: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, metavar="IMAGE", help="An image file.")
+    ],
     *,
     output: Annotated[
         Path | None,

@@ -43,7 +43,9 @@ def models(*, config: Config = None, as_json: AsJson = False) -> None:
 
 
 def check(
-    config: Annotated[Path, typer.Argument(exists=True, dir_okay=False, metavar="CONFIG")],
+    config: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, metavar="CONFIG", help="TOML file.")
+    ],
     *,
     as_json: AsJson = False,
 ) -> None:

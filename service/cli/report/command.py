@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, metavar="DIR")],
+    folder: Annotated[
+        Path, typer.Argument(exists=True, file_okay=False, metavar="DIR", help="Folder of images.")
+    ],
     *,
     output: Annotated[
         Path,
@@ -49,8 +51,12 @@ def report(
             "box if known. [default: DIR/labels.csv, or a folder for each class]",
         ),
     ] = None,
-    method: Annotated[str, typer.Option("--method", "-m", metavar="NAME")] = "gradcam",
-    layer: Annotated[str | None, typer.Option("--layer", "-l", metavar="NAME")] = None,
+    method: Annotated[
+        str, typer.Option("--method", "-m", metavar="NAME", help="Of the maps.")
+    ] = "gradcam",
+    layer: Annotated[
+        str | None, typer.Option("--layer", "-l", metavar="NAME", help="[default: the model's own]")
+    ] = None,
     faithfulness: Annotated[
         int, typer.Option(min=0, help="Images whose maps are put to the test; 0 for none.")
     ] = 20,

@@ -1,0 +1,127 @@
+"""Every snippet of the README and the documentation runs, against a real service.
+
+Console and Python blocks of a page run in order, in a folder with `cat.jpg` and a few `photos`. A
+block that is followed by `<!-- not run: reason -->` is left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SAMPLE = ROOT / "docs" / "images" / "chelsea.jpg"
+DEFAULT_URL = "http://127.0.0.1:8000"
+PAGES = [
+    "README.md",
+    "docs/tutorial.md",
+    *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs/how-to").glob("*.md")),
+    *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs/explanation").glob("*.md")),
+]
+BLOCK = re.compile(
+    r"^```(?P<language>console|python)\n(?P<code>.*?)^```\n(?P<skip><!-- not run: .+ -->)?",
+    re.MULTILINE | re.DOTALL,
+)
+
+pytestmark = [pytest.mark.process, pytest.mark.real]
+
+
+class Block(NamedTuple):
+    language: str
+    code: str
+
+
+def blocks_of(page: str) -> list[Block]:
+    found = BLOCK.finditer((ROOT / page).read_text(encoding="utf-8"))
+    return [Block(match["language"], match["code"]) for match in found if not match["skip"]]
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("service") / "log"
+    command = [sys.executable, "-m", "service", "serve", "--port", str(port), "--devices", "cpu"]
+    with log.open("w") as stream:
+        service = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=stream)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        until = time.monotonic() + 90
+        while not is_ready(url):
+            assert service.poll() is None, log.read_text()
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.2)
+        yield url
+    finally:
+        service.terminate()
+        service.wait(30)
+
+
+def is_ready(url: str) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(f"{url}/readyz").status_code == 200
+    return False
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    shutil.copy(SAMPLE, tmp_path / "cat.jpg")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("one.jpg", "two.jpg"):
+        shutil.copy(SAMPLE, photos / name)
+    (tmp_path / "labels.csv").write_text("file,class_id\none.jpg,285\ntwo.jpg,281\n")
+    return tmp_path
+
+
+def test_pages_have_snippets():
+    assert sum(bool(blocks_of(page)) for page in PAGES) >= 8
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)])
+def test_the_snippets_of_a_page_run(page, url, folder):
+    binaries = folder / "bin"
+    binaries.mkdir()
+    heatlens = binaries / "heatlens"
+    heatlens.write_text(f'#!/bin/sh\nexec {sys.executable} -m service "$@"\n')
+    heatlens.chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{binaries}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    blocks = blocks_of(page)
+    console = "".join(b.code for b in blocks if b.language == "console")
+    # curl says with its exit code that an answer is an error.
+    console = console.replace("curl ", "curl --fail --silent --show-error ")
+    python = "\n".join(b.code for b in blocks if b.language == "python")
+    for command, code in (
+        (["bash", "-e", "-c"], console),
+        ([sys.executable, "-W", "error", "-c"], python),
+    ):
+        if not code:
+            continue
+        done = subprocess.run(
+            [*command, code.replace(DEFAULT_URL, url)],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            check=False,
+            text=True,
+            timeout=110,
+        )
+        assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
