@@ -109,7 +109,7 @@ async def test_a_job_that_waits_is_queued(
 ) -> None:
     pool.delay_s = 0.2
     response = await stream(client, png, methods="gradcam")
-    (queued, (last, _)) = read(response.text)
+    queued, *_, (last, _) = read(response.text)
     assert queued == (
         "progress",
         {"what": "queued", "done": 0, "total": 0, "seconds_left": None},
