@@ -39,6 +39,7 @@ class ExplainOptions(CommonOptions, total=False):
     overlay_format: str
     statistics: bool
     faithfulness: list[str]
+    curves: bool
     samples: int
     steps: int
     seed: int

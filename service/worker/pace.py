@@ -14,7 +14,7 @@ log = logging.getLogger("heatlens.compute")
 
 _NEWS_S = 0.2
 _MAPS_S = 1.0
-_MEMORY_S = 5.0
+_MEMORY_S = 10.0
 
 
 class Suspended(Protocol):

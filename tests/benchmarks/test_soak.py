@@ -15,6 +15,7 @@ from benchmarks.soak_client import Ledger, Soaker
 from benchmarks.soak_requests import Kind, Leaving, draw, mixture
 from service.cli.bench.client import Response
 from service.cli.bench.requests import Request
+from tests.waiting import eventually
 
 TYPED = {"error": "-", "code": "overloaded", "request_id": "r", "retryable": True}
 
@@ -132,7 +133,7 @@ async def test_clients_enter_every_end() -> None:
     soaker = Soaker(url, kinds, end=time.monotonic() + 30, watch=seen.append)
     ledger = await soaker.run(1)
     server.close()
-    await asyncio.sleep(0.05)
+    await eventually(lambda: set(bodies) - {b"", b"an image"})
     assert (ledger.sent, ledger.answered, ledger.gone, ledger.lost.total()) == (5, 2, 2, 1)
     assert not ledger.balances
     assert seen == [1, 2, 3, 4, 5]

@@ -13,10 +13,11 @@ from typing import Any
 
 import httpx
 from fake_engine import image_of
-from running import Service, report, until
+from running import Service, report
 from traffic import Traffic, png
 
 from service.settings import Settings
+from tests.waiting import until
 
 FAKE = {"name": "fake", "source": "python:fake.fast"}
 BASE: dict[str, Any] = {

@@ -18,11 +18,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import fake_engine
 from configured import Configured, configured_services
-from running import Service, until
+from running import Service
 
 from models.types import Job, JobOptions
 from service.devices.messages import Submission
 from service.settings import Settings
+from tests.waiting import until
 
 
 @pytest.fixture

@@ -113,7 +113,7 @@ class FakeRegistry:
             ready=True,
             source=spec.source,
             num_classes=1_000_000,
-            task=spec.task,
+            task=spec.task or "single_label",
             input=Preprocess(resize=SIDE, crop=(SIDE, SIDE)),
             best_batch=8,
             latency_ms={1: 2.0, 2: 2.5, 4: 3.0, 8: 4.0},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import re
@@ -10,8 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
@@ -21,24 +19,7 @@ from service.devices.runtime_dir import RuntimeDir
 from service.devices.socket_pool import SocketPool
 from service.devices.status import DeviceStates, DeviceStatesFile, WorkerStatusFile
 from service.settings import Settings
-
-
-def until(condition: Callable[[], object], *, timeout_s: float = 20.0) -> float:
-    """Wait until a condition holds; returns the seconds that took."""
-    begun = time.monotonic()
-    while not condition():
-        assert time.monotonic() - begun < timeout_s, "it did not happen in time"
-        time.sleep(0.01)
-    return time.monotonic() - begun
-
-
-async def eventually(condition: Callable[[], object], *, timeout_s: float = 20.0) -> float:
-    """The same, while the event loop runs."""
-    begun = time.monotonic()
-    while not condition():
-        assert time.monotonic() - begun < timeout_s, "it did not happen in time"
-        await asyncio.sleep(0.005)
-    return time.monotonic() - begun
+from tests.waiting import until
 
 
 def are_ready(pool: SocketPool) -> bool:

@@ -18,8 +18,9 @@ import httpx
 import pytest
 from configured import Configured, configured_services
 from fake_engine import Fault, image_of
-from running import until
 from traffic import png
+
+from tests.waiting import until
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
@@ -129,7 +130,11 @@ def test_a_deadline_ends_the_stream_with_an_error(running):
     url = running.service.url("/v1/explain")
     body = png(image_of(1, Fault.LONG, 255))
     with httpx.stream(
-        "POST", f"{url}?{QUERY}&timeout_s=1", content=body, headers=HEADERS, trust_env=False
+        "POST",
+        f"{url}?{QUERY}&samples=100&timeout_s=1",
+        content=body,
+        headers=HEADERS,
+        trust_env=False,
     ) as response:
         name, error = Stream(response.iter_lines()).to_end()
     assert (name, error["code"]) == ("error", "deadline_exceeded")

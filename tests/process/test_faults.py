@@ -9,7 +9,7 @@ import time
 
 import pytest
 from fake_engine import Fault, expected_class, spec
-from running import are_ready, eventually, report
+from running import are_ready, report
 
 from models.errors import (
     DeadlineExceeded,
@@ -21,6 +21,7 @@ from models.errors import (
     UnknownModel,
 )
 from service.devices.messages import Hello
+from tests.waiting import eventually
 
 pytestmark = [pytest.mark.process, pytest.mark.anyio]
 
@@ -199,7 +200,7 @@ async def test_too_little_memory_halves_the_batch(service, make_job):
         await eventually(lambda: service.status().jobs)
         jobs = [make_job(n) for n in range(1, 8)] + [make_job(9, Fault.MEMORY)]
         submitted = asyncio.create_task(submit_all(pool, jobs))
-        await asyncio.sleep(0)
+        await eventually(lambda: all(job.job.id in pool._in_flight for job in jobs))
         await received(pool)
         service.release()
         assert all(map(is_own_result, jobs, await submitted))
@@ -236,17 +237,17 @@ async def test_a_cancelled_job_does_not_run(service, make_job):
         await eventually(lambda: service.status().jobs)
         job = make_job(2)
         cancelled = asyncio.create_task(pool.submit(job))
-        await asyncio.sleep(0)
+        await eventually(lambda: job.job.id in pool._in_flight)
         cancelled.cancel()
         long = make_job(3, Fault.LONG, 200)
         running = asyncio.create_task(pool.submit(long))
-        await asyncio.sleep(0)
+        await eventually(lambda: long.job.id in pool._in_flight)
         await received(pool)
         service.release()
         await blocker
         await eventually(lambda: steps_of(service, long))
         running.cancel()
-        await asyncio.sleep(0)
+        await eventually(lambda: long.job.id not in pool._in_flight)
         await received(pool)
         # The cancelled job has left the device when another one has run.
         await pool.submit(make_job(4))

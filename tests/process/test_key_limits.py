@@ -9,8 +9,9 @@ import httpx
 import pytest
 from configured import BASE
 from fake_engine import Fault, image_of
-from running import until
 from traffic import png
+
+from tests.waiting import until
 
 pytestmark = pytest.mark.process
 

@@ -12,7 +12,9 @@ import httpx
 import psutil
 import pytest
 from fake_engine import Fault, expected_class, image_of, spec
-from running import report, until
+from running import report
+
+from tests.waiting import until
 
 pytestmark = pytest.mark.process
 

@@ -16,10 +16,10 @@ import yaml
 from collector import Collector
 from configured import BASE
 from fake_engine import Fault, image_of
-from running import until
 from traffic import png
 
 from tests.recording_rules import recorded
+from tests.waiting import until
 
 pytestmark = pytest.mark.process
 

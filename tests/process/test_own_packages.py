@@ -15,8 +15,9 @@ from pathlib import Path
 import httpx
 import pytest
 from fake_engine import image_of
-from running import until
 from traffic import png
+
+from tests.waiting import until
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 

@@ -16,7 +16,9 @@ import psutil
 import pytest
 import skimage.data
 from PIL import Image
-from running import report, until
+from running import report
+
+from tests.waiting import until
 
 pytestmark = [pytest.mark.process, pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(240)]
 

@@ -10,8 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from configured import BASE, FAKE
 from fake_engine import Fault, image_of
-from running import report, until
+from running import report
 from traffic import png
+
+from tests.waiting import until
 
 pytestmark = pytest.mark.process
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
 import httpx
 import numpy as np
 from PIL import Image
+
+from tests.waiting import until
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -68,10 +69,7 @@ class Traffic:
     def after(self, count: int) -> None:
         """Wait for `count` further responses."""
         wanted = len(self.answers) + count
-        until = time.monotonic() + 30
-        while len(self.answers) < wanted:
-            assert time.monotonic() < until, "there are no more responses"
-            time.sleep(0.01)
+        until(lambda: len(self.answers) >= wanted, timeout_s=30)
 
     def _ask(self, number: int) -> None:
         with httpx.Client(trust_env=False, timeout=30, headers=self._headers) as client:
@@ -86,7 +84,7 @@ class Traffic:
                     stream = answer.extensions["network_stream"]
                     self._local_ports.add(stream.get_extra_info("client_addr")[1])
                 i += 1
-                time.sleep(self._pause_s)
+                self._over.wait(self._pause_s)
 
     @property
     def connections(self) -> int:

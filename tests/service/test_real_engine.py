@@ -25,6 +25,7 @@ from models.methods import METHODS
 from service.api.app import create_app
 from service.settings import Settings
 from service.worker.local import LocalPool
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -290,10 +291,10 @@ async def test_faithfulness_beside_a_random_map(client):
         assert set(explanation["faithfulness"]) == set(measures)
         for pair in explanation["faithfulness"].values():
             assert all(np.isfinite(pair[k]) for k in ("value", "random"))
-    first, second = (e["faithfulness"] for e in result["explanations"])
+    first, _ = (e["faithfulness"] for e in result["explanations"])
     assert first["deletion"]["value"] != first["deletion"]["random"]
-    (again,) = await explain(client, **options)
-    assert [e["faithfulness"] for e in again["explanations"]] == [first, second]
+    (again,) = await explain(client, **options | {"methods": ["gradcam"]})
+    assert [e["faithfulness"] for e in again["explanations"]] == [first]
 
 
 @pytest.mark.parametrize("name", SEEDED)
@@ -306,34 +307,26 @@ async def test_the_same_seed_gives_the_same_map(client, name):
     assert not np.array_equal(first, other)
 
 
-async def until(pool, *, busy: bool) -> None:
-    """Wait until something runs, or nothing does."""
-    async with asyncio.timeout(20):
-        while bool(pool.devices()[0].queue_depth) != busy:  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
-
-
 async def test_a_deadline_stops_a_long_method_between_its_steps(client, running, pauses):
-    pauses(0.03)  # 10,000 masks would take at least 19 s
-    begun = time.monotonic()
-    await post(client, "predict")
-    assert time.monotonic() - begun > 0.03
-    answer = await post(
-        client, "explain", methods=["rise"], samples=10_000, timeout_s=0.3, status=504
-    )
+    pauses(0.4)  # 200 masks take at least four passes, and the price knows nothing of the pauses
+    answer = await post(client, "explain", methods=["rise"], samples=200, timeout_s=1.0, status=504)
     assert answer["code"] == "deadline_exceeded"
-    assert time.monotonic() - begun < 10
-    await until(running[1], busy=False)
-    await assert_at_rest(running[1])
+    await eventually(lambda: running[1].devices()[0].queue_depth == 0)
+    await assert_at_rest(client, running[1])
 
 
-async def assert_at_rest(pool) -> None:
-    """No pass runs any more; a network that no one uses is not called."""
-    module = network_module()
-    module.pause_s = 0.0
-    before = pool.devices()[0].batches
-    await asyncio.sleep(0.2)
-    assert pool.devices()[0].batches == before
+async def assert_at_rest(client, pool) -> None:
+    """No pass runs any more: the next prediction is the only one."""
+    network_module().pause_s = 0.0
+
+    def batches() -> int:
+        return sum(count.batches for count in pool.devices()[0].batches)
+
+    # Once it is answered, the count is up to date.
+    await post(client, "predict")
+    before = batches()
+    await post(client, "predict")
+    assert batches() == before + 1
 
 
 @asynccontextmanager
@@ -361,12 +354,12 @@ async def test_a_client_that_goes_away_frees_the_device(running, client, pauses)
     async with listening(app) as port:
         _, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write("\r\n".join(lines).encode() + body)
-        await until(pool, busy=True)
+        await eventually(lambda: pool.devices()[0].queue_depth)
         # Predictions are answered in between.
         await post(client, "predict")
         assert pool.devices()[0].queue_depth == 1
         writer.transport.abort()
         begun = time.monotonic()
-        await until(pool, busy=False)
+        await eventually(lambda: pool.devices()[0].queue_depth == 0)
         assert time.monotonic() - begun < 10  # of at least 19 s
-    await assert_at_rest(pool)
+    await assert_at_rest(client, pool)

@@ -20,6 +20,7 @@ from service.api.app import create_app
 from service.api.security import require_admin_key
 from service.settings import Settings
 from tests.fakes import FakePool
+from tests.waiting import eventually
 
 ROOT = Path(__file__).resolve().parents[3]
 MAX_RESIDENT_MB = 120
@@ -168,8 +169,7 @@ async def serving(settings: Settings, pool: FakePool) -> AsyncIterator[tuple[str
     config = uvicorn.Config(create_app(settings, pool), log_config=None, lifespan="on")
     server = uvicorn.Server(config)
     running = asyncio.create_task(server.serve(sockets=[listening]))
-    while not server.started:  # noqa: ASYNC110 - uvicorn offers no event
-        await asyncio.sleep(0.01)
+    await eventually(lambda: server.started)
     try:
         yield listening.getsockname()
     finally:
@@ -205,8 +205,5 @@ async def test_closing_the_connection_cancels_the_job() -> None:
         await asyncio.wait_for(pool.arrived.wait(), 10)
         writer.close()
         await writer.wait_closed()
-        for _ in range(500):
-            if pool.cancelled:
-                break
-            await asyncio.sleep(0.01)
+        await eventually(lambda: pool.cancelled)
     assert pool.cancelled == [pool.submitted[0].id]

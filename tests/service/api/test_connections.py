@@ -16,6 +16,7 @@ import uvicorn
 from service.api import connections
 from service.api.connections import Connections
 from service.settings import ConnectionSettings
+from tests.waiting import eventually
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -68,12 +69,6 @@ class Server:
         return await asyncio.wait_for(reader.read(), 10)
 
 
-async def until(done: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
-        while not done():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-
-
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "_SWEEP_S", 0.05)
@@ -89,7 +84,7 @@ async def serving(**limits: Any) -> AsyncIterator[Server]:
     running = asyncio.create_task(server._serve([listener]))
     clients = Server(listener.getsockname()[1], table)
     try:
-        await until(lambda: server.started)
+        await eventually(lambda: server.started)
         yield clients
     finally:
         await clients.close()
@@ -259,8 +254,8 @@ async def test_a_client_that_does_not_read_is_dropped() -> None:
         reader, writer = await server.connect()
         reader._transport.pause_reading()
         writer.write(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n")
-        await until(lambda: server.table._open)
-        await until(lambda: not server.table._open)
+        await eventually(lambda: server.table._open)
+        await eventually(lambda: not server.table._open)
 
 
 # ---------------------------------------------------------------- number and size
@@ -269,7 +264,7 @@ async def test_a_client_that_does_not_read_is_dropped() -> None:
 async def test_the_one_that_waits_longest_makes_room() -> None:
     async with serving(max_connections=3) as server:
         waiting = [await server.connect() for _ in range(3)]
-        await asyncio.sleep(0.05)
+        await eventually(lambda: len(server.table._open) == 3)
         received = await server.ask(GET + b"Connection: close\r\n\r\n")
         assert statuses(received) == [200]
         with suppress(ConnectionError):
@@ -295,7 +290,7 @@ async def test_bodies_have_a_bound_in_all() -> None:
         others = [await server.connect() for _ in range(3)]
         for _, writer in others:
             writer.write(head % 1_400_001 + bytes(1_400_000))
-        await until(lambda: server.table.buffered_bytes == 4_200_000)
+        await eventually(lambda: server.table.buffered_bytes == 4_200_000)
         assert error_of(await server.ask(head % 2_000_000 + bytes(1_500_000))) == "overloaded"
         assert statuses(await server.ask(head % 300_000 + bytes(300_000))) == [200]
         for reader, writer in others:

@@ -34,6 +34,7 @@ from service.api.schemas import ExplainResult, FeaturesResult, PredictResult
 from service.devices.pool import DeviceStatus
 from service.settings import LimitSettings
 from tests.fakes import FakePool, fake_info
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -213,8 +214,7 @@ async def test_cancelling_cancels_every_job() -> None:
     images = [ImageInput(data=draw(i)) for i in range(4)]
     async with pipeline(pool) as made:
         running = asyncio.create_task(made.run(plan_of(*images)))
-        while len(pool.submitted) < 4:  # noqa: ASYNC110 - four arrivals, not one event
-            await asyncio.sleep(0.01)
+        await eventually(lambda: len(pool.submitted) == 4)
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running

@@ -19,6 +19,7 @@ from service.devices.status import (
     WorkerStatus,
     WorkerStatusFile,
 )
+from tests.waiting import until
 
 
 def test_what_is_written_is_read_elsewhere(tmp_path):
@@ -76,11 +77,10 @@ def test_no_reader_sees_half_a_record_while_another_process_writes(tmp_path):
     writer = multiprocessing.get_context("spawn").Process(target=_write_for_ever, args=(path,))
     writer.start()
     try:
-        while reader.read() is None:
-            time.sleep(0.01)
+        until(lambda: reader.read() is not None)
         lengths = set()
-        until = time.monotonic() + 0.5
-        while time.monotonic() < until:
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end:
             record = reader.read()
             assert record is not None
             assert len(set(record)) <= 1

@@ -9,7 +9,6 @@ import msgspec
 import numpy as np
 import pytest
 from fake_engine import Fault, image_of, make_backend, spec
-from running import eventually
 
 from models.errors import ModelReplaced, NotReady, UnknownModel
 from models.price import Price
@@ -18,6 +17,7 @@ from service.devices.messages import Completion, Submission
 from service.settings import Settings
 from service.worker.batcher import Batcher
 from service.worker.local import LocalPool
+from tests.waiting import eventually
 
 KEY = ("m", "1")
 LATENCY = {1: 10.0, 8: 24.0}

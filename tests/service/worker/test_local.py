@@ -9,7 +9,6 @@ import uuid
 import pytest
 from fake_engine import FakeSuspended, Fault, expected_class, image_of, make_backend, spec
 from msgspec import structs
-from running import eventually
 
 from models.errors import (
     DeadlineExceeded,
@@ -26,6 +25,7 @@ from models.types import Job, JobOptions
 from service.devices.messages import Completion, Submission
 from service.settings import Settings
 from service.worker.local import LocalPool
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.anyio
 

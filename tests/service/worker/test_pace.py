@@ -36,11 +36,11 @@ def test_a_steady_pace_is_known_from_the_first_step_on(step_s, images):
 
 def test_the_pace_follows_a_device_that_becomes_busy():
     job, pace, now, news = Counting(10_000), Pace(0.0), 0.0, None
-    for step_s in [0.02] * 1000 + [0.08] * 200:
+    for step_s in [0.02] * 1000 + [0.08] * 400:
         now += step_s
         job.done += 4
         news = pace.news(job, wanted="progress", now=now) or news
-    # 16 s later the estimate is that of the new pace.
+    # 32 s later the estimate is that of the new pace.
     assert news.seconds_left == pytest.approx((10_000 - news.progress.done) / 4 * 0.08, rel=0.25)
 
 

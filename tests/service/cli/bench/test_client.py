@@ -115,11 +115,11 @@ async def test_a_broken_response_is_a_failure_and_the_next_request_succeeds(
 
 
 async def test_a_late_response_does_not_reach_the_next_request(serve, respond) -> None:
-    is_late = asyncio.Event()
+    given_up, is_late = asyncio.Event(), asyncio.Event()
 
     async def late_once(seen):
         if seen.body == b"slow":
-            await asyncio.sleep(0.3)
+            await given_up.wait()
             is_late.set()
         return respond(seen.body)
 
@@ -127,6 +127,7 @@ async def test_a_late_response_does_not_reach_the_next_request(serve, respond) -
         with pytest.raises(NoResponse) as failure:
             await client.send(Request(path="/", body=b"slow"))
         assert failure.value.code == TIMEOUT
+        given_up.set()
         await is_late.wait()
         assert (await client.send(Request(path="/", body=b"quick"))).body == b"quick"
 

@@ -41,12 +41,13 @@ async def measured(url: str, load, *, duration_s: float = 0.3, requests=None, **
 
 async def test_a_closed_loop_never_has_more_requests_than_clients(serve, respond) -> None:
     under_way = most = 0
+    four = asyncio.Barrier(4)
 
     async def slowly(seen):
         nonlocal under_way, most
         under_way += 1
         most = max(most, under_way)
-        await asyncio.sleep(0.005)
+        await four.wait()
         under_way -= 1
         return respond(b"{}", seen=seen)
 
@@ -129,6 +130,8 @@ async def test_arrivals_are_poisson(serve, respond) -> None:
 
 
 async def test_failures_by_code(serve, respond) -> None:
+    over = asyncio.Event()
+
     async def refuse(seen):
         number = len(server.seen)
         if number == 1:
@@ -138,13 +141,14 @@ async def test_failures_by_code(serve, respond) -> None:
         if number == 3:
             return b""
         if number == 4:
-            await asyncio.sleep(1)
+            await over.wait()
         if number == 5:
             return respond(b"{}", headers="X-Request-ID: another\r\n")
         return respond(b"{}", seen=seen)
 
     async with serve(refuse) as (server, url):
         run = await measured(url, Closed(clients=1), duration_s=20, requests=6, timeout_s=0.3)
+        over.set()
     summary = summarise(run)
     assert summary.codes == {
         "overloaded": 1,

@@ -1,0 +1,25 @@
+"""Waiting for conditions: polls, because processes and sockets offer no events."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+
+def until(condition: Callable[[], object], *, timeout_s: float = 20.0) -> float:
+    """Wait until a condition holds; returns the seconds that took."""
+    begun = time.monotonic()
+    while not condition():
+        assert time.monotonic() - begun < timeout_s, "it did not happen in time"
+        time.sleep(0.01)
+    return time.monotonic() - begun
+
+
+async def eventually(condition: Callable[[], object], *, timeout_s: float = 20.0) -> float:
+    """The same, while the event loop runs."""
+    begun = time.monotonic()
+    while not condition():
+        assert time.monotonic() - begun < timeout_s, "it did not happen in time"
+        await asyncio.sleep(0.005)
+    return time.monotonic() - begun
