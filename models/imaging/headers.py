@@ -51,7 +51,7 @@ def read(data: bytes, media_type: str) -> Header:
     """
     try:
         return _READERS[media_type](data)._replace(media_type=media_type)
-    except (struct.error, IndexError) as error:
+    except (struct.error, IndexError, OverflowError) as error:
         raise ImageUndecodable("The image is damaged or truncated.") from error
 
 

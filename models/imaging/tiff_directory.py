@@ -95,7 +95,7 @@ def read(data: bytes) -> Directory:
     """
     try:
         directory = _read(data)
-    except (struct.error, IndexError) as error:
+    except (struct.error, OverflowError) as error:
         raise ImageUndecodable("The directory of the TIFF image is damaged.") from error
     if not {WIDTH, HEIGHT} <= directory.entries.keys() or not (
         STRIPS[0] in directory or TILES[0] in directory

@@ -145,6 +145,10 @@ REFUSED: Mapping[str, tuple[Callable[[], bytes], type[HeatlensError]]] = {
         UnsupportedMediaType,
     ),
     "TIFF, strips without rows": (lambda: tiff({**STRIP, 278: (0,)}, bytes(256)), ImageUndecodable),
+    "TIFF, a directory beyond all addresses": (
+        lambda: b"II+\0\x08\0\0\0" + b"\xff" * 8 + bytes(100),
+        ImageUndecodable,
+    ),
     "TIFF, no image": (lambda: tiff({}, b""), ImageUndecodable),
 }
 

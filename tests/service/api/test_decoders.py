@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import io
 import os
 import signal
@@ -75,17 +74,10 @@ async def test_errors_are_those_of_decoding(decoders: Decoders) -> None:
     assert (await run(decoders, data)).geometry.width == 80
 
 
-async def test_what_libraries_write_does_not_reach_the_log(
-    decoders: Decoders, capfd: pytest.CaptureFixture[str]
-) -> None:
-    buffer = io.BytesIO()
-    noise = Image.effect_noise((200, 200), 50).convert("1")
-    noise.save(buffer, "TIFF", compression="group4")
-    data = bytearray(buffer.getvalue())
-    data[len(data) // 2 :: 50] = b"\x55" * len(data[len(data) // 2 :: 50])
-    with contextlib.suppress(ImageUndecodable):
-        await run(decoders, bytes(data))
-    assert capfd.readouterr() == ("", "")
+async def test_what_libraries_write_does_not_reach_the_log(decoders: Decoders) -> None:
+    """libtiff writes a line of plain text for each fault that it finds."""
+    await run(decoders, encoded("TIFF"))
+    assert outputs_of(decoders._idle[0].pid) == ["/dev/null", "/dev/null"]
 
 
 async def test_too_much_time_ends_the_process_and_the_next_image_gets_another() -> None:
@@ -130,6 +122,10 @@ async def test_cancelling_ends_the_work(decoders: Decoders) -> None:
     await asyncio.wait([work])
     assert process.wait(5) == -signal.SIGKILL
     await run(decoders, encoded("GIF"))
+
+
+def outputs_of(process: int) -> list[str]:
+    return [str(Path(f"/proc/{process}/fd/{number}").readlink()) for number in (1, 2)]
 
 
 def environment_of(process: int) -> bytes:
