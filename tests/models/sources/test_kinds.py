@@ -39,11 +39,11 @@ def happens(section: str, name: str, folder: Path) -> str:
             # Of quantisation and TorchScript, whose time is over.
             warnings.simplefilter("ignore")
             loaded = load(ModelSpec(name="m", **fields), folder)
+            if section in WARMED_UP:
+                warm_up(loaded, torch.device("cpu"), warmup_s=0.0)
     except ModelLoadFailed as error:
         what, sentences = "refused", error.message
     else:
-        if section in WARMED_UP:
-            warm_up(loaded, torch.device("cpu"), warmup_s=0.0)
         what = "served with a note" if loaded.notes else "served"
         sentences = " ".join(loaded.notes)
     told = sentences.replace("|", "\\|").replace("\n", "<br>")
