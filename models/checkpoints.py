@@ -95,10 +95,10 @@ def read_checkpoint(weights: str, *, base_dir: Path) -> Any:
         raise ModelLoadFailed(f"The weights file {weights} {_fault(error, path)}") from error
 
 
-def state_dicts(content: Any) -> Iterator[tuple[str, State]]:
+def state_dicts(content: Any) -> Iterator[tuple[str, State, tuple[str, ...]]]:
     """Every mapping in a checkpoint that holds tensors by name, with its dotted place in it.
 
-    Parts of names that wrappers put in are taken out.
+    Parts of names that wrappers put in are taken out, and come last.
     """
     pending: list[tuple[str, Any, int]] = [("", content, 0)]
     while pending:
@@ -111,7 +111,8 @@ def state_dicts(content: Any) -> Iterator[tuple[str, State]]:
             if isinstance(key, str) and isinstance(tensor, Tensor)
         }
         if tensors:
-            yield place, tensors
+            found = {part for key in value for part in str(key).split(".")}
+            yield place, tensors, tuple(sorted(found & _WRAPPING_PARTS))
         # Optimisers number what they hold.
         inner = {key: item for key, item in value.items() if isinstance(key, str)}
         pending += [(f"{place}.{key}".lstrip("."), item, depth + 1) for key, item in inner.items()]

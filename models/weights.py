@@ -55,6 +55,7 @@ class _Part:
         place: where they are, dotted; empty for the whole file.
         state: the tensors by name, without the prefix.
         foreign: top-level names of what lies beside the prefix.
+        unwrapped: parts of names that wrappers put in, and that were taken out.
         averaged: whether they are averages over training.
         matched: how many have a name and shape of the network's.
     """
@@ -62,6 +63,7 @@ class _Part:
     place: str
     state: State
     foreign: tuple[str, ...]
+    unwrapped: tuple[str, ...]
     averaged: bool
     matched: int
 
@@ -114,7 +116,7 @@ def load_weights(
 def _parts(content: Any, expected: State, ignored: tuple[str, ...]) -> Iterator[_Part]:
     """Every part of a checkpoint that may be meant for a network."""
     tops = {name.split(".")[0] for name in expected}
-    for place, state in state_dicts(content):
+    for place, state, unwrapped in state_dicts(content):
         for prefix in _prefixes(state, expected):
             inside = {
                 _renamed(name.removeprefix(prefix), expected): value
@@ -134,6 +136,7 @@ def _parts(content: Any, expected: State, ignored: tuple[str, ...]) -> Iterator[
                 place=where,
                 state=kept,
                 foreign=tuple(sorted({name.split(".")[0] for name in beside})),
+                unwrapped=unwrapped,
                 averaged="n_averaged" in state or _AVERAGED.search(where) is not None,
                 matched=sum(_fits(value, expected.get(name)) for name, value in kept.items()),
             )
@@ -179,6 +182,8 @@ def _notes(best: _Part, parts: list[_Part], expected: State) -> Iterator[str]:
         yield f"The weights are those under {best.place} in the file{averages}."
     elif best.averaged:
         yield "The weights are averages over training."
+    if best.unwrapped:
+        yield f"Taken out of the names in the file: {', '.join(best.unwrapped)}."
     others = [
         part for part in parts if part is not best and part.place and part.matched == best.matched
     ]

@@ -34,6 +34,8 @@ def build(request: BuildRequest) -> Built:
     except Exception as error:
         raise ModelLoadFailed(f"The factory {request.name} raised an error.") from error
     module, facts = made if isinstance(made, tuple) and len(made) == 2 else (made, {})
+    # What torch.compile wraps is served by itself: compiling would take minutes.
+    module = getattr(module, "_orig_mod", module)
     if not isinstance(module, nn.Module) or not isinstance(facts, Mapping):
         raise ModelLoadFailed(
             f"The factory {request.name} returned neither a torch.nn.Module nor a pair of one "

@@ -135,7 +135,8 @@ def load_model(backend: Backend, spec: ModelSpec) -> ModelInfo | HeatlensError:
         return with_fingerprint(backend.registry.load(spec))
     except ModelLoadFailed as error:
         if error.__cause__ is not None:
-            log.exception("loading %s@%s failed", spec.name, spec.version)
+            # Its cause is told in one line, with the place in the operator's code.
+            log.debug("loading %s@%s failed", spec.name, spec.version, exc_info=True)
         return ModelLoadFailed(error.message, field=error.field, cause=cause_of(error))
     except HeatlensError as error:
         return type(error)(error.message, field=error.field)

@@ -78,6 +78,7 @@ def test_what_lies_beside_the_prefix_is_passed_over_and_said(tmp_path):
     assert equal(source, target)
     assert notes == (
         "The weights are those under state_dict.net in the file.",
+        "Taken out of the names in the file: _orig_mod.",
         "Passed over in the file: criterion, train_acc.",
     )
 

@@ -401,6 +401,7 @@ KINDS: Mapping[str, Mapping[str, Make]] = {
         "work on the input in place": factory("InPlace()"),
         "`view` of the input": factory("Viewing()"),
         "wrapped in DataParallel": factory("nn.DataParallel(Net())"),
+        "wrapped in torch.compile": factory("torch.compile(Net())"),
         "int8, dynamic": factory("dynamic()"),
         "int8, static": factory("static()"),
     },

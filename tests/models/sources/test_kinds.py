@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from models.catalog import ModelSpec
 from models.errors import ModelLoadFailed
 from models.sources import load
+from models.warmup import warm_up
 from tests.models.sources.kinds import KINDS
 
 DOCS = Path(__file__).parents[3] / "docs" / "bring-your-model.md"
@@ -24,6 +26,8 @@ BEGIN, END = (
     "<!-- its end -->\n",
 )
 NEEDS = {"ONNX, for batches of one": "onnxruntime", "a folder of transformers": "transformers"}
+WARMED_UP = ("Outputs", "Networks")
+"""Sections whose kinds are tried with every method, too."""
 EVERY = [(section, name) for section, kinds in KINDS.items() for name in kinds]
 
 
@@ -35,6 +39,8 @@ def happens(section: str, name: str, folder: Path) -> str:
             # Of quantisation and TorchScript, whose time is over.
             warnings.simplefilter("ignore")
             loaded = load(ModelSpec(name="m", **fields), folder)
+            if section in WARMED_UP:
+                warm_up(loaded, torch.device("cpu"), warmup_s=0.0)
     except ModelLoadFailed as error:
         what, sentences = "refused", error.message
     else:
