@@ -31,6 +31,7 @@ from models.price import Price, price
 from models.registry import ModelRegistry
 from models.types import ClassRef, Failure, Job, JobOptions, ModelInfo, Operation, Target
 from models.warm_model import WarmModel
+from service.heap import keep_heap
 
 KINDS = ("output", "input", "grad_output", "grad_input")
 MEASURES = ("average_drop", "increase", "deletion", "insertion", "road")
@@ -84,6 +85,8 @@ def main(
     worst: Annotated[int, typer.Option(help="Show the jobs that were priced worst.")] = 0,
 ) -> None:
     """Compare prices with costs."""
+    # As a device worker does.
+    keep_heap()
     torch.set_num_threads(1)
     registry = ModelRegistry("cpu", Path())
     registry.load(spec := model_spec(model, precision))

@@ -37,6 +37,7 @@ _VALUE_WORK = 48
 # Nanoseconds for each value of a tensor, float32 on one core.
 _KEEP_NS = 1.0
 _REDUCE_NS = 2.0
+_TAP_NS = 8.0
 _METHOD_NS = 1.2
 _CLOSED_NS = 0.2
 _FEM_NS = 8.0
@@ -172,6 +173,10 @@ class _Work:
             # Of a network that works in place the pass is made twice.
             images += _PLAIN
         tensors_ms = sum(map(self._layer_ms, self.layers))
+        if self.gradients and self.layers:
+            # Where the graph is tapped at many layers, each of its tensors is handed on as a copy.
+            sizes = [math.prod(layer.output_shape) for layer in self.layers]
+            tensors_ms += _TAP_NS / 1e6 * (sum(sizes) - max(sizes))
         changes_ms = _KEEP_NS / 1e6 * self._changed_values
         return images * self.forward_ms + tensors_ms + changes_ms
 

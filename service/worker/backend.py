@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from models.catalog import ModelSpec
 from models.errors import HeatlensError, ModelLoadFailed, cause_of
 from models.types import Failure, Job, ModelInfo, Outcome
 from service.devices.model_state import with_fingerprint
+from service.heap import release_heap
 from service.worker.pace import Suspended
 
 log = logging.getLogger("heatlens.compute")
@@ -168,7 +168,7 @@ def make_engine_backend(device: str, *, base_dir: Path, threads: int | None = No
         if threads is not None:
             torch.set_num_threads(threads)
         registry = ModelRegistry("cpu", base_dir)
-        return Backend(registry=registry, engine=Engine(registry), free_memory=gc.collect)
+        return Backend(registry=registry, engine=Engine(registry), free_memory=release_heap)
     torch.cuda.set_device(device)
     # float32 means float32: by default torch lets convolutions round to the 10 bits of TF32.
     torch.backends.cudnn.allow_tf32 = False

@@ -91,6 +91,16 @@ class Batcher:
             self.cancel(entry.job.id)
         return stale
 
+    def latency_ms(self, key: ModelKey) -> dict[int, float]:
+        """What plain predictions take at present, by batch size; empty for an unknown model."""
+        model = self._models.get(key)
+        return model.passes.points_ms if model is not None else {}
+
+    def observe_prediction(self, key: ModelKey, duration_ms: float) -> None:
+        """Learn from a plain prediction that was made outside of the queue."""
+        if key in self._models:
+            self._models[key].passes.observe(1, duration_ms)
+
     def close_model(self, key: ModelKey) -> None:
         """Admit no more jobs for a model; waiting ones are still run."""
         if key in self._models:

@@ -37,6 +37,9 @@ from service.worker.tracing import DeviceTracing
 log = logging.getLogger("heatlens.compute")
 
 _BATCH_CAP_S = 60.0
+_LATENCIES_S = 2.0
+# Factor by which a latency may differ from the one in the card.
+_DRIFT = 1.25
 
 
 class Listener(Protocol):
@@ -101,6 +104,7 @@ class ComputeThread:
         self._tasks_turn = True
         self._stopping = False
         self._published = (0, 0.0, 0.0)
+        self._latencies_at = 0.0
         self._infos: tuple[ModelInfo, ...] = ()
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
 
@@ -254,6 +258,7 @@ class ComputeThread:
             self._notify(self._listener.on_progress, news)
         pairs = zip(batch.entries, run.results, strict=True)
         results = [found for pair in pairs if (found := self._result(*pair)) is not None]
+        self._tell_latencies()
         if self._tracing is not None:
             self._tracing.ran(batch, began=began, ended=now, done=time.monotonic())
         return results
@@ -273,11 +278,39 @@ class ComputeThread:
         return result if isinstance(result, Failure) else None
 
     def _run_canary(self, model: ModelInfo) -> None:
-        self._canary_at = time.monotonic() + self._canary_s
-        if self._runner.canary(model):
-            self._mark_ready()
-        else:
+        began = time.monotonic()
+        self._canary_at = began + self._canary_s
+        if not self._runner.canary(model):
             log.error("the canary pass of %s failed", model.card.name)
+            return
+        self._mark_ready()
+        with self._changed:
+            taken_ms = 1000 * (time.monotonic() - began)
+            self._batcher.observe_prediction(model_key(model), taken_ms)
+        self._tell_latencies()
+
+    def _tell_latencies(self) -> None:
+        """Correct the latencies in the models' cards, from which requests are priced.
+
+        What was measured while a model was loaded may be far from what it takes now.
+        """
+        now = time.monotonic()
+        if now < self._latencies_at:
+            return
+        self._latencies_at = now + _LATENCIES_S
+        with self._changed:
+            infos = tuple(map(self._with_latency, self._infos))
+            if all(info is old for info, old in zip(infos, self._infos, strict=True)):
+                return
+            self._infos = infos
+        self._notify(self._listener.on_models, infos)
+
+    def _with_latency(self, info: ModelInfo) -> ModelInfo:
+        found, card = self._batcher.latency_ms(model_key(info)), info.card
+        known_ms = card.latency_ms.get(card.best_batch)
+        if not known_ms or 1 / _DRIFT < found.get(card.best_batch, known_ms) / known_ms < _DRIFT:
+            return info
+        return msgspec.structs.replace(info, card=msgspec.structs.replace(card, latency_ms=found))
 
     def _mark_ready(self) -> None:
         """A real pass makes the device ready once every configured model was tried."""

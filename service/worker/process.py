@@ -13,10 +13,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import ctypes
 import logging
 import os
-import platform
 import signal
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -55,6 +53,7 @@ from service.devices.status import (
     DeviceStatesFile,
     WorkerStatusFile,
 )
+from service.heap import keep_heap
 from service.logs import configure_logging
 from service.settings import Settings
 from service.worker.backend import Backend, make_engine_backend
@@ -66,10 +65,6 @@ from service.worker.tracing import device_tracing
 log = logging.getLogger("heatlens.worker")
 
 _LINGER_MS = 1000
-
-_MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD = -4, -1, -2
-_NEVER = 2**31 - 1
-_TOP_PAD_BYTES = 64 << 20
 
 Identity = bytes
 MakeBackend = Callable[["WorkerOptions", Settings], Backend]
@@ -251,24 +246,6 @@ class Worker:
         for identity in identities:
             # Without a high-water mark a send never waits; clients that are gone are skipped.
             self._socket.send_multipart([identity, *frames], copy=False)
-
-
-def keep_heap() -> bool:
-    """Tell glibc to keep freed memory instead of returning it to the kernel.
-
-    By default each large tensor is mapped, faulted in page by page and unmapped again, at every
-    layer of every pass. All three settings go together: changing one alone switches off glibc's own
-    adaptation. Call it before the first large allocation; peak memory grows by about a tenth.
-
-    Returns:
-        Whether it took effect: only glibc has these settings.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    wanted = {_MMAP_MAX: 0, _TRIM_THRESHOLD: _NEVER, _TOP_PAD: _TOP_PAD_BYTES}
-    taken = [mallopt(parameter, value) for parameter, value in wanted.items()]
-    return all(taken)
 
 
 def default_backend(options: WorkerOptions, settings: Settings) -> Backend:

@@ -193,7 +193,8 @@ class LatencyModel:
     """Milliseconds by batch size: measured points, linear interpolation between them.
 
     Each observation moves the point of its size by `smoothing` of the difference (an exponentially
-    weighted moving average), so that one slow batch is soon forgotten. Beyond the largest point the
+    weighted moving average), so that one slow batch is soon forgotten, and the other points in
+    proportion: what makes a device slower makes all sizes slower. Beyond the largest point the
     time grows in proportion to the size.
     """
 
@@ -219,6 +220,11 @@ class LatencyModel:
         share = (size - left) / (right - left)
         return self._points[left] + share * (self._points[right] - self._points[left])
 
+    @property
+    def points_ms(self) -> dict[int, float]:
+        """Milliseconds of every size that is known."""
+        return {size: round(self._points[size], 3) for size in self._sizes}
+
     def largest_within(self, slack_s: float, size: int) -> int:
         """The largest batch up to `size` that ends within `slack_s`; `size` if one job does not."""
         if self.predict_ms(1) > 1000 * slack_s:
@@ -232,7 +238,9 @@ class LatencyModel:
         if size not in self._points:
             self._points[size] = self.predict_ms(size) if self._sizes else duration_ms
             insort(self._sizes, size)
-        self._points[size] += self._smoothing * (duration_ms - self._points[size])
+        before = self._points[size]
+        moved = 1 + self._smoothing * (duration_ms / before - 1) if before else 1.0
+        self._points = {known: ms * moved for known, ms in self._points.items()}
 
 
 @dataclass(slots=True)

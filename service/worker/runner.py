@@ -23,6 +23,8 @@ log = logging.getLogger("heatlens.compute")
 _MEMORY_RETRY_S = 1.0
 _MEASURE_INTERVAL_S = 1.0
 _BEAT_S = 0.5
+# Memory over the least that an idle device had, from which on it is worth a walk through the heap.
+_SETTLED = 1.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ class Runner:
         self._write_status = write_status
         self._counts: dict[tuple[str, str, str], BatchCount] = {}
         self._measured_at = -math.inf
+        self._least_bytes: int | None = None
         self.status = WorkerStatus()
 
     def publish(
@@ -103,7 +106,16 @@ class Runner:
         predicted_s = card.latency_ms.get(1, 0.0) / 1000
         self.publish("canary", subject=f"{card.name}@{card.version}", predicted_s=predicted_s)
         results = self._call(self._backend.engine.run, [job], {})
+        self._settle()
         return self._publish_end([] if isinstance(results, HeatlensError) else results)
+
+    def _settle(self) -> None:
+        """Release memory that earlier work has left, while the device is idle."""
+        held, least = self._backend.memory_bytes(), self._least_bytes
+        if least is None or held > _SETTLED * least:
+            self._backend.free_memory()
+            held = self._backend.memory_bytes()
+        self._least_bytes = held if least is None else min(least, held)
 
     def _attempt(self, entries: Sequence[Entry], batch: Batch) -> BatchRun:
         """Run entries together; on failure run each half by itself, down to the faulty entry."""

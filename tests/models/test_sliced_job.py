@@ -7,7 +7,7 @@ import pytest
 from msgspec import structs
 
 from models.engine import Engine, Suspended
-from models.types import ClassRef, Job, JobOptions, Outcome, Target
+from models.types import ClassRef, Failure, Intervention, Job, JobOptions, Outcome, Target
 from tests.models.conftest import OneModel, warm_of
 from tests.models.test_engine import assert_same
 
@@ -75,3 +75,10 @@ def test_a_part_holds_one_layer_and_one_target_at_least(engine, monkeypatch):
     options = structs.replace(EXPLAIN, methods=("layercam",), statistics=False)
     _, steps = finish(engine, job("explain", options))
     assert steps == len(LAYERS) * len(TARGETS)
+
+
+def test_interventions_that_leave_no_finite_score_are_the_callers_fault(engine):
+    change = Intervention(layer="body", channels=(0, 1), op="scale", value=1e38)
+    (result,) = engine.run([job("predict", JobOptions(interventions=(change, change)))])
+    assert isinstance(result, Failure)
+    assert (result.code, result.field) == ("invalid_option", "interventions")

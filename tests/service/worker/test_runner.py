@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from models.types import Job, JobOptions, Outcome
+from models.types import Job, JobOptions, ModelCard, ModelInfo, Outcome
 from service.devices.messages import Submission
 from service.devices.status import WorkerStatus
 from service.settings import WorkerSettings
@@ -61,3 +61,20 @@ def test_a_lively_run_is_no_hang(monkeypatch):
     lively = statuses_of_a_long_run(monkeypatch, beats=True)
     assert longest_silence_s(lively) == 3
     assert not is_hung(lively[0], now=lively[0].since + 3, settings=settings)
+
+
+def test_memory_is_released_when_the_device_is_idle():
+    held, freed = [1000], []
+
+    def free() -> None:
+        freed.append(held[0])
+        held[0] = 400
+
+    engine = SlowEngine([0.0], beats=False)
+    backend = Backend(registry=None, engine=engine, free_memory=free, memory_bytes=lambda: held[0])
+    runner = Runner(backend, write_status=lambda _: None)
+    card = ModelCard(name="m", version="1", state="ready", ready=True, source="python:m")
+    for grown, expected in ((1000, [1000]), (450, [1000]), (900, [1000, 900])):
+        held[0] = grown
+        assert runner.canary(ModelInfo(card=card))
+        assert freed == expected

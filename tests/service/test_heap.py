@@ -10,7 +10,7 @@ import pytest
 
 PROBE = """
 import resource, sys
-from service.worker.process import keep_heap
+from service.heap import keep_heap
 kept = sys.argv[1] == "kept" and keep_heap()
 block = bytearray(48 << 20)
 del block
@@ -34,3 +34,24 @@ def test_large_blocks_are_not_faulted_in_again():
         assert kept == str(case == "kept")
         faults[case] = int(count)
     assert faults["kept"] * 20 < faults["plain"]
+
+
+RELEASE = """
+import psutil
+from service.heap import keep_heap, release_heap
+keep_heap()
+blocks = [bytearray(b"x" * (1 << 20)) for _ in range(200)]
+kept = bytearray(1 << 20)
+del blocks
+before = psutil.Process().memory_info().rss
+release_heap()
+print(before - psutil.Process().memory_info().rss)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
+def test_a_kept_heap_can_be_released():
+    done = subprocess.run(
+        [sys.executable, "-c", RELEASE], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) > 150 << 20

@@ -1,0 +1,36 @@
+"""What glibc does with freed memory: keep it for the next pass, or give it back."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import platform
+
+_MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD = -4, -1, -2
+_NEVER = 2**31 - 1
+_TOP_PAD_BYTES = 64 << 20
+
+
+def keep_heap() -> bool:
+    """Tell glibc to keep freed memory instead of returning it to the kernel.
+
+    By default each large tensor is mapped, faulted in page by page and unmapped again, at every
+    layer of every pass. All three settings go together: changing one alone switches off glibc's own
+    adaptation. Call it before the first large allocation; peak memory grows by about a tenth.
+
+    Returns:
+        Whether it took effect: only glibc has these settings.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    wanted = {_MMAP_MAX: 0, _TRIM_THRESHOLD: _NEVER, _TOP_PAD: _TOP_PAD_BYTES}
+    taken = [mallopt(parameter, value) for parameter, value in wanted.items()]
+    return all(taken)
+
+
+def release_heap() -> None:
+    """Return what is free at the moment to the kernel, kept or not."""
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
