@@ -54,7 +54,7 @@ def build(request: BuildRequest) -> Built:
 
 def _identified(content: Any, file: str) -> tuple[str, str, str, int]:
     """Library, architecture, reason, and the number of scores, 0 if it is the usual one."""
-    states = [_shapes(state) for _, state in state_dicts(content)]
+    states = [_shapes(state) for _, state, _ in state_dicts(content)]
     for library, name, reason in _candidates(content, file):
         outputs = _outputs(_networks(library), name, states)
         if outputs is not None:
