@@ -2,7 +2,8 @@
 
 import { catalogue } from "./catalogue.js";
 
-const SIDE = 448;
+// Beyond this the browser enlarges, which looks the same and costs nothing.
+const SIDE = 256;
 
 /** The strongest share of single-pixel maps that saturates; without it a few pixels hide all others. */
 const PIXEL_CLIP = 0.01;
@@ -22,7 +23,9 @@ export function enlarge(map, width, height) {
     const top = rows.low[y] * map.width;
     const bottom = rows.high[y] * map.width;
     for (let x = 0; x < width; x += 1) {
-      const [left, right, share] = [columns.low[x], columns.high[x], columns.share[x]];
+      const left = columns.low[x];
+      const right = columns.high[x];
+      const share = columns.share[x];
       const above = map.data[top + left] * (1 - share) + map.data[top + right] * share;
       const below = map.data[bottom + left] * (1 - share) + map.data[bottom + right] * share;
       data[y * width + x] = above * (1 - rows.share[y]) + below * rows.share[y];
