@@ -56,8 +56,10 @@ class HttpProcess:
                     "PROMETHEUS_MULTIPROC_DIR": str(self._runtime.metrics_dir),
                     # Unused threads of a BLAS cost memory.
                     "OPENBLAS_NUM_THREADS": "1",
-                    # Memory of large images and bodies goes back to the system (glibc).
-                    "MALLOC_MMAP_THRESHOLD_": "1048576",
+                    # Memory of large images and bodies goes back to the system (glibc), and that of
+                    # small ones is kept for the next request.
+                    "MALLOC_MMAP_THRESHOLD_": "4194304",
+                    "MALLOC_TRIM_THRESHOLD_": "16777216",
                 },
                 inherit=[self._listener],
             )
