@@ -29,7 +29,7 @@ SEVERAL_CALLS = "it is called {0} times in a pass; name one of them: {1}#1 to {1
 NO_TENSOR = "its output is not one tensor, or quantised"
 NOT_A_MAP = "its output is not a map of the image"
 VARYING = "it is not called as often in every pass"
-ELSEWHERE = "its positions do not lie in the image as their order says"
+ELSEWHERE = "its positions do not respond to the image where they would lie in it"
 
 
 @dataclass(frozen=True, kw_only=True)

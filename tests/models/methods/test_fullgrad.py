@@ -206,7 +206,7 @@ def joined(x):
 
 @pytest.mark.parametrize(
     ("before", "after", "reason"),
-    [(halves, joined, "first dimension"), (lambda x: x.mT, lambda x: x.mT, "do not lie")],
+    [(halves, joined, "first dimension"), (lambda x: x.mT, lambda x: x.mT, "do not respond")],
 )
 def test_biases_without_a_place_in_the_image_are_refused(before, after, reason):
     torch.manual_seed(0)
