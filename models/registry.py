@@ -21,11 +21,26 @@ class ModelRegistry:
     version either warm or not at all.
     """
 
-    def __init__(self, device: str, base_dir: Path, *, warmup_s: float = WARMUP_S) -> None:
-        """Make an empty registry; relative paths of entries start from `base_dir`."""
+    def __init__(
+        self,
+        device: str,
+        base_dir: Path,
+        *,
+        warmup_s: float = WARMUP_S,
+        proofs_dir: Path | None = None,
+    ) -> None:
+        """Make an empty registry.
+
+        Args:
+            device: where models run.
+            base_dir: folder that relative paths of entries start from.
+            warmup_s: seconds for timing a model by batch size.
+            proofs_dir: where proofs are kept from one start to the next; None keeps none.
+        """
         self.device = torch.device(device)
         self._base_dir = base_dir
         self._warmup_s = warmup_s
+        self._proofs_dir = proofs_dir
         self._warm: dict[tuple[str, str], WarmModel] = {}
         self._unavailable: dict[tuple[str, str], ModelInfo] = {}
 
@@ -38,7 +53,9 @@ class ModelRegistry:
         """
         loaded = load(spec, self._base_dir)
         try:
-            warm = warm_up(loaded, self.device, warmup_s=self._warmup_s)
+            warm = warm_up(
+                loaded, self.device, warmup_s=self._warmup_s, proofs_dir=self._proofs_dir
+            )
         except ModelLoadFailed:
             raise
         except torch.OutOfMemoryError as error:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
+from pathlib import Path
 
 import torch
 from msgspec import structs
@@ -27,7 +28,8 @@ from models.preparation.optimise import Findings, optimise
 from models.preparation.precision import DTYPES
 from models.preparation.variant import Needs, Variant
 from models.probe import Trace, probe_batch, trace
-from models.proof import Proofs, input_layouts, layer_infos, layouts_of, prove_layers
+from models.proof import LayerProof, Proofs, input_layouts, layer_infos, layouts_of, prove_layers
+from models.proof_cache import ProofCache
 from models.sources import LoadedModel
 from models.types import ModelCard, ModelInfo, Preprocess
 from models.warm_model import WarmModel
@@ -38,11 +40,18 @@ REPEATS = 3
 WORTHWHILE = 0.97
 
 
-def warm_up(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARMUP_S) -> WarmModel:
+def warm_up(
+    loaded: LoadedModel,
+    device: torch.device,
+    *,
+    warmup_s: float = WARMUP_S,
+    proofs_dir: Path | None = None,
+) -> WarmModel:
     """Probe a loaded model on the CPU, move it to its device, and time it there.
 
     The probes run in float32 on the CPU whatever the device and precision, so that the same model
-    gets the same target layer, head and methods everywhere. The loaded module itself is moved.
+    gets the same target layer, head and methods everywhere. The loaded module itself is moved. What
+    was proved of the same network before is read from `proofs_dir`.
 
     Raises:
         ModelLoadFailed: the configured target layer cannot be explained, or scores on the device
@@ -52,7 +61,8 @@ def warm_up(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARM
     probe = probe_batch(loaded.preprocess)
     before = Fingerprint.of(loaded.module, probe)
     traced = trace(loaded.module, task, probe)
-    proofs = prove_layers(traced)
+    cache = ProofCache.of(loaded.module, before.scores, proofs_dir)
+    proofs = cache.remember("layers", dict[str, LayerProof], lambda: prove_layers(traced))
     layouts = layouts_of(proofs)
     target = _target_layer(spec.target_layer, traced, proofs)
     layout = None if target is None else layouts[target]
@@ -75,7 +85,9 @@ def warm_up(loaded: LoadedModel, device: torch.device, *, warmup_s: float = WARM
         return feature_layers(traced, quick)
 
     findings = Findings(target, layout, head, choose_features)
-    optimised = optimise(loaded.module, probed, spec=spec, device=device, findings=findings)
+    optimised = optimise(
+        loaded.module, probed, spec=spec, device=device, findings=findings, cache=cache
+    )
     dtype = DTYPES[optimised.precision]
     graphs = _graphs(device, dtype) if spec.cuda_graphs else None
     uploads = CopyStream(device) if spec.copy_stream and device.type == "cuda" else None

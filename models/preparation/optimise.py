@@ -25,6 +25,7 @@ from models.preparation.precision import (
 )
 from models.preparation.replay import PooledHead, Reference, Refused
 from models.preparation.variant import Variant, close, fused_variant
+from models.proof_cache import ProofCache
 from models.types import Precision
 
 T = TypeVar("T")
@@ -73,6 +74,7 @@ def optimise(
     spec: ModelSpec,
     device: torch.device,
     findings: Findings,
+    cache: ProofCache | None = None,
 ) -> Optimised:
     """Optimise a model for its device, with the precision and runtime that its entry asks for.
 
@@ -87,7 +89,7 @@ def optimise(
     if moved is not None:
         module = moved
         steps.append("channels_last")
-    fused = fused_variant(module, probe)
+    fused = fused_variant(module, probe, cache)
     steps.append("fusion skipped: nothing to fuse" if fused is None else fused.step)
     features = findings.choose_features(fused)
     precision = _precision(spec.precision, module, probed, device, steps)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from models.hooks import ForwardHook, HookStack
 from models.preparation.fusion import fuse_convolutions
+from models.proof_cache import ProofCache
 
 logger = logging.getLogger("heatlens.preparation")
 
@@ -75,37 +76,60 @@ class Variant:
         )
 
 
-def fused_variant(module: nn.Module, probe: Tensor) -> Variant | None:
+@dataclass(frozen=True, kw_only=True)
+class _Equality:
+    """In which layers a variant equals the original; see `Variant`."""
+
+    readable: frozenset[str]
+    rewritable: frozenset[str]
+    differentiable: bool
+
+
+def fused_variant(
+    module: nn.Module, probe: Tensor, cache: ProofCache | None = None
+) -> Variant | None:
     """Make a variant with fused convolutions and check it against the original, in float32.
 
     The module is in eval mode and left as it is; the probe (N, 3, H, W) is of the size that will be
-    served. None where nothing could be fused or the scores differ by more than `TOLERANCE`.
+    served. None where nothing could be fused or the scores differ by more than `TOLERANCE`. What
+    `cache` holds of its layers is not proved again; the scores always are.
     """
+    cache = cache or ProofCache(None)
     try:
         variant, fused = fuse_convolutions(copy.deepcopy(module))
         if not fused:
             return None
-        expected, found = layer_outputs(module, probe), layer_outputs(variant, probe)
-        same = equal_layers(found, expected, close)
-        exact, recorded = (_differentiated(m, probe[:1], same) for m in (module, variant))
+        with torch.inference_mode():
+            equal = close(variant(probe), module(probe))
+        proved = cache.remember("fusion", _Equality, lambda: _equality(variant, module, probe))
     # A model that cannot be rewritten is served as it is.
     except Exception:
         logger.warning("the fused convolutions fail", exc_info=True)
         return None
-    if not close(found[""], expected[""]):
+    if not equal:
         return None
-    proved = {name for name, other in exact.items() if _agree(recorded.get(name), other)}
     return Variant(
         module=variant,
         step=f"{fused} fused convolutions",
-        readable=same,
-        rewritable=frozenset(proved) - {""},
-        differentiable="" in proved,
+        readable=proved.readable,
+        rewritable=proved.rewritable,
+        differentiable=proved.differentiable,
     )
 
 
 _Pair = tuple[Tensor, Tensor | None]
 """A tensor, and the gradient of a mixture of all scores there; None if no score depends on it."""
+
+
+def _equality(variant: nn.Module, module: nn.Module, probe: Tensor) -> _Equality:
+    """Compare the layers of a variant with the original's, by value and by gradient."""
+    expected, found = layer_outputs(module, probe), layer_outputs(variant, probe)
+    same = equal_layers(found, expected, close)
+    exact, recorded = (_differentiated(m, probe[:1], same) for m in (module, variant))
+    proved = {name for name, other in exact.items() if _agree(recorded.get(name), other)}
+    return _Equality(
+        readable=same, rewritable=frozenset(proved) - {""}, differentiable="" in proved
+    )
 
 
 def _differentiated(module: nn.Module, images: Tensor, layers: Collection[str]) -> dict[str, _Pair]:

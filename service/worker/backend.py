@@ -167,15 +167,25 @@ def make_engine_backend(device: str, *, base_dir: Path, threads: int | None = No
     if device.startswith("cpu"):
         if threads is not None:
             torch.set_num_threads(threads)
-        registry = ModelRegistry("cpu", base_dir)
+        registry = ModelRegistry("cpu", base_dir, proofs_dir=_proofs_dir())
         return Backend(registry=registry, engine=Engine(registry), free_memory=release_heap)
     torch.cuda.set_device(device)
     # float32 means float32: by default torch lets convolutions round to the 10 bits of TF32.
     torch.backends.cudnn.allow_tf32 = False
-    registry = ModelRegistry(device, base_dir)
+    registry = ModelRegistry(device, base_dir, proofs_dir=_proofs_dir())
     return Backend(
         registry=registry,
         engine=Engine(registry),
         free_memory=torch.cuda.empty_cache,
         memory_bytes=torch.cuda.memory_reserved,
     )
+
+
+def _proofs_dir() -> Path | None:
+    """Where proofs of models are kept from one start to the next, in the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(cache) if cache else Path.home() / ".cache") / "heatlens" / "proofs"
+    except RuntimeError:
+        # A user without a home keeps none.
+        return None

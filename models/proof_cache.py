@@ -1,0 +1,111 @@
+"""Proofs that were made before, kept by the content of the network that they are about."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+logger = logging.getLogger("heatlens.proofs")
+
+_KEPT = 64
+_LIBRARIES = ("heatlens", "torch", "torchvision", "timm")
+
+
+class ProofCache:
+    """Keeps what was proved of one network in a file.
+
+    A file that cannot be read or written is as good as none: everything is proved again.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        """Open the proofs in a file; None keeps nothing."""
+        self._file = file
+        self._known: dict[str, msgspec.Raw] = {}
+        if file is not None:
+            with contextlib.suppress(OSError, msgspec.MsgspecError):
+                self._known = msgspec.json.decode(file.read_bytes(), type=dict[str, msgspec.Raw])
+
+    @classmethod
+    def of(cls, module: nn.Module, scores: Tensor, folder: Path | None) -> ProofCache:
+        """The proofs of a network on the CPU, which answered a probe with these scores.
+
+        Args:
+            module: the network.
+            scores: of the probe, bit for bit.
+            folder: of all proofs; None keeps nothing.
+        """
+        if folder is None or next(module.parameters(), None) is None:
+            return cls(None)
+        try:
+            return cls(folder / f"{_digest(module, scores)}.json")
+        # A network that cannot be digested, such as a quantised one, is proved at each start.
+        except (AttributeError, RuntimeError, TypeError):
+            return cls(None)
+
+    def remember(self, what: str, kind: type[T], prove: Callable[[], T]) -> T:
+        """What was proved before, or what `prove` returns now."""
+        if what in self._known:
+            with contextlib.suppress(msgspec.MsgspecError):
+                return msgspec.json.decode(self._known[what], type=kind)
+        proof = prove()
+        self._known[what] = msgspec.Raw(msgspec.json.encode(proof))
+        self._write()
+        return proof
+
+    def _write(self) -> None:
+        if self._file is None:
+            return
+        unfinished = self._file.with_suffix(f".{id(self):x}")
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            unfinished.write_bytes(msgspec.json.encode(self._known))
+            unfinished.replace(self._file)
+            _drop_oldest(self._file.parent)
+        except OSError as error:
+            logger.info("proofs are not kept: %s", error.strerror)
+
+
+def _drop_oldest(folder: Path) -> None:
+    files = sorted(folder.glob("*.json"), key=lambda file: file.stat().st_mtime)
+    for file in files[:-_KEPT]:
+        file.unlink(missing_ok=True)
+
+
+def _digest(module: nn.Module, scores: Tensor) -> str:
+    """Digest of all that a proof depends on: tensors, structure, code, versions, size of the probe."""
+    digest = hashlib.blake2b(digest_size=20)
+    for part in _parts(module):
+        digest.update(part.encode())
+    for name, tensor in (*module.state_dict(keep_vars=True).items(), ("scores", scores)):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        plain = tensor.detach().contiguous().view(-1)
+        digest.update(plain.view(torch.uint8).numpy().data if plain.numel() else b"")
+    return digest.hexdigest()
+
+
+def _parts(module: nn.Module) -> Iterator[str]:
+    for library in _LIBRARIES:
+        yield version(library)
+    yield repr(module)
+    files: set[str] = set()
+    for part in module.modules():
+        # Graphs carry their code with them.
+        yield str(getattr(part, "code", ""))
+        source = sys.modules.get(type(part).__module__)
+        if file := getattr(source, "__file__", None):
+            files.add(file)
+    for file in sorted(files):
+        with contextlib.suppress(OSError):
+            yield hashlib.blake2b(Path(file).read_bytes()).hexdigest()

@@ -1,0 +1,113 @@
+"""What was proved before is read again, as long as nothing that it depends on has changed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from models.catalog import ModelSpec
+from models.proof_cache import ProofCache
+from models.registry import ModelRegistry
+
+NETWORK = """
+import torch
+from torch import nn
+
+
+def build(num_classes):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, num_classes),
+    )
+"""
+
+
+@pytest.fixture
+def load(tmp_path):
+    (tmp_path / "net.py").write_text(NETWORK)
+    spec = ModelSpec.model_validate(
+        {
+            "name": "tiny",
+            "source": "python:net:build",
+            "weights": "none",
+            "num_classes": 3,
+            "preprocess": {"resize": 32, "crop": 32},
+        }
+    )
+
+    def load():
+        registry = ModelRegistry("cpu", tmp_path, warmup_s=0.0, proofs_dir=tmp_path / "proofs")
+        return registry, registry.load(spec)
+
+    return load
+
+
+def test_the_second_load_proves_nothing_and_finds_the_same(load, monkeypatch):
+    _, first = load()
+
+    def fail(*_):
+        raise AssertionError("proved again")
+
+    monkeypatch.setattr("models.warmup.prove_layers", fail)
+    monkeypatch.setattr("models.preparation.variant._equality", fail)
+    registry, second = load()
+    assert second.layers == first.layers
+    assert second.card.methods == first.card.methods
+    assert second.card.preparation == first.card.preparation
+    (variant,) = registry.get("tiny", "1").variants
+    assert "2" in variant.readable
+    assert variant.differentiable
+
+
+def test_a_damaged_file_is_as_good_as_none(load, tmp_path):
+    _, first = load()
+    (file,) = (tmp_path / "proofs").iterdir()
+    file.write_bytes(b"{")
+    assert load()[1].layers == first.layers
+
+
+def test_a_folder_that_cannot_be_written_does_no_harm(load, tmp_path):
+    (tmp_path / "proofs").write_text("a file in its place")
+    assert load()[1].card.ready
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+
+
+def other_weight(module):
+    with torch.no_grad():
+        module[0].weight[0, 0, 0, 0] += 1e-6
+    return module
+
+
+def other_structure(module):
+    return nn.Sequential(module[0], nn.ReLU6()).eval()
+
+
+@pytest.mark.parametrize("change", [other_weight, other_structure])
+def test_another_network_has_proofs_of_its_own(tmp_path, change):
+    scores = torch.zeros(3, 2)
+    ProofCache.of(network(), scores, tmp_path).remember("fact", int, lambda: 1)
+    again = ProofCache.of(copy.deepcopy(network()), scores, tmp_path)
+    assert again.remember("fact", int, lambda: 2) == 1
+    changed = ProofCache.of(change(network()), scores, tmp_path)
+    assert changed.remember("fact", int, lambda: 2) == 2
+    answered = ProofCache.of(network(), scores + 1, tmp_path)
+    assert answered.remember("fact", int, lambda: 3) == 3
+
+
+def test_few_proofs_are_kept(tmp_path):
+    for number in range(70):
+        scores = torch.full((1, 1), float(number))
+        ProofCache.of(network(), scores, tmp_path).remember("fact", int, lambda: 1)
+    assert len(list(tmp_path.iterdir())) <= 64
