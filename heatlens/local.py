@@ -120,6 +120,9 @@ class LocalModel:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self._stack = contextlib.AsyncExitStack()
+        # The device's thread must end before the interpreter does, and `atexit` comes too late: no
+        # thread can be asked for anything by then. concurrent.futures takes the same way.
+        threading._register_atexit(self.close)  # type: ignore[attr-defined] # noqa: SLF001
         try:
             self._client = self._wait(self._start(_settings(spec, device)))
         except BaseException:

@@ -40,6 +40,7 @@ class ExplainOptions(CommonOptions, total=False):
     statistics: bool
     faithfulness: list[str]
     curves: bool
+    partial_maps: bool
     samples: int
     steps: int
     seed: int

@@ -31,7 +31,7 @@ PAGES = [
     *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs/explanation").glob("*.md")),
 ]
 BLOCK = re.compile(
-    r"^```(?P<language>console|python)\n(?P<code>.*?)^```\n(?P<skip><!-- not run: .+ -->)?",
+    r"^```(?P<language>console|python)\n(?P<code>.*?)^```\n(?P<skip><!-- not run: [^>]+ -->)?",
     re.MULTILINE | re.DOTALL,
 )
 

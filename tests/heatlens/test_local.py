@@ -1,6 +1,9 @@
 """A model in this process, on a tiny network of the caller's own."""
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,3 +67,24 @@ def test_a_model_that_cannot_be_loaded_says_why(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(heatlens.LoadFailed, match=r"absent\.pth"):
         heatlens.load("resnet18", weights="absent.pth", device="cpu")
+
+
+def test_a_model_that_is_never_closed_lets_the_process_end(tmp_path):
+    (tmp_path / "tiny.py").write_text(NETWORK)
+    program = (
+        "import heatlens\n"
+        "model = heatlens.load('python:tiny:build', weights='none', num_classes=3, device='cpu',\n"
+        "    name='tiny', preprocess={'resize': 32, 'crop': 32})\n"
+        "print(model.card.name)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "tiny\n", "")
