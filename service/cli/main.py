@@ -17,6 +17,7 @@ from service.cli.bench.command import bench
 from service.cli.common import Config, given, wrong_configuration
 from service.cli.compare import compare
 from service.cli.explain import explain
+from service.cli.init import init
 from service.cli.inspect import check, layers, models
 from service.cli.report.command import report
 from service.configuration import ConfigurationError
@@ -41,7 +42,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (bench, check, compare, explain, layers, models, report):
+for command in (bench, check, compare, explain, init, layers, models, report):
     app.command()(command)
 
 

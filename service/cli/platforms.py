@@ -94,8 +94,12 @@ def model_in(folder: Path) -> dict[str, Any]:
             f"{folder} has no {CONFIG_NAME}, so it must hold one model in a file "
             f"({', '.join(suffixes)}) or in a folder saved by transformers or timm; found: {found}."
         )
-    (file,) = files
-    return entry | {"source": f"{_WHOLE.get(file.suffix, 'checkpoint')}:{file.name}"}
+    return entry | {"source": source_of(files[0])}
+
+
+def source_of(file: Path) -> str:
+    """The source that reads a single file, by its suffix; the path starts from the file's folder."""
+    return f"{_WHOLE.get(file.suffix, 'checkpoint')}:{file.name}"
 
 
 def _saved_by(file: Path) -> str | None:

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
+from models.compat import define_missing_operators
 from service.cli import main as cli
 from service.cli.common import EXIT_SOME_FAILED, EXIT_UNREACHABLE
 
@@ -339,3 +341,36 @@ def test_python_dash_m_service_is_heatlens_and_imports_little() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"heatlens \d+\.\d+\.\d+\S*\n", done.stdout)
+
+
+# ---------------------------------------------------------------- init
+
+
+def test_init_writes_a_configuration_that_serves(tmp_path: Path) -> None:
+    define_missing_operators()
+    from torchvision.models import resnet18
+
+    network = resnet18(num_classes=7)
+    weights = tmp_path / "parts.pth"
+    torch.save({"state_dict": network.state_dict(), "arch": "resnet18"}, weights)
+    result = run("init", weights)
+    assert result.exit_code == 0, said(result)
+    written = tmp_path / "heatlens.toml"
+    text = written.read_text()
+    assert 'name = "parts"' in text
+    assert "# num_classes = 7" in text
+    assert "# target_layer = " in text
+    checked = run("models", "-c", written, "--json")
+    assert json.loads(checked.stdout)["num_classes"] == 7
+    again = run("init", weights)
+    assert again.exit_code == 2
+    assert "--force" in said(again)
+
+
+def test_init_of_what_is_no_checkpoint_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "notes.pth").write_bytes(b"no weights")
+    result = run("init", tmp_path / "notes.pth")
+    assert result.exit_code == EXIT_SOME_FAILED
+    assert "could not be loaded" in said(result)
+    assert "--source" in said(result)
+    assert not (tmp_path / "heatlens.toml").exists()
