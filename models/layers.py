@@ -190,14 +190,17 @@ def has_gradient(trace: Trace, layouts: Layouts, name: str) -> bool:
 
 def _gradient(trace: Trace, call: Call, layouts: Layouts, classes: Sequence[int]) -> Tensor | None:
     """Gradient (N, C, h, w) of a mixture of the classes' scores at a map; None without one."""
-    if call.output is None or not (call.output.requires_grad and trace.differentiable):
+    if call.output is None or not (call.output.requires_grad and trace.scores.requires_grad):
         return None
     # Weighted, since plain sums may cancel: two classes of one logit, scores that add up to one.
     weights = torch.arange(1.0, 1 + len(classes), device=trace.scores.device)
     score = (trace.scores[:, list(classes)] * weights).sum()
-    gradients: Sequence[Tensor | None] = torch.autograd.grad(
-        score, call.output, retain_graph=True, allow_unused=True
-    )
+    gradients: Sequence[Tensor | None]
+    try:
+        gradients = torch.autograd.grad(score, call.output, retain_graph=True, allow_unused=True)
+    # Quantised operations are recorded, but not differentiated.
+    except RuntimeError:
+        return None
     return None if gradients[0] is None else to_map(gradients[0], layouts[call.name])
 
 

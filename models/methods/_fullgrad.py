@@ -37,8 +37,9 @@ class Decomposition:
 
 @dataclass(frozen=True)
 class _Place:
-    """A bias and the tensor to which it is added, where the pass can be tapped."""
+    """A bias, the module that holds it, and the tensor to which it is added, where it is tapped."""
 
+    holder: str
     layer: str
     kind: Kind
     bias: Tensor
@@ -50,7 +51,7 @@ def misplaced(traced: Trace, proofs: Proofs) -> str | None:
 
     Gradients at a bias must belong to one image each, and lie in it as maps of channels first.
     """
-    biased = {place.layer for place in _places(traced.module)}
+    biased = {place.holder for place in _places(traced.module)}
     for name, call in traced.calls.items():
         if call.path not in biased or call.output is None:
             continue
@@ -159,7 +160,8 @@ def _places(module: nn.Module) -> list[_Place]:
         else:
             continue
         if bias is not None:
-            places.append(_Place(layer, kind, bias.detach().float(), isinstance(child, nn.Linear)))
+            last = isinstance(child, nn.Linear)
+            places.append(_Place(name, layer, kind, bias.detach().float(), last))
     return places
 
 

@@ -12,10 +12,10 @@ from torchvision.models import maxvit, swin_transformer, vision_transformer
 from models.head import HeadProbe, probe_head
 from models.layers import TokenLayout, choose_target_layer, feature_layers, to_map
 from models.probe import probe_batch, trace
-from models.proof import find_layouts
 from models.sources import load
 from models.types import Preprocess
 from models.weights import fill_zero_heads, seeded
+from tests.models.conftest import find_layouts
 
 SWIN = TokenLayout(grid=(2, 2), channels_last=True)
 CLASS_TOKEN = TokenLayout(grid=(4, 4), prefix=1)

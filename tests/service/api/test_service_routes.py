@@ -126,6 +126,7 @@ async def test_methods(client: httpx.AsyncClient) -> None:
         "needs_gradients",
         "assumes_nonnegative",
         "of_input",
+        "images",
         "signed",
         "cost",
         "defaults",

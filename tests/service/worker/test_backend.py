@@ -62,11 +62,12 @@ def test_the_cause_of_a_failed_load_is_kept_for_the_operator_alone(tmp_path, mon
     registry = ModelRegistry("cpu", tmp_path)
     spec = ModelSpec(name="m", source="python:net_that_raises:build")
     backend = Backend(registry=registry, engine=None, free_memory=lambda: None)
-    with caplog.at_level(logging.ERROR):
+    with caplog.at_level(logging.DEBUG):
         error = load_model(backend, spec)
     assert isinstance(error, ModelLoadFailed)
     assert error.cause == "FileNotFoundError: secret/backbone.pth (net_that_raises.py:2)"
-    # In the log with its traceback, in no answer.
+    # In the log, with its traceback at the level of debugging, and in no answer.
+    assert all(record.levelno == logging.DEBUG for record in caplog.records)
     assert re.search(r"Traceback(.|\n)*net_that_raises\.py(.|\n)*secret/backbone", caplog.text)
     assert "secret" not in str(Failure.of("1", error))
     assert error.__cause__ is None
