@@ -55,18 +55,19 @@ CONVOLUTIONAL = [
     ("torchvision:squeezenet1_1", 64, ATTENTION | {"cam"}),
     ("torchvision:densenet121", 64, ATTENTION | {"cam"}),
     ("torchvision:mobilenet_v2", 64, ATTENTION),
-    ("torchvision:mobilenet_v3_small", 64, ATTENTION | SMOOTH | {"cam"}),
+    ("torchvision:mobilenet_v3_small", 160, ATTENTION | SMOOTH | {"cam"}),
     ("torchvision:efficientnet_b0", 64, ATTENTION | SMOOTH),
     ("torchvision:efficientnet_v2_s", 64, ATTENTION | SMOOTH),
     ("torchvision:convnext_tiny", 64, ATTENTION | SMOOTH | {"cam", "fullgrad"}),
     ("torchvision:googlenet", 64, ATTENTION),
-    ("torchvision:inception_v3", 128, ATTENTION),
+    # With random weights, a layer of 6 x 6 positions hardly tells where a patch lies.
+    ("torchvision:inception_v3", 128, ATTENTION | {"fullgrad"}),
     ("torchvision:mnasnet0_5", 64, ATTENTION),
     ("torchvision:shufflenet_v2_x0_5", 64, ATTENTION),
     ("timm:resnet18", 64, ATTENTION),
     ("timm:densenet121", 64, ATTENTION),
     ("timm:tf_efficientnet_lite0", 64, ATTENTION),
-    ("timm:mobilenetv3_small_050", 64, ATTENTION | SMOOTH | {"cam"}),
+    ("timm:mobilenetv3_small_050", 160, ATTENTION | SMOOTH | {"cam"}),
     ("timm:convnext_atto", 64, ATTENTION | SMOOTH | {"cam", "fullgrad"}),
 ]
 
