@@ -75,7 +75,7 @@ async def serving(settings: Settings) -> AsyncIterator[AsyncClient]:
     Raises:
         ModelLoadFailed: none of the models could be loaded.
     """
-    widened = {"timeout_s": _LONG_S, "max_timeout_s": _LONG_S, "max_wait_s": _LONG_S}
+    widened = dict.fromkeys(("timeout_s", "max_timeout_s", "max_wait_s", "max_device_s"), _LONG_S)
     limits = settings.limits.model_copy(update=widened)
     settings = settings.model_copy(update={"limits": limits, "security": SecuritySettings()})
     pool = LocalPool(settings)

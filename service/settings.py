@@ -137,7 +137,7 @@ class LimitSettings(_Section):
     max_decode_mb: Annotated[int, Field(ge=100)] = 1000
     decoders: Annotated[int, Field(ge=1, le=256)] = 2
     max_results: Annotated[int, Field(ge=1, le=1_000_000)] = 2048
-    max_device_s: Annotated[float, Field(gt=0, le=86_400)] = 120.0
+    max_device_s: Annotated[float, Field(gt=0, le=86_400)] = 300.0
     max_answer_mb: Annotated[float, Field(gt=0, le=2000)] = 32.0
     max_wait_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
     timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
