@@ -35,7 +35,7 @@ async def inflate(
     """Inflate a body chunk by chunk.
 
     Raises:
-        UnsupportedMediaType: the encoding is unknown.
+        UnsupportedMediaType: the encoding is unknown, or the body is of another one.
         BodyTooLarge: it inflates to more than `max_bytes`; no more than that is ever in memory.
         MalformedBody: it is damaged or truncated.
     """
@@ -48,6 +48,10 @@ async def inflate(
         try:
             data = await loop.run_in_executor(threads, stream.decompress, chunk, room + 1)
         except zlib.error as error:
+            if room == max_bytes:
+                raise UnsupportedMediaType(
+                    f"The body is not in {encoding}, as its Content-Encoding says."
+                ) from error
             raise MalformedBody(f"The body is not valid {encoding}.") from error
         room -= len(data)
         if room < 0:
