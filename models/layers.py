@@ -195,9 +195,10 @@ def _gradient(trace: Trace, call: Call, layouts: Layouts, classes: Sequence[int]
     # Weighted, since plain sums may cancel: two classes of one logit, scores that add up to one.
     weights = torch.arange(1.0, 1 + len(classes), device=trace.scores.device)
     score = (trace.scores[:, list(classes)] * weights).sum()
-    gradients: Sequence[Tensor | None]
     try:
-        gradients = torch.autograd.grad(score, call.output, retain_graph=True, allow_unused=True)
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(
+            score, call.output, retain_graph=True, allow_unused=True
+        )
     # Quantised operations are recorded, but not differentiated.
     except RuntimeError:
         return None
