@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import binascii
-import re
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic
 
-import msgspec
 import numpy as np
 from fastapi import Request
 from starlette.requests import ClientDisconnect
@@ -29,8 +26,10 @@ from models.errors import (
 )
 from models.imaging.decode import FORMATS, sniff
 from service.api.compression import inflate
+from service.api.json import decode_base64, json_object
 from service.api.multipart import IMAGE_PART, OPTIONS_PART, read_form
-from service.api.options import ImageOption, OptionsT, list_options, validate
+from service.api.options import ImageOption, list_options
+from service.api.validation import OptionsT, validate
 from service.settings import LimitSettings
 
 if TYPE_CHECKING:
@@ -40,22 +39,14 @@ FORM = "multipart/form-data"
 JSON = "application/json"
 BYTES = "application/octet-stream"
 
-# The most that a request needs: 16 interventions of 4,096 channels. A million empty lists are a
-# megabyte of text, a hundred megabytes of objects, and a second in which nobody else is served.
-_MAX_JSON_VALUES = 100_000
 # Shorter JSON is read in less time than it takes to hand it to a thread.
 _INLINE_JSON = 100_000
 
-_DATA_URL = re.compile(r"data:[\w.+/-]*(?:;[\w.+=-]+)*;base64,", re.ASCII)
 _CONCURRENT_FETCHES = 4
 
 # curl calls whatever it posts a form.
 _UNKNOWN = frozenset({"", "application/x-www-form-urlencoded"})
 _WHOLE = _UNKNOWN | {JSON, BYTES, "application/x-image"}
-
-# The URL-safe alphabet of base64 becomes the standard one; encoders like to break lines.
-_STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
-_WHITE_SPACE = b" \t\r\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,33 +296,6 @@ def _text(data: bytes) -> str:
         raise MalformedBody("A part of the form is not UTF-8 text.") from None
 
 
-def check_json_size(data: bytes, *, most: int) -> None:
-    """Refuse JSON of very many values before it is parsed, which nothing interrupts.
-
-    Raises:
-        BodyTooLarge: it has more commas and opening brackets than `most`.
-    """
-    if len(data) > most and sum(map(data.count, (b",", b"[", b"{"))) > most:
-        raise BodyTooLarge(f"The JSON has more than {most} values.")
-
-
-def json_object(data: bytes) -> dict[str, Any]:
-    """Parse a JSON object.
-
-    Raises:
-        MalformedBody: the text is not a JSON object.
-        BodyTooLarge: it has too many values.
-    """
-    check_json_size(data, most=_MAX_JSON_VALUES)
-    try:
-        document = msgspec.json.decode(data)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, ValueError) as error:
-        raise MalformedBody("The JSON is malformed.") from error
-    if not isinstance(document, dict):
-        raise MalformedBody("The JSON is not an object.")
-    return document
-
-
 def _from_base64(item: ImageOption, field: str) -> ImageInput:
     text = item.b64
     if text is None:
@@ -342,22 +306,3 @@ def _from_base64(item: ImageOption, field: str) -> ImageInput:
         error = ImageUndecodable(found.message, field=f"{field}.b64")
         return ImageInput(targets=item.targets, error=error)
     return ImageInput(data=data, targets=item.targets)
-
-
-def decode_base64(text: str) -> bytes:
-    """Decode base64 of either alphabet, padded or not, in one line or many, or a `data:` URL.
-
-    Raises:
-        ImageUndecodable: the text is something else, or cut off.
-    """
-    prefix = _DATA_URL.match(text[:256])
-    try:
-        coded = text[prefix.end() if prefix else 0 :].encode("ascii")
-        digits = coded.translate(_STANDARD_ALPHABET, _WHITE_SPACE).rstrip(b"=")
-        if not digits:
-            raise ImageUndecodable("The base64 is empty.")
-        if len(digits) % 4 == 1:
-            raise ImageUndecodable("The base64 is cut off.")
-        return binascii.a2b_base64(digits + b"=" * (-len(digits) % 4), strict_mode=True)
-    except ValueError as error:  # covers binascii.Error and text that is not ASCII
-        raise ImageUndecodable("The text has characters that are not base64.") from error

@@ -1,42 +1,21 @@
-"""HTTP connections within limits: what one may send, how slowly, and how many there may be.
+"""The connections of a process: how many there are, from where, and what they keep in memory.
 
-uvicorn's protocol knows a timeout for idle connections and no other limit: headers without end,
-trickling bodies and clients that never read are held for ever, and connections are accepted until
-the process has no descriptor left. The rest is here, in one subclass and one table of connections.
+uvicorn accepts connections until the process has no descriptor left. Here the client that has
+waited longest without sending a request makes room for a new one.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
-import logging
-import math
 import time
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
-from typing import Any, Literal, cast
+from typing import Protocol
 
-import httptools
-from starlette.types import Message
-from uvicorn.protocols.http.httptools_impl import (
-    STATUS_LINE,
-    HttpToolsProtocol,
-    RequestResponseCycle,
-)
-
-from models import errors
-from models.errors import HeatlensError
-from service import logs
-from service.api.errors import STATUS, error_response
 from service.hardware import raise_descriptor_limit
 from service.settings import ConnectionSettings
 
-log = logging.getLogger("heatlens.connections")
-
 _SWEEP_S = 1.0
-_LINGER_S = 2.0
-_LINGER_BYTES = 32_000_000
 
 # Descriptors for everything that is not a connection of a client.
 _RESERVED_DESCRIPTORS = 128
@@ -45,10 +24,28 @@ _RESERVED_DESCRIPTORS = 128
 _SMALL_BODY = 1_000_000
 _SMALL_BODIES_SHARE = 1.25
 
-_VERSIONS = ("1.0", "1.1")
-_UPGRADE_HEADERS = frozenset((b"upgrade", b"http2-settings"))
 
-_Phase = Literal["idle", "headers", "body", "response"]
+class Connection(Protocol):
+    """What the table knows of a connection.
+
+    Attributes:
+        address: of the client; a network of IPv6, all of which one client may have.
+        since: monotonic time at which it began what it does.
+    """
+
+    loop: asyncio.AbstractEventLoop
+    address: str
+    since: float
+
+    @property
+    def waits(self) -> bool:
+        """Whether the client has not sent a request, or not all of its headers."""
+
+    def check(self, now: float) -> None:
+        """Refuse a client that is too slow."""
+
+    def abort(self) -> None:
+        """End it at once."""
 
 
 class Connections:
@@ -61,17 +58,13 @@ class Connections:
 
     def __init__(self, read_limits: Callable[[], ConnectionSettings]) -> None:
         self.limits = read_limits
-        self._open: set[_Connection] = set()
+        self._open: set[Connection] = set()
         self._addresses: Counter[str] = Counter()
         self._descriptors = max(1, raise_descriptor_limit() - _RESERVED_DESCRIPTORS)
         self._sweeping: asyncio.TimerHandle | None = None
         self.buffered_bytes = 0
 
-    def protocol(self) -> type[asyncio.Protocol]:
-        """What uvicorn makes its connections with."""
-        return cast("type[asyncio.Protocol]", partial(_Connection, table=self))
-
-    def admit(self, connection: _Connection) -> bool:
+    def admit(self, connection: Connection) -> bool:
         """Take a new connection in, for which the one that waits longest may have to go.
 
         Returns:
@@ -88,7 +81,7 @@ class Connections:
             return self._make_room(connection, address=None)
         return True
 
-    def forget(self, connection: _Connection) -> None:
+    def forget(self, connection: Connection) -> None:
         """Drop a connection that was lost."""
         if connection in self._open:
             self._open.remove(connection)
@@ -103,7 +96,7 @@ class Connections:
             most = int(_SMALL_BODIES_SHARE * most)
         return self.buffered_bytes <= most
 
-    def _make_room(self, new: _Connection, *, address: str | None) -> bool:
+    def _make_room(self, new: Connection, *, address: str | None) -> bool:
         waiting = [
             other
             for other in self._open
@@ -113,7 +106,7 @@ class Connections:
             return False
         oldest = min(waiting, key=lambda other: other.since)
         self.forget(oldest)
-        oldest.transport.abort()
+        oldest.abort()
         return True
 
     def _sweep(self) -> None:
@@ -123,277 +116,3 @@ class Connections:
         if self._open:
             loop = next(iter(self._open)).loop
             self._sweeping = loop.call_later(_SWEEP_S, self._sweep)
-
-
-class _Progress:
-    """Whether bytes move fast enough: each stretch of time must see its share of them."""
-
-    def __init__(self, now: float) -> None:
-        self._since = now
-        self._bytes = 0
-
-    def add(self, count: int) -> None:
-        self._bytes += count
-
-    def is_stalled(self, now: float, limits: ConnectionSettings) -> bool:
-        if self._bytes >= limits.min_bytes_per_s * (now - self._since):
-            self._since, self._bytes = now, 0
-        return now - self._since > limits.stall_timeout_s
-
-
-class _Connection(HttpToolsProtocol):
-    """One connection.
-
-    Attributes:
-        address: of the client; a network of IPv6, all of which one client may have.
-        since: start of the phase.
-    """
-
-    def __init__(self, *args: Any, table: Connections, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._table = table
-        self._limits = table.limits()
-        self.timeout_keep_alive = math.ceil(self._limits.idle_timeout_s)
-        self.address = ""
-        self.since = time.monotonic()
-        self._phase: _Phase = "headers"
-        self._messages = 0
-        self._header_bytes = 0
-        self._body_bytes = self._discarded_bytes = 0
-        self._received, self._sent = _Progress(self.since), _Progress(self.since)
-        self._unsent_bytes = 0
-        self._fault: HeatlensError | None = None
-        self._is_last = self._lingers = False
-
-    @property
-    def waits(self) -> bool:
-        """Whether the client has not sent a request, or not all of its headers."""
-        cycle: RequestResponseCycle | None = self.cycle
-        return (cycle is None or cycle.response_complete) and self._phase in ("idle", "headers")
-
-    # ---------------------------------------------------------------- the transport
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Answer a connection for which there is no place, and end it."""
-        super().connection_made(transport)
-        self.address = _address(self.client)
-        if not self._table.admit(self):
-            self._refuse(errors.Overloaded("The service has too many connections."))
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._table.forget(self)
-        self._release_body()
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        self._received.add(len(data))
-        if self._lingers:
-            self._discarded_bytes += len(data)
-            if self._discarded_bytes > _LINGER_BYTES:
-                self.transport.abort()
-            return
-        self._unset_keepalive_if_required()
-        messages = self._messages
-        try:
-            self._parse(data)
-        except httptools.HttpParserError:
-            self._refuse(self._fault or errors.MalformedBody("The HTTP request is malformed."))
-            return
-        if self._phase == "headers" and not self._lingers:
-            self._header_bytes = 0 if messages != self._messages else self._header_bytes + len(data)
-            if self._header_bytes > self._limits.max_header_bytes:
-                self._refuse(_too_large(self._limits))
-
-    def _parse(self, data: bytes) -> None:
-        rest = memoryview(data)
-        while True:
-            try:
-                self.parser.feed_data(rest)
-            except httptools.HttpParserUpgrade as upgrade:
-                # The parser leaves what follows to another protocol, which a server need not speak
-                # (RFC 9110, 7.8): the request is read again as one that does not ask for it.
-                rest = rest[upgrade.args[0] :]
-                self._read_without_upgrade()
-            else:
-                return
-
-    def _read_without_upgrade(self) -> None:
-        method, version = self.parser.get_method(), self.parser.get_http_version().encode()
-        if method == b"CONNECT":
-            raise httptools.HttpParserError("a tunnel")
-        lines = [b"%s %s HTTP/%s" % (method, self.url, version)]
-        for name, value in self.headers:
-            if name == b"connection":
-                tokens = (token.strip() for token in value.split(b","))
-                kept = b", ".join(t for t in tokens if t.lower() not in _UPGRADE_HEADERS)
-                lines.append(b"connection: %s" % kept)
-            elif name not in _UPGRADE_HEADERS:
-                lines.append(b"%s: %s" % (name, value))
-        self.parser = httptools.HttpRequestParser(self)
-        self.parser.feed_data(b"\r\n".join((*lines, b"", b"")))
-
-    # ---------------------------------------------------------------- the parser
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._enter("headers")
-        self._messages += 1
-        self._header_bytes = 0
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header within the limits; trailers are of no use here."""
-        limits = self._limits
-        self._header_bytes += len(name) + len(value)
-        too_many = len(self.headers) >= limits.max_headers
-        if too_many or self._header_bytes + len(self.url) > limits.max_header_bytes:
-            self._fault = _too_large(limits)
-            raise self._fault
-        if self._phase == "headers":
-            super().on_header(name, value)
-
-    def on_headers_complete(self) -> None:
-        if self._lingers or self.parser.should_upgrade():
-            return
-        if self.parser.get_http_version() not in _VERSIONS:
-            raise httptools.HttpParserError("another version")
-        super().on_headers_complete()
-        self._enter("body")
-        self._received = _Progress(self.since)
-        cycle, send = self.cycle, self.cycle.send
-
-        async def send_and_close_if_early(message: Message) -> None:
-            if message["type"] != "http.response.start" or not cycle.more_body:
-                await send(message)  # type: ignore[arg-type]
-                return
-            # What the client still sends belongs to the request that has its response already.
-            headers = [*message.get("headers", ()), (b"connection", b"close")]
-            await send({**message, "headers": headers})  # type: ignore[arg-type]
-            # uvicorn would close at once, before the client can read.
-            cycle.keep_alive = self._is_last = True
-
-        cycle.send = send_and_close_if_early  # type: ignore[method-assign, assignment]
-
-    def on_body(self, body: bytes) -> None:
-        if self._lingers or self.cycle.response_complete:
-            return
-        self._body_bytes += len(body)
-        self._table.buffered_bytes += len(body)
-        if not self._table.has_room(self._body_bytes):
-            self._refuse(errors.Overloaded("The service holds too many bodies of requests."))
-            return
-        super().on_body(body)
-
-    def on_message_complete(self) -> None:
-        if self._lingers or self.parser.should_upgrade():
-            return
-        super().on_message_complete()
-        self._phase = "response"
-
-    def on_response_complete(self) -> None:
-        self._release_body()
-        if self._is_last:
-            self.linger()
-            return
-        if self._phase == "response":
-            self._enter("response" if self.pipeline else "idle")
-        super().on_response_complete()
-
-    # ---------------------------------------------------------------- limits
-
-    def check(self, now: float) -> None:
-        limits = self._limits = self._table.limits()
-        waited = now - self.since
-        if self._is_unread(now):
-            log.info("a client did not read its response", extra=self._fields())
-            self.transport.abort()
-        elif self._lingers:
-            if waited > _LINGER_S:
-                self.transport.abort()
-        elif self._phase == "idle" and waited > limits.idle_timeout_s:
-            self.transport.close()
-        elif self.waits and waited > limits.header_timeout_s:
-            if self._messages:
-                self._refuse(
-                    errors.RequestTimeout("The headers of the request did not arrive in time.")
-                )
-            else:
-                self.transport.close()
-        elif (
-            self._phase == "body"
-            and not self.flow.read_paused
-            and self._received.is_stalled(now, limits)
-        ):
-            self._refuse(errors.RequestTimeout("The body of the request arrives too slowly."))
-
-    def linger(self) -> None:
-        """Close, but let the client read the response first.
-
-        Closing while its bytes are under way would reset the connection, and a reset discards what
-        the client has not read.
-        """
-        if self._lingers:
-            return
-        self._lingers = self._is_last = True
-        self.since = time.monotonic()
-        self._release_body()
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
-        self.flow.resume_reading()
-
-    def _refuse(self, error: HeatlensError) -> None:
-        """Answer what the application does not see, and end the connection."""
-        if self._lingers or self.transport.is_closing():
-            return
-        cycle: RequestResponseCycle | None = self.cycle
-        if cycle is not None and not cycle.response_complete:
-            if cycle.response_started:
-                self.transport.abort()
-                return
-            if not cycle.more_body:
-                # An earlier request is being answered: the connection ends with its response.
-                cycle.keep_alive = False
-                return
-            cycle.disconnected = True
-            cycle.message_event.set()
-        request_id = logs.new_id()
-        response = error_response(error, request_id=request_id)
-        lines = [STATUS_LINE[STATUS[error.code]]]
-        lines += [b"%s: %s\r\n" % header for header in response.raw_headers]
-        lines.append(b"x-request-id: %s\r\nconnection: close\r\n\r\n" % request_id.encode())
-        self.transport.write(b"".join((*lines, bytes(response.body))))
-        fields = {"code": error.code, "status": STATUS[error.code], "request_id": request_id}
-        log.info(error.message, extra=self._fields(**fields))
-        self.linger()
-
-    def _is_unread(self, now: float) -> bool:
-        """Whether what was written has not left for too long."""
-        unsent = self.transport.get_write_buffer_size()
-        if not self._unsent_bytes:
-            self._sent = _Progress(now)
-        self._sent.add(max(0, self._unsent_bytes - unsent))
-        self._unsent_bytes = unsent
-        return unsent > 0 and self._sent.is_stalled(now, self._limits)
-
-    def _enter(self, phase: _Phase) -> None:
-        self._phase, self.since = phase, time.monotonic()
-
-    def _release_body(self) -> None:
-        self._table.buffered_bytes -= self._body_bytes
-        self._body_bytes = 0
-
-    def _fields(self, **more: object) -> dict[str, object]:
-        return {"fields": {"client": self.client[0] if self.client else "", **more}}
-
-
-def _address(client: tuple[str, int] | None) -> str:
-    if client is None:
-        return ""
-    if ":" not in client[0]:
-        return client[0]
-    return str(ipaddress.ip_network((client[0].partition("%")[0], 64), strict=False))
-
-
-def _too_large(limits: ConnectionSettings) -> errors.HeadersTooLarge:
-    return errors.HeadersTooLarge(
-        f"A request has at most {limits.max_headers} headers of {limits.max_header_kb:g} kB in all."
-    )

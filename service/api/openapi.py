@@ -60,7 +60,7 @@ _TIMEOUT_HEADER = {
 
 def array_of(*kinds: type[Any]) -> dict[str, Any]:
     """The schema of a list of components, each of one of `kinds`."""
-    refs = [_ref(kind.__name__) for kind in kinds]
+    refs = [ref_to(kind.__name__) for kind in kinds]
     return {"type": "array", "items": refs[0] if len(refs) == 1 else {"anyOf": refs}}
 
 
@@ -81,12 +81,12 @@ def responses(
 
     `error` is the shape of errors where it is not that of the native API.
     """
-    shape = schema if isinstance(schema, Mapping) else _ref(schema.__name__)
+    shape = schema if isinstance(schema, Mapping) else ref_to(schema.__name__)
     found: dict[int | str, dict[str, Any]] = {200: _json_content(description, shape, example)}
     for status in sorted(errors):
         codes = ", ".join(f"`{code}`" for code in CODES[status])
         shape, shown = (
-            (_ref("ErrorResponse"), ERROR) if error is None else (_ref(error.__name__), None)
+            (ref_to("ErrorResponse"), ERROR) if error is None else (ref_to(error.__name__), None)
         )
         found[status] = _json_content(f"Codes: {codes}.", shape, shown)
     return found
@@ -97,17 +97,9 @@ def _json_content(description: str, schema: Mapping[str, Any], example: Any) -> 
     return {"description": description, "content": {JSON: media}}
 
 
-def _ref(name: str) -> dict[str, Any]:
+def ref_to(name: str) -> dict[str, Any]:
+    """The schema of a component, by its name."""
     return {"$ref": _REF.format(model=name)}
-
-
-def repository_body(**fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The `openapi_extra` of a route of the model repository; its body is optional.
-
-    `fields` are schemas of the body's fields in addition to `parameters`.
-    """
-    schema = {"type": "object", "properties": {"parameters": {"type": "object"}, **fields}}
-    return {"requestBody": {"required": False, "content": {JSON: {"schema": schema}}}}
 
 
 def image_input(options: type[AnyOptions]) -> dict[str, Any]:
@@ -117,10 +109,10 @@ def image_input(options: type[AnyOptions]) -> dict[str, Any]:
         "required": [IMAGE_PART],
         "properties": {
             IMAGE_PART: {"type": "array", "items": BINARY, "minItems": 1},
-            OPTIONS_PART: _ref(options.__name__),
+            OPTIONS_PART: ref_to(options.__name__),
         },
     }
-    json_body: dict[str, Any] = {"schema": _ref(_request_name(options))}
+    json_body: dict[str, Any] = {"schema": ref_to(_request_name(options))}
     if options is ExplainOptions:
         json_body["example"] = EXPLAIN_REQUEST
     content = {
@@ -132,39 +124,6 @@ def image_input(options: type[AnyOptions]) -> dict[str, Any]:
         "parameters": [*_query_parameters(options), _TIMEOUT_HEADER],
         "requestBody": {"required": True, "content": content},
     }
-
-
-def infer_input() -> dict[str, Any]:
-    """The `openapi_extra` of a route that takes inference requests: JSON, or JSON and tensors."""
-    length = {
-        "name": "Inference-Header-Content-Length",
-        "in": "header",
-        "description": "Bytes of JSON before binary tensors; 0 if the body is one image.",
-        "schema": {"type": "integer", "minimum": 0},
-    }
-    content = {JSON: {"schema": _ref("InferRequest")}, BYTES: {"schema": BINARY}}
-    return {"parameters": [length], "requestBody": {"required": True, "content": content}}
-
-
-def instances_input() -> dict[str, Any]:
-    """The `openapi_extra` of a route that takes instances, or any form of the native API."""
-    extra = image_input(ExplainOptions)
-    text = {"type": "string", "description": "Base64."}
-    held = {"anyOf": [text, {"type": "object", "properties": {"b64": text}, "required": ["b64"]}]}
-    holders = dict.fromkeys(("image", "image_bytes", "data"), held)
-    instance = {
-        "anyOf": [text, {"type": "object", "properties": {"b64": text, **holders, "target": {}}}]
-    }
-    schema = {
-        "type": "object",
-        "properties": {
-            "instances": {"type": "array", "items": instance, "minItems": 1},
-            "parameters": {"type": "object", "description": "Options; `explain`: true or false."},
-        },
-        "required": ["instances"],
-    }
-    extra["requestBody"]["content"][JSON] = {"schema": schema}
-    return extra
 
 
 def _query_parameters(options: type[BaseModel]) -> list[dict[str, Any]]:
@@ -277,7 +236,7 @@ def _option_schemas() -> dict[str, Any]:
         [(model, "validation") for model in (*operations, ImageOption)], ref_template=_REF
     )
     found: dict[str, Any] = described["$defs"]
-    images = {"type": "array", "items": _ref("ImageOption"), "minItems": 1}
+    images = {"type": "array", "items": ref_to("ImageOption"), "minItems": 1}
     for model in operations:
         options = found[model.__name__]
         found[_request_name(model)] = {

@@ -23,6 +23,7 @@ from models.errors import (
     Overloaded,
 )
 from models.imaging.decode import DecodeLimits
+from models.imaging.prepare import PreparedImage
 from models.types import Job, Operation, Struct
 from service import logs, tracing
 from service.api import schemas
@@ -31,7 +32,7 @@ from service.api.errors import internal_error
 from service.api.host import HostWork
 from service.api.plan import Plan, PlannedImage
 from service.api.preparation import PlanInputs, Preparation
-from service.api.responses import DecodedInput, draw, render
+from service.api.responses import draw, render
 from service.api.schemas import STAGES, ExplanationResponse, ImageError, Result, Timings
 from service.api.watch import PartialMap, Watch
 from service.devices.messages import JobProgress, News, Submission
@@ -198,19 +199,19 @@ class Pipeline:
             raise image.input.error
         decoding = time.monotonic()
         with self._host.stage("decode") as stage:
-            decoded = await inputs.prepare(number, stage)
+            prepared, digest = await inputs.prepare(number, stage)
         submitted = time.monotonic()
         tracing.stage("decode", began=decoding, ended=submitted)
 
         def hear(news: JobProgress) -> None:
             if watch is not None:
-                watch.hear(number, news, decoded, plan)
+                watch.hear(number, news, prepared, plan)
 
-        submission = _submission(image, decoded, plan, is_watched=watch is not None)
+        submission = _submission(image, prepared, plan, digest=digest, is_watched=watch is not None)
         with self._host.stage("draw") as stage:
             completion = await self._pool.submit(submission, on_progress=hear)
             answered = time.monotonic()
-            steps = render(completion.outcome, decoded, plan)
+            steps = render(completion.outcome, prepared, plan)
             result, piece = None, number
             while result is None:
                 result = await stage.run(lambda: _draw_some(steps, room), piece=piece)
@@ -257,7 +258,7 @@ def _draw_some(steps: Generator[int, None, Result], room: _Room) -> Result | Non
 
 
 def _submission(
-    image: PlannedImage, decoded: DecodedInput, plan: Plan, *, is_watched: bool
+    image: PlannedImage, prepared: PreparedImage, plan: Plan, *, digest: str, is_watched: bool
 ) -> Submission:
     card = plan.info.card
     news: News = "maps" if plan.render.partial_maps else "progress"
@@ -267,12 +268,12 @@ def _submission(
             operation=plan.operation,
             model=card.name,
             version=card.version,
-            input=decoded.input,
+            input=prepared.input,
             options=image.options,
         ),
         deadline=plan.deadline,
         price=image.price,
-        digest=decoded.digest,
+        digest=digest,
         traceparent=tracing.traceparent(),
         request_id=logs.request_id.get(),
         fingerprint=plan.info.fingerprint,

@@ -21,7 +21,6 @@ from models.types import JobOptions, ModelInfo, Preprocess
 from service.api.decoders import Decoders
 from service.api.host import HostStage
 from service.api.plan import Plan
-from service.api.responses import DecodedInput
 
 T = TypeVar("T")
 
@@ -101,8 +100,8 @@ class PlanInputs:
         # Images of others get their turn in the decoders between those of this plan.
         self._lane = asyncio.Semaphore(1)
 
-    async def prepare(self, number: int, stage: HostStage) -> DecodedInput:
-        """Prepare one image; `stage` has the threads.
+    async def prepare(self, number: int, stage: HostStage) -> tuple[PreparedImage, str]:
+        """Prepare one image, and digest it for its job; `stage` has the threads.
 
         Raises:
             HeatlensError: the image cannot be decoded, or only at too high a cost.
@@ -114,29 +113,18 @@ class PlanInputs:
             raise NotReady("The model is not ready yet.", field="model")
         if decoders is None or header is None or is_light(header) or isinstance(data, np.ndarray):
             return await stage.run(
-                lambda: self._as_input(self._prepare(data, spec), number), piece=number
+                lambda: self._with_digest(self._prepare(data, spec), number), piece=number
             )
         limits, canvas = self._preparation.limits, self._canvas
         async with self._lane:
-            return self._as_input(
-                await decoders.prepare(
-                    data, header=header, limits=limits, spec=spec, canvas=canvas
-                ),
-                number,
+            image = await decoders.prepare(
+                data, header=header, limits=limits, spec=spec, canvas=canvas
             )
+        return self._with_digest(image, number)
 
-    def _as_input(self, prepared: PreparedImage, number: int) -> DecodedInput:
-        drawn_on = prepared.picture
-        if drawn_on is None and prepared.input.dtype == np.uint8:
-            drawn_on = prepared.input
-        return DecodedInput(
-            input=prepared.input,
-            digest=digest_of(prepared.input, self._plan.info, self._plan.images[number].options),
-            geometry=prepared.geometry,
-            picture=drawn_on,
-            original=prepared.original,
-            warnings=prepared.warnings,
-        )
+    def _with_digest(self, image: PreparedImage, number: int) -> tuple[PreparedImage, str]:
+        options = self._plan.images[number].options
+        return image, digest_of(image.input, self._plan.info, options)
 
     @property
     def _canvas(self) -> Canvas:

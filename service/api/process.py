@@ -21,6 +21,7 @@ import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.connections import Connections
+from service.api.http_protocol import protocol
 from service.api.reload import MakeApp, Reload
 from service.devices.lifeline import die_with_parent
 from service.devices.pool import DevicePool
@@ -170,7 +171,7 @@ def main(arguments: Sequence[str] | None = None, *, make_app: MakeApp | None = N
     connections = Connections(lambda: reload.settings.connections)
     config = uvicorn.Config(
         draining,
-        http=connections.protocol(),
+        http=protocol(connections),
         ws="none",
         lifespan="on",
         log_config=None,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import struct
 from collections.abc import Generator
-from dataclasses import dataclass
 
 import numpy as np
 from msgspec import UNSET, UnsetType
 
 from models.imaging.grid import grid_png
 from models.imaging.locate import locate
+from models.imaging.prepare import PreparedImage
 from models.imaging.render import (
     Canvas,
     encode_values,
@@ -23,34 +23,13 @@ from models.imaging.render import (
 )
 from models.imaging.style import style_of
 from models.methods import METHODS
-from models.types import ClassScore, Explanation, Geometry, LayerFeatures, Outcome
+from models.types import ClassScore, Explanation, LayerFeatures, Outcome
 from service.api import schemas
 from service.api.plan import Plan, RenderOptions
 from service.api.schemas import ImageData, Prediction, Result, StatisticsResponse, derive
 
 
-@dataclass(frozen=True, slots=True)
-class DecodedInput:
-    """A decoded image, as it is kept while its job runs.
-
-    Attributes:
-        input: the model's input, as a job has it.
-        picture: what is drawn on where it is not the whole image, uint8 (H, W, 3).
-        digest: of model, input and options.
-        geometry: the place of that input in the original image.
-        original: the whole image, shrunk to what is drawn on; None if it is not.
-        warnings: what had to be assumed to decode it.
-    """
-
-    input: np.ndarray
-    digest: str
-    geometry: Geometry
-    picture: np.ndarray | None = None
-    original: np.ndarray | None = None
-    warnings: tuple[str, ...] = ()
-
-
-def render(outcome: Outcome, source: DecodedInput, plan: Plan) -> Generator[int, None, Result]:
+def render(outcome: Outcome, source: PreparedImage, plan: Plan) -> Generator[int, None, Result]:
     """Make the result of one image; yields the number of bytes after each part that was drawn."""
     labels = plan.info.labels
     image = derive(schemas.ImageInfo, source.geometry)
@@ -83,22 +62,23 @@ def render(outcome: Outcome, source: DecodedInput, plan: Plan) -> Generator[int,
     )
 
 
-def draw(item: Explanation, source: DecodedInput, plan: Plan) -> schemas.ExplanationResponse:
+def draw(item: Explanation, source: PreparedImage, plan: Plan) -> schemas.ExplanationResponse:
     """Make one explanation of an image."""
     return _explanation(item, _canvas(source), source, plan)
 
 
-def _canvas(source: DecodedInput) -> Canvas:
+def _canvas(source: PreparedImage) -> Canvas:
     if source.original is not None:
         return original_canvas(source.original, source.geometry)
-    if source.picture is None:
+    picture = source.input if source.picture is None else source.picture
+    if picture.dtype != np.uint8:
         # Nothing to draw on: a heatmap takes only the size.
-        return input_canvas(np.zeros((*source.input.shape[1:], 3), np.uint8))
-    return input_canvas(source.picture)
+        picture = np.zeros((*picture.shape[1:], 3), np.uint8)
+    return input_canvas(picture)
 
 
 def _explanation(
-    item: Explanation, canvas: Canvas, source: DecodedInput, plan: Plan
+    item: Explanation, canvas: Canvas, source: PreparedImage, plan: Plan
 ) -> schemas.ExplanationResponse:
     options = plan.render
     style = style_of(

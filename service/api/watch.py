@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from models.imaging.prepare import PreparedImage
 from models.types import Explanation, Struct
 from service.api.plan import Plan
-from service.api.responses import DecodedInput
 from service.api.schemas import ProgressEvent
 from service.devices.messages import JobProgress
 
@@ -17,7 +17,7 @@ class PartialMap(Struct):
 
     image: int
     explanation: Explanation
-    source: DecodedInput
+    source: PreparedImage
     plan: Plan
 
 
@@ -42,7 +42,7 @@ class Watch:
         self._images = [_Image() for _ in range(images)]
         self._maps.clear()
 
-    def hear(self, image: int, news: JobProgress, source: DecodedInput, plan: Plan) -> None:
+    def hear(self, image: int, news: JobProgress, source: PreparedImage, plan: Plan) -> None:
         """Take news of an image's job."""
         seen = self._images[image]
         seen.news, seen.heard = news, time.monotonic()

@@ -12,10 +12,11 @@ from fastapi import APIRouter, Request, Response
 from models.catalog import ModelSpec
 from models.errors import BodyTooLarge, InternalError, InvalidOption, UnknownModel
 from models.types import ModelCard
-from service.api.body import json_object
+from service.api.body import JSON
 from service.api.dependencies import Service, ServiceDep
 from service.api.handler import json_response
-from service.api.openapi import ADMIN, array_of, repository_body, responses
+from service.api.json import json_object
+from service.api.openapi import ADMIN, array_of, responses
 from service.api.plan import names
 from service.api.schemas import RepositoryModel, derive
 from service.configuration import ConfigurationError
@@ -29,11 +30,17 @@ _INDEX = responses(array_of(RepositoryModel), "Model versions.", errors=ADMIN)
 _DONE = responses({"type": "object"}, "Done; the body is an empty object.", errors=ADMIN)
 
 
+def _optional_body(**fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The `openapi_extra` of these routes; `fields` are their own, in addition to `parameters`."""
+    schema = {"type": "object", "properties": {"parameters": {"type": "object"}, **fields}}
+    return {"requestBody": {"required": False, "content": {JSON: {"schema": schema}}}}
+
+
 @router.post(
     "/index",
     summary="List the models of the repository",
     responses=_INDEX,
-    openapi_extra=repository_body(ready={"type": "boolean"}),
+    openapi_extra=_optional_body(ready={"type": "boolean"}),
 )
 async def index(request: Request, service: ServiceDep) -> Response:
     """Every model version that is loaded or configured; with `{"ready": true}`, the ready ones."""
@@ -56,7 +63,7 @@ async def index(request: Request, service: ServiceDep) -> Response:
     "/models/{model}/load",
     summary="Load a model, or load it again",
     responses=_DONE,
-    openapi_extra=repository_body(),
+    openapi_extra=_optional_body(),
 )
 async def load(model: str, request: Request, service: ServiceDep) -> Response:
     """Load `name` (every configured version) or `name@version` from the current configuration file.
@@ -79,7 +86,7 @@ async def load(model: str, request: Request, service: ServiceDep) -> Response:
     "/models/{model}/unload",
     summary="Unload a model",
     responses=_DONE,
-    openapi_extra=repository_body(),
+    openapi_extra=_optional_body(),
 )
 async def unload(model: str, request: Request, service: ServiceDep) -> Response:
     """Let `name` (every version) or `name@version` finish its jobs, then drop it.

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from service.api import connections
+from service.api import connections, http_protocol
 from service.api.connections import Connections
 from service.settings import ConnectionSettings
 from tests.waiting import eventually
@@ -72,13 +72,15 @@ class Server:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "_SWEEP_S", 0.05)
-    monkeypatch.setattr(connections, "_LINGER_S", 0.3)
+    monkeypatch.setattr(http_protocol, "_LINGER_S", 0.3)
 
 
 @asynccontextmanager
 async def serving(**limits: Any) -> AsyncIterator[Server]:
     table = Connections(lambda: ConnectionSettings(**limits))
-    config = uvicorn.Config(app, http=table.protocol(), lifespan="off", log_config=None)
+    config = uvicorn.Config(
+        app, http=http_protocol.protocol(table), lifespan="off", log_config=None
+    )
     server = uvicorn.Server(config)
     listener = socket.create_server(("127.0.0.1", 0))
     running = asyncio.create_task(server._serve([listener]))
@@ -160,8 +162,8 @@ async def test_http_without_a_version_is_refused() -> None:
 async def test_what_follows_a_refusal_is_not_read_without_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(connections, "_LINGER_BYTES", 1_000_000)
-    monkeypatch.setattr(connections, "_LINGER_S", 60)
+    monkeypatch.setattr(http_protocol, "_LINGER_BYTES", 1_000_000)
+    monkeypatch.setattr(http_protocol, "_LINGER_S", 60)
     async with serving() as server:
         _, writer = await server.connect()
         writer.write(b"NONSENSE\r\n\r\n")
@@ -314,7 +316,7 @@ async def test_an_early_response_can_be_read_and_ends_the_connection() -> None:
 
 
 async def test_a_network_of_ipv6_is_one_address() -> None:
-    address = connections._address
+    address = http_protocol._address
     assert address(("2001:db8::1", 1)) == address(("2001:db8::ffff:2", 2))
     assert address(("2001:db8:0:1::1", 1)) != address(("2001:db8::1", 2))
     assert address(("192.0.2.1", 1)) != address(("192.0.2.2", 1))

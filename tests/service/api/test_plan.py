@@ -19,9 +19,9 @@ from service.api.options import (
     FeaturesOptions,
     PredictOptions,
     list_options,
-    validate,
 )
 from service.api.plan import choose_model, find_model, make_plan, timeout_s
+from service.api.validation import validate
 from service.settings import LimitSettings, Settings
 from tests.fakes import LABELS, fake_info
 

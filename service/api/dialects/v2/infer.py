@@ -4,29 +4,42 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from service.api import handler
+from service.api.body import BYTES, JSON
 from service.api.compression import compressed
 from service.api.dependencies import Service, ServiceDep
 from service.api.dialects.v2.inference import BINARY_LENGTH, read_call, respond
-from service.api.dialects.v2.schemas import InferResponse
-from service.api.openapi import BINARY, INPUT, infer_input, responses
+from service.api.dialects.v2.schemas import InferRequest, InferResponse
+from service.api.openapi import BINARY, INPUT, ref_to, responses
 
 router = APIRouter(prefix="/v2/models/{model}", tags=["v2"], default_response_class=Response)
 
 _RESPONSES = responses(InferResponse, "The requested outputs.", errors=INPUT)
-_RESPONSES[200]["content"]["application/octet-stream"] = {"schema": BINARY}
+_RESPONSES[200]["content"][BYTES] = {"schema": BINARY}
+_LENGTH = {
+    "name": BINARY_LENGTH,
+    "in": "header",
+    "description": "Bytes of JSON before binary tensors; 0 if the body is one image.",
+    "schema": {"type": "integer", "minimum": 0},
+}
+_CONTENT = {JSON: {"schema": ref_to(InferRequest.__name__)}, BYTES: {"schema": BINARY}}
+_DESCRIBED: dict[str, Any] = {
+    "summary": "Classify",
+    "responses": _RESPONSES,
+    "openapi_extra": {
+        "parameters": [_LENGTH],
+        "requestBody": {"required": True, "content": _CONTENT},
+    },
+}
+_EXPLAINING = {**_DESCRIBED, "summary": "Classify and explain"}
 
 
-@router.post("/infer", summary="Classify", responses=_RESPONSES, openapi_extra=infer_input())
-@router.post(
-    "/versions/{version}/infer",
-    summary="Classify",
-    responses=_RESPONSES,
-    openapi_extra=infer_input(),
-)
+@router.post("/infer", **_DESCRIBED)
+@router.post("/versions/{version}/infer", **_DESCRIBED)
 async def infer(
     request: Request, service: ServiceDep, model: str, version: str | None = None
 ) -> Response:
@@ -37,15 +50,8 @@ async def infer(
     return await _respond(request, service, model, version, explains=False)
 
 
-@router.post(
-    "/explain", summary="Classify and explain", responses=_RESPONSES, openapi_extra=infer_input()
-)
-@router.post(
-    "/versions/{version}/explain",
-    summary="Classify and explain",
-    responses=_RESPONSES,
-    openapi_extra=infer_input(),
-)
+@router.post("/explain", **_EXPLAINING)
+@router.post("/versions/{version}/explain", **_EXPLAINING)
 async def explain(
     request: Request, service: ServiceDep, model: str, version: str | None = None
 ) -> Response:

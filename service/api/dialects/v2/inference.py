@@ -20,20 +20,16 @@ from models.errors import (
 )
 from models.imaging.decode import sniff
 from models.types import Struct
-from service.api.body import ImageInput, RequestBody, decode_base64, parse_query
+from service.api.body import ImageInput, RequestBody, parse_query
 from service.api.dialects.v2.outputs import EXPLAIN, PREDICT, classification, make_output
 from service.api.dialects.v2.schemas import InferRequest, InferResponse, Parameters, RequestedOutput
 from service.api.dialects.v2.tensors import Tensor, read_request, write_outputs
-from service.api.options import (
-    ExplainOptions,
-    Output,
-    PredictOptions,
-    list_options,
-    validate,
-)
+from service.api.json import decode_base64
+from service.api.options import ExplainOptions, Output, PredictOptions, list_options
 from service.api.pipeline import Reply
 from service.api.plan import Plan
 from service.api.schemas import Result
+from service.api.validation import validate
 from service.settings import LimitSettings
 
 BINARY_LENGTH = "Inference-Header-Content-Length"

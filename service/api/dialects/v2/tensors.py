@@ -15,8 +15,8 @@ from msgspec import UNSET
 
 from models.errors import InvalidOption, MalformedBody
 from models.types import Struct
-from service.api.body import check_json_size
 from service.api.dialects.v2.schemas import InferInput, InferOutput, InferRequest
+from service.api.json import check_json_size
 
 IMAGE = "image"
 
