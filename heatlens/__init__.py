@@ -17,15 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from heatlens.client import AsyncClient, Client
-    from heatlens.errors import APIError, ConnectionFailed, HeatlensError, LoadFailed
+    from heatlens.errors import APIError, ConnectionFailed, HeatlensError, LoadFailed, TimedOut
     from heatlens.local import LocalModel, load
     from heatlens.results import (
         ExplainResponse,
         Explanation,
         FeaturesResponse,
         ModelCard,
+        PartialMap,
         Prediction,
         PredictResponse,
+        Progress,
         Statistics,
     )
 
@@ -36,6 +38,7 @@ _MODULES = {
     "ConnectionFailed": "errors",
     "HeatlensError": "errors",
     "LoadFailed": "errors",
+    "TimedOut": "errors",
     "LocalModel": "local",
     "load": "local",
     "ExplainResponse": "results",
@@ -44,6 +47,8 @@ _MODULES = {
     "ModelCard": "results",
     "Prediction": "results",
     "PredictResponse": "results",
+    "Progress": "results",
+    "PartialMap": "results",
     "Statistics": "results",
 }
 
@@ -59,9 +64,12 @@ __all__ = [
     "LoadFailed",
     "LocalModel",
     "ModelCard",
+    "PartialMap",
     "PredictResponse",
     "Prediction",
+    "Progress",
     "Statistics",
+    "TimedOut",
     "load",
 ]
 

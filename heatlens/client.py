@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar, Unpack
 
 import httpx
 
 from heatlens import protocol
-from heatlens.errors import ConnectionFailed, HeatlensError
+from heatlens.errors import ConnectionFailed, HeatlensError, TimedOut
 from heatlens.images import part_of
-from heatlens.protocol import Answer, Call, EventReader, OnProgress, Pause, Retries
+from heatlens.protocol import Answer, Call, EventReader, OnPartial, OnProgress, Pause, Retries
 from heatlens.results import (
     ExplainResponse,
     FeaturesResponse,
@@ -33,6 +31,7 @@ if TYPE_CHECKING:
     from heatlens.options import ExplainOptions, FeaturesOptions, PredictOptions
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+_CONNECT_S = 10.0
 
 T = TypeVar("T")
 Exchanged = tuple[Call, type[T]]
@@ -64,7 +63,8 @@ class _Calls:
             url: of the service; None takes the environment variable `HEATLENS_URL`, and without it
                 the address that `heatlens serve` binds.
             api_key: None takes the environment variable `HEATLENS_API_KEY`, if it is set.
-            timeout_s: seconds for a request with all its retries.
+            timeout_s: seconds to wait for a request with all its retries; a stream of events may
+                take longer, as long as events come.
             attempts: how often a request is sent at most. Sent again are those that could not reach
                 the service, and those that it refused as `retryable`, after the time that its
                 `Retry-After` asks for.
@@ -76,7 +76,6 @@ class _Calls:
         self._settings = {
             "base_url": url or os.environ.get("HEATLENS_URL") or DEFAULT_URL,
             "headers": headers,
-            "timeout": httpx.Timeout(timeout_s, connect=min(timeout_s, 10.0)),
             **http,
         }
 
@@ -88,10 +87,18 @@ class _Calls:
 
     @staticmethod
     def _explain(
-        images: Iterable[ImageLike], options: ExplainOptions, on_progress: OnProgress | None
+        images: Iterable[ImageLike],
+        options: ExplainOptions,
+        on_progress: OnProgress | None,
+        on_partial: OnPartial | None,
     ) -> Exchanged[ExplainResponse]:
-        parts = map(part_of, images)
-        call = protocol.operation("explain", parts, options, on_progress=on_progress)
+        call = protocol.operation(
+            "explain",
+            map(part_of, images),
+            options,
+            on_progress=on_progress,
+            on_partial=on_partial,
+        )
         return call, ExplainResponse
 
     @staticmethod
@@ -102,9 +109,13 @@ class _Calls:
 
     @staticmethod
     def _raw(
-        name: str, images: Iterable[ImageLike], options: dict[str, Any]
+        name: str,
+        images: Iterable[ImageLike],
+        options: dict[str, Any],
+        on_progress: OnProgress | None,
     ) -> Exchanged[dict[str, Any]]:
-        return protocol.operation(name, map(part_of, images), options), dict[str, Any]
+        call = protocol.operation(name, map(part_of, images), options, on_progress=on_progress)
+        return call, dict[str, Any]
 
 
 class Client(_Calls):
@@ -132,21 +143,32 @@ class Client(_Calls):
         self,
         *images: ImageLike,
         on_progress: OnProgress | None = None,
+        on_partial: OnPartial | None = None,
         **options: Unpack[ExplainOptions],
     ) -> ExplainResponse:
         """Classify images and explain their classes.
 
-        `on_progress` is called about once a second with a `Progress`, which tells the seconds left.
+        Args:
+            images: as paths, bytes, PIL images or arrays.
+            on_progress: called about once a second with a `Progress`, which tells the seconds left.
+            on_partial: called with a `PartialMap` whenever a map of a long method has become clearer.
+            options: see `heatlens.options`.
         """
-        return self._run(*self._explain(images, options, on_progress))
+        return self._run(*self._explain(images, options, on_progress, on_partial))
 
     def features(self, *images: ImageLike, **options: Unpack[FeaturesOptions]) -> FeaturesResponse:
         """Describe the feature maps of layers, or their gradients."""
         return self._run(*self._features(images, options))
 
-    def raw(self, operation: str, *images: ImageLike, **options: Any) -> dict[str, Any]:
+    def raw(
+        self,
+        operation: str,
+        *images: ImageLike,
+        on_progress: OnProgress | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
         """The JSON of `predict`, `explain` or `features` as it was sent."""
-        return self._run(*self._raw(operation, images, options))
+        return self._run(*self._raw(operation, images, options, on_progress))
 
     def explain_many(
         self,
@@ -176,8 +198,8 @@ class Client(_Calls):
                 yield waiting.popleft().result()
 
     def models(self) -> list[ModelCard]:
-        """The cards of all models."""
-        return self._run(Call("GET", "/v1/models"), Models).cards
+        """The cards of all models, those of the default one first."""
+        return self._run(Call("GET", "/v1/models"), Models).default_first()
 
     def layers(self, model: str) -> list[Layer]:
         """The layers of a model."""
@@ -194,12 +216,7 @@ class Client(_Calls):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _run(self, call: Call, kind: type[T]) -> T:
@@ -222,9 +239,9 @@ class Client(_Calls):
 
     def _send(self, call: Call) -> Answer:
         with self._http.stream(**_arguments(call)) as response:
-            if call.on_progress is None or response.status_code != 200:
+            if not call.has_events or response.status_code != 200:
                 return _answer(response, response.read())
-            reader = EventReader(call.on_progress)
+            reader = EventReader(call)
             for line in response.iter_lines():
                 reader.feed(line)
             return reader.answer()
@@ -251,13 +268,14 @@ class AsyncClient(_Calls):
         self,
         *images: ImageLike,
         on_progress: OnProgress | None = None,
+        on_partial: OnPartial | None = None,
         **options: Unpack[ExplainOptions],
     ) -> ExplainResponse:
         """Classify images and explain their classes; see `Client.explain`.
 
         Cancelling this cancels the work on the device.
         """
-        return await self._run(*self._explain(images, options, on_progress))
+        return await self._run(*self._explain(images, options, on_progress, on_partial))
 
     async def features(
         self, *images: ImageLike, **options: Unpack[FeaturesOptions]
@@ -265,9 +283,15 @@ class AsyncClient(_Calls):
         """Describe the feature maps of layers, or their gradients."""
         return await self._run(*self._features(images, options))
 
-    async def raw(self, operation: str, *images: ImageLike, **options: Any) -> dict[str, Any]:
+    async def raw(
+        self,
+        operation: str,
+        *images: ImageLike,
+        on_progress: OnProgress | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
         """The JSON of `predict`, `explain` or `features` as it was sent."""
-        return await self._run(*self._raw(operation, images, options))
+        return await self._run(*self._raw(operation, images, options, on_progress))
 
     async def explain_many(
         self,
@@ -297,8 +321,8 @@ class AsyncClient(_Calls):
                 task.cancel()
 
     async def models(self) -> list[ModelCard]:
-        """The cards of all models."""
-        return (await self._run(Call("GET", "/v1/models"), Models)).cards
+        """The cards of all models, those of the default one first."""
+        return (await self._run(Call("GET", "/v1/models"), Models)).default_first()
 
     async def layers(self, model: str) -> list[Layer]:
         """The layers of a model."""
@@ -315,12 +339,7 @@ class AsyncClient(_Calls):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def _run(self, call: Call, kind: type[T]) -> T:
@@ -343,9 +362,9 @@ class AsyncClient(_Calls):
 
     async def _send(self, call: Call) -> Answer:
         async with self._http.stream(**_arguments(call)) as response:
-            if call.on_progress is None or response.status_code != 200:
+            if not call.has_events or response.status_code != 200:
                 return _answer(response, await response.aread())
-            reader = EventReader(call.on_progress)
+            reader = EventReader(call)
             async for line in response.aiter_lines():
                 reader.feed(line)
             return reader.answer()
@@ -357,22 +376,27 @@ def _arguments(call: Call) -> dict[str, Any]:
         "url": call.path,
         "headers": call.headers,
         "files": list(call.files) or None,
+        "timeout": httpx.Timeout(call.timeout_s, connect=min(call.timeout_s, _CONNECT_S)),
     }
 
 
 def _answer(response: httpx.Response, body: bytes) -> Answer:
-    retry_after_s: float | None = None
-    with contextlib.suppress(ValueError):
-        retry_after_s = float(response.headers.get("Retry-After", ""))
-    return Answer(response.status_code, body, retry_after_s)
+    # A proxy may send a date in its place (RFC 9110, section 10.2.3): our own pause will do then.
+    retry_after = response.headers.get("Retry-After", "")
+    seconds = float(retry_after) if retry_after.isdecimal() else None
+    return Answer(response.status_code, body, seconds)
 
 
 def _failed(error: httpx.HTTPError | ConnectionFailed) -> ConnectionFailed:
     if isinstance(error, ConnectionFailed):
         return error
-    what = str(error) or type(error).__name__
-    failed = ConnectionFailed(
-        f"{error.request.url.copy_with(path='/')} could not be reached: {what}"
-    )
+    url = error.request.url.copy_with(path="/")
+    failed: ConnectionFailed
+    if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
+        failed = TimedOut(f"{url} did not answer within timeout_s.")
+    else:
+        failed = ConnectionFailed(
+            f"{url} could not be reached: {str(error) or type(error).__name__}"
+        )
     failed.__cause__ = error
     return failed

@@ -11,6 +11,10 @@ class ConnectionFailed(HeatlensError):
     """The service could not be reached, or the connection broke before the response was complete."""
 
 
+class TimedOut(ConnectionFailed):
+    """The service did not answer within the client's `timeout_s`."""
+
+
 class LoadFailed(HeatlensError):
     """A model could not be loaded into this process."""
 

@@ -8,7 +8,6 @@ import threading
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 from heatlens.asgi import ASGITransport
@@ -31,7 +30,7 @@ from service.worker.local import LocalPool
 if TYPE_CHECKING:
     from heatlens.images import ImageLike
     from heatlens.options import ExplainOptions, FeaturesOptions, PredictOptions
-    from heatlens.protocol import OnProgress
+    from heatlens.protocol import OnPartial, OnProgress
 
 T = TypeVar("T")
 
@@ -138,10 +137,14 @@ class LocalModel:
         self,
         *images: ImageLike,
         on_progress: OnProgress | None = None,
+        on_partial: OnPartial | None = None,
         **options: Unpack[ExplainOptions],
     ) -> ExplainResponse:
         """Classify images and explain their classes; see `Client.explain`."""
-        return self._wait(self._client.explain(*images, on_progress=on_progress, **options))
+        work = self._client.explain(
+            *images, on_progress=on_progress, on_partial=on_partial, **options
+        )
+        return self._wait(work)
 
     def features(self, *images: ImageLike, **options: Unpack[FeaturesOptions]) -> FeaturesResponse:
         """Describe the feature maps of layers, or their gradients; see `Client.features`."""
@@ -174,12 +177,7 @@ class LocalModel:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     async def _start(self, settings: Settings) -> AsyncClient:

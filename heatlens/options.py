@@ -40,7 +40,6 @@ class ExplainOptions(CommonOptions, total=False):
     statistics: bool
     faithfulness: list[str]
     curves: bool
-    partial_maps: bool
     samples: int
     steps: int
     seed: int

@@ -11,16 +11,17 @@ import json
 import random
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
 
 from heatlens.errors import APIError, ConnectionFailed
 from heatlens.images import Part
-from heatlens.results import Progress, decode
+from heatlens.results import PartialMap, Progress, decode
 
 OnProgress = Callable[[Progress], object]
+OnPartial = Callable[[PartialMap], object]
 
 _FIRST_PAUSE_S = 0.25
 _LONGEST_PAUSE_S = 8.0
@@ -34,7 +35,8 @@ class Call:
 
     Attributes:
         files: parts of a form, as (name, (file name, bytes or text, media type)).
-        on_progress: asks for a stream of events, and receives the progress in it.
+        on_progress, on_partial: ask for a stream of events, and receive those of their kind.
+        timeout_s: seconds to wait for the service.
     """
 
     method: str
@@ -42,6 +44,13 @@ class Call:
     headers: Mapping[str, str] = field(default_factory=dict)
     files: Sequence[tuple[str, tuple[str | None, bytes, str]]] = ()
     on_progress: OnProgress | None = None
+    on_partial: OnPartial | None = None
+    timeout_s: float = 60.0
+
+    @property
+    def has_events(self) -> bool:
+        """Whether the answer is a stream of events."""
+        return self.on_progress is not None or self.on_partial is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,19 +98,17 @@ def operation(
     options: Mapping[str, Any],
     *,
     on_progress: OnProgress | None = None,
+    on_partial: OnPartial | None = None,
 ) -> Call:
     """The call of `predict`, `explain` or `features`."""
+    if on_partial is not None:
+        options = {**options, "partial_maps": True}
     parts: list[tuple[str, tuple[str | None, bytes, str]]] = [
         ("image", (image.name, image.data, "application/octet-stream")) for image in images
     ]
     parts.append(("options", (None, json.dumps(options).encode(), _JSON)))
-    return Call(
-        "POST",
-        f"/v1/{name}",
-        headers={"Accept": _JSON if on_progress is None else _EVENTS},
-        files=parts,
-        on_progress=on_progress,
-    )
+    call = Call("POST", f"/v1/{name}", files=parts, on_progress=on_progress, on_partial=on_partial)
+    return replace(call, headers={"Accept": _EVENTS if call.has_events else _JSON})
 
 
 def exchange(call: Call, retries: Retries) -> Exchange:
@@ -116,7 +123,7 @@ def exchange(call: Call, retries: Retries) -> Exchange:
         pause_s: float | None = None
         error: APIError | ConnectionFailed
         try:
-            answer = yield call
+            answer = yield replace(call, timeout_s=max(until - time.monotonic(), 0.001))
         except ConnectionFailed as failed:
             error = failed
         else:
@@ -163,8 +170,8 @@ def _error(answer: Answer) -> APIError:
 class EventReader:
     """Reads a stream of events, line by line (WHATWG HTML, section 9.2, server-sent events)."""
 
-    def __init__(self, on_progress: OnProgress) -> None:
-        self._on_progress = on_progress
+    def __init__(self, call: Call) -> None:
+        self._call = call
         self._answer: Answer | None = None
         self._name = "message"
         self._data: list[str] = []
@@ -194,8 +201,10 @@ class EventReader:
         return self._answer
 
     def _on_event(self, data: bytes) -> None:
-        if self._name == "progress":
-            self._on_progress(decode(data, Progress))
+        if self._name == "progress" and self._call.on_progress is not None:
+            self._call.on_progress(decode(data, Progress))
+        elif self._name == "partial" and self._call.on_partial is not None:
+            self._call.on_partial(decode(data, PartialMap))
         elif self._name == "result":
             self._answer = Answer(status=200, body=data)
         elif self._name == "error":

@@ -285,6 +285,10 @@ class Models(_Struct):
     default: str
     cards: list[ModelCard]
 
+    def default_first(self) -> list[ModelCard]:
+        """The cards, those of the default model first."""
+        return sorted(self.cards, key=lambda card: card.name != self.default)
+
 
 class Layer(_Struct, kw_only=True):
     """A layer of a model."""
@@ -311,6 +315,18 @@ class Progress(_Struct, kw_only=True):
     done: int
     total: int
     seconds_left: float | None = None
+
+    @property
+    def share(self) -> float:
+        """How much of the work is done, 0 to 1."""
+        return self.done / self.total if self.total else 0.0
+
+
+class PartialMap(_Struct):
+    """What a map of a long method shows so far; `image` is the number of its image, from 0."""
+
+    image: int
+    explanation: Explanation
 
 
 T = TypeVar("T")

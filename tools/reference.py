@@ -169,9 +169,14 @@ def commands_page() -> str:
         parts.append(f"## heatlens {name}\n\n{text}\n\n{_table(('option', 'meaning'), rows)}")
     return _page(
         "Commands",
-        "`heatlens --install-completion` completes commands and options in the shell. Exit codes: 0 "
-        "all is well, 1 something failed (it is named), 2 the command is wrong, 3 the service cannot "
-        "be reached. `NO_COLOR=1` prints without colours.",
+        "`heatlens --install-completion` completes commands, options and methods in the shell. "
+        "`NO_COLOR=1` prints without colours. With `--json` results are lines of JSON on standard "
+        "output, and messages stay on standard error; `serve` writes its log as JSON lines anyway.\n\n"
+        "| exit code | meaning |\n| --- | --- |\n| 0 | all is well |\n"
+        "| 1 | something failed; it is named |\n"
+        "| 2 | the command or the configuration is wrong |\n"
+        "| 3 | the service cannot be reached |\n"
+        "| 130 | interrupted |",
         "\n\n".join(parts),
     )
 

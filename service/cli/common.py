@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+import json
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,11 +13,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from models.errors import HeatlensError, UnknownModel
+from models.methods import METHODS
 from service.configuration import ConfigurationError, load_settings
 from service.settings import Settings
 
 if TYPE_CHECKING:
-    from heatlens import APIError, AsyncClient
+    from heatlens import APIError, AsyncClient, ModelCard
+    from models.catalog import ModelSpec
+    from models.types import ModelInfo
 
 EXIT_SOME_FAILED = 1
 EXIT_UNREACHABLE = 3
@@ -40,6 +44,16 @@ Server = Annotated[
 ]
 Model = Annotated[str | None, typer.Option(metavar="NAME", help="Name or name@version of a model.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON lines instead of text.")]
+
+
+def complete_method(incomplete: str) -> list[str]:
+    """The names of methods that a shell completes."""
+    return [name for name in METHODS if name.startswith(incomplete)]
+
+
+def print_json(value: object) -> None:
+    """Print a value as one line of JSON."""
+    typer.echo(json.dumps(value, ensure_ascii=False))
 
 
 def given(**values: object) -> dict[str, Any]:
@@ -89,12 +103,43 @@ async def open_client(
         yield client
 
 
+async def card_of(client: AsyncClient, reference: str | None) -> ModelCard:
+    """The card of `name` or `name@version`, or of the default model.
+
+    Raises:
+        UnknownModel: there is none.
+    """
+    cards = await client.models()
+    name, _, version = (reference or cards[0].name).partition("@")
+    matching = [card for card in cards if card.name == name and version in {"", card.version}]
+    if not matching:
+        raise _unknown_model(cards)
+    return next((card for card in matching if card.ready), matching[0])
+
+
+async def load_models(settings: Settings) -> Sequence[ModelInfo]:
+    """Load every configured model into this process once; broken ones have a reason."""
+    from service.worker.local import LocalPool
+
+    pool = LocalPool(settings)
+    await pool.start()
+    try:
+        await pool.wait_loaded()
+        return pool.models()
+    finally:
+        await pool.close()
+
+
+def _unknown_model(known: Iterable[ModelCard | ModelSpec]) -> UnknownModel:
+    names = ", ".join(f"{model.name}@{model.version}" for model in known)
+    return UnknownModel(f"The model is not configured. Known are: {names}.", field="model")
+
+
 def _with_one_model(settings: Settings, reference: str | None) -> Settings:
     name, _, version = (reference or settings.default_model).partition("@")
     specs = [s for s in settings.models if s.name == name and version in {"", s.version}]
     if not specs:
-        known = ", ".join(f"{spec.name}@{spec.version}" for spec in settings.models)
-        raise UnknownModel(f"The model is not configured. Known are: {known}.", field="model")
+        raise _unknown_model(settings.models)
     return settings.model_copy(update={"models": specs, "default_model": name})
 
 

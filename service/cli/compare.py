@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from PIL import Image, ImageDraw, ImageFont
@@ -13,11 +13,15 @@ from rich.console import Console
 
 from models.methods import METHODS
 from service.cli.common import (
+    AsJson,
     Config,
     Model,
     Server,
+    card_of,
+    complete_method,
     given,
     open_client,
+    print_json,
     progress_bar,
     reported_errors,
 )
@@ -32,11 +36,16 @@ _COLUMNS = 6
 
 
 class Tile(NamedTuple):
-    """A titled picture of the sheet; without a picture the second line says why."""
+    """A titled picture of the sheet; without a picture the second line says why.
+
+    Attributes:
+        facts: the same for a program.
+    """
 
     title: str
     subtitle: str
     picture: Image.Image | None
+    facts: dict[str, Any]
 
 
 def compare(
@@ -51,7 +60,11 @@ def compare(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            "--method", "-m", metavar="NAME", help="May be repeated. [default: all that apply]"
+            "--method",
+            "-m",
+            metavar="NAME",
+            autocompletion=complete_method,
+            help="May be repeated. [default: all that apply]",
         ),
     ] = None,
     target: Annotated[
@@ -66,6 +79,7 @@ def compare(
     model: Model = None,
     config: Config = None,
     server: Server = None,
+    as_json: AsJson = False,
 ) -> None:
     """Explain one image by every method, and draw the overlays side by side.
 
@@ -89,17 +103,25 @@ def compare(
             tiles = [await _original(client, image, options)]
             with progress_bar() as progress:
                 task = progress.add_task("explaining", total=len(methods))
-                for name in methods:
+                for number, name in enumerate(methods):
                     progress.update(task, description=name)
-                    tiles.append(await _explained(client, image, name, options))
-                    progress.advance(task)
+
+                    def show(share: float, number: int = number) -> None:
+                        progress.update(task, completed=number + share)
+
+                    tiles.append(await _explained(client, image, name, options, show))
+                    show(1.0)
         return tiles
 
     with reported_errors():
         tiles = asyncio.run(run())
     written = output or image.with_suffix(".compare.png")
     draw_sheet(tiles).save(written)
-    Console(soft_wrap=True).print(f"written to {written}")
+    if as_json:
+        original, *explained = (tile.facts for tile in tiles)
+        print_json({**original, "sheet": str(written), "methods": explained})
+    else:
+        Console(soft_wrap=True).print(f"written to {written}")
 
 
 def draw_sheet(tiles: Sequence[Tile]) -> Image.Image:
@@ -125,9 +147,7 @@ def draw_sheet(tiles: Sequence[Tile]) -> Image.Image:
 
 async def _applicable(client: AsyncClient, model: str | None) -> list[str]:
     """The methods that can explain a model, as the table of methods orders them."""
-    cards = await client.models()
-    name = (model or "").partition("@")[0]
-    card = next((card for card in cards if card.name == name), cards[0])
+    card = await card_of(client, model)
     able = {support.name for support in card.methods if support.applicable}
     return [name for name in METHODS if name in able]
 
@@ -136,11 +156,16 @@ async def _original(client: AsyncClient, image: Path, options: dict[str, object]
     """The model's crop without a map, and its best class."""
     response = await client.explain(image, **{**options, "alpha": 0.0})  # type: ignore[arg-type]
     best = response.explanation.target
-    return Tile(best.label, f"{best.probability:.1%}", response.explanation.overlay)
+    facts = {"image": str(image), "label": best.label, "probability": best.probability}
+    return Tile(best.label, f"{best.probability:.1%}", response.explanation.overlay, facts)
 
 
 async def _explained(
-    client: AsyncClient, image: Path, method: str, options: dict[str, object]
+    client: AsyncClient,
+    image: Path,
+    method: str,
+    options: dict[str, object],
+    on_share: Callable[[float], None],
 ) -> Tile:
     import heatlens
 
@@ -149,12 +174,21 @@ async def _explained(
             image,
             methods=[method],
             overlay_format="png",
+            on_progress=lambda news: on_share(news.share),
             **options,  # type: ignore[arg-type]
         )
     except heatlens.APIError as error:
         if error.field is None or not error.field.startswith("methods"):
             raise
-        return Tile(method, error.message[:44], None)
-    shown = response.explanation
-    note = "shows nothing" if shown.degenerate else f"{response.timings_ms['total']:,.0f} ms"
-    return Tile(method, f"{shown.layer}, {note}", shown.overlay)
+        why = {"method": method, "code": error.code, "error": error.message}
+        return Tile(method, error.message[:44], None, why)
+    shown, took_ms = response.explanation, response.timings_ms["total"]
+    note = "shows nothing" if shown.degenerate else f"{took_ms:,.0f} ms"
+    facts: dict[str, Any] = {
+        "method": method,
+        "layer": shown.layer,
+        "label": shown.target.label,
+        "degenerate": shown.degenerate,
+        "total_ms": took_ms,
+    }
+    return Tile(method, f"{shown.layer}, {note}", shown.overlay, facts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -20,8 +19,10 @@ from service.cli.common import (
     Config,
     Model,
     Server,
+    complete_method,
     given,
     open_client,
+    print_json,
     progress_bar,
     reported_errors,
 )
@@ -43,7 +44,11 @@ def explain(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            "--method", "-m", metavar="NAME", help=f"May be repeated. One of {', '.join(METHODS)}."
+            "--method",
+            "-m",
+            metavar="NAME",
+            autocompletion=complete_method,
+            help=f"May be repeated. One of {', '.join(METHODS)}.",
         ),
     ] = None,
     target: Annotated[
@@ -106,12 +111,26 @@ def explain(
                 from service.cli.explaining import explain_files
 
                 reports: dict[str, Explained | Failed] = {}
-                work = explain_files(client, files, options=options, folder=output)
+                under_way: dict[str, float] = {}
+
+                def show() -> None:
+                    done = len(reports) + sum(under_way.values())
+                    progress.update(task, completed=done, description="explaining")
+
+                def note(name: str, share: float) -> None:
+                    under_way[name] = share
+                    show()
+
+                work = explain_files(
+                    client, files, options=options, folder=output, on_progress=note
+                )
                 async with aclosing(work):
                     async for report in work:
                         reports[report.image.name] = report
-                        progress.update(task, advance=1, description="explaining")
-                        _print_line(report, as_json=as_json)
+                        under_way.pop(report.image.name, None)
+                        show()
+                        if as_json:
+                            print_json(report.summary())
         return _in_order(files, reports)
 
     with reported_errors():
@@ -121,15 +140,9 @@ def explain(
         resumed = sum(report.resumed for report in explained)
         typer.echo(f"written to {output}" + (f", {resumed} of them before" if resumed else ""))
     if failed:
-        Console(stderr=True, soft_wrap=True).print(failures_list(failed), end="")
+        if not as_json:
+            Console(stderr=True, soft_wrap=True).print(failures_list(failed), end="")
         raise typer.Exit(EXIT_SOME_FAILED)
-
-
-def _print_line(report: Explained | Failed, *, as_json: bool) -> None:
-    from service.cli.explaining import Explained
-
-    if as_json and isinstance(report, Explained):
-        typer.echo(json.dumps(report.summary(), ensure_ascii=False))
 
 
 def _in_order(

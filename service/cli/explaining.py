@@ -5,7 +5,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +26,7 @@ if TYPE_CHECKING:
     from heatlens import AsyncClient
 
 T = TypeVar("T")
+OnFileProgress = Callable[[str, float], object]
 
 _MIN_IN_FLIGHT = 4
 _MAX_IN_FLIGHT = 32
@@ -71,6 +80,10 @@ class Failed(Struct):
     code: str
     message: str
 
+    def summary(self) -> dict[str, Any]:
+        """The image and why it failed, for a line of JSON."""
+        return {"image": str(self.image.path), "code": self.code, "error": self.message}
+
 
 async def explain_files(
     client: AsyncClient,
@@ -78,6 +91,7 @@ async def explain_files(
     *,
     options: Mapping[str, Any],
     folder: Path,
+    on_progress: OnFileProgress,
 ) -> AsyncGenerator[Explained | Failed]:
     """Explain files and write the results; yields each as soon as it is done.
 
@@ -89,6 +103,7 @@ async def explain_files(
         files: the images.
         options: options of `/v1/explain` by name.
         folder: an existing folder for the results.
+        on_progress: called with the name of a file and how far it is, 0 to 1.
 
     Raises:
         APIError: no image can be explained, because of the options, the model or the key.
@@ -97,7 +112,7 @@ async def explain_files(
     cards = [card for card in await client.models() if card.ready]
     best_batch = max((card.best_batch or 1 for card in cards), default=1)
     in_flight = min(max(2 * best_batch, _MIN_IN_FLIGHT), _MAX_IN_FLIGHT)
-    runner = _Runner(client, {**options, "outputs": ["overlay"]}, folder)
+    runner = _Runner(client, {**options, "outputs": ["overlay"]}, folder, on_progress)
     work = (runner.explain(file) for file in files)
     async for report in as_completed(work, limit=in_flight):
         yield report
@@ -110,6 +125,7 @@ class _Runner:
     client: AsyncClient
     options: Mapping[str, Any]
     folder: Path
+    on_progress: OnFileProgress
 
     async def explain(self, file: ImageFile) -> Explained | Failed:
         """Explain one file and write its result."""
@@ -117,7 +133,12 @@ class _Runner:
             if (done := await asyncio.to_thread(self._resume, file)) is not None:
                 return done
             data = await asyncio.to_thread(file.path.read_bytes)
-            response = await self.client.raw("explain", data, **self.options)
+            response = await self.client.raw(
+                "explain",
+                data,
+                on_progress=lambda news: self.on_progress(file.name, news.share),
+                **self.options,
+            )
             overlays = await asyncio.to_thread(
                 write_result,
                 response["results"][0],

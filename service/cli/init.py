@@ -8,10 +8,18 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import typer
 from rich.console import Console
 
-from service.cli.common import EXIT_SOME_FAILED, reported_errors, wrong_configuration
+from service.cli.common import (
+    EXIT_SOME_FAILED,
+    AsJson,
+    load_models,
+    print_json,
+    reported_errors,
+    wrong_configuration,
+)
 from service.cli.platforms import CONFIG_NAME, model_in, source_of
 from service.configuration import ConfigurationError
 from service.settings import Settings
@@ -46,6 +54,7 @@ def init(
     name: Annotated[str | None, typer.Option(help="Name of the model.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
     serve: Annotated[bool, typer.Option("--serve", help="Serve the model afterwards.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Look into a checkpoint or a saved folder, and write a commented configuration for it.
 
@@ -66,7 +75,7 @@ def init(
         {"models": [entry], "base_dir": folder.resolve(), "server": {"devices": ["cpu"]}}
     )
     with reported_errors(), Console(stderr=True).status("loading the model"):
-        card = asyncio.run(_load(settings))
+        card = asyncio.run(load_models(settings))[0].card
     if not card.ready:
         typer.echo(f"{model} could not be loaded: {card.reason}", err=True)
         if card.cause:
@@ -75,9 +84,12 @@ def init(
             typer.echo("Name the architecture with --source, such as timm:resnet50.", err=True)
         raise typer.Exit(EXIT_SOME_FAILED)
     written.write_text(_configuration(entry, card), encoding="utf-8")
-    typer.echo(f"written to {written}; check it with: heatlens check {written}")
-    for note in card.notes:
-        typer.echo(f"note: {note}")
+    if as_json:
+        print_json({"config": str(written), "model": msgspec.to_builtins(card)})
+    else:
+        typer.echo(f"written to {written}; check it with: heatlens check {written}")
+        for note in card.notes:
+            typer.echo(f"note: {note}")
     if serve:
         from service.cli.main import app
 
@@ -93,18 +105,6 @@ def _entry(model: Path, *, source: str | None, name: str | None) -> dict[str, An
         entry |= {"source": source, "weights": model.name}
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", model.resolve().stem).lstrip("._-")
     return {**entry, "name": name or stem or "model"}
-
-
-async def _load(settings: Settings) -> ModelCard:
-    from service.worker.local import LocalPool
-
-    pool = LocalPool(settings)
-    await pool.start()
-    try:
-        await pool.wait_loaded()
-        return pool.models()[0].card
-    finally:
-        await pool.close()
 
 
 def _configuration(entry: dict[str, Any], card: ModelCard) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,13 +11,16 @@ import msgspec
 import typer
 from rich.console import Console
 
-from models.types import ModelCard, ModelInfo
+from models.types import ModelCard
 from service.cli.common import (
     EXIT_SOME_FAILED,
     AsJson,
     Config,
     Server,
+    card_of,
+    load_models,
     open_client,
+    print_json,
     read_settings,
     reported_errors,
 )
@@ -80,14 +82,14 @@ def layers(
 
     async def run() -> list[Layer]:
         async with open_client(server, config=config, model=model) as client:
-            name = model or (await client.models())[0].name
-            return await client.layers(name)
+            card = await card_of(client, model)
+            return await client.layers(model or card.name)
 
     with reported_errors(), Console(stderr=True).status("loading the model"):
         found = asyncio.run(run())
     if as_json:
         for layer in found:
-            typer.echo(msgspec.json.encode(layer).decode())
+            print_json(msgspec.to_builtins(layer))
     else:
         Console().print(layers_table(found))
 
@@ -95,29 +97,16 @@ def layers(
 def _report(config: Path | None, *, as_json: bool) -> None:
     settings = read_settings(config)
     with Console(stderr=True).status("loading the models"):
-        cards = [info.card for info in asyncio.run(_load(settings))]
+        cards = [info.card for info in asyncio.run(load_models(settings))]
     if as_json:
         for card in cards:
-            typer.echo(json.dumps(msgspec.to_builtins(card), ensure_ascii=False))
+            print_json(msgspec.to_builtins(card))
     else:
         Console().print(models_list(cards, default=settings.default_model))
     broken = [card for card in cards if not card.ready]
     if broken:
         _name_lines(config, settings, broken)
         raise typer.Exit(EXIT_SOME_FAILED)
-
-
-async def _load(settings: Settings) -> Sequence[ModelInfo]:
-    """Load every configured model once; broken ones have a reason."""
-    from service.worker.local import LocalPool
-
-    pool = LocalPool(settings)
-    await pool.start()
-    try:
-        await pool.wait_loaded()
-        return pool.models()
-    finally:
-        await pool.close()
 
 
 def _name_lines(config: Path | None, settings: Settings, broken: Sequence[ModelCard]) -> None:

@@ -205,7 +205,7 @@ async def test_no_more_requests_are_in_flight_than_asked():
 
 def test_an_event_may_have_several_lines_of_data():
     seen = []
-    reader = protocol.EventReader(seen.append)
+    reader = protocol.EventReader(protocol.Call("POST", "/", on_progress=seen.append))
     for line in ("event:progress", 'data:{"what": "a",', 'data: "done": 1, "total": 2}', ""):
         reader.feed(line)
     assert seen[0].total == 2

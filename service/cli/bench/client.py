@@ -17,7 +17,7 @@ import msgspec
 
 from models.types import Struct
 from service.cli.bench.load import Sample
-from service.cli.bench.requests import BenchError, Request
+from service.cli.bench.requests import BenchError, Request, Unreachable
 
 TIMEOUT = "client_timeout"
 CONNECTION_LOST = "connection_lost"
@@ -103,12 +103,13 @@ class Client:
         """Send the first request out of turn.
 
         Raises:
+            Unreachable: it gets no response.
             BenchError: it does not succeed.
         """
         try:
             response = await self.send(self.requests[0])
         except NoResponse as error:
-            raise BenchError(f"The service does not respond: {error}.") from None
+            raise Unreachable(f"The service does not respond: {error}.") from None
         if response.status != 200:
             code = response.error_code()
             raise BenchError(f"The service responds with {response.status} {code}.")

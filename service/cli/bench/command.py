@@ -30,12 +30,18 @@ from service.cli.bench.load import (
     run_sweep,
     summarise,
 )
-from service.cli.bench.requests import BenchError, draw_images, image_requests, read_images
+from service.cli.bench.requests import (
+    BenchError,
+    Unreachable,
+    draw_images,
+    image_requests,
+    read_images,
+)
+from service.cli.common import EXIT_SOME_FAILED, EXIT_UNREACHABLE, AsJson, print_json
 
 if TYPE_CHECKING:
     from service.cli.bench.client import Client
 
-EXIT_FAILED = 1
 EXTRA_MISSING = "heatlens bench needs aiohttp: pip install 'heatlens[bench]'"
 
 _BUSY_CORES = 0.7
@@ -98,9 +104,7 @@ def bench(
     allow_remote: Annotated[
         bool, typer.Option("--allow-remote", help="Permit a URL of another machine.")
     ] = False,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", dir_okay=False, help="Write the numbers to a file.")
-    ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Load a running service and report throughput, latency and failures.
 
@@ -114,15 +118,14 @@ def bench(
     - `heatlens bench http://127.0.0.1:8000 --clients 32 --duration 30 --verify`
     - `heatlens bench http://127.0.0.1:8000 --rate 50 -O methods=gradcam,layercam -O
       outputs=heatmap`
-    - `heatlens bench http://127.0.0.1:8000 --sweep --operation predict --images photos/ --json
-      sweep.json`
+    - `heatlens bench http://127.0.0.1:8000 --sweep --operation predict --images photos/ --json`
     """
     if sum((clients is not None, rate is not None, sweep)) > 1:
         raise typer.BadParameter("Choose one of --clients, --rate and --sweep.")
     try:
         from service.cli.bench.client import FOREIGN_RESPONSE, WRONG_RESPONSE, Client, parse_url
     except ModuleNotFoundError:
-        raise _failure(EXTRA_MISSING) from None
+        raise _failure(EXTRA_MISSING, EXIT_SOME_FAILED) from None
 
     options = _parse_options(option or [])
     try:
@@ -141,20 +144,23 @@ def bench(
         work = _measure(client, load, bounds, tolerance if verify else None, console)
         summaries, twins = run_in_loop(work)
     except BenchError as error:
-        raise _failure(str(error)) from None
-    _print_report(summaries, title=f"{operation}, {len(bodies)} images in turn", twins=twins)
-    if json_file is not None:
-        report = {
-            "url": url,
-            "operation": operation,
-            "options": options,
-            "images": len(bodies),
-            "runs": summaries,
-        }
-        json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
+        code = EXIT_UNREACHABLE if isinstance(error, Unreachable) else EXIT_SOME_FAILED
+        raise _failure(str(error), code) from None
+    if as_json:
+        print_json(
+            {
+                "url": url,
+                "operation": operation,
+                "options": options,
+                "images": len(bodies),
+                "runs": msgspec.to_builtins(summaries),
+            }
+        )
+    else:
+        _print_report(summaries, title=f"{operation}, {len(bodies)} images in turn", twins=twins)
     codes = {code for row in summaries for code in row.codes}
     if not any(row.answered for row in summaries) or codes & {WRONG_RESPONSE, FOREIGN_RESPONSE}:
-        raise typer.Exit(EXIT_FAILED)
+        raise typer.Exit(EXIT_SOME_FAILED)
 
 
 def _parse_options(pairs: Sequence[str]) -> dict[str, str]:
@@ -167,9 +173,9 @@ def _parse_options(pairs: Sequence[str]) -> dict[str, str]:
     return options
 
 
-def _failure(message: str) -> typer.Exit:
+def _failure(message: str, code: int) -> typer.Exit:
     Console(stderr=True, soft_wrap=True).print(message, style="red", markup=False, highlight=False)
-    return typer.Exit(EXIT_FAILED)
+    return typer.Exit(code)
 
 
 async def _measure(

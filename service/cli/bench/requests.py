@@ -21,6 +21,10 @@ class BenchError(Exception):
     """The benchmark cannot run; the text says why."""
 
 
+class Unreachable(BenchError):
+    """The service does not respond."""
+
+
 class Request(Struct):
     """One HTTP request.
 

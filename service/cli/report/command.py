@@ -15,11 +15,15 @@ from rich.console import Console
 
 from service.cli.common import (
     EXIT_SOME_FAILED,
+    AsJson,
     Config,
     Model,
     Server,
+    card_of,
+    complete_method,
     given,
     open_client,
+    print_json,
     progress_bar,
     reported_errors,
 )
@@ -52,7 +56,10 @@ def report(
         ),
     ] = None,
     method: Annotated[
-        str, typer.Option("--method", "-m", metavar="NAME", help="Of the maps.")
+        str,
+        typer.Option(
+            "--method", "-m", metavar="NAME", autocompletion=complete_method, help="Of the maps."
+        ),
     ] = "gradcam",
     layer: Annotated[
         str | None, typer.Option("--layer", "-l", metavar="NAME", help="[default: the model's own]")
@@ -63,6 +70,7 @@ def report(
     model: Model = None,
     config: Config = None,
     server: Server = None,
+    as_json: AsJson = False,
 ) -> None:
     """Audit a classifier on labelled images, and write one page that opens anywhere.
 
@@ -94,7 +102,7 @@ def report(
     output.write_text(page, encoding="utf-8")
     numbers = msgspec.json.format(msgspec.json.encode(found), indent=2)
     output.with_suffix(".json").write_bytes(numbers)
-    _summarise(found, output)
+    _summarise(found, output, as_json=as_json)
     if found.failed:
         raise typer.Exit(EXIT_SOME_FAILED)
 
@@ -124,7 +132,9 @@ async def _audit(
     from service.cli.report.pictures import cluster_pictures, error_pictures
     from service.cli.report.records import RecordFile, collect
 
-    card = await _card(client, options.get("model"))
+    found_card = await card_of(client, options.get("model"))
+    # With its version, so that records of another one are not taken for its own.
+    card = f"{found_card.name}@{found_card.version}"
     names = await client.labels(card)
     try:
         images = read_dataset(folder, table, names)
@@ -164,14 +174,6 @@ async def _audit(
         clusters=clusters,
     )
     return found, render_page(found, labels=names, errors=errors, clusters=shown)
-
-
-async def _card(client: AsyncClient, reference: str | None) -> str:
-    """The model as `name@version`, so that records of another one are not taken for its own."""
-    cards = await client.models()
-    name, _, version = (reference or "").partition("@")
-    card = next((c for c in cards if c.name == name and version in {"", c.version}), cards[0])
-    return f"{card.name}@{card.version}"
 
 
 def _numbers(
@@ -214,16 +216,20 @@ def _numbers(
     )
 
 
-def _summarise(found: Report, output: Path) -> None:
+def _summarise(found: Report, output: Path, *, as_json: bool) -> None:
     from service.cli.report.page import sentence
 
-    console = Console(soft_wrap=True)
     accuracy = found.accuracy
+    findings = [sentence(cluster) for cluster in found.clusters if cluster.suspicious]
+    if as_json:
+        numbers = {"accuracy": accuracy.value, "calibration_error": found.calibration.ece}
+        print_json({"page": str(output), "images": found.images, **numbers, "findings": findings})
+        return
+    console = Console(soft_wrap=True)
     console.print(
         f"accuracy {accuracy.value:.1%} ({accuracy.low:.1%} to {accuracy.high:.1%}), "
         f"{accuracy.total} images, calibration error {found.calibration.ece:.1%}"
     )
-    for cluster in found.clusters:
-        if cluster.suspicious:
-            console.print(f"[bold]look closer:[/] {sentence(cluster)}")
+    for finding in findings:
+        console.print(f"[bold]look closer:[/] {finding}")
     console.print(f"written to {output}")
