@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable
 
 
-def until(condition: Callable[[], object], *, timeout_s: float = 20.0) -> float:
-    """Wait until a condition holds; returns the seconds that took."""
+def until(
+    condition: Callable[[], object], *, timeout_s: float = 20.0, every_s: float = 0.01
+) -> float:
+    """Wait until a condition holds, looking every so often; returns the seconds that took."""
     begun = time.monotonic()
     while not condition():
         assert time.monotonic() - begun < timeout_s, "it did not happen in time"
-        time.sleep(0.01)
+        time.sleep(every_s)
     return time.monotonic() - begun
 
 

@@ -6,7 +6,6 @@ import importlib.util
 import shutil
 import signal
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from benchmarks import ray_serve
 from benchmarks.fleet import START_S, Traffic, same
 from benchmarks.servers import Server
 from tests.deploy.test_nginx import TINY
+from tests.waiting import until
 
 pytestmark = [
     pytest.mark.process,
@@ -49,10 +49,7 @@ def is_replica(process: psutil.Process) -> bool:
 
 def until_two(server: Server, *, without: int = 0) -> None:
     """Wait for two replicas, not counting one that was killed."""
-    begun = time.monotonic()
-    while len(replicas(server) - {without}) < 2:
-        assert time.monotonic() - begun < START_S
-        time.sleep(0.2)
+    until(lambda: len(replicas(server) - {without}) >= 2, timeout_s=START_S, every_s=0.2)
 
 
 def test_a_cluster_answers_as_the_service_does_and_survives_a_kill(folder: Path) -> None:
@@ -68,15 +65,13 @@ def test_a_cluster_answers_as_the_service_does_and_survives_a_kill(folder: Path)
         answers = ray_serve.answers_of(cluster)
         assert all(map(same, answers, expected))
         with Traffic(cluster.url(), expected).running(clients) as traffic:
-            while traffic.answers[200] < 20:
-                assert not traffic.failed, (traffic.answers, traffic.errors)
-                time.sleep(0.05)
+            until(lambda: traffic.answers[200] >= 20 or traffic.failed, timeout_s=START_S)
+            assert not traffic.failed, (traffic.answers, traffic.errors)
             victim = min(replicas(cluster))
             psutil.Process(victim).send_signal(signal.SIGKILL)
             until_two(cluster, without=victim)
             answered = traffic.answers[200]
-            while traffic.answers[200] < answered + 20:
-                time.sleep(0.05)
+            until(lambda: traffic.answers[200] >= answered + 20, timeout_s=START_S)
     assert traffic.wrong == 0
     # Ray does not try again what was on the wire to the replica that was killed.
     assert traffic.failed <= clients * 2, (traffic.answers, traffic.errors)

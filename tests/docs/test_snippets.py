@@ -13,13 +13,14 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import httpx
 import pytest
+
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "docs" / "images" / "chelsea.jpg"
@@ -59,11 +60,8 @@ def url(tmp_path_factory) -> Iterator[str]:
         service = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=stream)
     try:
         url = f"http://127.0.0.1:{port}"
-        until = time.monotonic() + 90
-        while not is_ready(url):
-            assert service.poll() is None, log.read_text()
-            assert time.monotonic() < until, log.read_text()
-            time.sleep(0.2)
+        until(lambda: is_ready(url) or service.poll() is not None, timeout_s=90, every_s=0.1)
+        assert service.poll() is None, log.read_text()
         yield url
     finally:
         service.terminate()

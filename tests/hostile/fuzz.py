@@ -30,6 +30,7 @@ from models.imaging.decode import DecodeLimits
 from models.imaging.prepare import prepare
 from models.types import Preprocess
 from tests.hostile.pictures import mutated, seeds
+from tests.waiting import until
 
 SPEC = Preprocess(resize=256, crop=(224, 224))
 PNG = seeds()["png"]
@@ -79,8 +80,7 @@ def serving() -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         try:
-            while not _readiness(url).get("ready"):
-                time.sleep(0.5)
+            until(lambda: _readiness(url).get("ready"), timeout_s=120, every_s=0.5)
             yield url
             restarts = [device["restarts"] for device in _readiness(url)["devices"]]
             assert not any(restarts), f"device workers were restarted: {restarts}"

@@ -279,7 +279,7 @@ async def test_connections_with_requests_are_not_ended_for_new_ones() -> None:
         busy = [await server.connect() for _ in range(2)]
         for _, writer in busy:
             writer.write(HEAD + b"Content-Length: 5\r\n\r\nhel")
-        await asyncio.sleep(0.05)
+        await eventually(lambda: server.table.buffered_bytes == 2 * len(b"hel"))
         assert error_of(await server.ask(GET + b"\r\n")) == "overloaded"
         for reader, writer in busy:
             writer.write(b"lo")

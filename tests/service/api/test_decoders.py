@@ -19,6 +19,7 @@ from models.imaging.prepare import Canvas, PreparedImage, is_light, prepare
 from models.types import Preprocess
 from service.api.decoders import Decoders
 from tests.service.api.conftest import Serve
+from tests.waiting import eventually
 
 pytestmark = [pytest.mark.anyio, pytest.mark.process]
 
@@ -115,9 +116,7 @@ async def test_cancelling_ends_the_work(decoders: Decoders) -> None:
     await run(decoders, encoded("GIF"))
     process = decoders._idle[0]
     work = asyncio.create_task(run(decoders, flat(7000)))
-    async with asyncio.timeout(10):
-        while decoders._idle:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+    await eventually(lambda: not decoders._idle, timeout_s=10)
     work.cancel()
     await asyncio.wait([work])
     assert process.wait(5) == -signal.SIGKILL

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import contextlib
 import io
@@ -31,6 +30,7 @@ from service.grpc import inference_pb2 as pb
 from service.grpc.server import start
 from service.settings import Settings
 from tests.fakes import LABELS, FakePool
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -246,10 +246,7 @@ async def test_a_client_that_leaves_cancels_its_job(client: Client, pool: FakePo
     call = client.ModelInfer(request_of())
     await pool.arrived.wait()
     call.cancel()
-    async with asyncio.timeout(5):
-        # The pool has no event for it.
-        while not pool.cancelled:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+    await eventually(lambda: pool.cancelled, timeout_s=5)
     assert pool.cancelled == [pool.submitted[0].id]
     assert "heatlens_cancelled_total 1.0" in (await client.rest.get("/metrics")).text
 
