@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 EXIT_SOME_FAILED = 1
 EXIT_UNREACHABLE = 3
+EXIT_INTERRUPTED = 130
 
 FLAG_BY_OPTION = {"methods": "--method", "targets": "--target", "layers": "--layer"}
 """Flags with another name than the option of the API that they set."""

@@ -6,6 +6,7 @@ Each command imports what it needs when it runs, so that `heatlens --help` is fa
 from __future__ import annotations
 
 import os
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from service.cli.bench.command import bench
-from service.cli.common import Config, given, wrong_configuration
+from service.cli.common import EXIT_INTERRUPTED, Config, given, wrong_configuration
 from service.cli.compare import compare
 from service.cli.explain import explain
 from service.cli.init import init
@@ -48,7 +49,15 @@ for command in (bench, check, compare, explain, init, layers, models, report):
 
 def main() -> None:
     """Run the command line and exit."""
-    app(prog_name="heatlens")
+    try:
+        app(prog_name="heatlens")
+    except SystemExit as end:
+        if end.code == EXIT_INTERRUPTED:
+            # A model may still be loading in a thread, and torch aborts when the interpreter ends
+            # under it.
+            sys.stdout.flush()
+            os._exit(EXIT_INTERRUPTED)
+        raise
 
 
 def _show_version(wanted: bool) -> None:

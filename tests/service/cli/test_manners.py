@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,10 @@ import pytest
 from typer.main import get_command
 
 from service.cli import main as cli
-from service.cli.common import EXIT_SOME_FAILED
+from service.cli.common import EXIT_INTERRUPTED, EXIT_SOME_FAILED
 from service.cli.files import find_images
 from tests.service.cli.running import run, said
+from tests.waiting import until
 
 COMMANDS = get_command(cli.app).commands
 
@@ -136,3 +138,36 @@ def test_the_shell_completes_commands_options_and_methods(line: str, completed: 
         check=True,
     )
     assert set(done.stdout.split()) == completed
+
+
+# ---------------------------------------------------------------- interruption
+
+
+LOADING = """
+import pathlib
+import torch
+
+def build():
+    pathlib.Path("loading").touch()
+    layer, image = torch.nn.Conv2d(3, 64, 3), torch.rand(2, 3, 64, 64)
+    for _ in range(20_000):
+        layer(image).sum().backward()
+"""
+
+
+@pytest.mark.slow
+def test_an_interruption_while_a_model_is_loaded_ends_cleanly(tmp_path: Path) -> None:
+    (tmp_path / "loading_net.py").write_text(LOADING)
+    entry = '[[models]]\nname = "slow"\nsource = "python:loading_net:build"\n'
+    (tmp_path / "heatlens.toml").write_text('[server]\ndevices = ["cpu"]\n' + entry)
+    command = subprocess.Popen(
+        [sys.executable, "-m", "service", "layers", "-c", "heatlens.toml"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until((tmp_path / "loading").exists, timeout_s=60)
+    command.send_signal(signal.SIGINT)
+    _, errors = command.communicate(timeout=30)
+    assert (command.returncode, errors) == (EXIT_INTERRUPTED, "")
