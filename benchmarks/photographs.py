@@ -10,10 +10,11 @@ from typing import cast
 
 import numpy as np
 
-from models.engine import Engine, Suspended
+from models.engine import Engine
 from models.imaging.decode import DecodeLimits, decode
 from models.imaging.preprocess import preprocess
 from models.registry import ModelRegistry
+from models.suspended import Suspended
 from models.types import Job, JobOptions, Operation, Outcome
 from models.warm_model import WarmModel
 

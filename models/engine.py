@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from models.capture import Capture
 from models.cuda.staging import Ready
-from models.errors import HeatlensError, InternalError, InvalidOption, UnknownLayer
-from models.extractor import Extractor, Tap
+from models.errors import HeatlensError, InvalidOption, UnknownLayer
 from models.graphed_pass import run_graphed
-from models.interventions import changes_for
-from models.layers import TokenLayout, to_map
 from models.outcomes import BatchOutcomes
 from models.phases import Phases
 from models.preparation.variant import Needs
@@ -26,70 +19,10 @@ from models.registry import ModelRegistry
 from models.resolve import not_before_the_head
 from models.shared_pass import differentiates_layers, run_shared_pass
 from models.sliced_job import bare, sliced_steps
-from models.steps import Forward, InputGradient, LayerGradient, Step, Unbatched
-from models.targets import ScoreWeights, class_scores
-from models.types import Failure, Job, Outcome, Progress
+from models.steps import Step
+from models.suspended import Suspended, advance, changed_layers
+from models.types import Failure, Job, Outcome
 from models.warm_model import WarmModel
-
-logger = logging.getLogger("heatlens.engine")
-
-
-@dataclass(eq=False)
-class Suspended:
-    """A job between steps: its shared pass is done, and its methods need further passes.
-
-    Attributes:
-        job: the job.
-        warm: its model.
-        steps: a started generator.
-        step: the step that it yielded last.
-        phases: what its steps are for.
-    """
-
-    job: Job
-    warm: WarmModel
-    steps: Generator[Step, Any, Outcome]
-    step: Step
-    phases: Phases = field(default_factory=Phases)
-
-    @property
-    def cost(self) -> int:
-        """The number of images that the next step is worth."""
-        return self.step.cost
-
-    @property
-    def module(self) -> nn.Module:
-        """The model's module that the next step runs on."""
-        changed = _changed(self.job)
-        if isinstance(self.step, LayerGradient):
-            read = frozenset({self.step.layer})
-            return self.warm.module_for(Needs(reads=read, rewrites=read | changed))
-        differentiated = isinstance(self.step, InputGradient)
-        return self.warm.module_for(Needs(rewrites=changed, input_gradient=differentiated))
-
-    def progress(self, *, maps: bool) -> Progress:
-        """How far the job has come, with what the maps of its method show so far if asked."""
-        return self.phases.progress(self.step, maps=maps)
-
-    def resume(self, result: Any) -> Outcome | Failure | Suspended:
-        """Go on with the step's result; returns the outcome, or itself with its next step."""
-        self.phases.done += self.step.cost
-        try:
-            self.step = self.steps.send(result)
-        except StopIteration as stop:
-            outcome: Outcome = stop.value
-            return outcome
-        except HeatlensError as error:
-            return Failure.of(self.job.id, error)
-        except Exception:
-            # The generator is spent, so the step cannot be tried again: only this job ends.
-            logger.exception("a step of job %s failed", self.job.id)
-            return Failure.of(self.job.id, InternalError("The explanation failed; see the logs."))
-        return self
-
-    def close(self) -> None:
-        """Give up; the generator's tensors are released."""
-        self.steps.close()
 
 
 class Engine:
@@ -126,23 +59,10 @@ class Engine:
     def advance(self, suspended: Sequence[Suspended]) -> list[Outcome | Failure | Suspended]:
         """Run the next step of several jobs of one model.
 
-        Steps of the same kind share one batch; their costs should add up to about the model's best
-        batch. Returns one entry for each, as `run` does.
+        Their costs should add up to about the model's best batch. Returns one entry for each, as
+        `run` does.
         """
-        execute: dict[type[Step], Callable[[Sequence[Suspended]], list[Any]]] = {
-            Forward: self._forward,
-            InputGradient: self._input_gradient,
-            LayerGradient: self._layer_gradient,
-            Unbatched: self._unbatched,
-        }
-        groups: dict[tuple[type[Step], nn.Module], list[Suspended]] = {}
-        for job in suspended:
-            groups.setdefault((type(job.step), job.module), []).append(job)
-        results: dict[int, Any] = {}
-        for (kind, _), group in groups.items():
-            results |= dict(zip(map(id, group), execute[kind](group), strict=True))
-            self.beat()
-        return [job.resume(results[id(job)]) for job in suspended]
+        return advance(suspended, beat=self.beat)
 
     def _answer(self, warm: WarmModel, jobs: Sequence[Job]) -> list[Outcome | Failure | Suspended]:
         """One pass for all jobs, or one for each variant of the model and kind of input."""
@@ -162,65 +82,6 @@ class Engine:
                 answered[i] = _start(jobs[i], warm, steps)
                 self.beat()
         return [answered[i] for i in range(len(jobs))]
-
-    @staticmethod
-    def _forward(group: Sequence[Suspended]) -> list[Tensor]:
-        inputs, sizes, changes = _merge(group)
-        with Extractor(group[0].module, [], changes=changes) as extractor:
-            logits, _ = class_scores(extractor.forward(inputs), group[0].warm.task)
-        return list(logits.split(sizes))
-
-    @staticmethod
-    def _input_gradient(group: Sequence[Suspended]) -> list[tuple[Tensor, Tensor]]:
-        inputs, sizes, changes = _merge(group)
-        steps = [p.step for p in group if isinstance(p.step, InputGradient)]
-        targets = [target for step in steps for target in step.targets]
-        with Extractor(group[0].module, [], changes=changes) as extractor:
-            leaf = inputs.detach().requires_grad_()
-            logits, _ = class_scores(extractor.forward(leaf, graph=True), group[0].warm.task)
-            scores = ScoreWeights([[t] for t in targets], logits.device).of(logits)[:, 0]
-            (gradient,) = torch.autograd.grad(scores.sum(), leaf)
-        return list(zip(gradient.float().split(sizes), scores.detach().split(sizes), strict=True))
-
-    @staticmethod
-    def _layer_gradient(group: Sequence[Suspended]) -> list[Capture]:
-        warm = group[0].warm
-        inputs, sizes, changes = _merge(group)
-        steps = [p.step for p in group if isinstance(p.step, LayerGradient)]
-        weights = ScoreWeights(
-            [s.targets for s, n in zip(steps, sizes, strict=True) for _ in range(n)], inputs.device
-        )
-        layers = list(dict.fromkeys(step.layer for step in steps))
-        with Extractor(group[0].module, _pair_taps(warm, layers), changes=changes) as extractor:
-            logits, _ = class_scores(extractor.forward(inputs), warm.task)
-            scores = weights.of(logits)
-            activations = {layer: extractor.caught(layer, "output") for layer in layers}
-            gradients: dict[str, list[Tensor]] = {layer: [] for layer in layers}
-            for t in range(weights.width):
-                extractor.backward(scores[:, t].sum(), again=t + 1 < weights.width)
-                for layer, caught in gradients.items():
-                    gradient = extractor.caught(layer, "grad_output")
-                    # The layer may have no part in the score.
-                    if gradient is None:
-                        gradient = torch.zeros_like(activations[layer])
-                    caught.append(gradient)
-        captures, start = [], 0
-        for step, size in zip(steps, sizes, strict=True):
-            rows, width = slice(start, start + size), len(step.targets)
-            captures.append(
-                Capture(
-                    layer=step.layer,
-                    activation=activations[step.layer][rows],
-                    gradient=torch.stack([g[rows] for g in gradients[step.layer][:width]], 1),
-                    score=scores[rows, :width].detach(),
-                )
-            )
-            start += size
-        return captures
-
-    @staticmethod
-    def _unbatched(group: Sequence[Suspended]) -> list[Any]:
-        return [p.step.run() for p in group if isinstance(p.step, Unbatched)]
 
 
 def _run_together(
@@ -272,7 +133,7 @@ def _needs(job: Job) -> Needs:
         layer_inputs = False
     return Needs(
         reads=layers,
-        rewrites=_changed(job) | (layers if differentiated else frozenset()),
+        rewrites=changed_layers(job) | (layers if differentiated else frozenset()),
         layer_inputs=layer_inputs,
     )
 
@@ -280,11 +141,6 @@ def _needs(job: Job) -> Needs:
 def _is_normalised(job: Job) -> bool:
     """Whether the job's input is values rather than pixels."""
     return job.input.dtype.kind == "f"
-
-
-def _changed(job: Job) -> frozenset[str]:
-    """Layers that every pass for the job changes."""
-    return frozenset(change.layer for change in job.options.interventions)
 
 
 def _fault(job: Job, warm: WarmModel) -> Failure | None:
@@ -313,26 +169,3 @@ def _fault(job: Job, warm: WarmModel) -> Failure | None:
             wrong = InvalidOption(f"{change.layer} has {limit}.", field=f"interventions.{i}")
             return Failure.of(job.id, wrong)
     return None
-
-
-def _pair_taps(warm: WarmModel, layers: Sequence[str]) -> list[Tap]:
-    """Taps of the output and its gradient at each layer, as float32 maps."""
-    taps = []
-    for layer in layers:
-        layout = warm.layouts.get(layer)
-
-        def keep(tensor: Tensor, layout: TokenLayout | None = layout) -> Tensor:
-            return to_map(tensor, layout).float()
-
-        taps += [Tap(layer, "output", keep), Tap(layer, "grad_output", keep)]
-    return taps
-
-
-def _merge(group: Sequence[Suspended]) -> tuple[Tensor, list[int], list[Any]]:
-    """Inputs of several jobs' steps as one batch, the size of each part, and the interventions."""
-    parts = [p.step.inputs for p in group if not isinstance(p.step, Unbatched)]
-    sizes = [len(part) for part in parts]
-    pairs = zip(group, sizes, strict=True)
-    rows = [p.job.options.interventions for p, n in pairs for _ in range(n)]
-    inputs = torch.cat(parts).contiguous(memory_format=torch.channels_last)
-    return inputs, sizes, changes_for(group[0].warm.layouts, rows)

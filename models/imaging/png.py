@@ -12,8 +12,6 @@ import zlib
 
 import numpy as np
 
-MEDIA_TYPE = "image/png"
-
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLOUR_RGB, _COLOUR_PALETTE = 2, 3
 _FILTER_SUB = 1

@@ -14,24 +14,37 @@ from torch import nn
 
 from models.catalog import ModelSpec
 from models.compat import define_missing_operators
-from models.engine import Engine, Suspended
+from models.engine import Engine
 from models.imaging.render import normalise
 from models.methods import METHODS
 from models.sources import LoadedModel, load
+from models.suspended import Suspended
 from models.types import ClassRef, Explanation, Job, JobOptions, Outcome, Preprocess, Target
 from models.warm_model import WarmModel
 from models.warmup import warm_up
 from models.weights import fill_zero_heads, seeded
+from tests.models.transformers import (
+    CLASSES,
+    timm_maxvit,
+    timm_swin,
+    timm_vit,
+    torchvision_maxvit,
+    torchvision_swin,
+    torchvision_swin_v2,
+    torchvision_vit,
+)
 
 define_missing_operators()
+import timm  # noqa: E402  (torchvision's operators come first)
 from timm.models.deit import VisionTransformerDistilled  # noqa: E402
-from timm.models.maxxvit import MaxxVit, MaxxVitCfg, MaxxVitTransformerCfg  # noqa: E402  (its operators come first)
-from timm.models.swin_transformer import SwinTransformer  # noqa: E402
 from timm.models.swin_transformer_v2 import SwinTransformerV2  # noqa: E402
-from timm.models.vision_transformer import VisionTransformer  # noqa: E402
-from torchvision.models import maxvit, swin_transformer, vision_transformer  # noqa: E402
+from torchvision.models import AlexNet  # noqa: E402
+from torchvision.models import convnext as convnexts  # noqa: E402
+from torchvision.models import densenet as densenets  # noqa: E402
+from torchvision.models import efficientnet as efficientnets  # noqa: E402
+from torchvision.models import resnet as resnets  # noqa: E402
+from torchvision.models import vgg as vggs  # noqa: E402
 
-CLASSES = 9
 TARGETS = tuple(Target(cls=ClassRef(kind="index", value=c)) for c in (0, 3, 5))
 
 ATTENTION = {name for name, row in METHODS.items() if row.family == "transformer"}
@@ -45,79 +58,95 @@ BY_CHANNEL = {"ss_cam", "is_cam"}
 LIVELY = {"eigencam", "gradcam_elementwise", "saliency", "input_x_gradient"}
 """Methods whose maps are never empty, unlike those that a final ReLU may empty."""
 
+
+# ---------------------------------------------------------------- convolutional networks
+
+
+def resnet() -> nn.Module:
+    return resnets.ResNet(resnets.BasicBlock, [1, 1, 1, 1], num_classes=CLASSES)
+
+
+def resnext() -> nn.Module:
+    return resnets.ResNet(
+        resnets.Bottleneck, [1, 1, 1, 1], groups=8, width_per_group=4, num_classes=CLASSES
+    )
+
+
+def perceptron(inputs: int) -> nn.Sequential:
+    """The end of a VGG or an AlexNet, narrower."""
+    hidden = [nn.Dropout(), nn.Linear(inputs, 32), nn.ReLU(True), nn.Dropout(), nn.Linear(32, 32)]
+    return nn.Sequential(*hidden, nn.ReLU(True), nn.Linear(32, CLASSES))
+
+
+def vgg() -> nn.Module:
+    net = vggs.VGG(vggs.make_layers([8, "M", 16, "M", 24, 24, "M", 32, 32, "M"]), CLASSES)
+    net.classifier = perceptron(32 * 7 * 7)
+    return net
+
+
+def alexnet() -> nn.Module:
+    net = AlexNet(CLASSES)
+    net.classifier = perceptron(256 * 6 * 6)
+    return net
+
+
+def densenet() -> nn.Module:
+    return densenets.DenseNet(
+        growth_rate=8, block_config=(2, 2, 2, 2), num_init_features=16, num_classes=CLASSES
+    )
+
+
+def efficientnet_v2() -> nn.Module:
+    fused, plain = efficientnets.FusedMBConvConfig, efficientnets.MBConvConfig
+    stages = [fused(1, 3, 1, 8, 8, 1), fused(4, 3, 2, 8, 16, 2), plain(4, 3, 2, 16, 24, 2)]
+    stages.append(plain(6, 3, 2, 24, 32, 2))
+    return efficientnets.EfficientNet(
+        stages, dropout=0.2, stochastic_depth_prob=0.0, last_channel=64, num_classes=CLASSES
+    )
+
+
+def convnext() -> nn.Module:
+    stages = [(8, 16, 1), (16, 24, 1), (24, 32, 2), (32, None, 1)]
+    return convnexts.ConvNeXt([convnexts.CNBlockConfig(*s) for s in stages], num_classes=CLASSES)
+
+
+def timm_resnet() -> nn.Module:
+    return timm.create_model("resnet18", layers=(1, 1, 1, 1), num_classes=CLASSES)
+
+
+def timm_densenet() -> nn.Module:
+    sizes = {"growth_rate": 8, "block_config": (2, 2, 2, 2)}
+    return timm.create_model("densenet121", num_classes=CLASSES, **sizes)
+
+
 CONVOLUTIONAL = [
-    ("torchvision:resnet18", 64, ATTENTION),
-    ("torchvision:resnext50_32x4d", 64, ATTENTION),
+    (resnet, 64, ATTENTION),
+    (resnext, 64, ATTENTION),
+    (vgg, 64, ATTENTION | {"cam"}),
+    (alexnet, 96, ATTENTION | {"cam"}),
+    (densenet, 64, ATTENTION | {"cam"}),
+    (efficientnet_v2, 64, ATTENTION | SMOOTH),
+    (convnext, 64, ATTENTION | SMOOTH | {"cam", "fullgrad"}),
+    (timm_resnet, 64, ATTENTION),
+    (timm_densenet, 64, ATTENTION),
     ("torchvision:regnet_x_400mf", 64, ATTENTION),
     ("torchvision:regnet_y_400mf", 64, ATTENTION | {"lrp"}),
-    ("torchvision:vgg11", 64, ATTENTION | {"cam"}),
-    ("torchvision:alexnet", 96, ATTENTION | {"cam"}),
     ("torchvision:squeezenet1_1", 64, ATTENTION | {"cam"}),
-    ("torchvision:densenet121", 64, ATTENTION | {"cam"}),
     ("torchvision:mobilenet_v2", 64, ATTENTION),
     ("torchvision:mobilenet_v3_small", 160, ATTENTION | SMOOTH | {"cam"}),
     ("torchvision:efficientnet_b0", 64, ATTENTION | SMOOTH),
-    ("torchvision:efficientnet_v2_s", 64, ATTENTION | SMOOTH),
-    ("torchvision:convnext_tiny", 64, ATTENTION | SMOOTH | {"cam", "fullgrad"}),
     ("torchvision:googlenet", 64, ATTENTION),
     # With random weights, a layer of 6 x 6 positions hardly tells where a patch lies.
     ("torchvision:inception_v3", 128, ATTENTION | {"fullgrad"}),
     ("torchvision:mnasnet0_5", 64, ATTENTION),
     ("torchvision:shufflenet_v2_x0_5", 64, ATTENTION),
-    ("timm:resnet18", 64, ATTENTION),
-    ("timm:densenet121", 64, ATTENTION),
     ("timm:tf_efficientnet_lite0", 64, ATTENTION),
     ("timm:mobilenetv3_small_050", 160, ATTENTION | SMOOTH | {"cam"}),
     ("timm:convnext_atto", 64, ATTENTION | SMOOTH | {"cam", "fullgrad"}),
 ]
+"""Narrow networks of the families whose named ones are large, and small named ones.
 
-
-def timm_vit(kind: type[nn.Module] = VisionTransformer, **options) -> nn.Module:
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
-    return kind(num_classes=CLASSES, **sizes | options)
-
-
-def torchvision_vit() -> nn.Module:
-    sizes = {"num_layers": 3, "num_heads": 3, "hidden_dim": 24, "mlp_dim": 48}
-    return vision_transformer.VisionTransformer(
-        image_size=32, patch_size=8, num_classes=CLASSES, **sizes
-    )
-
-
-def torchvision_swin(**options) -> nn.Module:
-    sizes = {"embed_dim": 16, "depths": [1, 1, 2], "num_heads": [1, 2, 4], "window_size": [2, 2]}
-    return swin_transformer.SwinTransformer(
-        patch_size=[4, 4], num_classes=CLASSES, **sizes, **options
-    )
-
-
-def torchvision_swin_v2() -> nn.Module:
-    return torchvision_swin(
-        block=swin_transformer.SwinTransformerBlockV2,
-        downsample_layer=swin_transformer.PatchMergingV2,
-    )
-
-
-def timm_swin(kind: type[nn.Module] = SwinTransformer) -> nn.Module:
-    sizes = {"img_size": 32, "patch_size": 4, "window_size": 2, "embed_dim": 16}
-    return kind(depths=(1, 1, 2), num_heads=(1, 2, 4), num_classes=CLASSES, **sizes)
-
-
-def torchvision_maxvit() -> nn.Module:
-    return maxvit.MaxVit(
-        input_size=(64, 64), stem_channels=8, partition_size=2, block_channels=[8, 16, 16],
-        block_layers=[1, 1, 1], head_dim=8, stochastic_depth_prob=0.0, num_classes=CLASSES,
-    )  # fmt: skip
-
-
-def timm_maxvit() -> nn.Module:
-    attention = MaxxVitTransformerCfg(dim_head=8, window_size=(2, 2), grid_size=(2, 2))
-    sizes = MaxxVitCfg(
-        embed_dim=(8, 16, 16), depths=(1, 1, 1), block_type=("M",) * 3, stem_width=8,
-        transformer_cfg=attention,
-    )  # fmt: skip
-    return MaxxVit(sizes, img_size=64, num_classes=CLASSES)
-
+`tests/models/sources/test_architectures.py` probes the large ones as well."""
 
 TOKENS = SMOOTH | {"cam", "fullgrad"}
 TRANSFORMERS = [
@@ -227,11 +256,14 @@ def check(
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("source", "side", "refused"), CONVOLUTIONAL)
-def test_convolutional_networks(source, side, refused):
+@pytest.mark.parametrize(("network", "side", "refused"), CONVOLUTIONAL)
+def test_convolutional_networks(network, side, refused):
     entry = {"num_classes": CLASSES, "preprocess": {"crop": side, "resize": side}}
-    spec = ModelSpec(name="m", source=source, weights="none", **entry)
-    check(load(spec, Path()), refused=refused, left_out=frozenset(BY_CHANNEL))
+    if isinstance(network, str):
+        found = load(ModelSpec(name="m", source=network, weights="none", **entry), Path())
+    else:
+        found = loaded(network, side)
+    check(found, refused=refused, left_out=frozenset(BY_CHANNEL))
 
 
 def loaded(make: Callable[[], nn.Module], side: int, precision: str = "fp32") -> LoadedModel:

@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import UNSET, structs
 
-from models.engine import Engine, Suspended
+from models.engine import Engine
 from models.hooks import HookStack
 from models.methods import METHODS, implementation
 from models.steps import Forward
+from models.suspended import Suspended
 from models.types import (
     ClassRef,
     Failure,

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from models.engine import Engine, Suspended
+from models.engine import Engine
 from models.methods import METHODS
 from models.methods._masks import KEPT, RandomMasks
+from models.suspended import Suspended
 from models.types import Job, Outcome, Progress, Target
 from tests.models.conftest import OneModel
 from tests.models.methods.test_all_methods import MAKERS, kinds_of, warmed

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from msgspec import structs
 
-from models.engine import Engine, Suspended
+from models.engine import Engine
+from models.suspended import Suspended
 from models.types import ClassRef, Failure, Intervention, Job, JobOptions, Outcome, Target
 from tests.models.conftest import OneModel, warm_of
 from tests.models.test_engine import assert_same

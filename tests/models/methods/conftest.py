@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from models.capture import Capture
-from models.engine import Engine, Suspended
+from models.engine import Engine
 from models.errors import ERRORS
 from models.extractor import Extractor, Tap
 from models.head import HeadProbe, probe_head
 from models.interventions import changes_for
 from models.layers import to_map
 from models.steps import Step, Steps, Subject, Unbatched
+from models.suspended import Suspended
 from models.targets import ResolvedTarget, ScoreWeights, class_scores
 from models.types import Failure, Job, JobOptions
 from models.warm_model import WarmModel

@@ -15,9 +15,10 @@ from torch import nn
 
 from models.catalog import ModelSpec
 from models.compat import define_missing_operators
-from models.engine import Engine, Suspended
+from models.engine import Engine
 from models.methods import METHODS, implementation
 from models.sources import LoadedModel
+from models.suspended import Suspended
 from models.types import ClassRef, Job, JobOptions, Outcome, Preprocess, Target
 from models.warm_model import WarmModel
 from models.warmup import warm_up

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torchvision.models import maxvit, swin_transformer, vision_transformer
 
 from models.head import HeadProbe, probe_head
 from models.layers import TokenLayout, choose_target_layer, feature_layers, to_map
@@ -16,6 +13,14 @@ from models.sources import load
 from models.types import Preprocess
 from models.weights import fill_zero_heads, seeded
 from tests.models.conftest import find_layouts
+from tests.models.transformers import (
+    timm_swin,
+    timm_vit,
+    torchvision_maxvit,
+    torchvision_swin,
+    torchvision_swin_v2,
+    torchvision_vit,
+)
 
 SWIN = TokenLayout(grid=(2, 2), channels_last=True)
 CLASS_TOKEN = TokenLayout(grid=(4, 4), prefix=1)
@@ -83,46 +88,8 @@ def test_convolutional_networks(spec_of, tmp_path, source, side, target, head):
     assert probe.closed_form == (head == "gap_linear")
 
 
-def timm_vit(**options) -> nn.Module:
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
-    return VisionTransformer(num_classes=9, **sizes | options)
-
-
 def averaged_vit() -> nn.Module:
     return timm_vit(global_pool="avg", class_token=False, fc_norm=False)
-
-
-def torchvision_vit() -> nn.Module:
-    sizes = {"num_layers": 3, "num_heads": 3, "hidden_dim": 24, "mlp_dim": 48, "num_classes": 9}
-    return vision_transformer.VisionTransformer(image_size=32, patch_size=8, **sizes)
-
-
-def torchvision_swin(**options) -> nn.Module:
-    return swin_transformer.SwinTransformer(
-        patch_size=[4, 4], embed_dim=16, depths=[1, 1, 2], num_heads=[1, 2, 4], window_size=[2, 2],
-        num_classes=9, **options,
-    )  # fmt: skip
-
-
-def torchvision_swin_v2() -> nn.Module:
-    return torchvision_swin(
-        block=swin_transformer.SwinTransformerBlockV2,
-        downsample_layer=swin_transformer.PatchMergingV2,
-    )
-
-
-def torchvision_maxvit() -> nn.Module:
-    return maxvit.MaxVit(
-        input_size=(64, 64), stem_channels=8, partition_size=2, block_channels=[8, 16, 16],
-        block_layers=[1, 1, 1], head_dim=8, stochastic_depth_prob=0.0, num_classes=9,
-    )  # fmt: skip
-
-
-def timm_swin() -> nn.Module:
-    return SwinTransformer(
-        img_size=32, patch_size=4, window_size=2, embed_dim=16, depths=(1, 1, 2),
-        num_heads=(1, 2, 4), num_classes=9,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
