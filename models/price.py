@@ -189,7 +189,11 @@ class _Work:
     def repeats_ms(self) -> float:
         """Time that is lost when the first pass is cut into parts, which share no work."""
         parts = max(self.first_ms / STEP_MS, self.kept_bytes / STEP_BYTES)
-        images = _PLAIN * (1 + _BACKWARD * self.after[0] * self.targets / 2)
+        images = _PLAIN * (2 if "grad_input" in self.options.kinds else 1)
+        # As many parts as targets divide the backward passes among them; more of them repeat some.
+        backward = parts / self.targets - 1
+        if backward > 0:
+            images += _PLAIN * _BACKWARD * self.after[0] * backward / 2
         return max(0.0, parts - 1) * images * self.forward_ms
 
     @property

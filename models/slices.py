@@ -28,8 +28,9 @@ class Slice:
 def slices(operation: Operation, options: JobOptions, info: ModelInfo) -> Iterator[Slice]:
     """Parts of a job that ask for the same maps and statistics, each in a first pass of a step.
 
-    Layers that follow each other share a part as far as they fit. Where a layer is too much by
-    itself, its targets are divided among parts, as far as its methods look at the targets.
+    Targets are divided among parts first, as far as the methods look at them: every part runs
+    forward again, but not backward for the same target. What is too much for one target, or does
+    not depend on targets, is divided by layers, of which those that follow each other share a part.
     Maps are not fused and not measured in the parts.
     """
     whole = structs.replace(options, fuse="none", faithfulness=())
@@ -38,8 +39,8 @@ def slices(operation: Operation, options: JobOptions, info: ModelInfo) -> Iterat
         return not exceeds_step(operation, part, info)
 
     if operation == "features":
-        divisible = any(map(_is_gradient, options.kinds))
-        yield from _by_layers(whole, fits, divisible=divisible)
+        divide = _by_targets if any(map(_is_gradient, options.kinds)) else _by_layers
+        yield from divide(whole, fits)
         return
     of_input = tuple(name for name in options.methods if METHODS[name].of_input)
     if of_input:
@@ -52,36 +53,32 @@ def slices(operation: Operation, options: JobOptions, info: ModelInfo) -> Iterat
     for methods in (divided, rest) if divided else (rest,):
         if methods or described:
             part = structs.replace(whole, methods=methods, statistics=described)
-            yield from _by_layers(part, fits, divisible=methods == divided)
+            yield from (_by_targets if methods == divided else _by_layers)(part, fits)
         described = False
 
 
+def _by_targets(whole: JobOptions, fits: Callable[[JobOptions], bool]) -> Iterator[Slice]:
+    size = max(1, len(whole.targets))
+    while size > 1 and not fits(structs.replace(whole, targets=whole.targets[:size])):
+        size = (size + 1) // 2
+    for first in range(0, max(1, len(whole.targets)), size):
+        part = structs.replace(whole, targets=whole.targets[first : first + size])
+        if first:
+            gradients = tuple(filter(_is_gradient, part.kinds))
+            part = structs.replace(part, statistics=bool(gradients), kinds=gradients)
+        yield from _by_layers(part, fits, first_target=first)
+
+
 def _by_layers(
-    whole: JobOptions, fits: Callable[[JobOptions], bool], *, divisible: bool
+    whole: JobOptions, fits: Callable[[JobOptions], bool], *, first_target: int = 0
 ) -> Iterator[Slice]:
     waiting = list(whole.layers)
     while waiting:
         count = 1
         while count < len(waiting) and fits(_of(whole, waiting[: count + 1])):
             count += 1
-        part = _of(whole, waiting[:count])
+        yield Slice(_of(whole, waiting[:count]), first_target)
         waiting = waiting[count:]
-        if divisible and count == 1:
-            yield from _by_targets(part, fits)
-        else:
-            yield Slice(part)
-
-
-def _by_targets(part: JobOptions, fits: Callable[[JobOptions], bool]) -> Iterator[Slice]:
-    size = max(1, len(part.targets))
-    while size > 1 and not fits(structs.replace(part, targets=part.targets[:size])):
-        size = (size + 1) // 2
-    for first in range(0, max(1, len(part.targets)), size):
-        some = structs.replace(part, targets=part.targets[first : first + size])
-        if first:
-            gradients = tuple(filter(_is_gradient, part.kinds))
-            some = structs.replace(some, statistics=bool(gradients), kinds=gradients)
-        yield Slice(some, first)
 
 
 def _is_gradient(kind: Kind) -> bool:
