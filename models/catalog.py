@@ -10,7 +10,7 @@ from msgspec import structs
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from models.errors import ModelLoadFailed
-from models.types import Fit, Order, Precision, Preprocess, Task
+from models.types import Fit, ModelKey, Order, Precision, Preprocess, Task
 
 DEFAULT_MODEL = "efficientnet_lite0"
 
@@ -161,7 +161,7 @@ class ModelSpec(BaseModel):
         num_classes: size of the head; None keeps the architecture's own.
         task: how scores become probabilities; None takes what the source says, or single_label.
         output: key, attribute or index of the scores, where the network returns several tensors.
-        inputs: constant values of the network's inputs beside the image, by parameter of `forward`.
+        inputs: constant values of the network's inputs other than the image, by parameter of `forward`.
         target_layer: dotted module name, or `auto`.
         precision: what the model computes in, if that passes a check of its scores.
         runtime: what runs the part up to the target layer on a CPU, if the model's head allows it.
@@ -196,6 +196,16 @@ class ModelSpec(BaseModel):
     copy_stream: bool = False
     devices: list[str] | None = None
     preprocess: PreprocessSpec = PreprocessSpec()
+
+    @property
+    def key(self) -> ModelKey:
+        """Name and version."""
+        return self.name, self.version
+
+    @property
+    def full_name(self) -> str:
+        """`name@version`."""
+        return f"{self.name}@{self.version}"
 
     @field_validator("version", mode="before")
     @classmethod

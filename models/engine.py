@@ -48,7 +48,7 @@ class Engine:
 
         Raises:
             UnknownModel: the model is not loaded here.
-            Exception: the pass itself failed; which job is to blame is not known.
+            Exception: the pass itself failed; which job caused it is not known.
         """
         warm = self._registry.get(jobs[0].model, jobs[0].version)
         faults = {job.id: fault for job in jobs if (fault := _fault(job, warm))}

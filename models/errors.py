@@ -52,7 +52,7 @@ class HeatlensError(Exception):
         code: snake_case code of the wire contract.
         retryable: whether the same request may succeed later.
         message: fixed human text.
-        field: dotted path of the offending option (`methods.0`), if one is to blame.
+        field: dotted path of the offending option (`methods.0`), if one is at fault.
         retry_after_s: seconds after which a retry makes sense, if known.
     """
 

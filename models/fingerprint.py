@@ -1,4 +1,4 @@
-"""What a network is and answers, to prove that checks left it as it was."""
+"""Fingerprints of networks and their scores, to prove that checks left them as they were."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PLAIN = (bool, int, float, str, tuple, list, torch.Size, torch.dtype, type(None
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Fingerprint:
-    """What a network is and answers, to prove that checks left it as it was.
+    """A network's tensors, attributes and scores, to prove that checks left it as it was.
 
     Attributes:
         state: checksums of its tensors, and its plain attributes, by name.

@@ -49,7 +49,7 @@ class Preprocess(Struct):
     Attributes:
         resize: short side in pixels after resizing; a pair (height, width) resizes to exactly that.
         crop: (height, width) of the centre crop, the model input.
-        fit: how a `resize` pair is meant: `stretch` to exactly that size (timm's crop mode
+        fit: what a `resize` pair means: `stretch` to exactly that size (timm's crop mode
             `squash`), or keep the aspect ratio and `cover` it (timm's `center` where height and
             width differ) or be `contain`ed in it (timm's `border`; the crop is then padded with the
             mean colour, otherwise with black). With `none` images keep their size.

@@ -1,4 +1,4 @@
-"""Inputs of a network beside the image, which the configuration gives once for all images."""
+"""Inputs of a network other than the image; the configuration sets them once for all images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def fill_inputs(module: nn.Module, constants: Mapping[str, Any]) -> nn.Module:
     of its own, so that its layers keep their names; the values move with it to its device.
 
     Raises:
-        ModelLoadFailed: it has no such input, or a value is no array of numbers.
+        ModelLoadFailed: it has no such input, or a value is not an array of numbers.
     """
     if not constants:
         return module
@@ -51,4 +51,6 @@ def _tensor(name: str, value: Any) -> Tensor:
     try:
         return torch.tensor(value)
     except (TypeError, ValueError) as error:
-        raise ModelLoadFailed(f"inputs.{name} is no number or array of numbers.") from error
+        raise ModelLoadFailed(
+            f"inputs.{name} is neither a number nor an array of numbers."
+        ) from error

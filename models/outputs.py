@@ -125,7 +125,7 @@ def _named_output(answer: Any, output: int | str) -> Tensor:
             found = answer[output]  # type: ignore[index]
     if not isinstance(found, Tensor):
         raise ModelLoadFailed(
-            f"output = {json.dumps(output)} is no tensor of what the model returns, which is "
+            f"output = {json.dumps(output)} is not a tensor of what the model returns, which is "
             f"{describe(answer)}."
         )
     return found

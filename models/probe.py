@@ -30,7 +30,7 @@ class Call:
             and an identity share it, an in-place successor does not.
         checksum: see `row_checksum`.
         input_values: as `values`, of the module's first input.
-        input_shape: of that input; empty if it is no tensor.
+        input_shape: of that input; empty if it is not a tensor.
     """
 
     name: str

@@ -9,7 +9,7 @@ import torch
 from models.catalog import ModelSpec
 from models.errors import ModelLoadFailed, UnknownModel
 from models.sources import load
-from models.types import ModelCard, ModelInfo
+from models.types import ModelCard, ModelInfo, ModelKey
 from models.warm_model import WarmModel
 from models.warmup import WARMUP_S, warm_up
 
@@ -41,8 +41,8 @@ class ModelRegistry:
         self._base_dir = base_dir
         self._warmup_s = warmup_s
         self._proofs_dir = proofs_dir
-        self._warm: dict[tuple[str, str], WarmModel] = {}
-        self._unavailable: dict[tuple[str, str], ModelInfo] = {}
+        self._warm: dict[ModelKey, WarmModel] = {}
+        self._unavailable: dict[ModelKey, ModelInfo] = {}
 
     def load(self, spec: ModelSpec) -> ModelInfo:
         """Load, verify, probe and warm up a model, then replace its name and version by it.
@@ -62,8 +62,8 @@ class ModelRegistry:
             raise ModelLoadFailed("The model does not fit into the device's memory.") from error
         except Exception as error:
             raise ModelLoadFailed(f"The model fails on the device {self.device}.") from error
-        self._warm[spec.name, spec.version] = warm
-        self._unavailable.pop((spec.name, spec.version), None)
+        self._warm[spec.key] = warm
+        self._unavailable.pop(spec.key, None)
         return warm.info
 
     def unload(self, name: str, version: str | None = None) -> None:
@@ -90,9 +90,8 @@ class ModelRegistry:
 
         `cause` is for the operator: what was raised.
         """
-        key = (spec.name, spec.version)
-        if key in self._warm:
-            return self._warm[key].info
+        if spec.key in self._warm:
+            return self._warm[spec.key].info
         card = ModelCard(
             name=spec.name,
             version=spec.version,
@@ -104,8 +103,8 @@ class ModelRegistry:
             cause=cause,
             task=spec.task or "single_label",
         )
-        self._unavailable[key] = ModelInfo(card=card)
-        return self._unavailable[key]
+        self._unavailable[spec.key] = info = ModelInfo(card=card)
+        return info
 
     def get(self, name: str, version: str) -> WarmModel:
         """Return a warm model.

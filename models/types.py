@@ -26,6 +26,8 @@ Kind = Literal["output", "input", "grad_output", "grad_input"]
 HeadKind = Literal["gap_linear", "gap", "flatten", "token"]
 ModelState = Literal["loading", "ready", "unavailable", "unloading"]
 InterventionOp = Literal["zero", "mean", "scale"]
+ModelKey = tuple[str, str]
+"""Name and version."""
 
 
 STEP_MS = 250.0
@@ -122,6 +124,11 @@ class Job(Struct):
     input: np.ndarray
     options: JobOptions
 
+    @property
+    def model_key(self) -> ModelKey:
+        """Name and version of the model."""
+        return self.model, self.version
+
 
 # ---------------------------------------------------------------- outcomes
 
@@ -143,7 +150,7 @@ class Curve(Struct):
 
 
 class Faithfulness(Struct):
-    """A faithfulness measure of a map beside the same measure of a random map."""
+    """A faithfulness measure of a map, and the same measure of a random map."""
 
     value: float
     random: float
@@ -333,6 +340,16 @@ class ModelCard(Struct):
     latency_ms: Annotated[
         dict[int, float], Meta(description="Measured milliseconds by batch size.")
     ] = {}
+
+    @property
+    def key(self) -> ModelKey:
+        """Name and version."""
+        return self.name, self.version
+
+    @property
+    def full_name(self) -> str:
+        """`name@version`."""
+        return f"{self.name}@{self.version}"
 
 
 class ModelInfo(Struct):

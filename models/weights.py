@@ -21,7 +21,7 @@ _TRAINING_ONLY = re.compile(
     r"(^|_)(criterion|loss|metrics?|acc|accuracy|auroc|auc|f1|precision|recall|confusion|confmat"
     r"|ema|augment\w*|mixup)(_|\d|$)|loss$|metrics?$|acc$|^n_averaged$"
 )
-"""Names of what training scripts keep in a network beside its layers."""
+"""Names of what training scripts keep in a network in addition to its layers."""
 _RENAMED = {
     "weight_g": "parametrizations.weight.original0",
     "weight_v": "parametrizations.weight.original1",
@@ -54,7 +54,7 @@ class _Part:
     Attributes:
         place: where they are, dotted; empty for the whole file.
         state: the tensors by name, without the prefix.
-        foreign: top-level names of what lies beside the prefix.
+        foreign: top-level names of what does not have the prefix.
         unwrapped: parts of names that wrappers put in, and that were taken out.
         averaged: whether they are averages over training.
         matched: how many have a name and shape of the network's.
@@ -247,7 +247,7 @@ def _check_fit(expected: State, state: State, weights: str) -> None:
 
 
 def _other_kind(state: State, expected: Mapping[str, Tensor]) -> str | None:
-    """Why tensors are no plain weights of the network, if they are none."""
+    """Why tensors are not plain weights of the network; None if they are."""
     if any(".lora_" in key for key in state):
         return (
             "holds LoRA adapters that are not merged. Merge them and save again, in PEFT: "

@@ -230,7 +230,7 @@ class SecuritySettings(_Section):
     @model_validator(mode="after")
     def _check_keys(self) -> Self:
         if self.require_keys and not self.api_keys:
-            raise ValueError("api_keys are required, and there are none.")
+            raise ValueError("api_keys are required, but none are configured.")
         return self
 
 
@@ -297,7 +297,7 @@ class Settings(_Section):
     @field_validator("models")
     @classmethod
     def _check_models(cls, models: list[ModelSpec]) -> list[ModelSpec]:
-        names = [f"{spec.name}@{spec.version}" for spec in models]
+        names = [spec.full_name for spec in models]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"Model {name} is configured twice.")

@@ -140,7 +140,7 @@ def decode(
 
 
 def inspect(data: bytes, *, limits: DecodeLimits) -> Header:
-    """Read what an image is, and refuse it by that if it is none or too large.
+    """Read an image's header, and refuse the image if it is unknown or too large.
 
     Raises:
         HeatlensError: see `decode`.

@@ -1,4 +1,4 @@
-"""PNG images with 16-bit samples, of which the high byte alone may not hold what is meant."""
+"""PNG images with 16-bit samples, whose picture may not be in the high bytes alone."""
 
 from __future__ import annotations
 

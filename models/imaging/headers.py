@@ -1,4 +1,4 @@
-"""What an image is by its header, and what a header announces that nobody sends.
+"""Reads the headers of images, and refuses those that announce more than an image can be.
 
 Nothing is decoded, and no loop is longer than a bound. A decoder that is asked first has often taken
 memory or time already when it tells the size.

@@ -1,4 +1,4 @@
-"""The orientation that a file's metadata asks for, and what bringing the image upright means."""
+"""The orientation that a file's metadata asks for, and how an image is turned upright."""
 
 from __future__ import annotations
 

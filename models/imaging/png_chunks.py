@@ -1,4 +1,4 @@
-"""The chunks of a PNG file: which of them decide over its pixels.
+"""The chunks of a PNG file, and which of them affect its pixels.
 
 Pillow refuses a sound image for its ancillary chunks: text or a profile of more than 1 MiB, a wrong
 checksum, a gamma of the wrong length. None of them bears upon the pixels here, so that Pillow never

@@ -1,4 +1,4 @@
-"""The directory of a TIFF file: read within bounds, and written anew with what bears on the pixels.
+"""The directory of a TIFF file: read within bounds, and rewritten with what affects the pixels.
 
 A few kilobytes of directory may point to the same megabyte thousands of times, to tiles far larger
 than the image, or to a hundred times the tiles that there are places for. Decoders follow all of
@@ -67,7 +67,7 @@ class Directory:
         if entry is None:
             return default
         if entry.kind not in _NUMBERS:
-            raise ImageUndecodable("A tag of the TIFF image that must be a number is none.")
+            raise ImageUndecodable("A tag of the TIFF image that must be a number is not one.")
         return struct.unpack(f"{self.order}{entry.length}{_NUMBERS[entry.kind]}", entry.body)
 
     def number(self, tag: int, default: int) -> int:

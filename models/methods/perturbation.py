@@ -1,4 +1,4 @@
-"""Methods that change the input or a layer and look at what becomes of the scores.
+"""Methods that change the input or a layer and look at how the scores change.
 
 Each function is a generator of steps for one `Subject` and returns float32 maps (T, h, w), not
 normalised. Every step is at most one chunk of images, whose perturbations are made just before it:

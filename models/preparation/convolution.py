@@ -107,7 +107,7 @@ class FusedConv2d(nn.Module):
         return out if self.activation is None else self.activation.apply(out)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move or cast; weights are packed anew for what comes."""
+        """Move or cast; the weights are packed again at the next use."""
         self._packings, self._unpackable = {}, set()
         # Torch's own method is not annotated.
         return cast("Self", super()._apply(fn, recurse))  # type: ignore[no-untyped-call]

@@ -129,7 +129,7 @@ def _convert(openvino: Any, module: LayerOutputs, images: Tensor) -> Any:
 
 @contextmanager
 def _root_logger_kept() -> Iterator[None]:
-    """Undo what conversion does to the root logger: it hides all that is no error, and filters."""
+    """Undo what conversion does to the root logger: it hides everything below an error, and adds filters."""
     root = logging.getLogger()
     level, filters, handlers = root.level, root.filters[:], root.handlers[:]
     try:

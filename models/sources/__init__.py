@@ -56,6 +56,18 @@ class BuildRequest:
     channels: int | None = None
     base_dir: Path
 
+    def file(self) -> Path:
+        """The file that `name` is the path of.
+
+        Raises:
+            ModelLoadFailed: it does not exist.
+        """
+        path = self.base_dir / self.name
+        if not path.is_file():
+            missing = FileNotFoundError(str(path.resolve()))
+            raise ModelLoadFailed(f"The file {self.name} does not exist.") from missing
+        return path
+
 
 @dataclass(frozen=True, kw_only=True)
 class Built:

@@ -1,4 +1,4 @@
-"""`checkpoint:FILE`: weights alone, of an architecture of timm or torchvision that they tell.
+"""`checkpoint:FILE`: weights alone, of an architecture of timm or torchvision that is found out.
 
 It is the one that a training script noted in the file (`arch`), or that the file is called by
 (`resnet50-0676ba61.pth`), or the one of torchvision's whose weights have the same names and shapes.

@@ -60,7 +60,7 @@ def build(request: BuildRequest) -> Built:
     Raises:
         ModelLoadFailed: no such file, not an exported network of images, or held to its batch.
     """
-    program = _load(request.base_dir / request.name, request.name)
+    program = _load(request.file(), request.name)
     size = _input_size(program)
     module = Exported(program)
     notes: tuple[str, ...] = ()
@@ -80,9 +80,6 @@ def build(request: BuildRequest) -> Built:
 
 
 def _load(path: Path, name: str) -> torch.export.ExportedProgram:
-    if not path.is_file():
-        missing = FileNotFoundError(str(path.resolve()))
-        raise ModelLoadFailed(f"The file {name} does not exist.") from missing
     try:
         with warnings.catch_warnings():
             # Of torch's own formats.
@@ -90,7 +87,7 @@ def _load(path: Path, name: str) -> torch.export.ExportedProgram:
             return torch.export.load(path)
     except Exception as error:
         raise ModelLoadFailed(
-            f"{name} is no network that torch.export.save wrote, or one of a newer torch than "
+            f"{name} was not written by torch.export.save, or by that of a newer torch than "
             f"{torch.__version__}."
         ) from error
 

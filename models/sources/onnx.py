@@ -91,10 +91,10 @@ def build(request: BuildRequest) -> Built:
     functions of single values: they have gradients.
 
     Raises:
-        ModelLoadFailed: onnx or onnxruntime is not installed, or the file is no graph of images.
+        ModelLoadFailed: onnx or onnxruntime is not installed, or the file is not a graph of images.
     """
     onnx = _library("onnx")
-    stored = _read(onnx, request.base_dir / request.name, request.name)
+    stored = _read(onnx, request.file(), request.name)
     model = _for_any_batch(onnx, stored)
     images, channels, (height, width) = _input(model, request.name)
     output = model.graph.output[0].name
@@ -149,9 +149,6 @@ def _library(name: str) -> Any:
 
 
 def _read(onnx: Any, path: Path, name: str) -> Any:
-    if not path.is_file():
-        missing = FileNotFoundError(str(path.resolve()))
-        raise ModelLoadFailed(f"The file {name} does not exist.") from missing
     try:
         model = onnx.load(path)
         onnx.checker.check_model(model)

@@ -65,7 +65,7 @@ def _config(folder: Path, name: str) -> dict[str, Any]:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise ModelLoadFailed(
-            f"{name} is no folder that save_pretrained wrote: it has no config.json."
+            f"{name} is not a folder that save_pretrained wrote: it has no config.json."
         ) from error
     if "auto_map" in config:
         raise ModelLoadFailed(

@@ -90,7 +90,7 @@ class Connections:
                 del self._addresses[connection.address]
 
     def has_room(self, body_bytes: int) -> bool:
-        """Whether a body that has grown to a size may be kept beside the others."""
+        """Whether a body that has grown to a size may be kept in addition to the others."""
         most = self.limits().max_buffered_bytes
         if body_bytes <= _SMALL_BODY:
             most = int(_SMALL_BODIES_SHARE * most)

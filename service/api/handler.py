@@ -50,18 +50,7 @@ async def run(
     adapt: Callable[[Plan], Plan] = lambda plan: plan,
     watch: Watch | None = None,
 ) -> tuple[Plan, Reply]:
-    """Read, plan and run a request; plan and run again if the model was replaced meanwhile.
-
-    Args:
-        request: the request.
-        service: the parts of the application.
-        options: the type of its options.
-        adapt: changes the plan before it is run.
-        watch: hears how far it has come.
-
-    Raises:
-        HeatlensError: the reason why it failed.
-    """
+    """Read a request, with options of a type, and run it as `run_body` does."""
     started = time.monotonic()
     body = await in_time(service, service.reader.read(request, options))
     return await run_body(request, service, body, started=started, adapt=adapt, watch=watch)

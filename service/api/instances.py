@@ -50,7 +50,7 @@ async def read_request(
 def read_instance(instance: Any) -> Any:
     """Make an element of the native `images` of an instance, in whichever way it holds its image.
 
-    What is none of the known ways is left as it is, and refused where `images` are checked.
+    Anything else is left as it is, and refused where `images` are checked.
     """
     if isinstance(instance, str):
         return {"b64": instance}

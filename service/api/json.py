@@ -1,4 +1,4 @@
-"""JSON objects, and images in them as base64: read from text that may be anything."""
+"""JSON objects and the base64 in them, read from untrusted text."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ class Pipeline:
         if others and others + plan.answer_bytes > _ANSWERS * self._max_answer_bytes:
             raise Overloaded("Too many large answers are being made.", retry_after_s=1.0)
         is_long = any(image.price.long for image in plan.images)
-        name = f"{plan.info.card.name}@{plan.info.card.version}"
+        name = plan.info.card.full_name
         waits = [
             (device.long_wait_ms if is_long else device.wait_ms) / 1000
             for device in self._pool.devices()

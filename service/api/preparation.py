@@ -147,7 +147,7 @@ class PlanInputs:
 def digest_of(model_input: np.ndarray, info: ModelInfo, options: JobOptions) -> str:
     """Digest of model, input and options, which identifies a job after a worker's exit."""
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(f"{info.card.name}@{info.card.version}".encode())
+    digest.update(info.card.full_name.encode())
     digest.update(msgspec.msgpack.encode(options))
     digest.update(np.ascontiguousarray(model_input).data)
     return digest.hexdigest()

@@ -21,7 +21,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from models.catalog import ModelSpec
 from models.errors import HeatlensError
 from service.configuration import ConfigurationError, reloaded
-from service.devices.model_state import model_key
 from service.devices.pool import DevicePool
 from service.devices.runtime_dir import RuntimeDir, SettingsLease
 from service.devices.socket_pool import SocketPool
@@ -249,18 +248,18 @@ class Reload:
 
     async def _load_models(self, wanted: Sequence[ModelSpec]) -> bool:
         """Load new, changed and previously broken models; returns whether all succeeded."""
-        ready = {model_key(info) for info in self.pool.models() if info.card.ready}
-        current = [spec for spec in self._runtime.read_catalog() if _key(spec) in ready]
+        ready = {info.card.key for info in self.pool.models() if info.card.ready}
+        current = [spec for spec in self._runtime.read_catalog() if spec.key in ready]
         changes = [spec for spec in wanted if spec not in current]
         results = [await _succeeds(self.pool.load(spec), spec, "loaded") for spec in changes]
         return all(results)
 
     async def _unload_models(self, wanted: Sequence[ModelSpec]) -> None:
         """Unload models that are no longer configured."""
-        kept = set(map(_key, wanted))
+        kept = {spec.key for spec in wanted}
         for spec in self._runtime.read_catalog():
-            if _key(spec) not in kept:
-                await _succeeds(self.pool.unload(*_key(spec)), spec, "unloaded")
+            if spec.key not in kept:
+                await _succeeds(self.pool.unload(*spec.key), spec, "unloaded")
 
 
 async def _wait_until(done: Callable[[], bool], *, timeout_s: float = math.inf) -> None:
@@ -269,16 +268,12 @@ async def _wait_until(done: Callable[[], bool], *, timeout_s: float = math.inf) 
         await asyncio.sleep(_POLL_S)
 
 
-def _key(spec: ModelSpec) -> tuple[str, str]:
-    return spec.name, spec.version
-
-
 async def _succeeds(change: Awaitable[None], spec: ModelSpec, done: str) -> bool:
     """Await a change of a model and log its result."""
     try:
         await change
     except HeatlensError as error:
-        log.error("model %s@%s was not %s: %s", *_key(spec), done, error.message)  # noqa: TRY400
+        log.error("model %s was not %s: %s", spec.full_name, done, error.message)  # noqa: TRY400
         return False
-    log.info("model %s@%s is %s", *_key(spec), done)
+    log.info("model %s is %s", spec.full_name, done)
     return True

@@ -116,8 +116,8 @@ def _name_lines(config: Path | None, settings: Settings, broken: Sequence[ModelC
     from service.configuration import line_of
 
     text = config.read_text(encoding="utf-8")
-    entries = [(spec.name, spec.version) for spec in settings.models]
+    entries = [spec.key for spec in settings.models]
     for card in broken:
-        line = line_of(text, ("models", entries.index((card.name, card.version))))
+        line = line_of(text, ("models", entries.index(card.key)))
         if line is not None:
             typer.echo(f"{config}:{line}: {card.name} could not be loaded: {card.reason}", err=True)

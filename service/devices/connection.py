@@ -11,7 +11,7 @@ from collections.abc import Callable
 import zmq
 import zmq.asyncio
 
-from models.types import ModelInfo
+from models.types import ModelInfo, ModelKey
 from service.devices.messages import (
     FromWorker,
     Hello,
@@ -49,7 +49,7 @@ class WorkerConnection:
     ) -> None:
         self.device = device
         self.incarnation = incarnation
-        self.infos: dict[tuple[str, str], ModelInfo] = {}
+        self.infos: dict[ModelKey, ModelInfo] = {}
         self.outstanding: dict[str, float] = {}
         self._others_ms = 0.0
         self._others_at = 0.0

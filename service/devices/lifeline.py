@@ -1,4 +1,4 @@
-"""The end of a process with its parent. Imports nothing: decoders start with it in an instant."""
+"""Ends a process with its parent. Imports almost nothing, so that decoders start quickly."""
 
 from __future__ import annotations
 

@@ -8,14 +8,9 @@ from collections.abc import Container, Mapping, Sequence
 import msgspec
 
 from models.catalog import ModelSpec
-from models.types import ModelCard, ModelInfo, ModelState
+from models.types import ModelCard, ModelInfo, ModelKey, ModelState
 
 _PREFERENCE: dict[ModelState, int] = {"ready": 0, "unloading": 1, "loading": 2, "unavailable": 3}
-
-
-def model_key(info: ModelInfo) -> tuple[str, str]:
-    """Name and version."""
-    return (info.card.name, info.card.version)
 
 
 def with_fingerprint(info: ModelInfo) -> ModelInfo:
@@ -68,10 +63,10 @@ def merge(
         connected: devices with a running worker.
         coming: devices that run or will run again.
     """
-    found: dict[tuple[str, str], dict[str, ModelInfo]] = {}
+    found: dict[ModelKey, dict[str, ModelInfo]] = {}
     for device, infos in by_device.items():
         for info in infos:
-            found.setdefault(model_key(info), {})[device] = info
+            found.setdefault(info.card.key, {})[device] = info
     versions: dict[str, tuple[str, ...]] = {}
     for name, version in found:
         versions[name] = (*versions.get(name, ()), version)
@@ -91,7 +86,5 @@ def merge(
 
 def keep_known_models(before: Sequence[ModelInfo], now: Sequence[ModelInfo]) -> list[ModelInfo]:
     """The latest report of a device, except that models it reloads after a restart stay known."""
-    warm = {model_key(info): info for info in before if info.card.ready}
-    return [
-        warm.get(model_key(info), info) if info.card.state == "loading" else info for info in now
-    ]
+    warm = {info.card.key: info for info in before if info.card.ready}
+    return [warm.get(info.card.key, info) if info.card.state == "loading" else info for info in now]

@@ -36,7 +36,7 @@ from service.devices.messages import (
     Results,
     Submission,
 )
-from service.devices.model_state import keep_known_models, loading_model, merge, model_key
+from service.devices.model_state import keep_known_models, loading_model, merge
 from service.devices.pool import DeviceHealth, DeviceStatus, OnProgress, ignore, wait_for
 from service.devices.runtime_dir import RuntimeDir, holds
 from service.devices.status import DeviceState, DeviceStates, DeviceStatesFile, WorkerStatus
@@ -166,7 +166,7 @@ class SocketPool:
         if submission.digest and submission.digest in self._quarantined:
             request.fail(InputQuarantined(_QUARANTINED))
             return
-        key, fingerprint = (job.model, job.version), submission.fingerprint
+        key, fingerprint = job.model_key, submission.fingerprint
         ready = [
             connection
             for connection in self._connections.values()
@@ -195,8 +195,8 @@ class SocketPool:
             if request.was_sent:
                 return WorkerLost("The device worker was lost and will not be restarted.")
             return NotReady("All devices have failed.")
-        key = (request.submission.job.model, request.submission.job.version)
-        known = {model_key(info): info.card for info in self.models()}
+        key = request.submission.job.model_key
+        known = {info.card.key: info.card for info in self.models()}
         if key not in known:
             return UnknownModel("No such model is loaded.", field="model")
         if known[key].state == "unavailable":
@@ -270,7 +270,7 @@ class SocketPool:
                 if request is not None and request.connection is connection:
                     request.on_progress(message)
             case Models(infos=infos):
-                connection.infos = {model_key(info): info for info in infos}
+                connection.infos = {info.card.key: info for info in infos}
                 reported = keep_known_models(self._reported[connection.device], infos)
                 self._reported[connection.device] = reported
                 self._models = None

@@ -1,4 +1,4 @@
-"""Calls of the HTTP application in this process: gRPC has its routes, keys, limits and metrics."""
+"""Calls the HTTP application in this process, so that gRPC shares its keys, limits and metrics."""
 
 from __future__ import annotations
 

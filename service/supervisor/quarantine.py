@@ -1,4 +1,4 @@
-"""Jobs that are refused for a while, because they were part of two exits of workers."""
+"""Jobs that are refused for a while, because two workers exited while running them."""
 
 from __future__ import annotations
 

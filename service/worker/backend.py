@@ -136,13 +136,13 @@ def load_model(backend: Backend, spec: ModelSpec) -> ModelInfo | HeatlensError:
     except ModelLoadFailed as error:
         if error.__cause__ is not None:
             # Its cause is told in one line, with the place in the operator's code.
-            log.debug("loading %s@%s failed", spec.name, spec.version, exc_info=True)
+            log.debug("loading %s failed", spec.full_name, exc_info=True)
         return ModelLoadFailed(error.message, field=error.field, cause=cause_of(error))
     except HeatlensError as error:
         return type(error)(error.message, field=error.field)
     except Exception as error:
         fault = classify_exception(error)
-        log.exception("loading %s@%s failed: %s", spec.name, spec.version, fault)
+        log.exception("loading %s failed: %s", spec.full_name, fault)
         if fault == "device":
             raise DeviceLost("device error") from None
         if fault == "memory":

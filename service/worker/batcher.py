@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from models.errors import DeadlineExceeded, ModelReplaced, NotReady, Overloaded, UnknownModel
-from models.types import STEP_BYTES, STEP_MS
+from models.types import STEP_BYTES, STEP_MS, ModelKey
 from service.devices.messages import Submission
 from service.worker.pace import Suspended
 from service.worker.queue import (
@@ -24,7 +24,6 @@ from service.worker.queue import (
     EntryQueue,
     JobClass,
     LatencyModel,
-    ModelKey,
     QueuedModel,
     can_share_batch,
 )
@@ -135,7 +134,7 @@ class Batcher:
             Overloaded: the estimated wait exceeds the limit or the job's deadline.
         """
         job, fingerprint, deadline = submission.job, submission.fingerprint, submission.deadline
-        model = self._models.get((job.model, job.version))
+        model = self._models.get(job.model_key)
         if fingerprint and (model is None or model.closing or model.has_replaced(fingerprint)):
             raise ModelReplaced("The model was replaced or unloaded meanwhile.")
         if model is None:

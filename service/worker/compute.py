@@ -23,13 +23,13 @@ from models.errors import (
     ModelReplaced,
     UnknownModel,
 )
-from models.types import Failure, ModelInfo, Outcome
+from models.types import Failure, ModelInfo, ModelKey, Outcome
 from service.devices.messages import Completion, JobProgress, JobResult, Submission
-from service.devices.model_state import loading_model, model_key, with_fingerprint
+from service.devices.model_state import loading_model, with_fingerprint
 from service.devices.status import WorkerStatus
 from service.worker.backend import Backend, DeviceLost, Result, load_model
 from service.worker.batcher import Batcher
-from service.worker.queue import Batch, Decision, Entry, ModelKey
+from service.worker.queue import Batch, Decision, Entry
 from service.worker.runner import Runner
 from service.worker.tasks import Done, LoadTask, Task, TaskQueue, UnloadTask
 from service.worker.tracing import DeviceTracing
@@ -145,7 +145,7 @@ class ComputeThread:
 
     def unload(self, name: str, version: str | None, done: Done) -> None:
         """Drop a model version (None: all) after its jobs; `done` is called in the event loop."""
-        known = map(model_key, self._infos)
+        known = (info.card.key for info in self._infos)
         keys = tuple(key for key in known if key[0] == name and version in {None, key[1]})
         with self._changed:
             for key in keys:
@@ -286,7 +286,7 @@ class ComputeThread:
         self._mark_ready()
         with self._changed:
             taken_ms = 1000 * (time.monotonic() - began)
-            self._batcher.observe_prediction(model_key(model), taken_ms)
+            self._batcher.observe_prediction(model.card.key, taken_ms)
         self._tell_latencies()
 
     def _tell_latencies(self) -> None:
@@ -306,7 +306,7 @@ class ComputeThread:
         self._notify(self._listener.on_models, infos)
 
     def _with_latency(self, info: ModelInfo) -> ModelInfo:
-        found, card = self._batcher.latency_ms(model_key(info)), info.card
+        found, card = self._batcher.latency_ms(info.card.key), info.card
         known_ms = card.latency_ms.get(card.best_batch)
         if not known_ms or 1 / _DRIFT < found.get(card.best_batch, known_ms) / known_ms < _DRIFT:
             return info
@@ -320,7 +320,7 @@ class ComputeThread:
     # ---------------------------------------------------------------- models
 
     def _load(self, task: LoadTask) -> None:
-        spec, subject = task.spec, f"{task.spec.name}@{task.spec.version}"
+        spec, subject = task.spec, task.spec.full_name
         stale: list[Entry] = []
         error: HeatlensError | None = None
         if subject in self._refused:
@@ -333,7 +333,7 @@ class ComputeThread:
             else:
                 with self._changed:
                     stale = self._batcher.set_model(
-                        model_key(info),
+                        info.card.key,
                         best_batch=info.card.best_batch,
                         latency_ms=info.card.latency_ms,
                         fingerprint=info.fingerprint,
@@ -366,23 +366,23 @@ class ComputeThread:
     def _refresh(self) -> None:
         infos = [with_fingerprint(info) for info in self._backend.registry.infos()]
         self._announce(infos)
-        models = tuple("@".join(model_key(info)) for info in self._infos if info.card.ready)
+        models = tuple(info.card.full_name for info in self._infos if info.card.ready)
         self._runner.publish("idle", models=models)
 
     def _announce(self, infos: Sequence[ModelInfo]) -> None:
         """Publish the models, including those still to be loaded."""
-        known = set(map(model_key, infos))
+        known = {info.card.key for info in infos}
         coming = self._tasks.initial_specs()
         with self._changed:
             self._infos = (
                 *map(self._mark_closing, infos),
-                *(loading_model(spec) for spec in coming if (spec.name, spec.version) not in known),
+                *(loading_model(spec) for spec in coming if spec.key not in known),
             )
         self._notify(self._listener.on_models, self._infos)
 
     def _mark_closing(self, info: ModelInfo) -> ModelInfo:
         """Show a model that takes no more jobs as unloading."""
-        if model_key(info) not in self._closing:
+        if info.card.key not in self._closing:
             return info
         card = msgspec.structs.replace(
             info.card, state="unloading", ready=False, reason="The model is being unloaded."

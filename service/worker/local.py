@@ -24,7 +24,7 @@ from models.errors import (
 )
 from models.types import Failure, ModelInfo
 from service.devices.messages import Completion, JobProgress, JobResult, Submission
-from service.devices.model_state import loading_model, merge, model_key
+from service.devices.model_state import loading_model, merge
 from service.devices.pool import DeviceHealth, DeviceStatus, OnProgress, ignore, wait_for
 from service.devices.status import WorkerStatus
 from service.hardware import available_cores, resolve_devices
@@ -93,11 +93,7 @@ class LocalPool:
         Raises:
             WorkerLost: the device failed.
         """
-        while not self._lost and any(info.card.state == "loading" for info in self._infos):
-            self._changed.clear()
-            await self._changed.wait()
-        if self._lost:
-            raise WorkerLost(_LOST)
+        await self._wait_while(lambda: any(i.card.state == "loading" for i in self._infos))
 
     async def wait_ready(self) -> None:
         """Wait until every configured model was tried and a real pass succeeded.
@@ -110,7 +106,10 @@ class LocalPool:
         if self._infos and all(info.card.state == "unavailable" for info in self._infos):
             reason = self._infos[0].card.reason
             raise ModelLoadFailed(reason or "The model could not be loaded.")
-        while not self._lost and not self._status.ready:
+        await self._wait_while(lambda: not self._status.ready)
+
+    async def _wait_while(self, condition: Callable[[], bool]) -> None:
+        while not self._lost and condition():
             self._changed.clear()
             await self._changed.wait()
         if self._lost:
@@ -189,11 +188,11 @@ class LocalPool:
             DeadlineExceeded: that took too long.
             NotReady: the model is unavailable.
         """
-        key = (submission.job.model, submission.job.version)
+        key = submission.job.model_key
         try:
             async with asyncio.timeout(submission.deadline - time.monotonic()):
                 while True:
-                    cards = {model_key(info): info.card for info in self._infos}
+                    cards = {info.card.key: info.card for info in self._infos}
                     card = cards.get(key)
                     if card is not None and card.state == "unavailable":
                         raise NotReady(card.reason or "The model is unavailable.")

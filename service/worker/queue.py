@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from models.price import Price
-from models.types import Job
+from models.types import Job, ModelKey
 from service.devices.messages import JobProgress, Submission
 from service.worker.pace import Pace, Suspended
 
@@ -24,8 +24,6 @@ the device recently had no memory for more. `held`: the limit of suspended long 
 `alone`: a job that was part of a worker's exit runs by itself.
 `step`: next steps of long jobs.
 """
-ModelKey = tuple[str, str]
-"""Name and version."""
 
 _UNKNOWN_MS = 50.0
 _SMOOTHING = 0.2
@@ -81,7 +79,7 @@ class Entry:
     @property
     def key(self) -> ModelKey:
         """Its model."""
-        return (self.job.model, self.job.version)
+        return self.job.model_key
 
     @property
     def cost(self) -> int:

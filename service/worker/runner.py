@@ -104,7 +104,7 @@ class Runner:
             options=JobOptions(top_k=1),
         )
         predicted_s = card.latency_ms.get(1, 0.0) / 1000
-        self.publish("canary", subject=f"{card.name}@{card.version}", predicted_s=predicted_s)
+        self.publish("canary", subject=card.full_name, predicted_s=predicted_s)
         results = self._call(self._backend.engine.run, [job], {})
         self._settle()
         return self._publish_end([] if isinstance(results, HeatlensError) else results)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from models.catalog import ModelSpec
 from models.errors import HeatlensError
-from service.worker.queue import ModelKey
+from models.types import ModelKey
 
 Done = Callable[[HeatlensError | None], None]
 
@@ -29,7 +29,7 @@ class LoadTask:
     @property
     def keys(self) -> tuple[ModelKey, ...]:
         """The model version."""
-        return ((self.spec.name, self.spec.version),)
+        return (self.spec.key,)
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,8 +34,8 @@ def test_values_are_repeated_for_every_image():
     ("constants", "message"),
     [
         ({"sex": 1}, r"takes no input sex\. It takes: image, age, site"),
-        ({"age": "old"}, r"inputs\.age is no number"),
-        ({"age": [[1.0], [1.0, 2.0]]}, r"inputs\.age is no number"),
+        ({"age": "old"}, r"inputs\.age is neither a number"),
+        ({"age": [[1.0], [1.0, 2.0]]}, r"inputs\.age is neither a number"),
     ],
 )
 def test_what_cannot_be_filled_in_is_named(constants, message):

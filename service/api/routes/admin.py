@@ -54,7 +54,7 @@ async def index(request: Request, service: ServiceDep) -> Response:
             name=spec.name, version=spec.version, state="UNAVAILABLE", reason="not loaded"
         )
         for spec in await _configured(service)
-        if (spec.name, spec.version) not in known
+        if spec.key not in known
     ]
     return json_response([m for m in listed if m.state == "READY" or not only_ready])
 
@@ -78,7 +78,7 @@ async def load(model: str, request: Request, service: ServiceDep) -> Response:
         raise UnknownModel("The configuration has no such model.")
     for spec in specs:
         await service.pool.load(spec)
-        log.info("model %s@%s was loaded by request", spec.name, spec.version)
+        log.info("model %s was loaded by request", spec.full_name)
     return json_response({})
 
 

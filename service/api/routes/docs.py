@@ -1,4 +1,4 @@
-"""`/docs`: the interactive documentation, all of whose files come from here, and `/openapi.json`."""
+"""`/docs`: the interactive documentation with all of its files; and `/openapi.json`."""
 
 from __future__ import annotations
 

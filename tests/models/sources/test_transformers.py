@@ -137,7 +137,7 @@ def test_steps_that_are_not_known_are_said(tmp_path, spec_of):
 @pytest.mark.parametrize(
     ("break_", "message"),
     [
-        (lambda f: (f / "config.json").unlink(), "no folder that save_pretrained wrote"),
+        (lambda f: (f / "config.json").unlink(), "not a folder that save_pretrained wrote"),
         (lambda f: (f / "adapter_config.json").write_text("{}"), "merge_and_unload"),
         (lambda f: (f / "config.json").write_text('{"auto_map": {}}'), "code of its own"),
         (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), "no image classifier"),

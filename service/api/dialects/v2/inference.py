@@ -1,4 +1,4 @@
-"""One inference: a request of the protocol to images and options, results to its response."""
+"""One inference: makes images and options of its request, and its response of the results."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ async def _statistics(service: Service, infos: Sequence[ModelInfo]) -> Response:
             batches[count.model, count.version] += count.batches
     found = []
     for card in (info.card for info in infos):
-        key = (card.name, card.version)
+        key = card.key
         names = InferStatistics.__struct_fields__
         stats = InferStatistics(**{name: durations[*key, name] for name in names})
         found.append(
