@@ -17,7 +17,7 @@ from models.catalog import ModelSpec
 from models.errors import DeadlineExceeded
 from models.types import Failure, ModelInfo, Struct
 from service.devices.messages import Completion, JobProgress, JobResult, Submission, from_wire
-from service.devices.status import BatchCount
+from service.devices.status import BatchCount, DeviceState, WorkerStatus
 
 DeviceHealth = Literal["starting", "ready", "lost", "draining"]
 
@@ -58,6 +58,36 @@ class DeviceStatus(DeviceReport):
     restart_reasons: dict[str, int] = {}
     memory_bytes: int = 0
     batches: tuple[BatchCount, ...] = ()
+
+
+def device_status(
+    state: DeviceState, worker: WorkerStatus | None, *, ready_within_s: float
+) -> DeviceStatus:
+    """What the supervisor and the worker, if it runs, say of a device.
+
+    It is ready if its last pass ended within `ready_within_s`.
+    """
+    written = worker or WorkerStatus()
+    last_pass_s = time.monotonic() - written.last_pass if written.last_pass else None
+    health: DeviceHealth = "starting"
+    if worker is None:
+        if state.state != "running" and state.incarnation:
+            health = "lost"
+    elif worker.ready and last_pass_s is not None:
+        health = "ready" if last_pass_s <= ready_within_s else "lost"
+    return DeviceStatus(
+        device=state.device,
+        state=health,
+        last_pass_s=last_pass_s,
+        queue_depth=written.queue_depth,
+        wait_ms=written.wait_ms,
+        long_wait_ms=written.long_wait_ms,
+        models=written.models,
+        restarts=state.restarts,
+        restart_reasons=state.restart_reasons,
+        memory_bytes=written.memory_bytes,
+        batches=written.batches,
+    )
 
 
 OnProgress = Callable[[JobProgress], object]

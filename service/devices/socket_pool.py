@@ -37,9 +37,9 @@ from service.devices.messages import (
     Submission,
 )
 from service.devices.model_state import keep_known_models, loading_model, merge
-from service.devices.pool import DeviceHealth, DeviceStatus, OnProgress, ignore, wait_for
+from service.devices.pool import DeviceStatus, OnProgress, device_status, ignore, wait_for
 from service.devices.runtime_dir import RuntimeDir, holds
-from service.devices.status import DeviceState, DeviceStates, DeviceStatesFile, WorkerStatus
+from service.devices.status import DeviceState, DeviceStates, DeviceStatesFile
 
 _POLL_S = 0.02
 _MAX_WAITING = 512
@@ -296,35 +296,14 @@ class SocketPool:
 
     def _status(self, state: DeviceState) -> DeviceStatus:
         connection = self._connections.get(state.device)
-        worker = connection.status() if connection is not None else None
-        last_pass_s = None
-        if worker is not None and worker.last_pass:
-            last_pass_s = time.monotonic() - worker.last_pass
-        health = self._health(state, worker, last_pass_s)
-        worker = worker or WorkerStatus()
-        return DeviceStatus(
-            device=state.device,
-            state="draining" if self._states.draining else health,
-            last_pass_s=last_pass_s,
-            queue_depth=worker.queue_depth,
-            wait_ms=worker.wait_ms,
-            long_wait_ms=worker.long_wait_ms,
-            models=worker.models,
-            restarts=state.restarts,
-            restart_reasons=state.restart_reasons,
-            memory_bytes=worker.memory_bytes,
-            batches=worker.batches,
+        status = device_status(
+            state,
+            connection.status() if connection is not None else None,
+            ready_within_s=self.ready_within_s,
         )
-
-    def _health(
-        self, state: DeviceState, worker: WorkerStatus | None, last_pass_s: float | None
-    ) -> DeviceHealth:
-        if worker is None:
-            starting = state.state == "running" or state.incarnation == 0
-            return "starting" if starting else "lost"
-        if not worker.ready or last_pass_s is None:
-            return "starting"
-        return "ready" if last_pass_s <= self.ready_within_s else "lost"
+        if self._states.draining:
+            status = msgspec.structs.replace(status, state="draining")
+        return status
 
     # ---------------------------------------------------------------- loading
 

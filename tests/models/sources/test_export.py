@@ -84,5 +84,5 @@ def test_files_that_are_no_export(tmp_path, spec_of):
     with pytest.raises(ModelLoadFailed, match="does not exist"):
         load(spec_of("export:net.pt2"), tmp_path)
     (tmp_path / "net.pt2").write_bytes(b"PK")
-    with pytest.raises(ModelLoadFailed, match=r"no network that torch\.export\.save wrote"):
+    with pytest.raises(ModelLoadFailed, match=r"not written by torch\.export\.save"):
         load(spec_of("export:net.pt2"), tmp_path)
