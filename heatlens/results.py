@@ -88,11 +88,13 @@ class Explanation(_Struct, kw_only=True):
         degenerate: whether the map is constant and shows nothing.
         peak: where the map is strongest.
         box: around the peak, the connected pixels that reach half of it.
+        area: number of the target's area among those of the image, from 0; None if it has none.
     """
 
     method: str
     layer: str
     target: Prediction
+    area: int | None = None
     heatmap: Image.Image | None = None
     overlay: Image.Image | None = None
     values: np.ndarray | None = None

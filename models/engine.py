@@ -15,6 +15,7 @@ from models.outcomes import BatchOutcomes
 from models.phases import Phases
 from models.preparation.variant import Needs
 from models.price import exceeds_step
+from models.readout import Read, columns
 from models.registry import ModelRegistry
 from models.resolve import not_before_the_head
 from models.shared_pass import differentiates_layers, run_shared_pass
@@ -65,11 +66,12 @@ class Engine:
         return advance(suspended, beat=self.beat)
 
     def _answer(self, warm: WarmModel, jobs: Sequence[Job]) -> list[Outcome | Failure | Suspended]:
-        """One pass for all jobs, or one for each variant of the model and kind of input."""
+        """One pass for all jobs, or for each variant of the model, kind of input and of scores."""
         firsts = [bare(job) if _is_cut(job, warm) else job for job in jobs]
-        parts: dict[tuple[nn.Module, bool], list[int]] = {}
+        parts: dict[tuple[nn.Module, bool, int], list[int]] = {}
         for i, job in enumerate(firsts):
-            parts.setdefault((warm.module_for(_needs(job)), _is_normalised(job)), []).append(i)
+            key = warm.module_for(_needs(job)), _is_normalised(job), columns(job)
+            parts.setdefault(key, []).append(i)
         staged = {key: warm.stage([jobs[i].input for i in rows]) for key, rows in parts.items()}
         answered: dict[int, Outcome | Failure | Suspended] = {}
         for key, rows in parts.items():
@@ -79,7 +81,7 @@ class Engine:
                 if firsts[i] is not jobs[i]:
                     run = partial(_alone, warm)
                     steps = partial(sliced_steps, warm, jobs[i], (outcomes, row), run)
-                answered[i] = _start(jobs[i], warm, steps)
+                answered[i] = _start(jobs[i], warm, outcomes.read(row), steps)
                 self.beat()
         return [answered[i] for i in range(len(jobs))]
 
@@ -107,7 +109,7 @@ def _is_cut(job: Job, warm: WarmModel) -> bool:
 
 
 def _start(
-    job: Job, warm: WarmModel, begin: Callable[[Phases], Generator[Step, Any, Outcome]]
+    job: Job, warm: WarmModel, read: Read, begin: Callable[[Phases], Generator[Step, Any, Outcome]]
 ) -> Outcome | Failure | Suspended:
     phases = Phases()
     steps = begin(phases)
@@ -118,7 +120,7 @@ def _start(
         return outcome
     except HeatlensError as error:
         return Failure.of(job.id, error)
-    return Suspended(job, warm, steps, first, phases)
+    return Suspended(job, warm, read, steps, first, phases)
 
 
 def _needs(job: Job) -> Needs:

@@ -14,6 +14,7 @@ from models.cuda.staging import indices
 from models.extractor import Extractor, Tap
 from models.layers import to_map
 from models.methods import METHODS, implementation
+from models.readout import readings
 from models.shared_pass import SharedPass
 from models.targets import class_scores, coded, look_up
 from models.types import Job
@@ -51,7 +52,11 @@ def plan_of(warm: WarmModel, jobs: Sequence[Job]) -> Plan | None:
     linear layer. A plan serves a mixed batch by the union of its methods, the largest number of
     targets, and the next power of two images.
     """
-    if len(jobs) > warm.chunk or not all(_qualifies(warm, job) for job in jobs):
+    if (
+        warm.task == "segmentation"
+        or len(jobs) > warm.chunk
+        or not all(_qualifies(warm, job) for job in jobs)
+    ):
         return None
     explained = [job.options for job in jobs if job.options.methods]
     return Plan(
@@ -89,6 +94,7 @@ def run_graphed(
         logits=logits,
         probabilities=probabilities,
         order=order,
+        reads=readings(warm.task, jobs, logits),
         captures=captures,
         reductions={},
         maps=dict(zip(plan.methods, explained[2:], strict=True)),

@@ -78,12 +78,21 @@ def prove_network(
 
 def _reading(key: int | str | None, scores: Tensor, task: Task, *, in_place: bool) -> Reading:
     """How the answer to a batch of `PROVED_IMAGES` is read."""
+    if task == "segmentation":
+        if scores.ndim != 4 or scores.shape[0] != PROVED_IMAGES or scores.shape[2:] == (1, 1):
+            raise ModelLoadFailed(
+                f"The model answers {PROVED_IMAGES} images with {describe(scores)}, not with a map "
+                "of scores for each class."
+            )
+        return Reading(key=key, in_place=in_place)
     flat = task == "binary" and scores.shape == (PROVED_IMAGES,)
     pooled = scores.ndim == 4 and scores.shape[0] == PROVED_IMAGES and scores.shape[2:] == (1, 1)
     if not flat and not pooled and (scores.ndim != 2 or scores.shape[0] != PROVED_IMAGES):
         hint = ""
         if scores.shape == (PROVED_IMAGES,):
             hint = ' For a network with a single logit set task = "binary".'
+        if scores.ndim == 4 and scores.shape[0] == PROVED_IMAGES:
+            hint = ' For a network that scores every pixel set task = "segmentation".'
         raise ModelLoadFailed(
             f"The model answers {PROVED_IMAGES} images with {describe(scores)}, "
             f"not with one row of scores per image.{hint}"
@@ -111,7 +120,7 @@ def _independent(module: nn.Module, images: Tensor, scores: Tensor) -> tuple[nn.
         module = adapt(module, reading)
     if _loses_the_batch_at_last(module, images[:1], outputs=scores.shape[1]):
         module = adapt(module, Reading(lone=True))
-    if not _same(_alone(module, images[:1]), scores[:1], scores):
+    if not _same(_alone(module, images[:1], like=scores), scores[:1], scores):
         raise ModelLoadFailed(_dependence(module, images, scores))
     return module, reading
 
@@ -155,7 +164,7 @@ def _dependence(module: nn.Module, images: Tensor, scores: Tensor) -> str:
     )
 
 
-def _alone(module: nn.Module, image: Tensor) -> Tensor:
+def _alone(module: nn.Module, image: Tensor, *, like: Tensor) -> Tensor:
     try:
         scores: Tensor = module(image)
     except Exception as error:
@@ -163,7 +172,7 @@ def _alone(module: nn.Module, image: Tensor) -> Tensor:
             "The model answers several images, but fails on one alone. Often x.squeeze() also "
             "drops the dimension of the batch: use x.flatten(1)."
         ) from error
-    if scores.ndim != 2 or len(scores) != 1:
+    if scores.ndim != like.ndim or len(scores) != 1:
         raise ModelLoadFailed(
             f"The model answers one image alone with {describe(scores)}, not with one row of "
             "scores. Often x.squeeze() also drops the dimension of the batch: use x.flatten(1)."

@@ -18,6 +18,7 @@ from models.host_results import HostResults
 from models.methods import METHODS, implementation
 from models.methods.table import images_of
 from models.phases import Phases
+from models.readout import Read
 from models.shared_pass import SharedPass
 from models.statistics import Summary, describe, summarise
 from models.steps import NotedMaps, Step, Subject
@@ -58,6 +59,10 @@ class BatchOutcomes:
         )
         self._finite = np.isfinite(self._host.logits).all(1)
         self._summaries = _summaries(shared)
+
+    def read(self, row: int) -> Read:
+        """How the network's output is read for an image."""
+        return self._shared.reads[row]
 
     def steps(self, row: int, phases: Phases) -> Generator[Step, Any, Outcome]:
         """Finish one job: yields the steps it still needs and returns its outcome.
@@ -160,7 +165,6 @@ class BatchOutcomes:
             names=options.faithfulness,
             inputs=self._shared.inputs[row : row + 1],
             whole=self._shared.probabilities[row],
-            task=self._warm.task,
             chunk=self._warm.chunk,
             seed=options.seed or 0,
             curves=options.curves,
@@ -190,6 +194,7 @@ class BatchOutcomes:
         return Subject(
             module=warm.module,
             task=warm.task,
+            read=self._shared.reads[row],
             layouts=warm.layouts,
             black=warm.shift,
             white=warm.shift + 255 * warm.scale,

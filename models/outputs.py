@@ -268,7 +268,7 @@ def _check_task(ending: Ending, scores: Tensor, task: Task) -> None:
             f"The network ends in a {ending}: its classes exclude each other. Set task = "
             '"single_label", or leave it out of the network.'
         )
-    if ending == "sigmoid" and task != "multi_label" and outputs > 1:
+    if ending == "sigmoid" and task not in ("multi_label", "segmentation") and outputs > 1:
         raise ModelLoadFailed(
             "The network ends in a sigmoid: its classes have probabilities of their own. Set "
             'task = "multi_label", or leave it out of the network.'

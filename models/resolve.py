@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from models.areas import FORMS, MASK, Area, area_of
 from models.errors import (
     InvalidOption,
     MethodNotApplicable,
@@ -20,20 +21,24 @@ from models.types import ClassRef, ModelInfo, Target
 MAX_RANK = 10
 MAX_LAYERS = 64
 
+_TARGET_KEYS = {"class", "against", *FORMS, MASK}
+
 RawTarget = int | str | Mapping[str, Any]
 
 
 def resolve_targets(
     raw: Sequence[RawTarget], info: ModelInfo, *, field: str = "targets"
 ) -> tuple[Target, ...]:
-    """Turn class indices, labels, ranks and contrasts into targets, each once.
+    """Turn class indices, labels, ranks, contrasts and classes within areas into targets, each once.
 
     Raises:
         TargetOutOfRange: an index or rank beyond the model's classes.
         UnknownLabel: no class has that label.
         InvalidOption: a label that several classes share, or a target of no known form.
     """
-    return tuple(dict.fromkeys(_target(r, info, f"{field}.{i}") for i, r in enumerate(raw)))
+    areas: dict[Area, int] = {}
+    targets = (_target(r, info, f"{field}.{i}", areas) for i, r in enumerate(raw))
+    return tuple(dict.fromkeys(targets))
 
 
 def resolve_methods(
@@ -126,25 +131,50 @@ def not_before_the_head(layer: str, target_layer: str | None) -> MethodNotApplic
     )
 
 
-def _target(raw: RawTarget, info: ModelInfo, field: str) -> Target:
+def _target(raw: RawTarget, info: ModelInfo, field: str, areas: dict[Area, int]) -> Target:
+    """One target; `areas` numbers those that were named so far, from 1."""
     if isinstance(raw, Mapping):
-        if set(raw) - {"class", "against"} or "class" not in raw:
-            raise InvalidOption('A contrast is {"class": …, "against": […]}.', field=field)
+        if set(raw) - _TARGET_KEYS or "class" not in raw:
+            raise InvalidOption(
+                'A contrast is {"class": …, "against": […]}; a class within an area of an image '
+                "that is segmented has `box`, `point` or `mask`.",
+                field=field,
+            )
+        area = area_of(raw, field)
+        _check_area(area, raw, info, field)
+        number = 0 if area is None else areas.setdefault(area, len(areas) + 1)
+        first = number * info.card.num_classes
         against = raw.get("against") or ()
         if isinstance(against, (str, int)) or not isinstance(against, Sequence):
             raise InvalidOption("`against` is a list of classes.", field=f"{field}.against")
         return Target(
-            cls=_class_ref(raw["class"], info, f"{field}.class"),
+            cls=_class_ref(raw["class"], info, f"{field}.class", first=first),
             against=tuple(
                 dict.fromkeys(
-                    _class_ref(a, info, f"{field}.against.{i}") for i, a in enumerate(against)
+                    _class_ref(a, info, f"{field}.against.{i}", first=first)
+                    for i, a in enumerate(against)
                 )
             ),
         )
     return Target(cls=_class_ref(raw, info, field))
 
 
-def _class_ref(raw: object, info: ModelInfo, field: str) -> ClassRef:
+def _check_area(area: Area | None, raw: Mapping[str, Any], info: ModelInfo, field: str) -> None:
+    segments = info.card.task == "segmentation"
+    if area is not None and not segments:
+        raise InvalidOption(
+            f"{info.card.name} does not segment images: its targets have no area.", field=field
+        )
+    if segments and area is None and raw.get("against"):
+        raise InvalidOption(
+            "Without an area each class is scored over pixels of its own; a contrast needs a `box`, "
+            "`point` or `mask`.",
+            field=field,
+        )
+
+
+def _class_ref(raw: object, info: ModelInfo, field: str, *, first: int = 0) -> ClassRef:
+    """A class or rank, with `first` added to it."""
     classes = info.card.num_classes
     if isinstance(raw, bool) or not isinstance(raw, (int, str)):
         raise InvalidOption("A class is an index, a label or a rank such as top1.", field=field)
@@ -153,14 +183,14 @@ def _class_ref(raw: object, info: ModelInfo, field: str) -> ClassRef:
         index = int(raw) if isinstance(raw, int) or len(raw) < 10 else classes
         if not 0 <= index < classes:
             raise TargetOutOfRange(f"Class indices run from 0 to {classes - 1}.", field=field)
-        return ClassRef(kind="index", value=index)
+        return ClassRef(kind="index", value=first + index)
     rank = raw.lower().removeprefix("top")
     if rank != raw.lower() and rank.isascii() and rank.isdecimal():
         best = min(MAX_RANK, classes)
         if len(rank) > 3 or not 1 <= int(rank) <= best:
             raise TargetOutOfRange(f"Ranks run from top1 to top{best}.", field=field)
-        return ClassRef(kind="rank", value=int(rank))
-    return ClassRef(kind="index", value=_index_of(raw, info, field))
+        return ClassRef(kind="rank", value=first + int(rank))
+    return ClassRef(kind="index", value=first + _index_of(raw, info, field))
 
 
 def _index_of(label: str, info: ModelInfo, field: str) -> int:

@@ -15,8 +15,9 @@ from models.cuda.staging import indices
 from models.extractor import Extractor, InplaceConflict, Tap
 from models.interventions import changes_for
 from models.methods import METHODS
+from models.readout import Read, read, readings
 from models.statistics import Reductions, reduce
-from models.targets import ScoreWeights, class_scores, coded
+from models.targets import ScoreWeights, coded, ranked
 from models.types import Job, Kind
 from models.warm_model import WarmModel
 
@@ -34,6 +35,7 @@ class SharedPass:
         logits: float32 (N, classes).
         probabilities: float32 (N, classes).
         order: classes of each image, best first, ties by lower index, (N, classes).
+        reads: how the output of each image is read.
         captures: by explained layer, its capture and the batch row of each of its images.
         reductions: by described place, its reductions (for gradients one per target, None without a
             part in the score) and the batch row of each of their images.
@@ -44,6 +46,7 @@ class SharedPass:
     logits: Tensor
     probabilities: Tensor
     order: Tensor
+    reads: list[Read]
     captures: dict[str, tuple[Capture, list[int]]]
     reductions: dict[Place, tuple[list[Reductions | None], list[int]]]
     maps: dict[str, Tensor] = field(default_factory=dict)
@@ -127,10 +130,12 @@ def _run(
     changes = changes_for(warm.layouts, [job.options.interventions for job in jobs])
     gradients = [place for place in wishes if place[1].startswith("grad_")]
     with Extractor(module, taps, changes=changes, tensor_hooks_only=tensor_hooks_only) as extractor:
-        logits, probabilities = class_scores(extractor.forward(inputs), warm.task)
-        ranked = logits.detach().sort(dim=1, descending=True, stable=True)
+        output = extractor.forward(inputs)
+        reads = readings(warm.task, jobs, output)
+        logits, probabilities = read(reads, output, [1] * len(jobs))
+        order = ranked(logits, probabilities, classes=warm.classes, task=warm.task)
         targets = [coded(job.options.targets) for job in jobs]
-        weights = ScoreWeights(targets, logits.device, order=ranked.indices)
+        weights = ScoreWeights(targets, logits.device, order=order)
         caught: _Catches = {p: extractor.caught(*p) for p in wishes if p not in gradients}
         by_target: list[_Catches] = []
         if gradients:
@@ -144,7 +149,8 @@ def _run(
         inputs=inputs,
         logits=logits,
         probabilities=probabilities,
-        order=ranked.indices,
+        order=order,
+        reads=reads,
         captures=_captures(warm, (wishes, closed), caught, by_target, (weights, logits)),
         reductions=_reductions(wishes, caught, by_target),
     )

@@ -21,6 +21,7 @@ from models.head import HeadProbe
 from models.hooks import ForwardHook
 from models.interventions import changes_for
 from models.layers import Layouts
+from models.readout import Read
 from models.targets import ResolvedTarget
 from models.types import Intervention, Task
 
@@ -47,9 +48,11 @@ class Forward(_Step):
 
     Attributes:
         inputs: normalised, (n, 3, H, W), on the device; n at most the subject's `chunk`.
+        probabilities: whether it asks for probabilities instead.
     """
 
     inputs: Tensor
+    probabilities: bool = False
 
     @property
     def cost(self) -> int:
@@ -134,7 +137,8 @@ class Subject:
 
     Attributes:
         module: the model, every layer of which can be read and changed.
-        task: how its output is read as scores.
+        task: what its scores mean.
+        read: how its output is read as scores.
         layouts: of its layers that are maps.
         black, white: float32 (1, 3, 1, 1), a black and a white pixel as the model takes them.
         interventions: the job's, which every pass made for it must apply (`changes`).
@@ -151,6 +155,7 @@ class Subject:
 
     module: nn.Module
     task: Task
+    read: Read
     layouts: Layouts
     black: Tensor
     white: Tensor

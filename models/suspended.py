@@ -17,8 +17,9 @@ from models.interventions import changes_for
 from models.layers import TokenLayout, to_map
 from models.phases import Phases
 from models.preparation.variant import Needs
+from models.readout import Read, columns, read
 from models.steps import Forward, InputGradient, LayerGradient, Step, Unbatched
-from models.targets import ScoreWeights, class_scores
+from models.targets import ScoreWeights
 from models.types import Failure, Job, Outcome, Progress
 from models.warm_model import WarmModel
 
@@ -32,6 +33,7 @@ class Suspended:
     Attributes:
         job: the job.
         warm: its model.
+        read: how the network's output is read for it.
         steps: a started generator.
         step: the step that it yielded last.
         phases: what its steps are for.
@@ -39,6 +41,7 @@ class Suspended:
 
     job: Job
     warm: WarmModel
+    read: Read
     steps: Generator[Step, Any, Outcome]
     step: Step
     phases: Phases = field(default_factory=Phases)
@@ -98,11 +101,11 @@ def advance(
         LayerGradient: _layer_gradient,
         Unbatched: _unbatched,
     }
-    groups: dict[tuple[type[Step], nn.Module], list[Suspended]] = {}
+    groups: dict[tuple[type[Step], nn.Module, int], list[Suspended]] = {}
     for job in suspended:
-        groups.setdefault((type(job.step), job.module), []).append(job)
+        groups.setdefault((type(job.step), job.module, columns(job.job)), []).append(job)
     results: dict[int, Any] = {}
-    for (kind, _), group in groups.items():
+    for (kind, _, _), group in groups.items():
         results |= dict(zip(map(id, group), execute[kind](group), strict=True))
         beat()
     return [job.resume(results[id(job)]) for job in suspended]
@@ -111,8 +114,10 @@ def advance(
 def _forward(group: Sequence[Suspended]) -> list[Tensor]:
     inputs, sizes, changes = _merge(group)
     with Extractor(group[0].module, [], changes=changes) as extractor:
-        logits, _ = class_scores(extractor.forward(inputs), group[0].warm.task)
-    return list(logits.split(sizes))
+        scored = read([p.read for p in group], extractor.forward(inputs), sizes)
+    logits, probabilities = (side.split(sizes) for side in scored)
+    wanted = [p.step.probabilities for p in group if isinstance(p.step, Forward)]
+    return [p if w else s for s, p, w in zip(logits, probabilities, wanted, strict=True)]
 
 
 def _input_gradient(group: Sequence[Suspended]) -> list[tuple[Tensor, Tensor]]:
@@ -121,7 +126,8 @@ def _input_gradient(group: Sequence[Suspended]) -> list[tuple[Tensor, Tensor]]:
     targets = [target for step in steps for target in step.targets]
     with Extractor(group[0].module, [], changes=changes) as extractor:
         leaf = inputs.detach().requires_grad_()
-        logits, _ = class_scores(extractor.forward(leaf, graph=True), group[0].warm.task)
+        output = extractor.forward(leaf, graph=True)
+        logits, _ = read([p.read for p in group], output, sizes)
         scores = ScoreWeights([[t] for t in targets], logits.device).of(logits)[:, 0]
         (gradient,) = torch.autograd.grad(scores.sum(), leaf)
     return list(zip(gradient.float().split(sizes), scores.detach().split(sizes), strict=True))
@@ -136,7 +142,7 @@ def _layer_gradient(group: Sequence[Suspended]) -> list[Capture]:
     )
     layers = list(dict.fromkeys(step.layer for step in steps))
     with Extractor(group[0].module, _pair_taps(warm, layers), changes=changes) as extractor:
-        logits, _ = class_scores(extractor.forward(inputs), warm.task)
+        logits, _ = read([p.read for p in group], extractor.forward(inputs), sizes)
         scores = weights.of(logits)
         activations = {layer: extractor.caught(layer, "output") for layer in layers}
         gradients: dict[str, list[Tensor]] = {layer: [] for layer in layers}

@@ -27,8 +27,11 @@ def class_scores(output: Tensor, task: Task) -> tuple[Tensor, Tensor]:
 
     Softmax for single-label models, a sigmoid of each class for multi-label ones. A binary model
     has a single logit z and scores its two classes (-z, z), with probabilities sigmoid(-z) and
-    sigmoid(z); one with two logits is loaded as a single-label model.
+    sigmoid(z); one with two logits is loaded as a single-label model. The maps of a segmentation
+    model are averaged over the image, as its probes need it; `models.readout` reads them for jobs.
     """
+    if task == "segmentation":
+        output = class_maps(output).mean((2, 3))
     logits = output.float()
     if task == "binary":
         logits = torch.cat([-logits, logits], 1)
@@ -38,21 +41,31 @@ def class_scores(output: Tensor, task: Task) -> tuple[Tensor, Tensor]:
     return logits, logits.detach().softmax(1)
 
 
-def probabilities(scores: Tensor, task: Task) -> Tensor:
-    """Probabilities (N, classes) of scores that `class_scores` returned."""
-    return scores.sigmoid() if _independent(task) else scores.softmax(1)
+def class_maps(output: Tensor) -> Tensor:
+    """Scores of every class at every pixel, float32 (N, classes, h, w); a single map tells two apart."""
+    maps = output.float()
+    return torch.cat([-maps, maps], 1) if maps.shape[1] == 1 else maps
 
 
 def log_probabilities(scores: Tensor, task: Task) -> Tensor:
-    """Logarithms of `probabilities`, finite and with a gradient however small the probability."""
-    if _independent(task):
+    """Logarithms of probabilities, finite and with a gradient however small the probability."""
+    if task in ("multi_label", "binary"):
         return nn.functional.logsigmoid(scores)
     return scores.log_softmax(1)
 
 
-def _independent(task: Task) -> bool:
-    """Whether the probability of a class is the sigmoid of its own score."""
-    return task != "single_label"
+def ranked(scores: Tensor, probabilities: Tensor, *, classes: int, task: Task) -> Tensor:
+    """Columns (N, columns) of each image, best first, ties by lower index.
+
+    By score, but by their share of the pixels for a segmentation model; each area has its own order.
+    """
+    values = (probabilities if task == "segmentation" else scores).detach()
+    if values.shape[1] == classes:
+        return values.sort(dim=1, descending=True, stable=True).indices
+    blocks = values.unflatten(1, (-1, classes))
+    order: Tensor = blocks.sort(dim=2, descending=True, stable=True).indices
+    first = torch.arange(0, values.shape[1], classes, device=values.device)
+    return (order + first[:, None]).flatten(1)
 
 
 def resolve_ranks(targets: Sequence[Target], order: Sequence[int]) -> tuple[ResolvedTarget, ...]:

@@ -19,7 +19,7 @@ from models.image_types import Fit, Geometry, Order, Preprocess, Region, Struct
 __all__ = ["Fit", "Geometry", "Order", "Preprocess", "Region", "Struct"]
 
 Operation = Literal["predict", "explain", "features"]
-Task = Literal["single_label", "multi_label", "binary"]
+Task = Literal["single_label", "multi_label", "binary", "segmentation"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Fuse = Literal["none", "mean", "max", "product"]
 Kind = Literal["output", "input", "grad_output", "grad_input"]
@@ -41,7 +41,10 @@ STEP_BYTES = 64_000_000
 
 
 class ClassRef(Struct):
-    """A class by `kind` index (`value` from 0) or rank (`value` from 1)."""
+    """A class by `kind` index (`value` from 0) or rank (`value` from 1).
+
+    A class within area number a of its image, from 1, has a · classes added to its value.
+    """
 
     kind: Literal["index", "rank"]
     value: int
@@ -115,6 +118,7 @@ class Job(Struct):
         version: version of that model.
         input: the model input: pixels before normalising, uint8 (height, width, channels), or values
             after it, float32 (channels, height, width).
+        areas: uint8 (areas, height, width) of 0 and 1, the areas of the input that targets name.
     """
 
     id: str
@@ -123,6 +127,7 @@ class Job(Struct):
     version: str
     input: np.ndarray
     options: JobOptions
+    areas: np.ndarray | None = None
 
     @property
     def model_key(self) -> ModelKey:

@@ -68,6 +68,11 @@ class WarmModel:
         object.__setattr__(self, "_layers", {layer.name: layer for layer in self.info.layers})
 
     @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return self.info.card.num_classes
+
+    @property
     def input_size(self) -> tuple[int, int]:
         """(height, width) of the module's input in pixels."""
         return self._input.crop

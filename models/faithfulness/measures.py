@@ -27,8 +27,7 @@ from models.faithfulness.pixel_removal import (
     kept,
 )
 from models.steps import Forward, Step
-from models.targets import probabilities
-from models.types import Curve, Explanation, Faithfulness, Task
+from models.types import Curve, Explanation, Faithfulness
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,6 @@ class FaithfulnessTest:
         names: Sequence[str],
         inputs: Tensor,
         whole: Tensor,
-        task: Task,
         chunk: int,
         seed: int,
         curves: bool = False,
@@ -75,7 +73,6 @@ class FaithfulnessTest:
         self._dtype = inputs.dtype
         self._original = Original(inputs[0].float(), seed)
         self._whole = whole
-        self._task = task
         self._chunk = chunk
         self._curves = curves
         self._random: dict[tuple[int, int], dict[str, Tensor]] = {}
@@ -126,13 +123,14 @@ class FaithfulnessTest:
                 first = last
         if waiting:
             found.append((yield self._step(waiting)))
-        shares = [probabilities(scores, self._task).cpu() for scores in found]
-        parts = torch.cat(shares).split([sequence.count for sequence in sequences])
+        parts = torch.cat([p.cpu() for p in found]).split(
+            [sequence.count for sequence in sequences]
+        )
         by_kind = dict(zip(kinds, parts, strict=True))
         return {name: by_kind[measure.perturb] for name, measure in self._measures.items()}
 
     def _step(self, parts: Sequence[Tensor]) -> Forward:
-        return Forward(torch.cat(list(parts)).to(self._dtype))
+        return Forward(torch.cat(list(parts)).to(self._dtype), probabilities=True)
 
 
 def average_drop(p: Tensor, whole: Tensor, _: int) -> float:

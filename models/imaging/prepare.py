@@ -33,6 +33,7 @@ class PreparedImage(Struct):
         picture: the same as uint8 (H, W, 3), if it is drawn on and differs.
         geometry: the place of that input in the original image.
         original: the whole image, shrunk to what is drawn on; None if it is not.
+        areas: the areas that targets name, as a job has them.
         warnings: what had to be assumed to decode it.
     """
 
@@ -40,6 +41,7 @@ class PreparedImage(Struct):
     geometry: Geometry
     picture: np.ndarray | None = None
     original: np.ndarray | None = None
+    areas: np.ndarray | None = None
     warnings: tuple[str, ...] = ()
 
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from models.extractor import Extractor
 from models.hooks import ForwardHook
 from models.steps import Step, Subject, Unbatched
-from models.targets import class_scores
 
 # The head is so much cheaper than the backbone that one backbone pass may feed many ablations: of a
 # head that begins with pooling as many times the best batch, of another at least so many.
@@ -95,7 +94,7 @@ def _replay(subject: Subject, channels: Sequence[int], *, spread: bool) -> Tenso
     changes = [*subject.changes(count), (subject.layer, _ablate(subject, channels, spread=spread))]
     inputs = subject.inputs if spread else subject.inputs.expand(count, -1, -1, -1)
     with Extractor(subject.module, [], changes=changes) as extractor:
-        logits, _ = class_scores(extractor.forward(inputs), subject.task)
+        logits, _ = subject.read(extractor.forward(inputs))
     return logits
 
 

@@ -28,7 +28,7 @@ from models.methods._attention_modules import (
     find_transformer,
 )
 from models.steps import Subject
-from models.targets import ResolvedTarget, ScoreWeights, class_scores
+from models.targets import ResolvedTarget, ScoreWeights
 
 _TOLERANCE = 1e-4
 _HALF_TOLERANCE = 0.05
@@ -139,9 +139,7 @@ def attend(
     layout, seen = transformer.layout, Seen()
     hooks = _hooks(transformer, seen)
     with Extractor(subject.module, [], changes=[*hooks, *subject.changes(1)]) as extractor:
-        logits, _ = class_scores(
-            extractor.forward(subject.inputs.clone(), graph=True), subject.task
-        )
+        logits, _ = subject.read(extractor.forward(subject.inputs.clone(), graph=True))
         seen.check(transformer)
         scores = ScoreWeights([targets], logits.device).of(logits)[0]
         weights = [w.detach()[0].float() for w in seen.weights]
@@ -179,9 +177,7 @@ def layer_gradients(
     blocks = [(a.block, keep) for a in transformer.attentions]
     changes = [*hooks, *_by_batch(subject, depth), *blocks]
     with Extractor(subject.module, [], changes=changes) as extractor:
-        logits, _ = class_scores(
-            extractor.forward(subject.inputs.clone(), graph=True), subject.task
-        )
+        logits, _ = subject.read(extractor.forward(subject.inputs.clone(), graph=True))
         seen.check(transformer)
         scores = ScoreWeights([targets] * depth, logits.device).of(logits)
         by_target = [

@@ -14,7 +14,7 @@ from models.extractor import Extractor, Tap
 from models.probe import Trace
 from models.proof import Proofs
 from models.steps import Subject
-from models.targets import ResolvedTarget, ScoreWeights, class_scores
+from models.targets import ResolvedTarget, ScoreWeights
 from models.types import Kind
 
 
@@ -99,7 +99,7 @@ def decompose(subject: Subject, targets: Sequence[ResolvedTarget]) -> Decomposit
     changes = subject.changes(len(targets))
     with Extractor(subject.module, taps, changes=changes, tensor_hooks_only=True) as extractor:
         # Not the leaf itself: a model may work on its input in place.
-        scores, _ = class_scores(extractor.forward(leaf.clone(), graph=True), subject.task)
+        scores, _ = subject.read(extractor.forward(leaf.clone(), graph=True))
         weights = ScoreWeights([[target] for target in targets], scores.device)
         chosen = weights.of(scores)[:, 0]
         (gradient,) = torch.autograd.grad(chosen.sum(), leaf)

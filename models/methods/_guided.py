@@ -12,7 +12,7 @@ from models.errors import MethodNotApplicable
 from models.extractor import Extractor
 from models.hooks import HookStack
 from models.steps import Subject
-from models.targets import ResolvedTarget, ScoreWeights, class_scores
+from models.targets import ResolvedTarget, ScoreWeights
 
 # Rectifiers that are not ReLUs, as autograd calls them; there is no agreed way to guide them.
 _OTHERS = {
@@ -60,22 +60,24 @@ def guided_gradients(subject: Subject, targets: Sequence[ResolvedTarget]) -> Ten
         HookStack() as hooks,
         Extractor(subject.module, [], changes=changes) as extractor,
     ):
-        logits, _ = class_scores(extractor.forward(leaf, graph=True), subject.task)
+        output = extractor.forward(leaf, graph=True)
+        logits, _ = subject.read(output)
         scores = ScoreWeights([[target] for target in targets], logits.device).of(logits)
-        for node in relus(scores):
+        # How the output is read is no part of the model.
+        for node in relus(output):
             hooks.node(node, _positive)
         (gradient,) = torch.autograd.grad(scores.sum(), leaf)
     return gradient.float()
 
 
-def relus(scores: Tensor) -> list[Node]:
-    """Nodes of all ReLUs and ReLU6s in the graph of `scores`.
+def relus(output: Tensor) -> list[Node]:
+    """Nodes of all ReLUs and ReLU6s in the graph of a model's output.
 
     Raises:
         MethodNotApplicable: there is none, or another rectifier is among them.
     """
     found, others = [], set()
-    for node in _nodes(scores):
+    for node in _nodes(output):
         name = node.name()
         if name.startswith("ReluBackward"):
             found.append(node)
@@ -120,9 +122,9 @@ def _positive(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(gradient.clamp_min(0) for gradient in gradients)
 
 
-def _nodes(scores: Tensor) -> Iterator[Node]:
+def _nodes(output: Tensor) -> Iterator[Node]:
     """Every node of a graph, once."""
-    waiting = [scores.grad_fn]
+    waiting = [output.grad_fn]
     seen: set[Node] = set()
     while waiting:
         node = waiting.pop()

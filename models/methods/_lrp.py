@@ -28,8 +28,8 @@ from models.errors import MethodNotApplicable
 from models.extractor import Extractor
 from models.hooks import ForwardHook
 from models.methods._lrp_rules import Affine, box_rule, clipped, epsilon_rule, gamma_rule
-from models.targets import ResolvedTarget, ScoreWeights, class_scores
-from models.types import Task
+from models.readout import Read
+from models.targets import ResolvedTarget, ScoreWeights
 
 _SAME_SCORES = 0.02
 _CONSERVED = 1e-3
@@ -55,6 +55,7 @@ class Explained:
     """One image in one model, whose relevance is wanted.
 
     Attributes:
+        read: how its output is read as scores.
         inputs: (1, 3, H, W), normalised.
         low, high: the least and greatest value of each pixel and colour, of the same shape.
         logits: (classes,), the scores that the rewritten pass must arrive at.
@@ -62,7 +63,7 @@ class Explained:
     """
 
     module: nn.Module
-    task: Task
+    read: Read
     inputs: Tensor
     low: Tensor
     high: Tensor
@@ -82,7 +83,7 @@ def relevance(explained: Explained, targets: Sequence[ResolvedTarget]) -> list[t
     rules = Rules(explained.inputs, low=explained.low, high=explained.high)
     with Extractor(explained.module, [], changes=explained.changes) as extractor, rules:
         output = extractor.forward(rules.image, graph=True)
-    logits, _ = class_scores(rules.settled(output), explained.task)
+    logits, _ = explained.read(rules.settled(output))
     difference = (logits[0].detach() - explained.logits).abs().max()
     if bool(difference > _SAME_SCORES * explained.logits.abs().max()):
         raise MethodNotApplicable("Relevance cannot follow how this model computes its scores.")

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from models.extractor import Extractor
 from models.layers import to_map
 from models.steps import Subject
-from models.targets import ResolvedTarget, ScoreWeights, class_scores, log_probabilities
+from models.targets import ResolvedTarget, ScoreWeights, log_probabilities
 
 _SPACE = (-2, -1)
 
@@ -37,7 +37,7 @@ def curved_weights(subject: Subject, targets: Sequence[ResolvedTarget]) -> Tenso
         Extractor(subject.module, [], changes=changes) as extractor,
         sdpa_kernel(SDPBackend.MATH),
     ):
-        scores, _ = class_scores(extractor.forward(inputs, graph=True), subject.task)
+        scores, _ = subject.read(extractor.forward(inputs, graph=True))
         pair = _curved(_utility(subject, scores, targets), starts[-1])
     return to_map(pair, subject.layouts.get(subject.layer)).mean(_SPACE)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -18,6 +18,7 @@ from models.methods._lrp import Explained, relevance
 from models.methods.table import METHODS, Method
 from models.probe import Trace
 from models.proof import Proofs, layouts_of
+from models.readout import plain
 from models.targets import ResolvedTarget, class_scores
 from models.types import HeadKind, MethodSupport, Struct, Task
 
@@ -25,6 +26,15 @@ logger = logging.getLogger("heatlens.models")
 
 _SMALL_SIDE = 96
 """Side of the image on which LRP is tried: an input's size does not change what a model does."""
+
+
+_UNSUITABLE: Mapping[Task, dict[str, str]] = {
+    "segmentation": {
+        "finercam": "it compares classes, whose scores are of pixels of their own here",
+        "shapleycam": "it differentiates the probability of a class, which is a share of pixels here",
+    }
+}
+"""Methods that have no meaning for a task, and why."""
 
 
 class ModelFacts(Struct):
@@ -78,6 +88,7 @@ def try_methods(traced: Trace, proofs: Proofs, *, task: Task) -> dict[str, str]:
     attentive = _refusal(lambda: verify_transformer(fresh(), layouts, image))
     reasons = {"guided_backprop": guided, "guided_gradcam": guided, "lrp": conserving}
     reasons["fullgrad"] = obstacle(traced.module) or misplaced(traced, proofs)
+    reasons |= _UNSUITABLE.get(task, {})
     reasons |= {name: attentive for name, row in METHODS.items() if row.family == "transformer"}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
@@ -112,7 +123,7 @@ def _explained(module: nn.Module, task: Task, image: Tensor) -> Explained:
             logits, _ = class_scores(module(image), task)
     return Explained(
         module=module,
-        task=task,
+        read=plain(task),
         inputs=small,
         low=small.amin().expand_as(small),
         high=small.amax().expand_as(small),

@@ -19,7 +19,6 @@ from torch import Tensor
 from models.methods._ablation import closed_form_drops, replayed_drops
 from models.methods._masks import KEPT, RandomMasks, unit_masks, varying_channels
 from models.steps import Forward, NotedMaps, Step, Steps, Subject
-from models.targets import probabilities
 
 SMOOTHING = 2.0
 """Standard deviation of SS-CAM's noise, in units of a mask's range."""
@@ -132,8 +131,8 @@ def rise(subject: Subject) -> Steps:
     for first in range(0, subject.samples, subject.chunk):
         last = min(first + subject.chunk, subject.samples)
         masks = random.masks(first, last, subject.inputs.device)
-        step = Forward(_masked(subject, masks[:, None]), maps=partial(mean, first))
-        shares = subject.scores(probabilities((yield step), subject.task))
+        masked, so_far = _masked(subject, masks[:, None]), partial(mean, first)
+        shares = subject.scores((yield Forward(masked, probabilities=True, maps=so_far)))
         sums += shares.T @ masks.flatten(1)
     return mean(subject.samples)
 

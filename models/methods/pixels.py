@@ -138,7 +138,7 @@ def lrp(subject: Subject) -> Generator[Step, Any, NotedMaps]:
     """
     explained = Explained(
         module=subject.module,
-        task=subject.task,
+        read=subject.read,
         inputs=subject.inputs,
         low=_black(subject),
         high=_white(subject),

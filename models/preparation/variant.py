@@ -154,7 +154,8 @@ def _differentiated(module: nn.Module, images: Tensor, layers: Collection[str]) 
     if scores.requires_grad:
         # Weighted, since plain sums may cancel.
         weights = torch.arange(1.0, 1 + scores.shape[1]) / scores.shape[1]
-        mixture = (scores * weights).sum()
+        # Scores of pixels have two dimensions more.
+        mixture = (scores.transpose(1, -1) * weights).sum()
         gradients = torch.autograd.grad(mixture, list(tensors.values()), allow_unused=True)
     by_name = dict(zip(tensors, gradients, strict=True))
     return {name: (output.detach(), by_name.get(name)) for name, output in outputs.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +31,11 @@ SOURCES = {
 
 USUAL_PREPROCESS = Preprocess(resize=256, crop=(224, 224))
 """What most networks were trained with: the margin, mean and deviation of ImageNet."""
+_MEANINGS: Mapping[Task, str] = {
+    "segmentation": "A class's probability is the mean of its probabilities at all pixels, its score "
+    "the mean over the pixels that it wins, or over the whole image where it wins none.",
+}
+"""What scores and probabilities mean, where that is not as for classifiers."""
 _ASSUMED = (
     "Nothing says how images become the network's input: they are resized, cropped and normalised "
     "as for ImageNet, to {width} x {height}. If it was trained otherwise, say so under "
@@ -160,7 +165,7 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
     module = module.eval().requires_grad_(requires_grad=False)
     preprocess = spec.preprocess.over(built.preprocess)
     proved = prove_network(module, preprocess, task, output=spec.output)
-    single_logit = task == "binary" and proved.outputs == 1
+    single_logit = task in ("binary", "segmentation") and proved.outputs == 1
     # A single logit tells two classes apart.
     num_classes = 2 if single_logit else proved.outputs
     if spec.num_classes not in (None, num_classes, proved.outputs):
@@ -177,7 +182,13 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
         declared_task=task,
         preprocess=preprocess,
         spec=spec,
-        notes=(*built.notes, *found, *_assumptions(spec, built, preprocess), *proved.notes),
+        notes=(
+            *([_MEANINGS[task]] if task in _MEANINGS else []),
+            *built.notes,
+            *found,
+            *_assumptions(spec, built, preprocess),
+            *proved.notes,
+        ),
     )
 
 

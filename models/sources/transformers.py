@@ -1,4 +1,4 @@
-"""`transformers:FOLDER`: an image classifier as transformers' `save_pretrained` writes it."""
+"""`transformers:FOLDER`: a network for images as transformers' `save_pretrained` writes it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from models.sources import BuildRequest, Built
 from models.types import Preprocess, Task
 
 _TOLERANCE = 1e-3
+_SEGMENTATION = "ForSemanticSegmentation"
 _TASKS: dict[str, Task] = {"multi_label_classification": "multi_label"}
 
 
 def build(request: BuildRequest) -> Built:
     """Load a folder: network, labels, task and preprocessing. No code of the folder is run.
+
+    The network classifies images, or segments them.
 
     Preprocessing is that of the processor's Pillow form, and is compared with it on two images.
 
@@ -31,7 +34,8 @@ def build(request: BuildRequest) -> Built:
     folder = request.base_dir / request.name
     config = _config(folder, request.name)
     library = _library()
-    module = _network(library, folder, request)
+    segments = any(name.endswith(_SEGMENTATION) for name in config.get("architectures") or ())
+    module = _network(library, folder, request, segments=segments)
     processor = _processor(library, folder)
     notes: tuple[str, ...] = ()
     if processor is None:
@@ -45,11 +49,12 @@ def build(request: BuildRequest) -> Built:
     names = [str(config.get("id2label", {}).get(str(i))) for i in range(module.config.num_labels)]
     known = not all(name in ("None", f"LABEL_{i}") for i, name in enumerate(names))
     problem = config.get("problem_type") or ""
+    task: Task | None = "binary" if len(names) == 1 else _TASKS.get(problem)
     return Built(
         module=module,
         preprocess=made,
         labels=tuple(names) if known else None,
-        task="binary" if len(names) == 1 else _TASKS.get(problem),
+        task="segmentation" if segments else task,
         notes=notes,
         assumed_preprocess=processor is None,
     )
@@ -87,13 +92,15 @@ def _library() -> Any:
     return transformers
 
 
-def _network(library: Any, folder: Path, request: BuildRequest) -> Any:
+def _network(library: Any, folder: Path, request: BuildRequest, *, segments: bool) -> Any:
     options = {"local_files_only": True, "trust_remote_code": False}
-    classifiers = library.AutoModelForImageClassification
+    kind = library.AutoModelForImageClassification
+    if segments:
+        kind = library.AutoModelForSemanticSegmentation
     missing: list[str] = []
     try:
         if request.pretrained:
-            module, report = classifiers.from_pretrained(
+            module, report = kind.from_pretrained(
                 folder, output_loading_info=True, dtype="float32", **options
             )
             missing = sorted(report["missing_keys"])
@@ -101,10 +108,10 @@ def _network(library: Any, folder: Path, request: BuildRequest) -> Any:
             config = library.AutoConfig.from_pretrained(folder, **options)
             if request.num_classes is not None:
                 config.num_labels = request.num_classes
-            module = classifiers.from_config(config)
+            module = kind.from_config(config)
     except Exception as error:
         raise ModelLoadFailed(
-            f"transformers reads no image classifier from {request.name}."
+            f"transformers reads no network that classifies or segments images from {request.name}."
         ) from error
     if missing:
         raise ModelLoadFailed(

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, WithJsonSchema
 
+from models.areas import FORMS, MASK
 from models.imaging.render import OverlayFormat
 from models.imaging.style import MAX_CLIP, ClipChoice, ColormapChoice
 from models.methods import METHODS
@@ -24,6 +25,7 @@ Measure = Literal["average_drop", "increase", "deletion", "insertion", "road"]
 
 MAX_TARGETS = 16
 MAX_AGAINST = 1000
+MAX_MASKS = 32
 MAX_SCALE = 1e6
 _MAX_NAME = 512
 
@@ -34,12 +36,23 @@ _CONTRAST_SCHEMA = {
     "properties": {
         "class": _CLASS_SCHEMA,
         "against": {"type": "array", "items": _CLASS_SCHEMA, "maxItems": MAX_AGAINST},
+        **{
+            form: {
+                "type": "object",
+                "properties": {side: {"type": "number"} for side in sides},
+                "required": list(sides),
+                "additionalProperties": False,
+            }
+            for form, sides in FORMS.items()
+        },
+        MASK: {"type": "string", "description": "Base64 of a PNG, stretched over the image."},
     },
     "required": ["class"],
     "additionalProperties": False,
 }
 _TARGET_SCHEMA: dict[str, Any] = {
-    "description": "A class index, a label, a rank from `top1` to `top10`, or a contrast.",
+    "description": "A class index, a label, a rank from `top1` to `top10`, or a contrast. Of a "
+    "segmentation network also a class within a `box`, `point` or `mask` of the image.",
     "anyOf": [*_CLASS_SCHEMAS, _CONTRAST_SCHEMA],
 }
 

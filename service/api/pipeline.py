@@ -270,6 +270,7 @@ def _submission(
             version=card.version,
             input=prepared.input,
             options=image.options,
+            areas=prepared.areas,
         ),
         deadline=plan.deadline,
         price=image.price,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from models.areas import Area, areas_of
 from models.catalog import ModelSpec
 from models.errors import InvalidOption, NotReady, UnknownLayer, UnknownModel
 from models.imaging.render import OverlayFormat
@@ -19,6 +20,7 @@ from service.api.body import ImageInput
 from service.api.budget import answer_bytes, check_budget
 from service.api.options import (
     MAX_AGAINST,
+    MAX_MASKS,
     AnyOptions,
     CanvasName,
     FeaturesOptions,
@@ -45,11 +47,12 @@ class RenderOptions(Struct):
 
 
 class PlannedImage(Struct):
-    """One image with the options of its job."""
+    """One image with the options of its job, and the areas that its targets name."""
 
     input: ImageInput
     options: JobOptions
     price: Price
+    areas: tuple[Area, ...] = ()
 
 
 class Plan(Struct):
@@ -144,6 +147,7 @@ def make_plan(
     """
     common = job_options(options, info)
     planned, usual = [], price(options.operation, common, info)
+    common_targets = [] if isinstance(options, PredictOptions) else options.targets
     _check_contrasts([image.targets or [] for image in images])
     for i, image in enumerate(images):
         resolved, cost = common, usual
@@ -153,7 +157,13 @@ def make_plan(
             if options.operation != "predict":
                 resolved = msgspec.structs.replace(common, targets=targets)
                 cost = price(options.operation, resolved, info)
-        planned.append(PlannedImage(input=image, options=resolved, price=cost))
+        raw = image.targets if image.targets is not None else common_targets
+        areas = areas_of(raw) if resolved.targets else ()
+        planned.append(PlannedImage(input=image, options=resolved, price=cost, areas=areas))
+    if sum(area.mask is not None for image in planned for area in image.areas) > MAX_MASKS:
+        raise InvalidOption(
+            f"The targets of all images have at most {MAX_MASKS} masks together.", field="targets"
+        )
     results = sum(_count(options.operation, image.options) for image in planned)
     if results > limits.max_results:
         raise InvalidOption(

@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from models.errors import HeatlensError, ImageTooLarge, InvalidOption, NotReady
+from models.imaging.areas import draw_areas
 from models.imaging.decode import DecodeLimits, from_pixels, inspect
 from models.imaging.headers import Header
 from models.imaging.prepare import Canvas, PreparedImage, from_decoded, is_light, prepare
@@ -120,11 +121,16 @@ class PlanInputs:
             image = await decoders.prepare(
                 data, header=header, limits=limits, spec=spec, canvas=canvas
             )
+        if plan.images[number].areas:
+            return await stage.run(lambda: self._with_digest(image, number), piece=number)
         return self._with_digest(image, number)
 
     def _with_digest(self, image: PreparedImage, number: int) -> tuple[PreparedImage, str]:
-        options = self._plan.images[number].options
-        return image, digest_of(image.input, self._plan.info, options)
+        planned = self._plan.images[number]
+        if planned.areas:
+            image = msgspec.structs.replace(image, areas=draw_areas(planned.areas, image.geometry))
+        digest = digest_of(image.input, self._plan.info, planned.options, image.areas)
+        return image, digest
 
     @property
     def _canvas(self) -> Canvas:
@@ -144,10 +150,17 @@ class PlanInputs:
         return PreparedImage(input=values, geometry=geometry)
 
 
-def digest_of(model_input: np.ndarray, info: ModelInfo, options: JobOptions) -> str:
+def digest_of(
+    model_input: np.ndarray,
+    info: ModelInfo,
+    options: JobOptions,
+    areas: np.ndarray | None = None,
+) -> str:
     """Digest of model, input and options, which identifies a job after a worker's exit."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(info.card.full_name.encode())
     digest.update(msgspec.msgpack.encode(options))
-    digest.update(np.ascontiguousarray(model_input).data)
+    for array in (model_input, areas):
+        if array is not None:
+            digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

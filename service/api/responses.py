@@ -7,7 +7,7 @@ import struct
 from collections.abc import Generator
 
 import numpy as np
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, UnsetType, structs
 
 from models.imaging.grid import grid_png
 from models.imaging.locate import locate
@@ -25,7 +25,7 @@ from models.imaging.style import style_of
 from models.methods import METHODS
 from models.types import ClassScore, Explanation, LayerFeatures, Outcome
 from service.api import schemas
-from service.api.plan import Plan, RenderOptions
+from service.api.plan import Plan
 from service.api.schemas import ImageData, Prediction, Result, StatisticsResponse, derive
 
 
@@ -36,7 +36,7 @@ def render(outcome: Outcome, source: PreparedImage, plan: Plan) -> Generator[int
     predictions = tuple(_prediction(item, labels) for item in outcome.predictions)
     described: list[StatisticsResponse] = []
     for item in outcome.statistics:
-        described.append(_statistics(item, plan.render))
+        described.append(_statistics(item, plan))
         yield _size(described[-1].grid)
     statistics = tuple(described)
     warnings = source.warnings or UNSET
@@ -105,10 +105,13 @@ def _explanation(
             image_format=options.overlay_format,
         )
         overlaid = _image_data(data, f"image/{options.overlay_format}", canvas)
+    area, class_id = _place(item.target.class_id, plan)
+    target = structs.replace(item.target, class_id=class_id)
     return derive(
         schemas.ExplanationResponse,
         item,
-        target=_prediction(item.target, plan.info.labels),
+        target=_prediction(target, plan.info.labels),
+        area=area,
         heatmap=heatmap,
         overlay=overlaid,
         values=_values(item.map) if "values" in options.outputs else UNSET,
@@ -117,6 +120,12 @@ def _explanation(
         peak=derive(schemas.Point, location) if location else None,
         box=location.box if location else None,
     )
+
+
+def _place(column: int, plan: Plan) -> tuple[int | UnsetType, int]:
+    """The number of a target's area, from 0, if it has one, and its class."""
+    area, class_id = divmod(column, max(1, plan.info.card.num_classes))
+    return (area - 1 if area else UNSET), class_id
 
 
 def _prediction(item: ClassScore, labels: tuple[str, ...]) -> Prediction:
@@ -128,7 +137,10 @@ def _prediction(item: ClassScore, labels: tuple[str, ...]) -> Prediction:
     )
 
 
-def _statistics(item: LayerFeatures, options: RenderOptions) -> StatisticsResponse:
+def _statistics(item: LayerFeatures, plan: Plan) -> StatisticsResponse:
+    options, target = plan.render, item.target
+    if target is not UNSET:
+        _, target = _place(target, plan)
     grid: ImageData | UnsetType = UNSET
     if item.grid is not None and item.grid.size:
         colormap = "turbo" if options.colormap == "auto" else options.colormap
@@ -136,7 +148,7 @@ def _statistics(item: LayerFeatures, options: RenderOptions) -> StatisticsRespon
         # The size in the header of the PNG.
         width, height = struct.unpack_from(">II", data, 16)
         grid = ImageData(media_type="image/png", width=width, height=height, data=_base64(data))
-    return derive(StatisticsResponse, item, grid=grid)
+    return derive(StatisticsResponse, item, grid=grid, target=target)
 
 
 def _values(values: np.ndarray) -> schemas.Values:

@@ -120,6 +120,10 @@ class ExplanationResponse(Struct, kw_only=True):
     method: Annotated[str, Meta(examples=["gradcam"])]
     layer: str
     target: Prediction
+    area: (
+        Annotated[int, Meta(description="Number of the target's area among the image's, from 0.")]
+        | UnsetType
+    ) = UNSET
     heatmap: ImageData | UnsetType = UNSET
     overlay: ImageData | UnsetType = UNSET
     values: Values | UnsetType = UNSET

@@ -1,7 +1,8 @@
 """Every snippet of the README and the documentation runs, against a real service.
 
 Console and Python blocks of a page run in order, in a folder with `cat.jpg` and a few `photos`. A
-block that is followed by `<!-- not run: reason -->` is left out.
+block that is followed by `<!-- not run: reason -->` is left out. TOML blocks are the configuration of
+the page's own service, whose weights are random.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ PAGES = [
     *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs/explanation").glob("*.md")),
 ]
 BLOCK = re.compile(
-    r"^```(?P<language>console|python)\n(?P<code>.*?)^```\n(?P<skip><!-- not run: [^>]+ -->)?",
+    r"^```(?P<language>console|python|toml)\n(?P<code>.*?)^```\n(?P<skip><!-- not run: [^>]+ -->)?",
     re.MULTILINE | re.DOTALL,
 )
 
@@ -50,12 +51,19 @@ def blocks_of(page: str) -> list[Block]:
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory) -> Iterator[str]:
+def default_url(tmp_path_factory) -> Iterator[str]:
+    with serving(tmp_path_factory.mktemp("service") / "log") as url:
+        yield url
+
+
+@contextlib.contextmanager
+def serving(log: Path, *options: str) -> Iterator[str]:
+    """The address of a service; its configuration is among the options of its command."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("service") / "log"
     command = [sys.executable, "-m", "service", "serve", "--port", str(port), "--devices", "cpu"]
+    command += options
     with log.open("w") as stream:
         service = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=stream)
     try:
@@ -90,7 +98,17 @@ def test_pages_have_snippets():
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)])
-def test_the_snippets_of_a_page_run(page, url, folder):
+def test_the_snippets_of_a_page_run(page, folder, request):
+    configuration = "".join(b.code for b in blocks_of(page) if b.language == "toml")
+    if not configuration:
+        return run_snippets(page, folder, request.getfixturevalue("default_url"))
+    config = folder / "heatlens.toml"
+    config.write_text(configuration.replace("source =", 'weights = "none"\nsource ='))
+    with serving(folder / "log", "--config", str(config)) as url:
+        return run_snippets(page, folder, url)
+
+
+def run_snippets(page: str, folder: Path, url: str) -> None:
     binaries = folder / "bin"
     binaries.mkdir()
     heatlens = binaries / "heatlens"

@@ -21,7 +21,7 @@ from models.faithfulness.pixel_removal import (
     kept,
     pixel_ranks,
 )
-from models.targets import class_scores, probabilities
+from models.targets import class_scores
 from models.types import ClassScore, Explanation, Outcome, Target
 from tests.models.test_engine import assert_same, finish, index, job
 
@@ -46,12 +46,11 @@ def explanation(values, cls: int = 0) -> Explanation:
 
 
 def measuring(net, x, names, *, chunk=4, seed=0, curves=False) -> FaithfulnessTest:
-    whole = probabilities(class_scores(net(x), "single_label")[0], "single_label")[0]
+    whole = class_scores(net(x), "single_label")[1][0]
     return FaithfulnessTest(
         names=names,
         inputs=x,
         whole=whole,
-        task="single_label",
         chunk=chunk,
         seed=seed,
         curves=curves,
@@ -69,7 +68,7 @@ def play(net, steps, sizes=None):
         if sizes is not None:
             sizes.append(len(step.inputs))
         with torch.inference_mode():
-            result = class_scores(net(step.inputs), "single_label")[0]
+            result = class_scores(net(step.inputs), "single_label")[step.probabilities]
 
 
 @pytest.fixture

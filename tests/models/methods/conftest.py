@@ -20,6 +20,7 @@ from models.extractor import Extractor, Tap
 from models.head import HeadProbe, probe_head
 from models.interventions import changes_for
 from models.layers import to_map
+from models.readout import plain
 from models.steps import Step, Steps, Subject, Unbatched
 from models.suspended import Suspended
 from models.targets import ResolvedTarget, ScoreWeights, class_scores
@@ -54,7 +55,8 @@ class Drive:
         pending: dict[int, Suspended] = {}
         for i, (steps, subject) in enumerate(runs):
             try:
-                pending[i] = Suspended(_job(subject, str(i)), _model(subject), steps, next(steps))
+                job, model = _job(subject, str(i)), _model(subject)
+                pending[i] = Suspended(job, model, subject.read, steps, next(steps))
             except StopIteration as stop:
                 results[i] = stop.value
         engine = Engine(registry=None)
@@ -191,6 +193,7 @@ def _subject(
     return Subject(
         module=net,
         task=task,
+        read=plain(task),
         layouts=layouts,
         black=torch.full((1, 3, 1, 1), -2.0),
         white=torch.full((1, 3, 1, 1), 2.0),

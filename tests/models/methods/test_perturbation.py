@@ -16,7 +16,7 @@ from models.layers import TokenLayout
 from models.methods import METHODS, implementation
 from models.methods._masks import RandomMasks, unit_masks, varying_channels
 from models.steps import Forward, NotedMaps, Unbatched
-from models.targets import ResolvedTarget, class_scores, probabilities
+from models.targets import ResolvedTarget, class_scores, log_probabilities
 from models.types import Intervention
 from tests.models.conftest import frozen
 from tests.models.test_engine import finish, job, normalised
@@ -395,15 +395,15 @@ def test_rise_finds_the_pixels_that_count(drive, subject_of):
     ("task", "outputs"),
     [("binary", 1), ("single_label", 2), ("multi_label", 3), ("single_label", 3)],
 )
-def test_probabilities_of_scores(task, outputs):
+def test_log_probabilities_of_scores(task, outputs):
     output = torch.randn(4, outputs, generator=torch.Generator().manual_seed(0))
     scores, expected = class_scores(output, task)
-    torch.testing.assert_close(probabilities(scores, task), expected)
+    torch.testing.assert_close(log_probabilities(scores, task).exp(), expected)
 
 
 def test_opposite_logits_of_two_classes_are_not_taken_for_a_single_logit():
     scores, expected = class_scores(torch.tensor([[-1.0, 1.0]]), "single_label")
-    torch.testing.assert_close(probabilities(scores, "single_label"), expected)
+    torch.testing.assert_close(log_probabilities(scores, "single_label").exp(), expected)
 
 
 @pytest.mark.parametrize("name", OWN)

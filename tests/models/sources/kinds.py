@@ -251,6 +251,27 @@ def _transformers(folder: Path) -> Fields:
     return {"source": "transformers:saved"}
 
 
+def _segformer(folder: Path) -> Fields:
+    import transformers
+
+    config = transformers.SegformerConfig(
+        num_encoder_blocks=2,
+        depths=[1, 1],
+        sr_ratios=[2, 1],
+        hidden_sizes=[8, 8],
+        patch_sizes=[3, 3],
+        strides=[2, 2],
+        num_attention_heads=[1, 1],
+        mlp_ratios=[2, 2],
+        decoder_hidden_size=8,
+        num_labels=3,
+    )
+    transformers.SegformerForSemanticSegmentation(config).save_pretrained(folder / "saved")
+    size = {"height": 32, "width": 32}
+    transformers.SegformerImageProcessor(size=size).save_pretrained(folder / "saved")
+    return {"source": "transformers:saved"}
+
+
 def _timm(folder: Path) -> Fields:
     from timm.models import save_for_hf
 
@@ -387,7 +408,12 @@ KINDS: Mapping[str, Mapping[str, Make]] = {
         "one score, binary": factory("Net(1)", task="binary"),
         "one score of shape (N,), binary": factory("Other(lambda y, m: y[:, 0])", task="binary"),
         "one sigmoid, binary": factory("nn.Sequential(Net(1), nn.Sigmoid())", task="binary"),
-        "maps (segmentation)": factory("Other(lambda y, m: m)"),
+        "a map of scores for each class, task not said": factory("Other(lambda y, m: m)"),
+        "a map of scores for each class, segmentation": factory(
+            "Other(lambda y, m: m)", task="segmentation"
+        ),
+        "one map, segmentation": factory("Other(lambda y, m: m[:, :1])", task="segmentation"),
+        "one row of scores, segmentation": factory("Net()", task="segmentation"),
         "scores that are not finite": factory("Other(lambda y, m: y / 0)"),
         "labels of another number": factory("Net()", labels=["cat", "dog"]),
     },
@@ -414,6 +440,10 @@ KINDS: Mapping[str, Mapping[str, Make]] = {
         "torch.export, for batches of one": _export,
         "ONNX, for batches of one": _onnx,
         "a folder of transformers": _transformers,
+        "a folder of transformers that segments": _segformer,
+        "torchvision, segmentation": _named(
+            "torchvision:lraspp_mobilenet_v3_large", preprocess={"resize": [64, 64]}
+        ),
         "a folder of timm": _timm,
         "timm, grey": _named(
             "timm:resnet10t", preprocess=SIZE | {"channels": 1, "mean": [0.5], "std": [0.5]}

@@ -25,7 +25,11 @@ BEGIN, END = (
     "<!-- the table, made by tests/models/sources/test_kinds.py -->\n",
     "<!-- its end -->\n",
 )
-NEEDS = {"ONNX, for batches of one": "onnxruntime", "a folder of transformers": "transformers"}
+NEEDS = {
+    "ONNX, for batches of one": "onnxruntime",
+    "a folder of transformers": "transformers",
+    "a folder of transformers that segments": "transformers",
+}
 WARMED_UP = ("Outputs", "Networks")
 """Sections whose kinds are tried with every method, too."""
 EVERY = [(section, name) for section, kinds in KINDS.items() for name in kinds]

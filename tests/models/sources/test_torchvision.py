@@ -64,7 +64,7 @@ def test_an_unknown_name_suggests_close_ones(tmp_path):
 
 
 def test_detectors_are_no_classifiers(tmp_path):
-    with pytest.raises(ModelLoadFailed, match="no classification model fasterrcnn"):
+    with pytest.raises(ModelLoadFailed, match="no classification or segmentation model fasterrcnn"):
         torchvision.build(request("fasterrcnn_resnet50_fpn", tmp_path))
 
 

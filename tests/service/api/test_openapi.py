@@ -107,7 +107,7 @@ async def test_the_check_above_can_fail(
         ("LayerInfo", set()),
         ("DeviceReadiness", set()),
         ("StatisticsResponse", {"target", "grid"}),
-        ("ExplanationResponse", {"heatmap", "overlay", "values"}),
+        ("ExplanationResponse", {"area", "heatmap", "overlay", "values"}),
         ("ErrorResponse", {"field"}),
     ],
 )
