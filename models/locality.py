@@ -28,11 +28,10 @@ _LEAST = 0.45
 Maps of random networks of many families have 0.8 and more, shuffled and exchanged ones less than
 0.4.
 """
+_DOUBTFUL = 0.2
+"""Correlation with one image from which on more of them may prove a layout."""
 _FEW_POSITIONS = 16
-"""Maps of so few positions see the whole image at each: there a low correlation disproves nothing.
-"""
-_CERTAIN = 0.8
-"""Correlation with rows and columns exchanged that disproves a map of few positions."""
+"""Maps of so few positions see much of the image at each: there one image tells little."""
 _NOISE = 1e-11
 """Energy of a response, relative to that of the map, that may be rounding."""
 _CHANNELS = (4, 32)
@@ -46,7 +45,53 @@ class Verdict(Enum):
 
     PROVED = "proved"
     REFUTED = "refuted"
-    OPEN = "open"
+    CONSTANT = "constant"
+
+
+@dataclass(frozen=True, eq=False)
+class Response:
+    """Where a layer feels the patches of one or more images, if it has a layout.
+
+    Attributes:
+        layout: the layout; None = plain (N, C, h, w).
+        felt: (P, h, w), how strongly each patch is felt at each position, relative to the other
+            patches there, with a mean of 1 for each patch; None where nothing responds.
+    """
+
+    layout: TokenLayout | None
+    felt: Tensor | None
+
+    @classmethod
+    def of(cls, output: Tensor, layout: TokenLayout | None) -> Response:
+        """Read a layer's output for images of `patched` in one layout."""
+        maps = to_map(output, layout)
+        fewest, most = _CHANNELS
+        channels = min(most, max(fewest, _VALUES // maps[0, 0].numel()))
+        maps = maps[:, :: max(1, maps.shape[1] // channels)].float()
+        response = (maps[1:] - maps[:1]).square().sum(1)
+        energy = response.sum((1, 2))
+        noise = _NOISE * maps[0].square().sum()
+        if not bool((energy > noise).all()) or not bool(energy.isfinite().all()):
+            return cls(layout, None)
+        mean = response.mean(0)
+        tiny = mean.mean() * 1e-12
+        relative = (response + tiny) / (mean + tiny)
+        return cls(layout, relative / relative.mean((1, 2), keepdim=True))
+
+    def and_to(self, other: Response) -> Response:
+        """The response to the patches of other images as well."""
+        if self.felt is None or other.felt is None:
+            return self if other.felt is None else other
+        return Response(self.layout, self.felt + other.felt)
+
+    def locality(self, places: Tensor) -> Locality:
+        """How it follows the patches, whose centres are at the places (P, 2)."""
+        if self.felt is None:
+            return Locality(self.layout, 0, None, 0.0)
+        excess = (self.felt / self.felt.mean((1, 2), keepdim=True) - 1).clamp_min(0).square()
+        turned = _likeness(excess.mT, places) if min(excess.shape[1:]) > 1 else None
+        likeness = _likeness(excess, places)
+        return Locality(self.layout, excess[0].numel(), likeness, turned or 0.0)
 
 
 @dataclass(frozen=True)
@@ -66,29 +111,17 @@ class Locality:
     likeness: float | None
     turned: float
 
-    @classmethod
-    def of(cls, output: Tensor, layout: TokenLayout | None, places: Tensor) -> Locality:
-        """Read a layer's output for images of `patched` in one layout."""
-        maps = to_map(output, layout)
-        fewest, most = _CHANNELS
-        channels = min(most, max(fewest, _VALUES // maps[0, 0].numel()))
-        maps = maps[:, :: max(1, maps.shape[1] // channels)].float()
-        response = (maps[1:] - maps[:1]).square().sum(1)
-        positions, noise = response[0].numel(), _NOISE * maps[0].square().sum()
-        felt = response.sum((1, 2))
-        if not bool((felt > noise).all()) or not bool(felt.isfinite().all()):
-            return cls(layout, positions, None, 0.0)
-        mean = response.mean(0)
-        tiny = mean.mean() * 1e-12
-        relative = (response + tiny) / (mean + tiny)
-        excess = (relative / relative.mean((1, 2), keepdim=True) - 1).clamp_min(0).square()
-        turned = _likeness(excess.mT, places) if min(response.shape[1:]) > 1 else None
-        return cls(layout, positions, _likeness(excess, places), turned or 0.0)
+    @property
+    def doubtful(self) -> bool:
+        """Whether more images may tell more."""
+        if self.likeness is None:
+            return False
+        return self.positions <= _FEW_POSITIONS or _DOUBTFUL <= self.likeness < _LEAST
 
 
-def patched(image: Tensor) -> tuple[Tensor, Tensor]:
+def patched(image: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
     """The image and copies with one patch changed; the centres of the patches, (P, 2) in [0, 1]."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     channels, height, width = image.shape
     size = (max(1, height // _PATCH), max(1, width // _PATCH))
     images, places = [image], []
@@ -108,19 +141,17 @@ def judge(localities: Iterable[Locality]) -> tuple[Verdict, Locality | None]:
     """Choose among the layouts that a layer may have.
 
     Returns:
-        Whether one is proved, all are refuted, or nothing can be told; and the one that is proved,
-        or the likeliest by its shape where nothing can be told.
+        Whether one is proved, all are refuted, or nothing responds to the image; and the one that
+        is proved, or the likeliest by its shape where nothing responds.
     """
     found = list(localities)
     measured = [one for one in found if one.likeness is not None]
-    best = max(measured, key=lambda one: one.likeness or 0.0, default=None)
-    most_turned = max((one.turned for one in measured), default=0.0)
-    if best is not None and best.likeness is not None and best.likeness >= _LEAST:
-        turned = most_turned > best.likeness
-        return (Verdict.REFUTED, None) if turned else (Verdict.PROVED, best)
-    if most_turned >= _CERTAIN or any(one.positions > _FEW_POSITIONS for one in measured):
-        return Verdict.REFUTED, None
-    return Verdict.OPEN, next(iter(found), None)
+    if not measured:
+        return (Verdict.CONSTANT, found[0]) if found else (Verdict.REFUTED, None)
+    best = max(measured, key=lambda one: one.likeness or 0.0)
+    likeness = best.likeness or 0.0
+    turned = max(one.turned for one in measured) > likeness
+    return (Verdict.REFUTED, None) if turned or likeness < _LEAST else (Verdict.PROVED, best)
 
 
 def _likeness(excess: Tensor, places: Tensor) -> float | None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from models.hooks import HookStack
 from models.layers import TokenLayout, candidate_layouts
-from models.locality import Locality, Verdict, judge, patched
+from models.locality import Locality, Response, Verdict, judge, patched
 from models.probe import Call, Trace, row_checksum
 from models.types import LayerInfo
 
@@ -106,13 +106,13 @@ def _layer_info(name: str, trace: Trace, proof: LayerProof, *, recommended: bool
 
 
 def prove_layers(trace: Trace) -> dict[str, LayerProof]:
-    """Prove all layers of a traced model on the CPU, in one pass of ten images.
+    """Prove all layers of a traced model on the CPU, in a pass of ten images, or three of them.
 
     Returns:
         A proof for each call by its name, and one for the bare name of modules with several, in the
         order in which the model defines them.
     """
-    measured = _measure(trace)
+    measured, places = _measure(trace)
     verdicts: dict[str, bool] = {}
     made: dict[str, LayerProof] = {}
     for name, call in trace.calls.items():
@@ -123,7 +123,8 @@ def prove_layers(trace: Trace) -> dict[str, LayerProof]:
         elif not measured[name].agrees_with(call, images=len(trace.probe)):
             made[name] = LayerProof(usable=False, reason=NOT_THE_IMAGE)
         else:
-            proof = _spatial_proof(measured[name].localities, verdicts)
+            localities = [one.locality(places) for one in measured[name].responses]
+            proof = _spatial_proof(localities, verdicts)
             given = measured[name].input_is_images and call.input_shape[:1] == (len(trace.probe),)
             made[name] = replace(proof, input_usable=given)
     proofs: dict[str, LayerProof] = {}
@@ -144,13 +145,13 @@ class _Measured:
         rows_are_images: whether it has as many rows as there were images.
         input_is_images: the same of the layer's input.
         checksum: of its first row, which belongs to the first image of the trace, too.
-        localities: in each layout that it may have.
+        responses: in each layout that it may have.
     """
 
     rows_are_images: bool
     input_is_images: bool
     checksum: tuple[float, float] | None
-    localities: Sequence[Locality]
+    responses: Sequence[Response]
 
     def agrees_with(self, call: Call, *, images: int) -> bool:
         """Whether dimension 0 is the image in both passes, with the same values for the same."""
@@ -163,9 +164,33 @@ class _Measured:
         return all(abs(a - b) <= _COMPANY_TOLERANCE * scale for a, b in pairs)
 
 
-def _measure(trace: Trace) -> dict[str, _Measured]:
+def _measure(trace: Trace) -> tuple[dict[str, _Measured], Tensor]:
+    """What each layer returns for the patched images, and the places of the patches.
+
+    Patches of one image prove most layers; those that they leave in doubt are shown all images.
+    """
     candidates = candidate_layouts(trace)
-    images, places = patched(trace.probe[0])
+    first, *others = trace.probe
+    images, places = patched(first, seed=1)
+    measured = _pass(trace, images, candidates)
+    doubtful = {
+        name: candidates[name]
+        for name, found in measured.items()
+        if any(one.locality(places).doubtful for one in found.responses)
+    }
+    for seed, image in enumerate(others if doubtful else (), 2):
+        images, _ = patched(image, seed=seed)
+        for name, found in _pass(trace, images, doubtful).items():
+            if name in doubtful and name in measured:
+                pairs = zip(measured[name].responses, found.responses, strict=False)
+                responses = [one.and_to(other) for one, other in pairs]
+                measured[name] = replace(measured[name], responses=responses)
+    return measured, places
+
+
+def _pass(
+    trace: Trace, images: Tensor, candidates: Mapping[str, Sequence[TokenLayout | None]]
+) -> dict[str, _Measured]:
     measured: dict[str, _Measured] = {}
     passed: Counter[str] = Counter()
 
@@ -177,7 +202,7 @@ def _measure(trace: Trace) -> dict[str, _Measured]:
             name = path if trace.times[path] == 1 else f"{path}#{passed[path]}"
             fits, given = _by_image(output, images), bool(args) and _by_image(args[0], images)
             layouts = candidates.get(name, ()) if fits else ()
-            found = [Locality.of(output, layout, places) for layout in layouts]
+            found = [Response.of(output, layout) for layout in layouts]
             measured[name] = _Measured(fits, given, row_checksum(output), found)
 
         return hook
@@ -197,16 +222,15 @@ def _by_image(value: Any, images: Tensor) -> bool:
 def _spatial_proof(found: Sequence[Locality], verdicts: dict[str, bool]) -> LayerProof:
     """The proof of a usable layer.
 
-    Where nothing can be told, because the map has few positions or the layer is constant, the
-    likeliest layout counts as proved if layers before it were proved in the same kind of layout,
-    and for tokens, whose order may change on the way, if the last of them was. `verdicts` keeps
-    that.
+    Where nothing can be told, because the layer is constant, the likeliest layout counts as proved
+    if layers before it were proved in the same kind of layout, and for tokens, whose order may
+    change on the way, if the last of them was. `verdicts` keeps that.
     """
     verdict, best = judge(found)
     if best is not None and verdict is Verdict.PROVED:
         verdicts[_kind(best.layout)] = True
         return LayerProof(usable=True, spatial=True, layout=best.layout)
-    if best is not None and verdict is Verdict.OPEN:
+    if verdict is Verdict.CONSTANT:
         for one in found:
             if verdicts.get(_kind(one.layout), not verdicts):
                 return LayerProof(usable=True, spatial=True, layout=one.layout)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
@@ -46,12 +47,37 @@ class _Place:
     channels_last: bool
 
 
+_KEEPS_PLACES = (
+    *("Convolution", "NativeBatchNorm", "CudnnBatchNorm", "Clone", "Add", "Mul"),
+    *(
+        "Relu",
+        "Hardtanh",
+        "LeakyRelu",
+        "Elu",
+        "Gelu",
+        "Silu",
+        "Hardswish",
+        "Hardsigmoid",
+        "Sigmoid",
+    ),
+    *("MaxPool2D", "AvgPool2D", "AdaptiveAvgPool2D"),
+)
+"""Operations on (N, C, h, w) that leave rows rows and columns columns, in their order."""
+
+
 def misplaced(traced: Trace, proofs: Proofs) -> str | None:
     """Why the biases of a model have no place in the image, as a clause; None if all have.
 
-    Gradients at a bias must belong to one image each, and lie in it as maps of channels first.
+    Gradients at a bias must belong to one image each, and lie in it as maps of channels first: the
+    layer is proved to be one, or nothing between it and such layers moves positions. That its
+    positions respond to the image elsewhere, as within small blocks they may, is no obstacle.
     """
     biased = {place.holder for place in _places(traced.module)}
+    upright = {
+        call.output.grad_fn
+        for name, call in traced.calls.items()
+        if call.output is not None and proofs[name].spatial and proofs[name].layout is None
+    }
     for name, call in traced.calls.items():
         if call.path not in biased or call.output is None:
             continue
@@ -59,9 +85,28 @@ def misplaced(traced: Trace, proofs: Proofs) -> str | None:
         if not proof.usable:
             return f"its layer {name} has a bias, and {proof.reason}"
         placed = proof.spatial and proof.layout is None
+        placed = placed or _lies_as(call.output.grad_fn, upright)
         if len(shape) == 4 and shape[2] * shape[3] > 1 and not placed:
             return f"its layer {name} has a bias, and {proof.reason or 'its channels come last'}"
     return None
+
+
+def _lies_as(made: Node | None, upright: set[Node | None]) -> bool:
+    """Whether what a node made lies as the image does, or as the values of `upright` nodes do."""
+    nodes, seen = [made], set(upright)
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        name = node.name()
+        along_channels = name == "CatBackward0" and getattr(node, "_saved_dim", None) == 1
+        if not (
+            along_channels or name.startswith(_KEEPS_PLACES) or name.endswith("AccumulateGrad")
+        ):
+            return False
+        nodes += [before for before, _ in node.next_functions]
+    return made is not None
 
 
 def obstacle(module: nn.Module) -> str | None:

@@ -106,7 +106,7 @@ def _gates(product: Node) -> set[str]:
         return {"a product of values with their sigmoid"}
     # Of a product with values outside of the graph, these are kept for its gradient.
     kept = [getattr(product, f"_saved_{name}", None) for name in ("self", "other")]
-    if len(factors) == 1 and any(value is not None and _depends(value) for value in kept):
+    if len(factors) == 1 and any(isinstance(value, Tensor) and _depends(value) for value in kept):
         return {"a product with values that the image switches on and off"}
     return set()
 
