@@ -14,8 +14,10 @@ from models.errors import ModelLoadFailed
 from models.imaging.decode import DecodeLimits, from_pixels
 from models.imaging.preprocess import preprocess
 from models.sources import BuildRequest, Built
+from models.sources.adapter import Adapter, without_adapter
 from models.types import Preprocess, Task
 
+_PROCESSOR = "preprocessor_config.json"
 _TOLERANCE = 1e-3
 _SEGMENTATION = "ForSemanticSegmentation"
 _TASKS: dict[str, Task] = {"multi_label_classification": "multi_label"}
@@ -24,7 +26,8 @@ _TASKS: dict[str, Task] = {"multi_label_classification": "multi_label"}
 def build(request: BuildRequest) -> Built:
     """Load a folder: network, labels, task and preprocessing. No code of the folder is run.
 
-    The network classifies images, or segments them.
+    The network classifies images, or segments them. An adapter of LoRA in the folder is merged into
+    its network, which may lie in the same folder.
 
     Preprocessing is that of the processor's Pillow form, and is compared with it on two images.
 
@@ -32,21 +35,30 @@ def build(request: BuildRequest) -> Built:
         ModelLoadFailed: transformers is not installed, or the folder holds no classifier of its.
     """
     folder = request.base_dir / request.name
-    config = _config(folder, request.name)
+    adapter = Adapter.of(folder, request.name)
+    network = folder if adapter is None else adapter.network_in(folder, request.base_dir)
+    adapter = adapter if request.pretrained else None
+    config = _config(network, request.name)
     library = _library()
     segments = any(name.endswith(_SEGMENTATION) for name in config.get("architectures") or ())
-    module = _network(library, folder, request, segments=segments)
-    processor = _processor(library, folder)
+    kind = library.AutoModelForImageClassification
+    if segments:
+        kind = library.AutoModelForSemanticSegmentation
+    module = _network(library, kind, network, request=request, adapter=adapter)
+    own = (folder / _PROCESSOR).is_file()
+    processor = _processor(library, folder if own else network)
     notes: tuple[str, ...] = ()
     if processor is None:
-        notes = (f"{request.name} has no preprocessor_config.json.",)
+        notes = (f"{request.name} has no {_PROCESSOR}.",)
     made = Preprocess(resize=256, crop=(224, 224)) if processor is None else _preprocess(processor)
     if processor is not None and not _same(processor, made):
         notes = (
             f"Not every step of the folder's {type(processor).__name__} is known here: compare "
             "scores, and correct [models.preprocess].",
         )
-    names = [str(config.get("id2label", {}).get(str(i))) for i in range(module.config.num_labels)]
+    if adapter is not None:
+        notes = (*notes, f"The adapter in {request.name} is merged into the network's weights.")
+    names = [str(module.config.id2label.get(i)) for i in range(module.config.num_labels)]
     known = not all(name in ("None", f"LABEL_{i}") for i, name in enumerate(names))
     problem = config.get("problem_type") or ""
     task: Task | None = "binary" if len(names) == 1 else _TASKS.get(problem)
@@ -61,11 +73,6 @@ def build(request: BuildRequest) -> Built:
 
 
 def _config(folder: Path, name: str) -> dict[str, Any]:
-    if (folder / "adapter_config.json").is_file():
-        raise ModelLoadFailed(
-            f"{name} holds an adapter of PEFT. Merge it into its network and save that: "
-            "model.merge_and_unload().save_pretrained(folder)."
-        )
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
@@ -92,18 +99,20 @@ def _library() -> Any:
     return transformers
 
 
-def _network(library: Any, folder: Path, request: BuildRequest, *, segments: bool) -> Any:
-    options = {"local_files_only": True, "trust_remote_code": False}
-    kind = library.AutoModelForImageClassification
-    if segments:
-        kind = library.AutoModelForSemanticSegmentation
+def _network(
+    library: Any, kind: Any, folder: Path, *, request: BuildRequest, adapter: Adapter | None
+) -> Any:
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     missing: list[str] = []
     try:
         if request.pretrained:
-            module, report = kind.from_pretrained(
-                folder, output_loading_info=True, dtype="float32", **options
-            )
-            missing = sorted(report["missing_keys"])
+            own = {"output_loading_info": True, "dtype": "float32"}
+            if adapter is not None and request.num_classes is not None:
+                # A classifier of other classes comes with the adapter.
+                own |= {"num_labels": request.num_classes, "ignore_mismatched_sizes": True}
+            with without_adapter(folder) as alone:
+                module, report = kind.from_pretrained(alone, **own, **options)
+            missing = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
         else:
             config = library.AutoConfig.from_pretrained(folder, **options)
             if request.num_classes is not None:
@@ -113,16 +122,19 @@ def _network(library: Any, folder: Path, request: BuildRequest, *, segments: boo
         raise ModelLoadFailed(
             f"transformers reads no network that classifies or segments images from {request.name}."
         ) from error
-    if missing:
+    brought = set() if adapter is None else adapter.tensors.keys()
+    if missing := sorted(set(missing) - brought):
         raise ModelLoadFailed(
             f"The weights in {request.name} lack {', '.join(missing[:3])}: the folder holds a "
             "network without its classifier."
         )
+    if adapter is not None:
+        adapter.merge(module)
     return module
 
 
 def _processor(library: Any, folder: Path) -> Any:
-    if not (folder / "preprocessor_config.json").is_file():
+    if not (folder / _PROCESSOR).is_file():
         return None
     try:
         return library.AutoImageProcessor.from_pretrained(

@@ -177,6 +177,29 @@ def test_tokens_without_a_place_may_stand_on_both_sides(before, behind):
     assert layout.to_map(tokens).flatten().tolist() == [before + i for i in range(64)]
 
 
+@pytest.mark.parametrize("patch", [4, 8, 16])
+def test_a_mirrored_map_is_none_however_few_positions_it_has(patch):
+    _, proofs = proved(through(lambda x: x.flip(3), patch=patch))
+    assert proofs["embed"].spatial
+    assert proofs["named"].usable
+    assert not proofs["named"].spatial
+
+
+def test_more_images_are_asked_where_one_leaves_doubt():
+    torch.manual_seed(1)
+    wide = nn.Conv2d(6, 6, 5, padding=2)
+    net = nn.Sequential(nn.Conv2d(3, 6, 8, 8), wide, nn.Flatten(), nn.Linear(96, 5))
+    passes: list[int] = []
+    net.register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
+    proved(net)
+    assert passes == [3, 10, 10, 10]
+    passes.clear()
+    plain = nn.Sequential(nn.Conv2d(3, 6, 4, 4), nn.Flatten(), nn.Linear(384, 5))
+    plain.register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
+    proved(plain)
+    assert passes == [3, 10]
+
+
 def test_a_map_may_be_finer_in_one_direction():
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 6, 3, stride=(2, 1), padding=1)

@@ -217,6 +217,21 @@ def test_biases_without_a_place_in_the_image_are_refused(before, after, reason):
     assert reason in found
 
 
+def test_positions_that_see_the_whole_image_keep_their_places():
+    """Rows stay rows in operations that move nothing, whatever the positions respond to."""
+    torch.manual_seed(0)
+    far = nn.Conv2d(4, 4, (1, 7), padding=(0, 3))
+    with torch.no_grad():
+        # Each position sees only what lies three positions away.
+        far.weight[..., 1:6] = 0
+    net = nn.Sequential(nn.Conv2d(3, 4, 4, 4), far, nn.ReLU(), nn.Flatten(), nn.Linear(96, 5))
+    net = net.eval().requires_grad_(False)
+    traced = trace(net, "single_label", torch.randn(3, 3, 16, 24))
+    proofs = prove_layers(traced)
+    assert not proofs["1"].spatial
+    assert misplaced(traced, proofs) is None
+
+
 def test_biases_of_common_networks_have_their_place():
     torch.manual_seed(0)
     net = alive(torchvision.models.resnet18(weights=None, num_classes=10))

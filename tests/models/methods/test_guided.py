@@ -39,3 +39,5 @@ def test_relu6_and_gates_of_other_values_are_guided():
     x = 0.5 * x * torch.rand(1, 4)
     gated = nn.functional.relu6(x) * torch.sigmoid(nn.functional.relu(x).mean(1, keepdim=True))
     assert len(relus(gated)) == 2
+    # A number is no mask.
+    assert len(relus(torch.ops.aten.mul.Scalar(nn.functional.relu(x), 0.125))) == 1

@@ -272,6 +272,22 @@ def _segformer(folder: Path) -> Fields:
     return {"source": "transformers:saved"}
 
 
+def _adapter(folder: Path) -> Fields:
+    fields = _transformers(folder)
+    tensors = {"lora_A.weight": torch.ones(2, 8), "lora_B.weight": torch.ones(3, 2)}
+    named = {f"base_model.model.classifier.1.{name}": value for name, value in tensors.items()}
+    save_file(named, folder / "saved" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    (folder / "saved" / "adapter_config.json").write_text(json.dumps(config))
+    return fields
+
+
+def _other_adapter(folder: Path) -> Fields:
+    fields = _adapter(folder)
+    (folder / "saved" / "adapter_config.json").write_text('{"peft_type": "LOHA"}')
+    return fields
+
+
 def _timm(folder: Path) -> Fields:
     from timm.models import save_for_hf
 
@@ -440,6 +456,8 @@ KINDS: Mapping[str, Mapping[str, Make]] = {
         "torch.export, for batches of one": _export,
         "ONNX, for batches of one": _onnx,
         "a folder of transformers": _transformers,
+        "the same with an adapter of LoRA": _adapter,
+        "the same with another adapter of PEFT": _other_adapter,
         "a folder of transformers that segments": _segformer,
         "torchvision, segmentation": _named(
             "torchvision:lraspp_mobilenet_v3_large", preprocess={"resize": [64, 64]}

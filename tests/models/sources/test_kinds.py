@@ -28,6 +28,8 @@ BEGIN, END = (
 NEEDS = {
     "ONNX, for batches of one": "onnxruntime",
     "a folder of transformers": "transformers",
+    "the same with an adapter of LoRA": "transformers",
+    "the same with another adapter of PEFT": "transformers",
     "a folder of transformers that segments": "transformers",
 }
 WARMED_UP = ("Outputs", "Networks")

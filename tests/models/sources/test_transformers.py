@@ -138,7 +138,10 @@ def test_steps_that_are_not_known_are_said(tmp_path, spec_of):
     ("break_", "message"),
     [
         (lambda f: (f / "config.json").unlink(), "not a folder that save_pretrained wrote"),
-        (lambda f: (f / "adapter_config.json").write_text("{}"), "merge_and_unload"),
+        (
+            lambda f: (f / "adapter_config.json").write_text('{"peft_type": "IA3"}'),
+            "of type IA3. Merge it .*merge_and_unload",
+        ),
         (lambda f: (f / "config.json").write_text('{"auto_map": {}}'), "code of its own"),
         (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), "no image classifier"),
         (lambda f: (f / "model.safetensors").unlink(), "no image classifier"),
