@@ -143,8 +143,8 @@ def test_steps_that_are_not_known_are_said(tmp_path, spec_of):
             "of type IA3. Merge it .*merge_and_unload",
         ),
         (lambda f: (f / "config.json").write_text('{"auto_map": {}}'), "code of its own"),
-        (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), "no image classifier"),
-        (lambda f: (f / "model.safetensors").unlink(), "no image classifier"),
+        (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), "reads no network"),
+        (lambda f: (f / "model.safetensors").unlink(), "reads no network"),
     ],
 )
 def test_folders_that_hold_no_classifier(tmp_path, spec_of, break_, message):
