@@ -114,7 +114,7 @@ class Adapter:
                 alpha = own
                 break
         scale = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
-        made = scale * high.float().flatten(1) @ low.float().flatten(1)
+        made: Tensor = scale * high.float().flatten(1) @ low.float().flatten(1)
         return made.T.contiguous() if self.config.get("fan_in_fan_out") else made
 
 
