@@ -93,6 +93,26 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
+def test_the_batch_example_runs(url, folder):
+    (folder / "photos" / "broken.jpg").write_bytes(b"no image")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", ROOT / "examples" / "batch.py", "photos", "out"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HEATLENS_URL": url},
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "2 of 3 explained" in done.stdout
+    broken, *rows = (folder / "out" / "table.csv").read_text().splitlines()[1:]
+    assert broken.startswith("broken.jpg,,,,,")
+    assert "[unsupported_media_type]" in broken
+    assert [row.split(",")[0] for row in rows] == ["one.jpg", "two.jpg"]
+    assert {path.name for path in (folder / "out").iterdir()} == {"one.jpg", "two.jpg", "table.csv"}
+
+
 def test_pages_have_snippets():
     assert sum(bool(blocks_of(page)) for page in PAGES) >= 8
 

@@ -24,6 +24,8 @@ CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or ""
 AXE = ROOT / ".venv" / "axe" / "node_modules" / "axe-core" / "axe.min.js"
 SAMPLES = ROOT / "service" / "web" / "samples"
 WIDE, NARROW = (1280, 860), (390, 800)
+# Of a page that others serve.
+ORIGIN = "http://127.0.0.1:8080"
 
 TINY = """
 from torch import nn
@@ -90,6 +92,7 @@ def server(playwright, tiny) -> Iterator[Server]:
         # A thread that waits for another one that is not run waits long on a busy machine.
         workers={"threads": 1},
         limits={"max_wait_s": 1000.0},
+        security={"cors_origins": [ORIGIN]},
     )
     server = Server(settings)
     yield server
