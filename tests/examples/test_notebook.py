@@ -12,9 +12,9 @@ NOTEBOOK = EXAMPLES / "notebook.ipynb"
 
 # What a kernel does with the last expression of a cell, in short.
 KERNEL = """
-import ast, json, sys
+import ast, json, pathlib, sys
 names, shown = {}, []
-for cell in json.load(open(sys.argv[1]))["cells"]:
+for cell in json.loads(pathlib.Path(sys.argv[1]).read_text())["cells"]:
     if cell["cell_type"] == "code":
         tree = ast.parse("".join(cell["source"]))
         last = ast.Expression(tree.body.pop().value) if isinstance(tree.body[-1], ast.Expr) else None
@@ -29,6 +29,7 @@ print("\\n".join(shown))
 
 @pytest.mark.slow
 @pytest.mark.real
+@pytest.mark.timeout(300)
 def test_the_notebook_runs() -> None:
     shown = python("-W", "error", "-c", KERNEL, NOTEBOOK, cwd=EXAMPLES)
     assert shown.count("<img") == 2, "two methods, two pictures"
