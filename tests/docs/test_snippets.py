@@ -7,7 +7,6 @@ the page's own service, whose weights are random.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
@@ -18,10 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import httpx
 import pytest
 
-from tests.waiting import until
+from tests.waiting import answers, until
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "docs" / "images" / "chelsea.jpg"
@@ -68,18 +66,13 @@ def serving(log: Path, *options: str) -> Iterator[str]:
         service = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=stream)
     try:
         url = f"http://127.0.0.1:{port}"
-        until(lambda: is_ready(url) or service.poll() is not None, timeout_s=90, every_s=0.1)
+        ready = f"{url}/readyz"
+        until(lambda: answers(ready) or service.poll() is not None, timeout_s=90, every_s=0.1)
         assert service.poll() is None, log.read_text()
         yield url
     finally:
         service.terminate()
         service.wait(30)
-
-
-def is_ready(url: str) -> bool:
-    with contextlib.suppress(httpx.TransportError):
-        return httpx.get(f"{url}/readyz").status_code == 200
-    return False
 
 
 @pytest.fixture

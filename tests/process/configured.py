@@ -17,7 +17,7 @@ from running import Service, report
 from traffic import Traffic, png
 
 from service.settings import Settings
-from tests.waiting import until
+from tests.waiting import answers, until
 
 FAKE = {"name": "fake", "source": "python:fake.fast"}
 BASE: dict[str, Any] = {
@@ -47,17 +47,13 @@ class Configured:
         self.write(**values)
         self.service = Service(Settings(), folder, "real-http", f"config={self.file}", *flags)
         if wait:
-            until(self.is_ready, timeout_s=60)
+            until(self.is_ready, timeout_s=60, every_s=0.02)
 
     def write(self, **values: Any) -> None:
         self.file.write_text(toml({**BASE, **values}))
 
     def is_ready(self) -> bool:
-        try:
-            answer = httpx.get(self.service.url("/readyz"), trust_env=False)
-        except httpx.TransportError:
-            return False
-        return answer.status_code == 200
+        return answers(self.service.url("/readyz"))
 
     def reload(self, *, until_log: str = "the configuration is reloaded", **values: Any) -> None:
         self.write(**values)

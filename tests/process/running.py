@@ -12,14 +12,13 @@ import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import httpx
 import psutil
 
 from service.devices.runtime_dir import RuntimeDir
 from service.devices.socket_pool import SocketPool
 from service.devices.status import DeviceStates, DeviceStatesFile, WorkerStatusFile
 from service.settings import Settings
-from tests.waiting import until
+from tests.waiting import answers, until
 
 
 def are_ready(pool: SocketPool) -> bool:
@@ -103,9 +102,7 @@ class Service:
         return f"http://127.0.0.1:{self.port}{path}"
 
     def answers(self) -> bool:
-        with contextlib.suppress(httpx.TransportError):
-            return httpx.get(self.url("/ready"), trust_env=False).status_code == 200
-        return False
+        return answers(self.url("/ready"))
 
     @contextlib.asynccontextmanager
     async def pool(self) -> AsyncIterator[SocketPool]:

@@ -17,7 +17,7 @@ import pytest
 from fake_engine import image_of
 from traffic import png
 
-from tests.waiting import until
+from tests.waiting import answers, until
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
@@ -104,12 +104,9 @@ def test_the_project_and_the_service_do_not_shadow_each_other(
         def is_ready() -> bool:
             lines.extend(process.stderr)
             assert process.poll() is None, "".join(lines)
-            try:
-                return httpx.get(f"{url}/readyz", trust_env=False).status_code == 200
-            except httpx.TransportError:
-                return False
+            return answers(f"{url}/readyz")
 
-        until(is_ready, timeout_s=90)
+        until(is_ready, timeout_s=90, every_s=0.05)
         answer = httpx.post(
             f"{url}/v1/explain", content=png(image_of(1)), trust_env=False, timeout=30
         )

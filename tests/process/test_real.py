@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import signal
@@ -18,7 +17,7 @@ import skimage.data
 from PIL import Image
 from running import report
 
-from tests.waiting import until
+from tests.waiting import answers, until
 
 pytestmark = [pytest.mark.process, pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -52,15 +51,11 @@ def serving(tmp_path):
         log.close()
 
 
-def is_ready(client: httpx.Client) -> bool:
-    with contextlib.suppress(httpx.TransportError):
-        return client.get("/readyz").status_code == 200
-    return False
-
-
 def test_a_cat_is_explained_before_and_after_a_crash(serving):
     process, client = serving
-    report(f"ready after {until(lambda: is_ready(client), timeout_s=100):.1f} s")
+    ready = f"{client.base_url}readyz"
+    took_s = until(lambda: answers(ready), timeout_s=100, every_s=0.1)
+    report(f"ready after {took_s:.1f} s")
     body = io.BytesIO()
     Image.fromarray(skimage.data.chelsea()).save(body, "JPEG")
 
@@ -78,7 +73,7 @@ def test_a_cat_is_explained_before_and_after_a_crash(serving):
     report(f"HTTP process: {http.memory_info().rss / 1e6:.0f} MB resident")
     assert http.memory_info().rss < 120e6
     os.kill(worker.pid, signal.SIGKILL)
-    until(lambda: not is_ready(client), timeout_s=1.5)
+    until(lambda: not answers(ready), timeout_s=1.5)
     begun = time.monotonic()
     second = explain()
     report(f"answered {time.monotonic() - begun:.1f} s after the crash")
