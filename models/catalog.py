@@ -73,7 +73,7 @@ class PreprocessSpec(BaseModel):
             bits=self.bits or base.bits,
         )
         if merged.order == "bgr" and merged.channels != 3:
-            raise ModelLoadFailed("preprocess.order is for three channels.")
+            raise ModelLoadFailed("preprocess.order applies to three channels only.")
         return self._normalised(self._sized(merged))
 
     def _sized(self, base: Preprocess) -> Preprocess:

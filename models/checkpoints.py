@@ -57,7 +57,9 @@ def check_digest(weights: str, expected: str, *, base_dir: Path) -> None:
     """
     path = base_dir / weights
     if path.name.endswith(_SHARD_INDEX):
-        raise ModelLoadFailed("weights_sha256 is of one file; these weights are in several.")
+        raise ModelLoadFailed(
+            "weights_sha256 is the digest of one file, but these weights are in several."
+        )
     try:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()

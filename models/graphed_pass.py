@@ -21,7 +21,7 @@ from models.types import Job
 from models.warm_model import WarmModel
 
 _DECOMPOSING = ("eigencam", "eigengradcam", "kpca_cam")
-"""Methods that wait for the device: to decompose a matrix is to ask whether it succeeded."""
+"""Methods that wait for the device, because a decomposition reports whether it succeeded."""
 
 GRAPHABLE = frozenset(
     name
@@ -48,8 +48,8 @@ class Plan:
 def plan_of(warm: WarmModel, jobs: Sequence[Job]) -> Plan | None:
     """The plan that answers a batch, or None where it needs a pass made for it.
 
-    Explained is the target layer, by methods of one pass, whose gradient is a row of the last
-    linear layer. A plan serves a mixed batch by the union of its methods, the largest number of
+    It explains the target layer, where the gradient is a row of the last linear layer, by methods
+    of one pass. A plan serves a mixed batch by the union of its methods, the largest number of
     targets, and the next power of two images.
     """
     if (

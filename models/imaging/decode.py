@@ -150,7 +150,7 @@ def inspect(data: bytes, *, limits: DecodeLimits) -> Header:
     media_type = sniff(data)
     if media_type is None:
         allowed = ", ".join(FORMATS)
-        raise UnsupportedMediaType(f"The image is of no known format. Allowed: {allowed}.")
+        raise UnsupportedMediaType(f"The image has an unknown format. Allowed: {allowed}.")
     header = headers.read(data, media_type)
     check_size(header.size, limits)
     return header

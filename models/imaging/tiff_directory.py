@@ -130,7 +130,7 @@ def check_parts(data: bytes, directory: Directory) -> dict[int, tuple[int, ...]]
     if directory.tile is not None:
         tags, (across, down) = TILES, directory.tile
         if across * down > max(_SMALL_TILE, _MAX_TILE_SHARE * width * height):
-            raise ImageTooLarge("The image has too large tiles to decode.")
+            raise ImageTooLarge("The tiles of the image are too large to decode.")
     if across <= 0 or down <= 0:
         raise ImageUndecodable("The TIFF image has tiles or strips without a size.")
     planes = directory.number(SAMPLES, 1) if directory.number(PLANES, 1) == 2 else 1

@@ -196,7 +196,7 @@ def _option_values(
     timeout_us = parameters.get("timeout")
     if timeout_us and "timeout_s" not in values:
         if not isinstance(timeout_us, int) or timeout_us < 0:
-            raise InvalidOption("A number of microseconds.", field="parameters.timeout")
+            raise InvalidOption("Must be a number of microseconds.", field="parameters.timeout")
         values["timeout_s"] = timeout_us / 1e6
     return values
 

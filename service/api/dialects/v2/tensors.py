@@ -147,7 +147,7 @@ def _flat(data: Any, depth: int = 0) -> Iterator[Any]:
 
 def _bytes(element: Any) -> bytes:
     if not isinstance(element, str):
-        raise InvalidOption("An element of BYTES is text.", field="inputs.0.data")
+        raise InvalidOption("An element of BYTES must be text.", field="inputs.0.data")
     # JSON may hold halves of surrogate pairs; such text is not base64 either.
     return element.encode(errors="replace")
 
@@ -160,7 +160,7 @@ def _numbers(data: Any, dtype: np.dtype[Any]) -> np.ndarray:
     if found.size == 0:
         return np.zeros(0, dtype)
     if dtype.kind == "u" and (found.dtype.kind not in "iu" or found.min() < 0 or found.max() > 255):
-        raise InvalidOption("An element of UINT8 is 0 to 255.", field="inputs.0.data")
+        raise InvalidOption("An element of UINT8 must be 0 to 255.", field="inputs.0.data")
     if found.dtype.kind not in "iuf":
         raise InvalidOption("The elements are not all numbers.", field="inputs.0.data")
     # Overflow gives infinity, which is refused like any other.
