@@ -7,6 +7,7 @@ the page's own service, whose weights are random.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil

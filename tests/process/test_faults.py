@@ -286,6 +286,8 @@ async def test_models_are_loaded_replaced_and_unloaded_without_a_dropped_job(ser
 
         clients = [asyncio.create_task(client(n)) for n in range(8)]
         await pool.load(spec("second", kind="slow"))
+        # The other client hears of it by a message of its own.
+        await eventually(lambda: any(info.card.name == "second" for info in other.models()))
         job = make_job(5, model="second")
         assert is_own_result(job, await other.submit(job))
         await pool.load(spec("fake", kind="slow"))

@@ -53,7 +53,7 @@ def serving(tmp_path):
 
 def test_a_cat_is_explained_before_and_after_a_crash(serving):
     process, client = serving
-    ready = f"{client.base_url}readyz"
+    ready = f"http://127.0.0.1:{client.base_url.port}/readyz"
     took_s = until(lambda: answers(ready), timeout_s=100, every_s=0.1)
     report(f"ready after {took_s:.1f} s")
     body = io.BytesIO()

@@ -281,11 +281,11 @@ def test_python_dash_m_service_is_heatlens_and_imports_little() -> None:
 
 def test_init_writes_a_configuration_that_serves(tmp_path: Path) -> None:
     define_missing_operators()
-    from torchvision.models import resnet18
+    import timm
 
-    network = resnet18(num_classes=7)
+    network = timm.create_model("test_resnet", num_classes=7)
     weights = tmp_path / "parts.pth"
-    torch.save({"state_dict": network.state_dict(), "arch": "resnet18"}, weights)
+    torch.save({"state_dict": network.state_dict(), "arch": "test_resnet"}, weights)
     result = run("init", weights)
     assert result.exit_code == 0, said(result)
     written = tmp_path / "heatlens.toml"
