@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from heatlens.errors import APIError, ConnectionFailed, HeatlensError, LoadFailed, TimedOut
     from heatlens.local import LocalModel, load
     from heatlens.results import (
+        CompareResponse,
         ExplainResponse,
         Explanation,
         FeaturesResponse,
@@ -41,6 +42,7 @@ _MODULES = {
     "TimedOut": "errors",
     "LocalModel": "local",
     "load": "local",
+    "CompareResponse": "results",
     "ExplainResponse": "results",
     "Explanation": "results",
     "FeaturesResponse": "results",
@@ -56,6 +58,7 @@ __all__ = [
     "APIError",
     "AsyncClient",
     "Client",
+    "CompareResponse",
     "ConnectionFailed",
     "ExplainResponse",
     "Explanation",

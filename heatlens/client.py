@@ -17,6 +17,7 @@ from heatlens.errors import ConnectionFailed, HeatlensError, TimedOut
 from heatlens.images import part_of
 from heatlens.protocol import Answer, Call, EventReader, OnPartial, OnProgress, Pause, Retries
 from heatlens.results import (
+    CompareResponse,
     ExplainResponse,
     FeaturesResponse,
     Layer,
@@ -28,7 +29,12 @@ from heatlens.results import (
 
 if TYPE_CHECKING:
     from heatlens.images import ImageLike
-    from heatlens.options import ExplainOptions, FeaturesOptions, PredictOptions
+    from heatlens.options import (
+        CompareOptions,
+        ExplainOptions,
+        FeaturesOptions,
+        PredictOptions,
+    )
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 _CONNECT_S = 10.0
@@ -108,6 +114,12 @@ class _Calls:
         return protocol.operation("features", map(part_of, images), options), FeaturesResponse
 
     @staticmethod
+    def _compare(
+        one: ImageLike, other: ImageLike, options: CompareOptions
+    ) -> Exchanged[CompareResponse]:
+        return protocol.operation("compare", map(part_of, (one, other)), options), CompareResponse
+
+    @staticmethod
     def _raw(
         name: str,
         images: Iterable[ImageLike],
@@ -160,6 +172,12 @@ class Client(_Calls):
         """Describe the feature maps of layers, or their gradients."""
         return self._run(*self._features(images, options))
 
+    def compare(
+        self, one: ImageLike, other: ImageLike, **options: Unpack[CompareOptions]
+    ) -> CompareResponse:
+        """Compare two images by a model that gives vectors, and show what makes them similar."""
+        return self._run(*self._compare(one, other, options))
+
     def raw(
         self,
         operation: str,
@@ -167,7 +185,7 @@ class Client(_Calls):
         on_progress: OnProgress | None = None,
         **options: Any,
     ) -> dict[str, Any]:
-        """The JSON of `predict`, `explain` or `features` as it was sent."""
+        """The JSON of an operation (`predict`, `explain`, …) as it was sent."""
         return self._run(*self._raw(operation, images, options, on_progress))
 
     def explain_many(
@@ -282,6 +300,12 @@ class AsyncClient(_Calls):
     ) -> FeaturesResponse:
         """Describe the feature maps of layers, or their gradients."""
         return await self._run(*self._features(images, options))
+
+    async def compare(
+        self, one: ImageLike, other: ImageLike, **options: Unpack[CompareOptions]
+    ) -> CompareResponse:
+        """Compare two images; see `Client.compare`."""
+        return await self._run(*self._compare(one, other, options))
 
     async def raw(
         self,

@@ -14,6 +14,7 @@ from heatlens.asgi import ASGITransport
 from heatlens.client import AsyncClient
 from heatlens.errors import LoadFailed
 from heatlens.results import (
+    CompareResponse,
     ExplainResponse,
     FeaturesResponse,
     Layer,
@@ -29,7 +30,12 @@ from service.worker.local import LocalPool
 
 if TYPE_CHECKING:
     from heatlens.images import ImageLike
-    from heatlens.options import ExplainOptions, FeaturesOptions, PredictOptions
+    from heatlens.options import (
+        CompareOptions,
+        ExplainOptions,
+        FeaturesOptions,
+        PredictOptions,
+    )
     from heatlens.protocol import OnPartial, OnProgress
 
 T = TypeVar("T")
@@ -149,6 +155,12 @@ class LocalModel:
     def features(self, *images: ImageLike, **options: Unpack[FeaturesOptions]) -> FeaturesResponse:
         """Describe the feature maps of layers, or their gradients; see `Client.features`."""
         return self._wait(self._client.features(*images, **options))
+
+    def compare(
+        self, one: ImageLike, other: ImageLike, **options: Unpack[CompareOptions]
+    ) -> CompareResponse:
+        """Compare two images; see `Client.compare`."""
+        return self._wait(self._client.compare(one, other, **options))
 
     @property
     def card(self) -> ModelCard:

@@ -23,12 +23,10 @@ class PredictOptions(CommonOptions, total=False):
     statistics: bool
 
 
-class ExplainOptions(CommonOptions, total=False):
-    """Options of `explain`."""
+class CompareOptions(CommonOptions, total=False):
+    """Options of `compare`."""
 
-    top_k: int
     methods: list[str]
-    targets: list[Target]
     layers: list[str]
     fuse: str
     outputs: list[str]
@@ -37,12 +35,19 @@ class ExplainOptions(CommonOptions, total=False):
     clip: str | float
     alpha: float
     overlay_format: str
-    statistics: bool
-    faithfulness: list[str]
-    curves: bool
     samples: int
     steps: int
     seed: int
+
+
+class ExplainOptions(CompareOptions, total=False):
+    """Options of `explain`."""
+
+    top_k: int
+    targets: list[Target]
+    statistics: bool
+    faithfulness: list[str]
+    curves: bool
 
 
 class FeaturesOptions(CommonOptions, total=False):

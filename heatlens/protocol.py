@@ -100,7 +100,7 @@ def operation(
     on_progress: OnProgress | None = None,
     on_partial: OnPartial | None = None,
 ) -> Call:
-    """The call of `predict`, `explain` or `features`."""
+    """The call of `predict`, `explain`, `features` or `compare`."""
     if on_partial is not None:
         options = {**options, "partial_maps": True}
     parts: list[tuple[str, tuple[str | None, bytes, str]]] = [

@@ -76,25 +76,22 @@ class Faithfulness(_Struct):
     curve: dict[str, list[float]] | None = None
 
 
-class Explanation(_Struct, kw_only=True):
-    """A map that explains one class by one method at one layer.
+class Map(_Struct, kw_only=True):
+    """A map by one method at one layer.
 
     Attributes:
         heatmap: RGBA, to be laid over the image.
         overlay: the heatmap blended with the image.
         values: float32 (h, w), the map before it is normalised; ask with `outputs=["values"]`.
         range: of the values.
-        signed: whether negative values are evidence against the class.
+        signed: whether negative values are evidence against what is explained.
         degenerate: whether the map is constant and shows nothing.
         peak: where the map is strongest.
         box: around the peak, the connected pixels that reach half of it.
-        area: number of the target's area among those of the image, from 0; None if it has none.
     """
 
     method: str
     layer: str
-    target: Prediction
-    area: int | None = None
     heatmap: Image.Image | None = None
     overlay: Image.Image | None = None
     values: np.ndarray | None = None
@@ -103,12 +100,23 @@ class Explanation(_Struct, kw_only=True):
     degenerate: bool = False
     peak: Point | None = None
     box: Box | None = None
-    faithfulness: dict[str, Faithfulness] = {}
     warnings: list[str] = []
 
     def _repr_png_(self) -> bytes | None:
         shown = self.overlay or self.heatmap
         return None if shown is None else html.png(shown)
+
+
+class Explanation(Map, kw_only=True):
+    """A map that explains one class.
+
+    Attributes:
+        area: number of the target's area among those of the image, from 0; None if it has none.
+    """
+
+    target: Prediction
+    area: int | None = None
+    faithfulness: dict[str, Faithfulness] = {}
 
 
 class Channel(_Struct):
@@ -244,6 +252,30 @@ class FeaturesResponse(Response, kw_only=True):
     def features(self) -> list[Statistics]:
         """The statistics of the first image, layer by layer."""
         return self.result.features
+
+
+class Compared(_Struct, kw_only=True):
+    """One image of two that were compared: what makes it similar to the other."""
+
+    image: ImageInfo
+    explanations: list[Map]
+    warnings: list[str] = []
+
+
+class CompareResponse(_Struct, kw_only=True):
+    """The response to `compare`.
+
+    Attributes:
+        similarity: cosine of the two images' vectors, -1 to 1.
+        results: of the two images, in order.
+    """
+
+    request_id: str
+    model: ModelUsed
+    similarity: float
+    results: list[Compared]
+    timings_ms: dict[str, float] = {}
+    batch_size: int = 1
 
 
 class MethodSupport(_Struct):

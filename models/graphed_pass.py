@@ -14,7 +14,7 @@ from models.cuda.staging import indices
 from models.extractor import Extractor, Tap
 from models.layers import to_map
 from models.methods import METHODS, implementation
-from models.readout import readings
+from models.readout import PER_JOB, readings
 from models.shared_pass import SharedPass
 from models.targets import class_scores, coded, look_up
 from models.types import Job
@@ -53,7 +53,7 @@ def plan_of(warm: WarmModel, jobs: Sequence[Job]) -> Plan | None:
     targets, and the next power of two images.
     """
     if (
-        warm.task == "segmentation"
+        warm.task in PER_JOB
         or len(jobs) > warm.chunk
         or not all(_qualifies(warm, job) for job in jobs)
     ):

@@ -71,7 +71,9 @@ def prove_network(
             'score, or two. Use "single_label" or "multi_label".'
         )
     module, laid_out = _independent(module, images, scores)
-    module, undone = undo_probabilities(module, images, scores, task=task)
+    undone: list[str] = []
+    if task != "embedding":
+        module, undone = undo_probabilities(module, images, scores, task=task)
     notes = (*reading.notes(), *laid_out.notes(), *undone)
     return Proved(module=module, outputs=scores.shape[1], notes=notes)
 

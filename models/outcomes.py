@@ -93,7 +93,12 @@ class BatchOutcomes:
             predictions=self._predictions[row][: job.options.top_k],
             explanations=tuple(explanations),
             statistics=tuple(self._describe(row)),
+            embedding=self._host.logits[row] if self._is_vector(row) else None,
         )
+
+    def _is_vector(self, row: int) -> bool:
+        """Whether the scores of an image are its vector."""
+        return self._warm.task == "embedding" and self._jobs[row].reference is None
 
     def _plan(self, row: int) -> list[int]:
         """Images that each phase of a job is expected to run through the network, in order."""

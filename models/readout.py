@@ -1,6 +1,7 @@
 """From what a network returns to scores where that differs from image to image.
 
-A classifier's scores are what it returns. Those of a segmentation network are means over pixels that
+A classifier's scores are what it returns. The one score of an embedding is its cosine with a vector
+that its job brings, which is held fixed. Those of a segmentation network are means over pixels that
 belong to one image: every job has a reading of its own, so that no job's pixels count in another's
 scores. Engine and methods see rows of scores (n, columns) in any case.
 
@@ -22,6 +23,9 @@ from torch import Tensor, nn
 
 from models.targets import class_maps, class_scores
 from models.types import Job, Task
+
+PER_JOB: tuple[Task, ...] = ("segmentation", "embedding")
+"""Tasks whose output each job reads in its own way."""
 
 Read = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Scores and probabilities, float32 (n, columns) each, of a network's output for n images."""
@@ -73,12 +77,38 @@ class RegionScores:
         return torch.einsum("ap,ncp->nac", self.areas, values).flatten(1)
 
 
+@dataclass(frozen=True, eq=False)
+class Similarity:
+    """Reads vectors (n, values) as their cosine with a vector (values,), one column."""
+
+    reference: Tensor
+
+    def __call__(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """The cosines of n vectors, twice: they take the place of probabilities, too."""
+        cosines = nn.functional.cosine_similarity(output.float(), self.reference[None])[:, None]
+        return cosines, cosines.detach()
+
+
+def _vectors(output: Tensor) -> tuple[Tensor, Tensor]:
+    """The vectors themselves, for jobs that want no more."""
+    vectors = output.float()
+    return vectors, vectors.detach()
+
+
 def readings(task: Task, jobs: Sequence[Job], output: Tensor) -> list[Read]:
     """How the output of each job's image is read, in this pass and in all that follow for it."""
     if task == "segmentation":
         images = output.split(1)
         return [RegionScores.of(o, job.areas) for o, job in zip(images, jobs, strict=True)]
+    if task == "embedding":
+        return [_similarity(job, output.device) for job in jobs]
     return [plain(task)] * len(jobs)
+
+
+def _similarity(job: Job, device: torch.device) -> Read:
+    if job.reference is None:
+        return _vectors
+    return Similarity(torch.from_numpy(job.reference.copy()).to(device))
 
 
 @cache
@@ -98,4 +128,6 @@ def read(reads: Sequence[Read], output: Tensor, sizes: Sequence[int]) -> tuple[T
 
 def columns(job: Job) -> int:
     """A number that jobs whose rows of scores have one length share."""
+    if job.reference is not None:
+        return -1
     return 0 if job.areas is None else len(job.areas)

@@ -28,10 +28,13 @@ def class_scores(output: Tensor, task: Task) -> tuple[Tensor, Tensor]:
     Softmax for single-label models, a sigmoid of each class for multi-label ones. A binary model
     has a single logit z and scores its two classes (-z, z), with probabilities sigmoid(-z) and
     sigmoid(z); one with two logits is loaded as a single-label model. The maps of a segmentation
-    model are averaged over the image, as its probes need it; `models.readout` reads them for jobs.
+    model are averaged over the image, and the vector of an embedding is summed, so that probes have
+    scores; `models.readout` reads them for jobs.
     """
     if task == "segmentation":
         output = class_maps(output).mean((2, 3))
+    if task == "embedding":
+        output = output.sum(1, keepdim=True)
     logits = output.float()
     if task == "binary":
         logits = torch.cat([-logits, logits], 1)
@@ -60,7 +63,7 @@ def ranked(scores: Tensor, probabilities: Tensor, *, classes: int, task: Task) -
     By score, but by their share of the pixels for a segmentation model; each area has its own order.
     """
     values = (probabilities if task == "segmentation" else scores).detach()
-    if values.shape[1] == classes:
+    if task != "segmentation" or values.shape[1] == classes:
         return values.sort(dim=1, descending=True, stable=True).indices
     blocks = values.unflatten(1, (-1, classes))
     order: Tensor = blocks.sort(dim=2, descending=True, stable=True).indices

@@ -18,8 +18,8 @@ from models.image_types import Fit, Geometry, Order, Preprocess, Region, Struct
 
 __all__ = ["Fit", "Geometry", "Order", "Preprocess", "Region", "Struct"]
 
-Operation = Literal["predict", "explain", "features"]
-Task = Literal["single_label", "multi_label", "binary", "segmentation"]
+Operation = Literal["predict", "explain", "features", "compare"]
+Task = Literal["single_label", "multi_label", "binary", "segmentation", "embedding"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Fuse = Literal["none", "mean", "max", "product"]
 Kind = Literal["output", "input", "grad_output", "grad_input"]
@@ -119,6 +119,8 @@ class Job(Struct):
         input: the model input: pixels before normalising, uint8 (height, width, channels), or values
             after it, float32 (channels, height, width).
         areas: uint8 (areas, height, width) of 0 and 1, the areas of the input that targets name.
+        reference: float32 (values,), the vector that an embedding is compared with; without it, a
+            prediction by a model of the task `embedding` is the vector.
     """
 
     id: str
@@ -128,6 +130,7 @@ class Job(Struct):
     input: np.ndarray
     options: JobOptions
     areas: np.ndarray | None = None
+    reference: np.ndarray | None = None
 
     @property
     def model_key(self) -> ModelKey:
@@ -236,12 +239,17 @@ class LayerFeatures(LayerStatistics):
 
 
 class Outcome(Struct):
-    """The result of a job."""
+    """The result of a job.
+
+    Attributes:
+        embedding: float32 (values,), of a model of the task `embedding`.
+    """
 
     id: str
     predictions: tuple[ClassScore, ...]
     explanations: tuple[Explanation, ...] = ()
     statistics: tuple[LayerFeatures, ...] = ()
+    embedding: np.ndarray | None = None
 
 
 class Progress(Struct):

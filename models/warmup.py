@@ -30,6 +30,7 @@ from models.preparation.variant import Needs, Variant
 from models.probe import Trace, probe_batch, trace
 from models.proof import LayerProof, Proofs, input_layouts, layer_infos, layouts_of, prove_layers
 from models.proof_cache import ProofCache
+from models.readout import PER_JOB
 from models.sources import LoadedModel
 from models.types import ModelCard, ModelInfo, Preprocess
 from models.warm_model import WarmModel
@@ -68,7 +69,7 @@ def warm_up(
     layout = None if target is None else layouts[target]
     head = HeadProbe(kind="flatten")
     # Where each job reads the output in its own way, no gradient is a row of weights.
-    if target is not None and task != "segmentation":
+    if target is not None and task not in PER_JOB:
         images = head_batch(loaded.preprocess)
         head = probe_head(loaded.module, target, layout=layout, task=task, probe=images)
     facts = ModelFacts(

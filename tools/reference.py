@@ -22,7 +22,13 @@ from models.catalog import ModelSpec, PreprocessSpec
 from models.methods import METHODS
 from service.api.errors import CLIENT_GONE, CODES
 from service.api.metrics import Metrics
-from service.api.options import ExplainOptions, FeaturesOptions, PredictOptions, properties
+from service.api.options import (
+    CompareOptions,
+    ExplainOptions,
+    FeaturesOptions,
+    PredictOptions,
+    properties,
+)
 from service.cli.main import app
 from service.settings import Settings
 from service.worker.local import LocalPool
@@ -38,6 +44,7 @@ _OPERATIONS: Mapping[str, type[BaseModel]] = {
     "predict": PredictOptions,
     "explain": ExplainOptions,
     "features": FeaturesOptions,
+    "compare": CompareOptions,
 }
 
 

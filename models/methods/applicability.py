@@ -32,7 +32,13 @@ _UNSUITABLE: Mapping[Task, dict[str, str]] = {
     "segmentation": {
         "finercam": "it compares classes, whose scores are of pixels of their own here",
         "shapleycam": "it differentiates the probability of a class, which is a share of pixels here",
-    }
+    },
+    "embedding": {
+        "finercam": "it compares classes, and a similarity has none",
+        "shapleycam": "it differentiates the probability of a class, and a similarity has none",
+        "fullgrad": "its parts add up to a score that is linear in the output, and a cosine is not",
+        "lrp": "it passes back a score that is linear in the output, and a cosine is not",
+    },
 }
 """Methods that have no meaning for a task, and why."""
 

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from models.catalog import ModelSpec, PreprocessSpec
 from models.errors import ModelLoadFailed
@@ -32,6 +32,8 @@ SOURCES = {
 USUAL_PREPROCESS = Preprocess(resize=256, crop=(224, 224))
 """What most networks were trained with: the margin, mean and deviation of ImageNet."""
 _MEANINGS: Mapping[Task, str] = {
+    "embedding": "The network gives vectors: POST /v1/compare tells how alike two images are by it, "
+    "and which parts of them make them so.",
     "segmentation": "A class's probability is the mean of its probabilities at all pixels, its score "
     "the mean over the pixels that it wins, or over the whole image where it wins none.",
 }
@@ -161,13 +163,17 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
             key=spec.weights_key,
             ignored=built.ignored_keys,
         )
+    # As timm's networks have it.
+    reset: Any = getattr(built.module, "reset_classifier", None)
+    if task == "embedding" and reset is not None:
+        reset(0)
     module = fill_inputs(built.module, spec.inputs)
     module = module.eval().requires_grad_(requires_grad=False)
     preprocess = spec.preprocess.over(built.preprocess)
     proved = prove_network(module, preprocess, task, output=spec.output)
     single_logit = task in ("binary", "segmentation") and proved.outputs == 1
     # A single logit tells two classes apart.
-    num_classes = 2 if single_logit else proved.outputs
+    num_classes = 2 if single_logit else 0 if task == "embedding" else proved.outputs
     if spec.num_classes not in (None, num_classes, proved.outputs):
         library = spec.weights == "default" and kind != "python"
         own = " The default weights come with their own head." if library else ""

@@ -23,7 +23,17 @@ from service.api.limiter import ConcurrencyLimiter
 from service.api.metrics import Metrics
 from service.api.middleware import RequestContext, RouteAliases
 from service.api.pipeline import Pipeline
-from service.api.routes import admin, docs, explain, features, health, models, page, predict
+from service.api.routes import (
+    admin,
+    compare,
+    docs,
+    explain,
+    features,
+    health,
+    models,
+    page,
+    predict,
+)
 from service.api.security import limit_key, require_admin_key, require_api_key
 from service.devices.pool import DevicePool
 from service.hardware import available_cores
@@ -169,7 +179,7 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
     keyed = [Depends(require_api_key)]
     is_limited = settings.limits.max_concurrent_per_key is not None
     limited = [*keyed, Depends(limit_key)] if is_limited else keyed
-    for module in (predict, explain, features, infer, kserve_v1, torchserve, sagemaker):
+    for module in (predict, explain, features, compare, infer, kserve_v1, torchserve, sagemaker):
         app.include_router(module.router, dependencies=limited)
     for router in (models.router, statistics.router, metadata.models):
         app.include_router(router, dependencies=keyed)

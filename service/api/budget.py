@@ -47,7 +47,7 @@ _LEAST_DRAWN: Mapping[str, Callable[[RenderOptions], dict[str, Any]]] = {
 def answer_bytes(plan: Plan, cost: Price, render: RenderOptions) -> int:
     """Size of one image's part of the answer, and of the results that it is made from."""
     card = plan.info.card
-    if plan.operation != "explain":
+    if plan.operation not in ("explain", "compare"):
         return _RESULT_BYTES + cost.result_bytes
     pixels = math.prod(card.input.crop) if card.input is not None else 0
     if render.canvas == "original":

@@ -27,6 +27,7 @@ _RESPONSES: Mapping[Operation, Callable[..., Any]] = {
     "predict": schemas.PredictResponse,
     "explain": schemas.ExplainResponse,
     "features": schemas.FeaturesResponse,
+    "compare": schemas.CompareResponse,
 }
 
 T = TypeVar("T")
@@ -106,6 +107,7 @@ async def run_body(
 
 def images_response(request: Request, plan: Plan, reply: Reply) -> Response:
     """The JSON response to a request for images."""
+    more = {"similarity": reply.similarity} if plan.operation == "compare" else {}
     return json_response(
         _RESPONSES[plan.operation](
             request_id=record_of(request).request_id,
@@ -113,6 +115,7 @@ def images_response(request: Request, plan: Plan, reply: Reply) -> Response:
             results=reply.results,
             timings_ms=reply.timings,
             batch_size=reply.batch_size,
+            **more,
         )
     )
 

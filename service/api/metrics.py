@@ -131,7 +131,7 @@ class Metrics:
             stage: self.stage_seconds.labels(stage, model, served.version, operation)
             for stage in STAGES
         }
-        computing = "explain" if operation == "explain" else "predict"
+        computing = "explain" if operation in ("explain", "compare") else "predict"
         decode, compute, render = (
             self._model_seconds[name].labels(model)
             for name in ("preprocess", computing, "postprocess")

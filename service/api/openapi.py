@@ -20,6 +20,7 @@ from service.api.errors import CODES
 from service.api.multipart import IMAGE_PART, OPTIONS_PART
 from service.api.options import (
     AnyOptions,
+    CompareOptions,
     ExplainOptions,
     FeaturesOptions,
     ImageOption,
@@ -194,6 +195,7 @@ _RESPONSES: tuple[type[Any], ...] = (
     schemas.PredictResponse,
     schemas.ExplainResponse,
     schemas.FeaturesResponse,
+    schemas.CompareResponse,
     schemas.ProgressEvent,
     schemas.PartialEvent,
     schemas.ModelsResponse,
@@ -226,12 +228,17 @@ def _response_schemas(kinds: Sequence[type[Any]]) -> dict[str, Any]:
         whole = [field for field in result.__struct_fields__ if field not in optional]
         found[result.__name__]["oneOf"] = [{"required": whole}, {"required": ["error"]}]
         del found[result.__name__]["required"]
+    compared = found[schemas.CompareResult.__name__]
+    compared["required"] = ["image", "explanations"]
+    # Without two good images there is no answer.
+    for never in ("error", "predictions"):
+        del compared["properties"][never]
     return found
 
 
 def _option_schemas() -> dict[str, Any]:
     """JSON schemas of all options, and of the JSON bodies that hold them, by name."""
-    operations = (PredictOptions, ExplainOptions, FeaturesOptions)
+    operations = (PredictOptions, ExplainOptions, FeaturesOptions, CompareOptions)
     _, described = models_json_schema(
         [(model, "validation") for model in (*operations, ImageOption)], ref_template=_REF
     )
@@ -308,5 +315,12 @@ data: {"request_id":"01JZ8Q4M7V9WK3T5R2XN6B1C0D","model":{"name":"efficientnet_l
 """
 _RESULT = EXPLAIN["results"][0]
 _IMAGE = {key: _RESULT[key] for key in ("image", "predictions")}
+_MAP = {
+    key: value
+    for key, value in _RESULT["explanations"][0].items()
+    if key not in ("target", "faithfulness")
+}
+_COMPARED = {"image": _RESULT["image"], "explanations": [_MAP]}
+COMPARE = {**EXPLAIN, "similarity": 0.83, "results": [_COMPARED, _COMPARED]}
 PREDICT = {**EXPLAIN, "results": [{**_IMAGE, "statistics": []}]}
 FEATURES = {**EXPLAIN, "results": [{**_IMAGE, "features": _RESULT["statistics"]}]}

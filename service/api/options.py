@@ -152,17 +152,13 @@ class PredictOptions(CommonOptions):
     ] = False
 
 
-class ExplainOptions(CommonOptions):
-    """Options of `/v1/explain`."""
+class MapOptions(CommonOptions):
+    """Options of operations that draw maps."""
 
-    operation: ClassVar[Operation] = "explain"
-
-    top_k: TopK = 5
     methods: Annotated[
         list[MethodOption],
         Field(min_length=1, max_length=len(METHODS), description="See `/v1/methods`."),
     ] = ["gradcam"]
-    targets: Annotated[Targets, Field(description="Classes to explain.")] = ["top1"]
     layers: Annotated[
         Layers,
         Field(description="Dotted module names or globs; `auto` is the recommended layer."),
@@ -194,6 +190,24 @@ class ExplainOptions(CommonOptions):
     ] = "auto"
     alpha: Annotated[Finite, Field(ge=0, le=1, description="Opacity of the overlay.")] = 0.5
     overlay_format: Annotated[OverlayFormat, Field(description="Format of the overlay.")] = "jpeg"
+    samples: Annotated[
+        int | None, Field(ge=1, le=10_000, description="Samples of a stochastic method.")
+    ] = None
+    steps: Annotated[int | None, Field(ge=1, le=1_000, description="Steps of a path method.")] = (
+        None
+    )
+    seed: Annotated[
+        int | None, Field(ge=0, le=2**31 - 1, description="The same seed gives the same map.")
+    ] = None
+
+
+class ExplainOptions(MapOptions):
+    """Options of `/v1/explain`."""
+
+    operation: ClassVar[Operation] = "explain"
+
+    top_k: TopK = 5
+    targets: Annotated[Targets, Field(description="Classes to explain.")] = ["top1"]
     statistics: Annotated[
         bool, Field(description="Whether to add statistics of the explained layers.")
     ] = True
@@ -210,15 +224,12 @@ class ExplainOptions(CommonOptions):
             "`text/event-stream`."
         ),
     ] = False
-    samples: Annotated[
-        int | None, Field(ge=1, le=10_000, description="Samples of a stochastic method.")
-    ] = None
-    steps: Annotated[int | None, Field(ge=1, le=1_000, description="Steps of a path method.")] = (
-        None
-    )
-    seed: Annotated[
-        int | None, Field(ge=0, le=2**31 - 1, description="The same seed gives the same map.")
-    ] = None
+
+
+class CompareOptions(MapOptions):
+    """Options of `/v1/compare`."""
+
+    operation: ClassVar[Operation] = "compare"
 
 
 class FeaturesOptions(CommonOptions):
@@ -256,7 +267,7 @@ class ImageOption(_Model):
     targets: Annotated[Targets | None, Field(description="Override the common targets.")] = None
 
 
-AnyOptions = PredictOptions | ExplainOptions | FeaturesOptions
+AnyOptions = PredictOptions | ExplainOptions | FeaturesOptions | CompareOptions
 
 
 @lru_cache

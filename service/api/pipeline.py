@@ -15,6 +15,8 @@ from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
+from msgspec import structs
+
 from models.errors import (
     DeadlineExceeded,
     HeatlensError,
@@ -24,12 +26,14 @@ from models.errors import (
 )
 from models.imaging.decode import DecodeLimits
 from models.imaging.prepare import PreparedImage
-from models.types import Job, Operation, Struct
+from models.price import Price
+from models.types import Job, JobOptions, Operation, Struct
 from service import logs, tracing
 from service.api import schemas
 from service.api.decoders import Decoders
 from service.api.errors import internal_error
 from service.api.host import HostWork
+from service.api.pair import Pair
 from service.api.plan import Plan, PlannedImage
 from service.api.preparation import PlanInputs, Preparation
 from service.api.responses import draw, render
@@ -50,6 +54,7 @@ _RESULTS: Mapping[Operation, type[Result]] = {
     "predict": schemas.PredictResult,
     "explain": schemas.ExplainResult,
     "features": schemas.FeaturesResult,
+    "compare": schemas.CompareResult,
 }
 
 
@@ -69,6 +74,7 @@ class Reply(Struct):
         batch_size: the largest batch of its images.
         device: the devices of its images, comma-separated.
         runs: one for each image that succeeded.
+        similarity: of two images that are compared.
     """
 
     results: tuple[Result, ...]
@@ -76,6 +82,7 @@ class Reply(Struct):
     batch_size: int
     device: str
     runs: tuple[ImageRun, ...]
+    similarity: float = math.nan
 
 
 class Pipeline:
@@ -132,13 +139,14 @@ class Pipeline:
         if watch is not None:
             watch.start(len(plan.images))
         room = _Room(_TOLERANCE * self._max_answer_bytes)
+        pair = Pair() if plan.operation == "compare" else None
         self._answer_bytes += plan.answer_bytes
         try:
             async with asyncio.timeout(plan.deadline - time.monotonic()):
                 inputs = await self._preparation.begin(plan)
                 outcomes = await asyncio.gather(
                     *(
-                        self._try_image(i, plan, inputs, watch=watch, room=room)
+                        self._try_image(i, plan, inputs, watch=watch, room=room, pair=pair)
                         for i in range(len(plan.images))
                     )
                 )
@@ -150,7 +158,8 @@ class Pipeline:
             # The plan must be made again for all images, not only for this one.
             if isinstance(outcome, ModelReplaced):
                 raise outcome
-        return _reply(outcomes, plan)
+        reply = _reply(outcomes, plan)
+        return reply if pair is None else structs.replace(reply, similarity=pair.similarity)
 
     def _refuse_excess(self, plan: Plan) -> None:
         """Refuse a plan before spending time on decoding it, if it would wait for too long.
@@ -178,21 +187,39 @@ class Pipeline:
             return await stage.run(lambda: draw(item.explanation, item.source, item.plan))
 
     async def _try_image(
-        self, number: int, plan: Plan, inputs: PlanInputs, *, watch: Watch | None, room: _Room
+        self,
+        number: int,
+        plan: Plan,
+        inputs: PlanInputs,
+        *,
+        watch: Watch | None,
+        room: _Room,
+        pair: Pair | None,
     ) -> tuple[Result, ImageRun] | HeatlensError:
+        failed: HeatlensError
         try:
-            return await self._run_image(number, plan, inputs, watch=watch, room=room)
+            return await self._run_image(number, plan, inputs, watch=watch, room=room, pair=pair)
         except HeatlensError as error:
-            return error
+            failed = error
         except Exception:  # noqa: BLE001 # one image must not fail the others
             _log.exception("An image failed unexpectedly.")
-            return internal_error()
+            failed = internal_error()
         finally:
             if watch is not None:
                 watch.finish(number)
+        if pair is not None:
+            pair.fail(failed)
+        return failed
 
     async def _run_image(
-        self, number: int, plan: Plan, inputs: PlanInputs, *, watch: Watch | None, room: _Room
+        self,
+        number: int,
+        plan: Plan,
+        inputs: PlanInputs,
+        *,
+        watch: Watch | None,
+        room: _Room,
+        pair: Pair | None,
     ) -> tuple[Result, ImageRun]:
         image = plan.images[number]
         if image.input.error is not None:
@@ -208,6 +235,11 @@ class Pipeline:
                 watch.hear(number, news, prepared, plan)
 
         submission = _submission(image, prepared, plan, digest=digest, is_watched=watch is not None)
+        if pair is not None:
+            found = await self._pool.submit(_vector_of(submission))
+            other = await pair.exchange(number, found.outcome.embedding)
+            job = structs.replace(submission.job, operation="explain", reference=other)
+            submission = structs.replace(submission, job=job)
         with self._host.stage("draw") as stage:
             completion = await self._pool.submit(submission, on_progress=hear)
             answered = time.monotonic()
@@ -280,6 +312,13 @@ def _submission(
         fingerprint=plan.info.fingerprint,
         news=news if is_watched else "none",
     )
+
+
+def _vector_of(submission: Submission) -> Submission:
+    """A job that only gives the vector of a submission's image."""
+    options = JobOptions(top_k=1, targets=(), interventions=submission.job.options.interventions)
+    job = structs.replace(submission.job, id=uuid.uuid4().hex, operation="predict", options=options)
+    return structs.replace(submission, job=job, price=Price(), news="none")
 
 
 def _reply(outcomes: Sequence[tuple[Result, ImageRun] | HeatlensError], plan: Plan) -> Reply:

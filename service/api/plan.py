@@ -15,7 +15,16 @@ from models.imaging.style import ClipChoice, ColormapChoice
 from models.methods import METHODS
 from models.price import Price, price
 from models.resolve import check_cam, resolve_layers, resolve_methods, resolve_targets
-from models.types import Intervention, JobOptions, ModelCard, ModelInfo, Operation, Struct
+from models.types import (
+    ClassRef,
+    Intervention,
+    JobOptions,
+    ModelCard,
+    ModelInfo,
+    Operation,
+    Struct,
+    Target,
+)
 from service.api.body import ImageInput
 from service.api.budget import answer_bytes, check_budget
 from service.api.options import (
@@ -23,8 +32,11 @@ from service.api.options import (
     MAX_MASKS,
     AnyOptions,
     CanvasName,
+    CompareOptions,
+    ExplainOptions,
     FeaturesOptions,
     InterventionOption,
+    MapOptions,
     Output,
     PredictOptions,
     count_against,
@@ -145,16 +157,17 @@ def make_plan(
     Raises:
         HeatlensError: an option does not fit the model, or costs too much; the error names it.
     """
+    check_task(options.operation, info, images=len(images))
     common = job_options(options, info)
     planned, usual = [], price(options.operation, common, info)
-    common_targets = [] if isinstance(options, PredictOptions) else options.targets
+    common_targets = getattr(options, "targets", [])
     _check_contrasts([image.targets or [] for image in images])
     for i, image in enumerate(images):
         resolved, cost = common, usual
         if image.targets is not None:
             targets = resolve_targets(image.targets, info, field=f"images.{i}.targets")
             # A prediction has no targets; they are only checked.
-            if options.operation != "predict":
+            if common.targets:
                 resolved = msgspec.structs.replace(common, targets=targets)
                 cost = price(options.operation, resolved, info)
         raw = image.targets if image.targets is not None else common_targets
@@ -181,6 +194,29 @@ def make_plan(
     return plan
 
 
+def check_task(operation: Operation, info: ModelInfo, *, images: int) -> None:
+    """Refuse an operation that has no meaning for what the model was trained to do.
+
+    Raises:
+        InvalidOption: it has none, or two images are needed.
+    """
+    name, gives_vectors = info.card.name, info.card.task == "embedding"
+    if gives_vectors and operation in ("predict", "explain"):
+        raise InvalidOption(
+            f"{name} gives vectors, not classes: POST /v1/compare compares two images.",
+            field="model",
+        )
+    if operation != "compare":
+        return
+    if not gives_vectors:
+        raise InvalidOption(
+            f'{name} gives scores of classes; models of the task "embedding" compare images.',
+            field="model",
+        )
+    if images != 2:
+        raise InvalidOption("Exactly two images are compared.", field="images")
+
+
 def job_options(options: AnyOptions, info: ModelInfo) -> JobOptions:
     """The options of a job, resolved against the model.
 
@@ -197,7 +233,9 @@ def job_options(options: AnyOptions, info: ModelInfo) -> JobOptions:
             statistics=options.statistics,
             interventions=changes,
         )
-    targets = resolve_targets(options.targets, info)
+    if isinstance(options, CompareOptions):
+        return _map_options(options, info, changes)
+    targets = _targets(options, info)
     if isinstance(options, FeaturesOptions):
         return JobOptions(
             top_k=min(5, classes),
@@ -209,23 +247,43 @@ def job_options(options: AnyOptions, info: ModelInfo) -> JobOptions:
             grid=options.grid,
             interventions=changes,
         )
+    return msgspec.structs.replace(
+        _map_options(options, info, changes),
+        top_k=min(options.top_k, classes),
+        targets=targets,
+        statistics=options.statistics,
+        faithfulness=tuple(dict.fromkeys(options.faithfulness)),
+        curves=options.curves,
+    )
+
+
+def _map_options(
+    options: MapOptions, info: ModelInfo, changes: tuple[Intervention, ...]
+) -> JobOptions:
+    """Options of a job that makes maps of the one score that a similarity is."""
     methods = resolve_methods(options.methods, info)
     layers = _explained_layers(options.layers, methods, info)
     check_cam(methods, layers, info)
     return JobOptions(
-        top_k=min(options.top_k, classes),
-        targets=targets,
+        targets=(Target(cls=ClassRef(kind="index", value=0)),),
         methods=methods,
         layers=layers,
         fuse=options.fuse,
-        statistics=options.statistics,
         interventions=changes,
-        faithfulness=tuple(dict.fromkeys(options.faithfulness)),
-        curves=options.curves,
         samples=options.samples,
         steps=options.steps,
         seed=options.seed,
     )
+
+
+def _targets(options: ExplainOptions | FeaturesOptions, info: ModelInfo) -> tuple[Target, ...]:
+    """The targets; none for the features of a model without classes."""
+    if info.card.task != "embedding":
+        return resolve_targets(options.targets, info)
+    if isinstance(options, FeaturesOptions) and any(k.startswith("grad") for k in options.kinds):
+        reason = f"{info.card.name} gives vectors: there is no score to differentiate."
+        raise InvalidOption(reason, field="kinds")
+    return ()
 
 
 def _explained_layers(
@@ -272,7 +330,7 @@ def _check_contrasts(targets: Sequence[Sequence[object]]) -> None:
 
 def _count(operation: Operation, options: JobOptions) -> int:
     """Maximum number of explanations or statistics in the result of one image."""
-    if operation == "explain":
+    if operation in ("explain", "compare"):
         layers = max(1, len(options.layers)) if options.fuse == "none" else 1
         return len(options.methods) * len(options.targets) * layers
     gradients = sum(kind.startswith("grad_") for kind in options.kinds)

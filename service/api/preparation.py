@@ -133,8 +133,12 @@ class PlanInputs:
         return image, digest
 
     @property
+    def _draws(self) -> bool:
+        return self._plan.operation in ("explain", "compare")
+
+    @property
     def _canvas(self) -> Canvas:
-        return self._plan.render.canvas if self._plan.operation == "explain" else "none"
+        return self._plan.render.canvas if self._draws else "none"
 
     def _prepare(self, data: bytes | np.ndarray, spec: Preprocess) -> PreparedImage:
         limits, canvas = self._preparation.limits, self._canvas
@@ -143,7 +147,7 @@ class PlanInputs:
         if data.dtype != np.float32:
             image = from_pixels(data, limits=limits, preprocess=spec)
             return from_decoded(image, spec=spec, canvas=canvas)
-        if self._plan.operation == "explain" and "overlay" in self._plan.render.outputs:
+        if self._draws and "overlay" in self._plan.render.outputs:
             reason = "Normalised values are not an image to draw an overlay on."
             raise InvalidOption(reason, field="outputs")
         values, geometry = take_normalised(data, spec)

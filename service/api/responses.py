@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import struct
 from collections.abc import Generator
+from typing import Any, TypeVar
 
 import numpy as np
 from msgspec import UNSET, UnsetType, structs
@@ -28,6 +29,8 @@ from service.api import schemas
 from service.api.plan import Plan
 from service.api.schemas import ImageData, Prediction, Result, StatisticsResponse, derive
 
+MapT = TypeVar("MapT", bound=schemas.MapResponse)
+
 
 def render(outcome: Outcome, source: PreparedImage, plan: Plan) -> Generator[int, None, Result]:
     """Make the result of one image; yields the number of bytes after each part that was drawn."""
@@ -49,6 +52,12 @@ def render(outcome: Outcome, source: PreparedImage, plan: Plan) -> Generator[int
             image=image, predictions=predictions, features=statistics, warnings=warnings
         )
     canvas = _canvas(source)
+    if plan.operation == "compare":
+        maps: list[schemas.MapResponse] = []
+        for explanation in outcome.explanations:
+            maps.append(_map(schemas.MapResponse, explanation, canvas, source, plan))
+            yield _size(maps[-1].heatmap) + _size(maps[-1].overlay)
+        return schemas.CompareResult(image=image, explanations=tuple(maps), warnings=warnings)
     explanations: list[schemas.ExplanationResponse] = []
     for explanation in outcome.explanations:
         explanations.append(_explanation(explanation, canvas, source, plan))
@@ -80,6 +89,28 @@ def _canvas(source: PreparedImage) -> Canvas:
 def _explanation(
     item: Explanation, canvas: Canvas, source: PreparedImage, plan: Plan
 ) -> schemas.ExplanationResponse:
+    area, class_id = _place(item.target.class_id, plan)
+    target = structs.replace(item.target, class_id=class_id)
+    return _map(
+        schemas.ExplanationResponse,
+        item,
+        canvas,
+        source,
+        plan,
+        target=_prediction(target, plan.info.labels),
+        area=area,
+    )
+
+
+def _map(
+    kind: type[MapT],
+    item: Explanation,
+    canvas: Canvas,
+    source: PreparedImage,
+    plan: Plan,
+    **fields: Any,
+) -> MapT:
+    """Draw a map, as a response of some kind that has these fields, too."""
     options = plan.render
     style = style_of(
         signed=item.signed,
@@ -105,13 +136,10 @@ def _explanation(
             image_format=options.overlay_format,
         )
         overlaid = _image_data(data, f"image/{options.overlay_format}", canvas)
-    area, class_id = _place(item.target.class_id, plan)
-    target = structs.replace(item.target, class_id=class_id)
     return derive(
-        schemas.ExplanationResponse,
+        kind,
         item,
-        target=_prediction(target, plan.info.labels),
-        area=area,
+        **fields,
         heatmap=heatmap,
         overlay=overlaid,
         values=_values(item.map) if "values" in options.outputs else UNSET,

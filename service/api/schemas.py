@@ -114,16 +114,11 @@ class Point(Struct):
     y: float
 
 
-class ExplanationResponse(Struct, kw_only=True):
-    """One map: a method, a layer and a target."""
+class MapResponse(Struct, kw_only=True):
+    """One map: a method and a layer."""
 
     method: Annotated[str, Meta(examples=["gradcam"])]
     layer: str
-    target: Prediction
-    area: (
-        Annotated[int, Meta(description="Number of the target's area among the image's, from 0.")]
-        | UnsetType
-    ) = UNSET
     heatmap: ImageData | UnsetType = UNSET
     overlay: ImageData | UnsetType = UNSET
     values: Values | UnsetType = UNSET
@@ -134,8 +129,18 @@ class ExplanationResponse(Struct, kw_only=True):
     degenerate: Annotated[bool, Meta(description="Whether the map is constant and shows nothing.")]
     peak: Point | None
     box: Box | None
-    faithfulness: dict[str, Faithfulness] = {}
     warnings: tuple[str, ...] = ()
+
+
+class ExplanationResponse(MapResponse, kw_only=True):
+    """One map: a method, a layer and a target."""
+
+    target: Prediction
+    area: (
+        Annotated[int, Meta(description="Number of the target's area among the image's, from 0.")]
+        | UnsetType
+    ) = UNSET
+    faithfulness: dict[str, Faithfulness] = {}
 
 
 class StatisticsResponse(LayerStatistics):
@@ -170,7 +175,13 @@ class FeaturesResult(_Result):
     features: tuple[StatisticsResponse, ...] | UnsetType = UNSET
 
 
-Result = PredictResult | ExplainResult | FeaturesResult
+class CompareResult(_Result):
+    """One image of two that are compared: what makes it similar to the other."""
+
+    explanations: tuple[MapResponse, ...] | UnsetType = UNSET
+
+
+Result = PredictResult | ExplainResult | FeaturesResult | CompareResult
 
 
 class Timings(Struct):
@@ -206,6 +217,17 @@ class ExplainResponse(_Response):
     """Predictions and explanations, one result per image in order."""
 
     results: tuple[ExplainResult, ...]
+    timings_ms: Timings
+    batch_size: BatchSize
+
+
+class CompareResponse(_Response):
+    """The similarity of two images, and for each of them, in order, what makes them similar."""
+
+    similarity: Annotated[
+        float, Meta(description="Cosine of the two vectors.", ge=-1, le=1, examples=[0.83])
+    ]
+    results: tuple[CompareResult, CompareResult]
     timings_ms: Timings
     batch_size: BatchSize
 

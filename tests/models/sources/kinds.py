@@ -430,6 +430,8 @@ KINDS: Mapping[str, Mapping[str, Make]] = {
         ),
         "one map, segmentation": factory("Other(lambda y, m: m[:, :1])", task="segmentation"),
         "one row of scores, segmentation": factory("Net()", task="segmentation"),
+        "vectors, embedding": factory("Other(lambda y, m: m.mean((2, 3)))", task="embedding"),
+        "maps, embedding": factory("Other(lambda y, m: m)", task="embedding"),
         "scores that are not finite": factory("Other(lambda y, m: y / 0)"),
         "labels of another number": factory("Net()", labels=["cat", "dog"]),
     },
@@ -463,6 +465,7 @@ KINDS: Mapping[str, Mapping[str, Make]] = {
             "torchvision:lraspp_mobilenet_v3_large", preprocess={"resize": [64, 64]}
         ),
         "a folder of timm": _timm,
+        "timm, embedding": _named("timm:resnet10t", preprocess=SIZE, task="embedding"),
         "timm, grey": _named(
             "timm:resnet10t", preprocess=SIZE | {"channels": 1, "mean": [0.5], "std": [0.5]}
         ),

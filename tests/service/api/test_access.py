@@ -29,7 +29,7 @@ OPERATIONS = """
 GET /metrics  GET /openapi.json  GET /docs  GET /docs/start.js  GET /docs/{path}
 """
 KEYED = """
-POST /v1/predict  POST /v1/explain  POST /v1/features
+POST /v1/predict  POST /v1/explain  POST /v1/features  POST /v1/compare
 GET /v1/models  GET /v1/models/{name}  GET /v1/models/{name}/labels  GET /v1/models/{name}/layers
 GET /v1/methods
 POST /v2/models/{model}/infer  POST /v2/models/{model}/versions/{version}/infer
