@@ -97,7 +97,7 @@ class Extractor:
         # may.
         named = [*(tap.layer for tap in taps), *(layer for layer, _ in changes)]
         self._calls = {layer: _find(module, layer) for layer in named}
-        self._images = 0
+        self._images = self._rows = 0
 
     @property
     def records_graph(self) -> bool:
@@ -168,14 +168,16 @@ class Extractor:
         return self._caught.get((layer, kind))
 
     def _call(self, inputs: Tensor) -> Tensor:
-        self._images = len(inputs)
+        self._rows = len(inputs)
+        # Of a network that is given a lone image twice, hooks see both.
+        self._images = max(self._rows, getattr(self._module, "least_batch", 1))
         output: Tensor = self._module(inputs)
         return output
 
     def _register(self) -> None:
         for layer, change in self._changes:
             module, call = self._calls[layer]
-            self._hooks.forward(module, change, call=call)
+            self._hooks.forward(module, self._change_hook(change), call=call)
         layers: dict[str, dict[Kind, Tap]] = {}
         for tap in self._taps:
             layers.setdefault(tap.layer, {})[tap.kind] = tap
@@ -191,6 +193,15 @@ class Extractor:
                 self._hooks.full_backward(module, self._module_hook(taps["grad_input"]))
             if "output" in taps or "grad_output" in taps:
                 self._hooks.forward(module, self._output_hook(taps), call=call)
+
+    def _change_hook(self, change: ForwardHook) -> ForwardHook:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if self._rows == self._images or not isinstance(output, Tensor):
+                return change(module, args, output)
+            changed = change(module, args, output[: self._rows])
+            return torch.cat([changed, output[self._rows :]])
+
+        return hook
 
     def _input_hook(self, taps: dict[Kind, Tap], *, by_tensor: bool) -> ForwardPreHook:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -247,7 +258,8 @@ class Extractor:
         return hook
 
     def _catch(self, tap: Tap, tensor: Tensor) -> None:
-        self._caught[tap.layer, tap.kind] = tap.keep(tensor.detach())
+        own = tensor if self._rows == self._images else tensor[: self._rows]
+        self._caught[tap.layer, tap.kind] = tap.keep(own.detach())
 
 
 def _find(module: nn.Module, layer: str) -> tuple[nn.Module, int | None]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from models.hooks import HookStack, find_call
 from models.probe import Call, Trace
 
 MAX_PREFIX_TOKENS = 16
@@ -179,6 +181,37 @@ def choose_target_layer(trace: Trace, layouts: Layouts) -> str | None:
             return chain[-1].name
         class_maps = class_maps or chain[-1].name
     return class_maps
+
+
+def choose_by_value(trace: Trace, layouts: Layouts) -> str | None:
+    """The same where no map has a gradient: the last one without which the scores are others.
+
+    What has one map per class is passed over, if there is anything else.
+    """
+    classes = (1, trace.scores.shape[1])
+    class_maps: str | None = None
+    for group in reversed(trace.groups()):
+        chain = _chain(group, layouts)
+        if not chain or not matters(trace, chain[-1].name):
+            continue
+        output = chain[-1].output
+        if output is not None and to_map(output, layouts[chain[-1].name]).shape[1] not in classes:
+            return chain[-1].name
+        class_maps = class_maps or chain[-1].name
+    return class_maps
+
+
+def matters(trace: Trace, name: str) -> bool:
+    """Whether the network's scores change when a layer returns zeros."""
+
+    def nothing(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+        return torch.zeros_like(output)
+
+    module, call = find_call(trace.module, name)
+    with torch.inference_mode(), HookStack() as hooks:
+        plain = trace.module(trace.probe)
+        hooks.forward(module, nothing, call=call)
+        return not torch.equal(trace.module(trace.probe), plain)
 
 
 def has_gradient(trace: Trace, layouts: Layouts, name: str) -> bool:

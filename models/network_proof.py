@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from models.first_run import run_once
 from models.hooks import HookStack
 from models.outputs import Reading, adapt, describe, find_scores, undo_probabilities
 from models.probe import probe_batch
+from models.recomputation import run_straight
 from models.types import Preprocess, Task
 
 PROVED_IMAGES = 3
@@ -56,12 +57,14 @@ def prove_network(
         ModelLoadFailed: the network cannot be served; the text says why.
     """
     images = probe_batch(preprocess, images=PROVED_IMAGES)
-    given = images.clone()
-    answer = run_once(module, given)
-    key, scores = find_scores(answer, output)
-    reading = _reading(key, scores, task, in_place=int(given._version) > 0)  # noqa: SLF001
-    module = adapt(module, reading)
-    scores = reading.scores(answer)
+    try:
+        reading, scores = _read(module, images, task, output)
+        module = adapt(module, reading)
+    except ModelLoadFailed:
+        alone = _read_alone(module, images, task, output)
+        if alone is None:
+            raise
+        module, reading, scores = alone
     _check_finite(scores)
     if scores.shape[1] == 1 and task == "single_label":
         raise ModelLoadFailed(_ONE_SCORE)
@@ -78,28 +81,58 @@ def prove_network(
     return Proved(module=module, outputs=scores.shape[1], notes=notes)
 
 
-def _reading(key: int | str | None, scores: Tensor, task: Task, *, in_place: bool) -> Reading:
-    """How the answer to a batch of `PROVED_IMAGES` is read."""
+def _read(
+    module: nn.Module, images: Tensor, task: Task, output: int | str | None
+) -> tuple[Reading, Tensor]:
+    """How a network's answer is read, and the scores in it."""
+    given = images.clone()
+    with run_straight() as checkpointed:
+        answer = run_once(module, given)
+    key, scores = find_scores(answer, output)
+    reading = _reading(key, scores, task, images=len(images))
+    in_place = int(given._version) > 0  # noqa: SLF001
+    reading = replace(reading, in_place=in_place, straight=bool(checkpointed))
+    return reading, reading.scores(answer)
+
+
+@torch.no_grad()
+def _read_alone(
+    module: nn.Module, images: Tensor, task: Task, output: int | str | None
+) -> tuple[nn.Module, Reading, Tensor] | None:
+    """The same of a network that takes one image at a time, adapted to batches; None if it does not."""
+    try:
+        reading, _ = _read(module, images[:1], task, output)
+        reading = replace(reading, single=True)
+        module = adapt(module, reading)
+        return module, reading, module(images)
+    # It fails on one image, too, or on another.
+    except Exception:  # noqa: BLE001
+        return None
+
+
+def _reading(key: int | str | None, scores: Tensor, task: Task, *, images: int) -> Reading:
+    """How the scores of some images lie in the answer."""
     if task == "segmentation":
-        if scores.ndim != 4 or scores.shape[0] != PROVED_IMAGES or scores.shape[2:] == (1, 1):
+        if scores.ndim != 4 or scores.shape[0] != images or scores.shape[2:] == (1, 1):
             raise ModelLoadFailed(
-                f"The model answers {PROVED_IMAGES} images with {describe(scores)}, not with a map "
+                f"The model answers {images} images with {describe(scores)}, not with a map "
                 "of scores for each class."
             )
-        return Reading(key=key, in_place=in_place)
-    flat = task == "binary" and scores.shape == (PROVED_IMAGES,)
-    pooled = scores.ndim == 4 and scores.shape[0] == PROVED_IMAGES and scores.shape[2:] == (1, 1)
-    if not flat and not pooled and (scores.ndim != 2 or scores.shape[0] != PROVED_IMAGES):
+        return Reading(key=key)
+    flat = task == "binary" and scores.shape == (images,)
+    pooled = scores.ndim == 4 and scores.shape[0] == images and scores.shape[2:] == (1, 1)
+    lone = images == 1 and scores.ndim == 1 and len(scores) > 1
+    if not (flat or pooled or lone) and (scores.ndim != 2 or scores.shape[0] != images):
         hint = ""
-        if scores.shape == (PROVED_IMAGES,):
+        if scores.shape == (images,):
             hint = ' For a network with a single logit set task = "binary".'
-        if scores.ndim == 4 and scores.shape[0] == PROVED_IMAGES:
+        if scores.ndim == 4 and scores.shape[0] == images:
             hint = ' For a network that scores every pixel set task = "segmentation".'
         raise ModelLoadFailed(
-            f"The model answers {PROVED_IMAGES} images with {describe(scores)}, "
+            f"The model answers {images} images with {describe(scores)}, "
             f"not with one row of scores per image.{hint}"
         )
-    return Reading(key=key, flat=flat, pooled=pooled, in_place=in_place)
+    return Reading(key=key, flat=flat, pooled=pooled, lone=lone)
 
 
 def _check_finite(scores: Tensor) -> None:
@@ -115,16 +148,35 @@ def _independent(module: nn.Module, images: Tensor, scores: Tensor) -> tuple[nn.
     """
     order, reading = [2, 0, 1], Reading()
     permuted = images[order].contiguous(memory_format=torch.channels_last)
-    if not _answers(module, permuted, scores[order]):
+    if not _gives(module, permuted, scores[order]):
         reading = Reading(contiguous=True)
-        if not _answers(module, images[order], scores[order]):
+        if not _gives(module, images[order], scores[order]):
             raise ModelLoadFailed(_dependence(module, images, scores))
         module = adapt(module, reading)
     if _loses_the_batch_at_last(module, images[:1], outputs=scores.shape[1]):
         module = adapt(module, Reading(lone=True))
-    if not _same(_alone(module, images[:1], like=scores), scores[:1], scores):
+    try:
+        alone = _alone(module, images[:1], like=scores)
+    except ModelLoadFailed:
+        with suppress(ModelLoadFailed):
+            module = adapt(module, Reading(twice=True))
+        if not _gives(module, images[:1], scores):
+            raise
+        reading = replace(reading, twice=True)
+        return module, reading
+    if not _same(alone, scores[:1], scores):
         raise ModelLoadFailed(_dependence(module, images, scores))
     return module, reading
+
+
+def _gives(module: nn.Module, images: Tensor, scores: Tensor) -> bool:
+    """Whether a network gives the first images of a batch the scores that they have in it.
+
+    One that does not take some layout of memory or size of batch says so in many ways.
+    """
+    with suppress(Exception):
+        return _same(module(images), scores[: len(images)], scores)
+    return False
 
 
 def _loses_the_batch_at_last(module: nn.Module, image: Tensor, *, outputs: int) -> bool:
@@ -143,18 +195,9 @@ def _loses_the_batch_at_last(module: nn.Module, image: Tensor, *, outputs: int) 
     return False
 
 
-def _answers(module: nn.Module, images: Tensor, expected: Tensor) -> bool:
-    """Whether a network gives a whole batch's scores again."""
-    try:
-        return _same(module(images), expected, expected)
-    # A network that takes one layout of memory only says so in many ways.
-    except Exception:  # noqa: BLE001
-        return False
-
-
 def _dependence(module: nn.Module, images: Tensor, scores: Tensor) -> str:
     """What the scores of an image depend on besides it, as a sentence."""
-    if not _answers(module, images, scores):
+    if not _gives(module, images, scores):
         return (
             "The model's scores change from pass to pass for the same image: something in it is "
             "random or remembers earlier images. Functional dropout needs training=self.training."

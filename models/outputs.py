@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from models.errors import ModelLoadFailed
 from models.hooks import ForwardHook, HookStack
+from models.recomputation import run_straight
 from models.types import Task
 
 Ending = Literal["softmax", "log_softmax", "sigmoid"]
@@ -43,6 +44,9 @@ class Reading:
         in_place: whether the network works on its input in place, and so is given a copy.
         contiguous: whether the network takes images in contiguous memory only.
         lone: whether an image alone gets its scores without the dimension of the batch.
+        twice: whether an image alone is given twice, since the network fails on a batch of one.
+        single: whether images are given one after another, since it fails on other batches.
+        straight: whether what it checkpoints is run without that.
         undo: what made probabilities of the scores, outside of any module.
     """
 
@@ -52,6 +56,9 @@ class Reading:
     in_place: bool = False
     contiguous: bool = False
     lone: bool = False
+    twice: bool = False
+    single: bool = False
+    straight: bool = False
     undo: Ending | None = None
 
     def scores(self, answer: Any) -> Tensor:
@@ -82,6 +89,15 @@ class Reading:
             notes.append("The network works on its input in place, and is given a copy.")
         if self.contiguous:
             notes.append("The network does not take images channels_last, and is given a copy.")
+        if self.twice:
+            notes.append("The network fails on one image alone, which is given to it twice.")
+        if self.single:
+            notes.append(
+                "The network fails on batches: it is given one image after another, and its layers "
+                "cannot be read."
+            )
+        if self.straight:
+            notes.append("Gradient checkpointing (use_reentrant=True) is switched off.")
         return notes
 
 
@@ -174,9 +190,23 @@ def adapt(module: nn.Module, reading: Reading) -> nn.Module:
     def forward(self: nn.Module, images: Tensor) -> Tensor:
         given = images.contiguous() if reading.contiguous else images
         given = given.clone() if reading.in_place else given
+        if reading.straight:
+            with run_straight():
+                return reading.scores(kind.forward(self, given))
         return reading.scores(kind.forward(self, given))
 
-    module.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+    def forward_sized(self: nn.Module, images: Tensor) -> Tensor:
+        if reading.single and len(images) > 1:
+            return torch.cat([forward(self, image) for image in images.split(1)])
+        if reading.twice and len(images) == 1:
+            return forward(self, images.repeat(2, 1, 1, 1))[:1]
+        return forward(self, images)
+
+    body: dict[str, Any] = {"forward": forward}
+    if reading.twice or reading.single:
+        body = {"forward": forward_sized, "takes_single_images": reading.single}
+        body["least_batch"] = 2 if reading.twice else 1
+    module.__class__ = type(kind.__name__, (kind,), body)
     return module
 
 

@@ -126,6 +126,9 @@ def trace(module: nn.Module, task: Task, probe: Tensor) -> Trace:
             hooks.forward(child, record)
         # Not the leaf itself: a model may work on its input in place.
         scores, _ = class_scores(module(probe.detach().requires_grad_().clone()), task)
+    if getattr(module, "takes_single_images", False):
+        # No call of any layer is of the batch.
+        recorded, times = [], Counter(dict.fromkeys(times, 1))
     named = [replace(c, name=c.path) if times[c.path] == 1 else c for c in recorded]
     return Trace(
         module=module,

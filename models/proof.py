@@ -29,6 +29,7 @@ SEVERAL_CALLS = "it is called {0} times in a pass; name one of them: {1}#1 to {1
 NO_TENSOR = "its output is not one tensor, or quantised"
 NOT_A_MAP = "its output is not a map of the image"
 VARYING = "it is not called as often in every pass"
+ONE_AT_A_TIME = "the network takes one image at a time"
 ELSEWHERE = "its positions do not respond to the image where they would lie in it"
 
 
@@ -112,6 +113,8 @@ def prove_layers(trace: Trace) -> dict[str, LayerProof]:
         A proof for each call by its name, and one for the bare name of modules with several, in the
         order in which the model defines them.
     """
+    if not trace.calls:
+        return dict.fromkeys(trace.times, LayerProof(usable=False, reason=ONE_AT_A_TIME))
     measured, places = _measure(trace)
     verdicts: dict[str, bool] = {}
     made: dict[str, LayerProof] = {}

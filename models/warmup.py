@@ -19,9 +19,11 @@ from models.errors import ModelLoadFailed
 from models.fingerprint import Fingerprint
 from models.head import HeadProbe, head_batch, probe_head
 from models.layers import (
+    choose_by_value,
     choose_target_layer,
     feature_layers,
     has_gradient,
+    matters,
 )
 from models.methods.applicability import ModelFacts, supported_methods, try_methods
 from models.preparation.optimise import Findings, optimise
@@ -65,18 +67,20 @@ def warm_up(
     cache = ProofCache.of(loaded.module, before.scores, proofs_dir)
     proofs = cache.remember("layers", dict[str, LayerProof], lambda: prove_layers(traced))
     layouts = layouts_of(proofs)
-    target = _target_layer(spec.target_layer, traced, proofs)
+    target, differentiable = _target_layer(spec.target_layer, traced, proofs)
     layout = None if target is None else layouts[target]
     head = HeadProbe(kind="flatten")
     # Where each job reads the output in its own way, no gradient is a row of weights.
-    if target is not None and task not in PER_JOB:
+    if target is not None and differentiable and task not in PER_JOB:
         images = head_batch(loaded.preprocess)
         head = probe_head(loaded.module, target, layout=layout, task=task, probe=images)
     facts = ModelFacts(
         target_layer=target,
-        head=None if target is None else head.kind,
+        head=head.kind if differentiable else None,
         closed_form=head.closed_form,
         differentiable=traced.differentiable,
+        layer_differentiable=differentiable,
+        single_images=getattr(loaded.module, "takes_single_images", False),
         refusals=try_methods(traced, proofs, task=task),
     )
     probed = probe, before.check(loaded.module, probe)
@@ -161,10 +165,12 @@ def _graphs(device: torch.device, dtype: torch.dtype) -> Graphs | None:
     return Graphs(GraphRecorder(device), dtype=dtype) if device.type == "cuda" else None
 
 
-def _target_layer(configured: str, traced: Trace, proofs: Proofs) -> str | None:
+def _target_layer(configured: str, traced: Trace, proofs: Proofs) -> tuple[str | None, bool]:
+    """The layer to explain, if there is one, and whether a gradient of the scores reaches it."""
     layouts = layouts_of(proofs)
     if configured == "auto":
-        return choose_target_layer(traced, layouts)
+        chosen = choose_target_layer(traced, layouts)
+        return chosen or choose_by_value(traced, layouts), chosen is not None
     if configured not in proofs:
         close = get_close_matches(configured, proofs, n=3)
         hint = f" Close names: {', '.join(close)}." if close else ""
@@ -172,12 +178,10 @@ def _target_layer(configured: str, traced: Trace, proofs: Proofs) -> str | None:
     if configured not in layouts:
         reason = proofs[configured].reason
         raise ModelLoadFailed(f"target_layer {configured} cannot be explained: {reason}.")
-    if not has_gradient(traced, layouts, configured):
-        raise ModelLoadFailed(
-            f"No gradient of the scores reaches the map at target_layer {configured}: they do not "
-            "depend on it, or what follows it computes under torch.no_grad() or detaches it."
-        )
-    return configured
+    differentiable = has_gradient(traced, layouts, configured)
+    if not differentiable and not matters(traced, configured):
+        raise ModelLoadFailed(f"The scores do not depend on the map at target_layer {configured}.")
+    return configured, differentiable
 
 
 def _card(loaded: LoadedModel, device: torch.device, facts: ModelFacts) -> ModelCard:

@@ -47,10 +47,12 @@ class ModelFacts(Struct):
     """What the probes found out about a model.
 
     Attributes:
-        target_layer: its `auto` layer; None if no map of it has a gradient.
+        target_layer: its `auto` layer; None if the scores depend on no map of it.
         head: what follows that layer.
         closed_form: whether the gradient there was proved to be W[c]/Z.
         differentiable: whether gradients of the scores reach the image.
+        layer_differentiable: whether they reach the target layer.
+        single_images: whether the network takes one image at a time.
         refusals: by name of a method that was tried on it and refused, the reason.
     """
 
@@ -58,6 +60,8 @@ class ModelFacts(Struct):
     head: HeadKind | None
     closed_form: bool
     differentiable: bool = True
+    layer_differentiable: bool = True
+    single_images: bool = False
     refusals: dict[str, str] = {}
 
 
@@ -102,10 +106,14 @@ def try_methods(traced: Trace, proofs: Proofs, *, task: Task) -> dict[str, str]:
 def _obstacle(method: Method, facts: ModelFacts) -> str | None:
     """Why a method cannot explain the model, by what it needs and by its trial."""
     needs_map = method.family == "gradient" or not method.of_input
+    if needs_map and facts.single_images:
+        return "the network takes one image at a time, so that its layers cannot be read"
     mapless = needs_map and facts.target_layer is None
-    if not facts.differentiable and (mapless or (method.needs_gradients and method.of_input)):
+    reached = facts.layer_differentiable if needs_map else facts.differentiable
+    if not reached and method.needs_gradients and not (mapless and facts.differentiable):
+        place = "map" if facts.differentiable else "image"
         return (
-            "no gradient of the scores reaches the image: the network computes under "
+            f"no gradient of the scores reaches the {place}: the network computes under "
             "torch.no_grad() or inference_mode(), detaches what it computes, or is quantised"
         )
     if mapless:

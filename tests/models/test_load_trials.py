@@ -154,6 +154,20 @@ def test_without_gradients_methods_that_need_them_are_refused_for_that_reason(ki
     assert rows["rise"].applicable
 
 
+@pytest.mark.parametrize("kind", [NoGrad, Inference])
+def test_without_gradients_methods_that_need_none_explain_the_last_map(kind):
+    model, plain = warm(frozen(kind(inplace=False))), warm(frozen(PoolNet(inplace=False)))
+    rows = support(model)
+    assert (model.target_layer, model.info.card.head) == (plain.target_layer, None)
+    for name in ("eigencam", "kpca_cam", "fem", "scorecam", "is_cam", "ablationcam"):
+        assert rows[name].applicable
+        assert finish(Engine(OneModel(model)), [job("a", methods=(name,), samples=4)])[
+            0
+        ].explanations
+    assert "no gradient of the scores reaches the image" in rows["eigengradcam"].reason
+    assert warm(frozen(kind(inplace=False)), target_layer="act").target_layer == "act"
+
+
 def test_a_detached_stem_leaves_no_gradient_of_the_image():
     class Detached(PoolNet):
         def forward(self, x: Tensor) -> Tensor:

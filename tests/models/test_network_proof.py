@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import re
 import types
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.errors import ModelLoadFailed, cause_of
 from models.fingerprint import Fingerprint
@@ -97,6 +99,12 @@ class Answer(Net):
         return self.made(super().forward(x), self.maps(x))
 
 
+def replaced(module: nn.Module) -> nn.Module:
+    """With a forward of its own, so that it cannot be adapted."""
+    module.forward = types.MethodType(type(module).forward, module)
+    return module
+
+
 def frozen(module: nn.Module) -> nn.Module:
     return module.eval().requires_grad_(False)
 
@@ -109,7 +117,6 @@ def frozen(module: nn.Module) -> nn.Module:
         (FirstIsSpecial(), "depend on the other images of a batch"),
         (Dropping(), "change from pass to pass"),
         (Remembering(), "change from pass to pass"),
-        (Squeezing(), r"one (alone|image alone).*x\.flatten\(1\)"),
         (
             TwoInputs(),
             r"takes 2 inputs \(image, metadata\); only images are served.*inputs = { metadata",
@@ -124,7 +131,8 @@ def frozen(module: nn.Module) -> nn.Module:
         (Answer(lambda y, m: y[:, :1]), 'set task = "binary"'),
         (Answer(lambda y, m: y[:, 0]), 'tensor of 3, .* set task = "binary"'),
         (Answer(lambda y, m: m), "with a tensor of 3 x 8 x 5 x 5"),
-        (Answer(lambda y, m: y[:1]), "with a tensor of 1 x 4"),
+        (Answer(lambda y, m: y[:1] if len(y) > 1 else y[:0]), "with a tensor of 1 x 4"),
+        (replaced(Squeezing()), r"one image alone.*x\.flatten\(1\)"),
         (Answer(lambda y, m: y.view(7)), r"error in its forward for images of 12 x 12 pixels"),
         (Answer(lambda y, m: (y, m)), r"tuple of 2 \(a tensor of 3 x 4, a tensor of 3 x 8 x 5"),
         (Answer(lambda y, m: {"a": y, "b": m}), "dictionary with the keys a, b"),
@@ -228,6 +236,49 @@ def test_a_network_that_wants_contiguous_images_is_given_them():
     proved = prove_network(frozen(Flat()), SIZE, "single_label")
     torch.testing.assert_close(proved.module(images), Net()(images))
     assert "channels_last" in proved.notes[0]
+
+
+class Flattening(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.flatten(self.maps(x).mean((2, 3))))
+
+
+class Checkpointed(Net):
+    reentrant = True
+
+    def maps(self, x: Tensor) -> Tensor:
+        return checkpoint(super().maps, x, use_reentrant=self.reentrant)
+
+
+class RecomputingOtherwise(Checkpointed):
+    reentrant = False
+
+
+@pytest.mark.parametrize(
+    ("network", "note"),
+    [
+        (Squeezing(), "fails on one image alone, which is given to it twice"),
+        (Flattening(), "one image after another, and its layers cannot be read"),
+        (Answer(lambda y, m: y[:1]), "one image after another"),
+        (Checkpointed(), "checkpointing .* is switched off"),
+        (RecomputingOtherwise(), None),
+    ],
+)
+def test_networks_of_one_size_of_batch_are_served(network, note):
+    proved = prove_network(frozen(network), SIZE, "single_label")
+    plain = frozen(Net())
+    for count in (1, 2, 3, 5):
+        images = torch.randn(count, 3, 12, 12).requires_grad_()
+        found, expected = proved.module(images), plain(images)
+        torch.testing.assert_close(found, expected)
+        weights = torch.randn(count, 4)
+        (gradient,) = torch.autograd.grad((found * weights).sum(), images)
+        (right,) = torch.autograd.grad((expected * weights).sum(), images)
+        torch.testing.assert_close(gradient, right)
+    if note is None:
+        assert proved.notes == ()
+    else:
+        assert re.search(note, proved.notes[0])
 
 
 class RemembersSize(Net):

@@ -73,6 +73,14 @@ NET = textwrap.dedent(
         def forward(self, x):
             return self.fc(self.pool(checkpoint(self.features, x, use_reentrant=False)).flatten(1))
 
+    class Reentrant(Net):
+        def forward(self, x):
+            return self.fc(self.pool(checkpoint(self.features, x, use_reentrant=True)).flatten(1))
+
+    class Flattening(Net):
+        def forward(self, x):
+            return self.fc(torch.flatten(self.pool(self.features(x))))
+
     class Viewing(Net):
         def forward(self, x):
             return super().forward(x.view(len(x), 3, -1).view_as(x))
@@ -415,6 +423,7 @@ KINDS: Mapping[str, Mapping[str, Make]] = {
         "(N, C, 1, 1)": factory("Other(lambda y, m: y[:, :, None, None])"),
         "(C,) for one image": factory("Other(lambda y, m: y.squeeze())"),
         "`squeeze()` before the classifier": factory("Squeezing()"),
+        "`flatten()` of the whole batch before the classifier": factory("Flattening()"),
         "a softmax layer at the end": factory("nn.Sequential(Net(), nn.Softmax(dim=1))"),
         "a softmax in forward": factory("Other(lambda y, m: y.softmax(1))"),
         "a log-softmax in forward": factory("Other(lambda y, m: y.log_softmax(1))"),
@@ -441,6 +450,7 @@ KINDS: Mapping[str, Mapping[str, Make]] = {
         "weight norm": factory("weight_norm()"),
         "spectral norm": factory("spectral_norm()"),
         "gradient checkpointing": factory("Checkpointed()"),
+        "gradient checkpointing, reentrant": factory("Reentrant()"),
         "a backbone under no_grad": factory("Detached()"),
         "work on the input in place": factory("InPlace()"),
         "`view` of the input": factory("Viewing()"),
