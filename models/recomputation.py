@@ -23,7 +23,7 @@ def run_straight() -> Iterator[list[str]]:
         return function(*args)
 
     checkpointed = CheckpointFunction.apply
-    CheckpointFunction.apply = straight  # type: ignore[method-assign, assignment]
+    CheckpointFunction.apply = straight  # type: ignore[method-assign]
     try:
         yield met
     finally:
