@@ -27,6 +27,8 @@ SAMPLE = ROOT / "docs" / "images" / "chelsea.jpg"
 DEFAULT_URL = "http://127.0.0.1:8000"
 PAGES = [
     "README.md",
+    "docs/api.md",
+    "docs/performance.md",
     "docs/tutorial.md",
     *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs/how-to").glob("*.md")),
     *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs/explanation").glob("*.md")),
@@ -87,12 +89,12 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def test_the_batch_example_runs(url, folder):
+def test_the_batch_example_runs(default_url, folder):
     (folder / "photos" / "broken.jpg").write_bytes(b"no image")
     done = subprocess.run(
         [sys.executable, "-W", "error", ROOT / "examples" / "batch.py", "photos", "out"],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HEATLENS_URL": url},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HEATLENS_URL": default_url},
         capture_output=True,
         check=False,
         text=True,

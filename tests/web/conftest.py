@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -24,8 +26,6 @@ CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or ""
 AXE = ROOT / ".venv" / "axe" / "node_modules" / "axe-core" / "axe.min.js"
 SAMPLES = ROOT / "service" / "web" / "samples"
 WIDE, NARROW = (1280, 860), (390, 800)
-# Of a page that others serve.
-ORIGIN = "http://127.0.0.1:8080"
 
 TINY = """
 from torch import nn
@@ -84,7 +84,19 @@ def tiny(tmp_path_factory) -> dict:
 
 
 @pytest.fixture(scope="session")
-def server(playwright, tiny) -> Iterator[Server]:
+def elsewhere() -> Iterator[str]:
+    """The origin of the front end in `examples/`, served by another server."""
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=ROOT / "examples/front-end")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as files:
+        thread = threading.Thread(target=files.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{files.server_port}"
+        files.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="session")
+def server(playwright, tiny, elsewhere) -> Iterator[Server]:
     settings = Settings(
         models=[default_spec(), *tiny["models"]],
         base_dir=tiny["base_dir"],
@@ -92,7 +104,7 @@ def server(playwright, tiny) -> Iterator[Server]:
         # A thread that waits for another one that is not run waits long on a busy machine.
         workers={"threads": 1},
         limits={"max_wait_s": 1000.0},
-        security={"cors_origins": [ORIGIN]},
+        security={"cors_origins": [elsewhere]},
     )
     server = Server(settings)
     yield server

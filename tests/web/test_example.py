@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from tests.web.conftest import ORIGIN, ROOT, SAMPLES
+from tests.web.conftest import SAMPLES
 
 pytestmark = [pytest.mark.browser, pytest.mark.real, pytest.mark.timeout(300)]
 
-EXAMPLE = ROOT / "examples" / "front-end" / "index.html"
-
 
 @pytest.fixture
-def page(browser, server):
+def page(browser, server, elsewhere):
     context = browser.new_context()
     page = context.new_page()
     page.set_default_timeout(20_000)
-    page.route(f"{ORIGIN}/**", lambda route: route.fulfill(path=EXAMPLE, content_type="text/html"))
-    page.goto(f"{ORIGIN}/?service={server.url.rstrip('/')}")
+    page.goto(f"{elsewhere}/?service={server.url.rstrip('/')}")
     yield page
     context.close()
 

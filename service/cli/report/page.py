@@ -31,6 +31,7 @@ h3 { margin: 20px 0 4px; } .dim { color: var(--dim); } small { color: var(--dim)
 .cluster { display: grid; grid-template-columns: 170px 1fr; gap: 16px; margin: 16px 0;
   break-inside: avoid; }
 .row { display: flex; flex-wrap: wrap; gap: 8px; } figure { margin: 0; width: 130px; }
+.error figure { width: 170px; }
 figure img, .cluster > img { width: 100%; border-radius: 6px; display: block; }
 figcaption { font-size: .8rem; color: var(--dim); overflow-wrap: anywhere; }
 .error { border-top: 1px solid var(--line); padding: 12px 0; break-inside: avoid; }
@@ -145,7 +146,9 @@ def _clusters(
     blocks = []
     for number, (cluster, shown) in enumerate(zip(clusters, pictures, strict=True), start=1):
         figures = "".join(
-            _figure(item.pictures[0].source, f"{labels[item.record.predicted]}, {item.record.path}")
+            _figure(
+                item.pictures[0].source, f"“{labels[item.record.predicted]}” {item.record.path}"
+            )
             for item in shown
             if item.pictures
         )

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 MOST_ERRORS = 12
 TYPICAL = 6
 _SIDE = 200
+# A mark that the map lies on must be legible under it.
+_ALPHA = 0.4
 
 
 class Picture(Struct):
@@ -43,6 +45,7 @@ async def error_pictures(
     """The most confident errors: why this class, why not that, and what decides between them."""
     worst = sorted(errors, key=lambda record: -record.confidence)[:MOST_ERRORS]
     captions = (
+        "what the model saw",
         "why it was predicted",
         "what speaks for the true class",
         "the one against the other",
@@ -51,7 +54,10 @@ async def error_pictures(
     for record in worst:
         contrast = {"class": record.predicted, "against": [record.class_id]}
         targets = [record.predicted, record.class_id, contrast]
-        maps = await _overlays(client, record, folder, {**options, "targets": targets})
+        maps = [
+            *await _overlays(client, record, folder, options | {"targets": targets[:1]}, alpha=0.0),
+            *await _overlays(client, record, folder, options | {"targets": targets}),
+        ]
         pictures = [
             _picture(caption, item.overlay)
             for caption, item in zip(captions, maps, strict=False)
@@ -73,18 +79,23 @@ async def cluster_pictures(
     shown = []
     for index in cluster.members[:TYPICAL]:
         record = records[index]
-        maps = await _overlays(client, record, folder, {**options, "targets": [record.predicted]})
+        maps = await _overlays(client, record, folder, options | {"targets": [record.predicted]})
         pictures = [_picture("", item.overlay) for item in maps if item.overlay is not None]
         shown.append(Shown(record=record, pictures=tuple(pictures)))
     return shown
 
 
 async def _overlays(
-    client: AsyncClient, record: Record, folder: Path, options: dict[str, Any]
+    client: AsyncClient,
+    record: Record,
+    folder: Path,
+    options: dict[str, Any],
+    *,
+    alpha: float = _ALPHA,
 ) -> list[Explanation]:
     try:
         response = await client.explain(
-            folder / record.path, outputs=["overlay"], statistics=False, **options
+            folder / record.path, outputs=["overlay"], alpha=alpha, statistics=False, **options
         )
     except (heatlens.APIError, OSError):
         return []
