@@ -23,6 +23,9 @@ from service.cli.report.records import Record
 LEAST_IMAGES = 20
 """Fewer images are not clustered."""
 
+MOST_IMAGES = 2000
+"""So many are clustered at most: time grows with the cube of their number, memory with its square."""
+
 _MOST_CLUSTERS = 8
 _SIDE = 16
 _RANDOM_SETS = 200
@@ -67,6 +70,11 @@ class Cluster(Struct):
         peculiar = self.concentration > _PECULIAR and self.off_centre > _OFF_CENTRE
         one_class = self.purity >= _PURE and self.purity > 1.5 * self.prior
         return self.p_errors < _SIGNIFICANT or (peculiar and one_class)
+
+
+def spread(records: Sequence[Record], *, most: int = MOST_IMAGES) -> Sequence[Record]:
+    """At most so many records, spread evenly over all."""
+    return records[:: -(-len(records) // most)]
 
 
 def find_clusters(records: Sequence[Record], labels: Sequence[str]) -> list[Cluster]:

@@ -126,7 +126,7 @@ async def _audit(
     output: Path,
 ) -> tuple[Report, str]:
     """Explain, cluster and draw; returns the numbers and the page."""
-    from service.cli.report.clusters import find_clusters
+    from service.cli.report.clusters import find_clusters, spread
     from service.cli.report.dataset import DatasetError, read_dataset
     from service.cli.report.page import render_page
     from service.cli.report.pictures import cluster_pictures, error_pictures
@@ -153,7 +153,8 @@ async def _audit(
         good = [record for record in records if record.error is None]
         if not good:
             raise typer.BadParameter(f"No image could be explained: {records[0].error}")
-        clusters = find_clusters(good, names)
+        compared = spread(good)
+        clusters = find_clusters(compared, names)
         task = progress.add_task("drawing", total=1 + len(clusters))
         errors = await error_pictures(
             client, [r for r in good if not r.correct], folder=folder, options=options
@@ -162,7 +163,7 @@ async def _audit(
         shown = []
         for cluster in clusters:
             shown.append(
-                await cluster_pictures(client, cluster, good, folder=folder, options=options)
+                await cluster_pictures(client, cluster, compared, folder=folder, options=options)
             )
             progress.advance(task)
     found = _numbers(
@@ -172,6 +173,7 @@ async def _audit(
         method=options["methods"][0],
         labels=names,
         clusters=clusters,
+        compared=len(compared),
     )
     return found, render_page(found, labels=names, errors=errors, clusters=shown)
 
@@ -184,6 +186,7 @@ def _numbers(
     method: str,
     labels: Sequence[str],
     clusters: Sequence[Cluster],
+    compared: int,
 ) -> Report:
     from service.cli.report import analysis
     from service.cli.report.page import Report
@@ -213,6 +216,7 @@ def _numbers(
         classes=tuple(analysis.class_rows(good, labels)),
         confusions=tuple(analysis.confusions(good, labels)),
         clusters=tuple(clusters),
+        compared=compared,
     )
 
 

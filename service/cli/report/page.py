@@ -47,7 +47,11 @@ svg.interval { width: 120px; height: 8px; }
 
 
 class Report(Struct):
-    """Everything that a report says."""
+    """Everything that a report says.
+
+    Attributes:
+        compared: number of images whose maps were compared to find clusters.
+    """
 
     title: str
     model: str
@@ -61,6 +65,7 @@ class Report(Struct):
     classes: tuple[ClassRow, ...]
     confusions: tuple[Confusion, ...]
     clusters: tuple[Cluster, ...]
+    compared: int
 
 
 def render_page(
@@ -81,7 +86,7 @@ def render_page(
             f"maps by {escape(report.method)}</p>",
             _numbers(report),
             _findings(report),
-            _clusters(report.clusters, clusters, labels),
+            _clusters(report, clusters, labels),
             _errors(errors, labels),
             _attribution(report.attribution),
             _calibration(report.calibration),
@@ -138,13 +143,11 @@ def _findings(report: Report) -> str:
     return f"<h2>Findings</h2>{items}"
 
 
-def _clusters(
-    clusters: Sequence[Cluster], pictures: Sequence[Sequence[Shown]], labels: Sequence[str]
-) -> str:
-    if not clusters:
+def _clusters(report: Report, pictures: Sequence[Sequence[Shown]], labels: Sequence[str]) -> str:
+    if not report.clusters:
         return ""
     blocks = []
-    for number, (cluster, shown) in enumerate(zip(clusters, pictures, strict=True), start=1):
+    for number, (cluster, shown) in enumerate(zip(report.clusters, pictures, strict=True), start=1):
         figures = "".join(
             _figure(
                 item.pictures[0].source, f"“{labels[item.record.predicted]}” {item.record.path}"
@@ -165,6 +168,8 @@ def _clusters(
         "Images whose maps are alike (spectral clustering, Lapuschkin et al. 2019). On the left "
         "the mean map, on the right typical images with the map of their predicted class."
     )
+    if report.compared < report.images:
+        note += f" {report.compared:,} images, spread over all, were compared."
     return f'<h2>Where the model looks</h2><p class="dim">{note}</p>{"".join(blocks)}'
 
 

@@ -1,9 +1,11 @@
 """A planted shortcut is the first cluster, and maps without one raise no alarm."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
-from service.cli.report.clusters import LEAST_IMAGES, find_clusters
+from service.cli.report.clusters import LEAST_IMAGES, find_clusters, spread
 from service.cli.report.page import sentence
 from service.cli.report.records import Record
 
@@ -75,3 +77,10 @@ def test_maps_that_show_nothing_are_left_out():
     empty = record(np.zeros((7, 7)), true=0, predicted=0)
     clusters = find_clusters([empty, *objects(rng, 40)], LABELS)
     assert all(0 not in cluster.members for cluster in clusters)
+
+
+@pytest.mark.parametrize(("count", "left"), [(5, 5), (10, 10), (11, 6), (95, 10)])
+def test_a_large_data_set_is_thinned_out_evenly(count, left):
+    kept = spread([record(np.ones((1, 1)), true=i, predicted=i) for i in range(count)], most=10)
+    assert len(kept) == left
+    assert len({b.class_id - a.class_id for a, b in pairwise(kept)}) == 1
