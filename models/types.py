@@ -19,7 +19,7 @@ from models.image_types import Fit, Geometry, Order, Preprocess, Region, Struct
 __all__ = ["Fit", "Geometry", "Order", "Preprocess", "Region", "Struct"]
 
 Operation = Literal["predict", "explain", "features", "compare"]
-Task = Literal["single_label", "multi_label", "binary", "segmentation", "embedding"]
+Task = Literal["single_label", "multi_label", "binary", "segmentation", "embedding", "zero_shot"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Fuse = Literal["none", "mean", "max", "product"]
 Kind = Literal["output", "input", "grad_output", "grad_input"]

@@ -34,6 +34,7 @@ USUAL_PREPROCESS = Preprocess(resize=256, crop=(224, 224))
 _MEANINGS: Mapping[Task, str] = {
     "embedding": "The network gives vectors: POST /v1/compare tells how alike two images are by it, "
     "and which parts of them make them so.",
+    "zero_shot": "The classes are the labels, as texts that the network scores for an image.",
     "segmentation": "A class's probability is the mean of its probabilities at all pixels, its score "
     "the mean over the pixels that it wins, or over the whole image where it wins none.",
 }
@@ -54,6 +55,7 @@ class BuildRequest:
         pretrained: whether the library's own weights are wanted, which come with their own head.
         num_classes: scores per image of an architecture with other weights; None keeps its own.
         channels: of the images that the network takes, if configured.
+        labels: that are configured.
         base_dir: directory that relative paths and modules of the configuration start from.
     """
 
@@ -61,6 +63,7 @@ class BuildRequest:
     pretrained: bool
     num_classes: int | None
     channels: int | None = None
+    labels: tuple[str, ...] | None = None
     base_dir: Path
 
     def file(self) -> Path:
@@ -86,6 +89,7 @@ class Built:
         assumed_preprocess: whether that is a guess, which the model card says.
         labels: names of the classes that the weights were trained on, if known.
         task: how the scores are read, if known.
+        reads: how those of the task `zero_shot` are read.
         ignored_keys: prefixes of checkpoint keys that belong to parts which only training uses.
         notes: what the operator should know of how it was built, as sentences.
     """
@@ -95,6 +99,7 @@ class Built:
     assumed_preprocess: bool = False
     labels: tuple[str, ...] | None = None
     task: Task | None = None
+    reads: Task | None = None
     ignored_keys: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -145,13 +150,20 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
         pretrained=spec.weights == "default",
         num_classes=_head_size(spec, labels),
         channels=spec.preprocess.channels,
+        labels=labels,
         base_dir=base_dir,
     )
     with seeded():
         built: Built = importlib.import_module(SOURCES[kind]).build(request)
         if spec.weights == "none":
             fill_zero_heads(built.module)
-    task = spec.task or built.task or "single_label"
+    declared = task = spec.task or built.task or "single_label"
+    if task == "zero_shot":
+        if built.reads is None:
+            raise ModelLoadFailed(
+                'task = "zero_shot" is for folders of transformers that hold a CLIP or SigLIP.'
+            )
+        task = built.reads
     found: tuple[str, ...] = ()
     if spec.weights_sha256 is not None:
         check_digest(spec.weights, spec.weights_sha256, base_dir=base_dir)
@@ -185,11 +197,11 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
         labels=_labels(labels, built.labels, num_classes),
         num_classes=num_classes,
         task="single_label" if task == "binary" and not single_logit else task,
-        declared_task=task,
+        declared_task=declared,
         preprocess=preprocess,
         spec=spec,
         notes=(
-            *([_MEANINGS[task]] if task in _MEANINGS else []),
+            *([_MEANINGS[declared]] if declared in _MEANINGS else []),
             *built.notes,
             *found,
             *_assumptions(spec, built, preprocess),

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.models.sources.clip import saved
 from tests.waiting import answers, until
 
 ROOT = Path(__file__).parents[2]
@@ -119,6 +120,7 @@ def test_the_snippets_of_a_page_run(page, folder, request):
     if not configuration:
         return run_snippets(page, folder, request.getfixturevalue("default_url"))
     config = folder / "heatlens.toml"
+    saved(folder / "clip")
     config.write_text(configuration.replace("source =", 'weights = "none"\nsource ='))
     with serving(folder / "log", "--config", str(config)) as url:
         return run_snippets(page, folder, url)

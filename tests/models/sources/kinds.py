@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from models.compat import define_missing_operators
+from tests.models.sources.clip import LABELS, saved
 
 define_missing_operators()
 import timm  # noqa: E402 # its operators may have to be defined first
@@ -296,6 +297,11 @@ def _other_adapter(folder: Path) -> Fields:
     return fields
 
 
+def _clip(folder: Path) -> Fields:
+    saved(folder / "saved")
+    return {"source": "transformers:saved", "labels": LABELS}
+
+
 def _timm(folder: Path) -> Fields:
     from timm.models import save_for_hf
 
@@ -471,6 +477,8 @@ KINDS: Mapping[str, Mapping[str, Make]] = {
         "the same with an adapter of LoRA": _adapter,
         "the same with another adapter of PEFT": _other_adapter,
         "a folder of transformers that segments": _segformer,
+        "a CLIP of transformers": _clip,
+        "a CLIP of transformers, without labels": lambda folder: _clip(folder) | {"labels": None},
         "torchvision, segmentation": _named(
             "torchvision:lraspp_mobilenet_v3_large", preprocess={"resize": [64, 64]}
         ),

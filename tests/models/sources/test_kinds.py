@@ -31,6 +31,8 @@ NEEDS = {
     "the same with an adapter of LoRA": "transformers",
     "the same with another adapter of PEFT": "transformers",
     "a folder of transformers that segments": "transformers",
+    "a CLIP of transformers": "transformers",
+    "a CLIP of transformers, without labels": "transformers",
 }
 WARMED_UP = ("Outputs", "Networks")
 """Sections whose kinds are tried with every method, too."""
