@@ -118,22 +118,26 @@ def fuzz_requests(url: str, count: int) -> Counter[str]:
         status = response.status_code
         ends["FAULT " * (status >= 500 and status not in _FINE) + str(status)] += 1
 
-    for number, operation in enumerate(operations):
-        share = -(-count // len(operations))
+    # Operations without options have few requests; the others make up for them, in further rounds.
+    rounds = 0
+    while (missing := count - ends.total()) > 0:
+        share = -(-missing // len(operations))
+        for number, operation in enumerate(operations):
 
-        @seed(number)
-        @settings(
-            max_examples=share,
-            database=None,
-            deadline=None,
-            phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        )
-        @given(case=operation.as_strategy(), with_image=st.booleans())
-        def run(case: schemathesis.Case, with_image: bool) -> None:
-            send(case, with_image)
+            @seed(number + len(operations) * rounds)
+            @settings(
+                max_examples=share,
+                database=None,
+                deadline=None,
+                phases=[Phase.generate],
+                suppress_health_check=list(HealthCheck),
+            )
+            @given(case=operation.as_strategy(), with_image=st.booleans())
+            def run(case: schemathesis.Case, with_image: bool) -> None:
+                send(case, with_image)
 
-        run()
+            run()
+        rounds += 1
     return ends
 
 

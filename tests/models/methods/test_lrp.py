@@ -413,3 +413,21 @@ def test_half_precision_models_are_explained_in_float32(run, conv_net, picture):
     maps, _ = rules.explain(rules.settled(logits)[0, 2])
     assert maps.dtype == torch.float32
     torch.testing.assert_close(maps, expected[0], rtol=0.1, atol=0.05 * float(expected.abs().max()))
+
+
+def test_a_deep_network_in_half_precision_may_round(run, picture):
+    torch.manual_seed(0)
+    deep = [layer for _ in range(100) for layer in (nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5, bias=False)]
+    net = frozen(nn.Sequential(nn.Conv2d(3, 8, 1), *deep, *head))
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    scores = net(picture[None])
+    expected = run(net, picture).maps
+    half = net.bfloat16()
+    rounded = half(picture[None].bfloat16())
+    assert (rounded - scores).abs().max() > 0.02 * scores.abs().max(), "it does not round enough"
+    maps = run(half, picture.bfloat16()).maps
+    assert np.corrcoef(maps.flatten(), expected.flatten())[0, 1] > 0.8
