@@ -26,8 +26,8 @@ from models.errors import (
 )
 from models.imaging.decode import DecodeLimits
 from models.imaging.prepare import PreparedImage
-from models.price import Price
-from models.types import Job, JobOptions, Operation, Struct
+from models.price import price
+from models.types import Job, JobOptions, ModelInfo, Operation, Struct
 from service import logs, tracing
 from service.api import schemas
 from service.api.decoders import Decoders
@@ -236,7 +236,7 @@ class Pipeline:
 
         submission = _submission(image, prepared, plan, digest=digest, is_watched=watch is not None)
         if pair is not None:
-            found = await self._pool.submit(_vector_of(submission))
+            found = await self._pool.submit(_vector_of(submission, plan.info))
             other = await pair.exchange(number, found.outcome.embedding)
             job = structs.replace(submission.job, operation="explain", reference=other)
             submission = structs.replace(submission, job=job)
@@ -314,11 +314,11 @@ def _submission(
     )
 
 
-def _vector_of(submission: Submission) -> Submission:
+def _vector_of(submission: Submission, info: ModelInfo) -> Submission:
     """A job that only gives the vector of a submission's image."""
     options = JobOptions(top_k=1, targets=(), interventions=submission.job.options.interventions)
     job = structs.replace(submission.job, id=uuid.uuid4().hex, operation="predict", options=options)
-    return structs.replace(submission, job=job, price=Price(), news="none")
+    return structs.replace(submission, job=job, price=price("predict", options, info), news="none")
 
 
 def _reply(outcomes: Sequence[tuple[Result, ImageRun] | HeatlensError], plan: Plan) -> Reply:

@@ -186,6 +186,12 @@ async def test_a_network_of_timm_is_compared_before_its_classifier(client):
         ("compare", body(1, 2, methods=["finercam"]), "methods.0", "similarity has none"),
         ("compare", body(1, 2, targets=["top1"]), "targets", "Unknown option"),
         ("compare", body(1, 2, layers=["nowhere"]), "layers.0", "No layer"),
+        (
+            "compare",
+            body(1, 2, methods=["rise"], samples=10_000, timeout_s=0.5),
+            "samples",
+            "needs about",
+        ),
     ],
 )
 async def test_what_has_no_meaning_is_refused(client, path, asked, field, text):
@@ -193,6 +199,28 @@ async def test_what_has_no_meaning_is_refused(client, path, asked, field, text):
     assert answer.status_code in (404, 422), answer.text
     assert answer.json()["field"] == field
     assert text in answer.json()["error"]
+
+
+async def test_other_protocols_say_why_there_are_no_classes(client):
+    image = base64.b64encode(png(1)).decode()
+    tensor = {"name": "image", "shape": [1], "datatype": "BYTES", "data": [image]}
+    asked = {
+        "/v2/models/vectors/infer": {"inputs": [tensor]},
+        "/v1/models/vectors:predict": {"instances": [image]},
+        "/predictions/vectors": {"instances": [image]},
+    }
+    for path, sent in asked.items():
+        answer = await client.post(path, json=sent)
+        assert answer.status_code == 422, path
+        assert "POST /v1/compare" in answer.text
+    assert (await client.get("/v2/models/vectors")).status_code == 200
+
+
+async def test_equal_images_have_nothing_that_could_make_them_more_alike(client):
+    answer = await compare(client, 5, 5, methods=["gradcam", "saliency"])
+    assert answer["similarity"] == pytest.approx(1)
+    size = [e["range"]["max"] for r in answer["results"] for e in r["explanations"]]
+    assert max(size) < 1e-5
 
 
 async def test_one_bad_image_fails_the_comparison(client):
