@@ -31,6 +31,8 @@ _UNKNOWN_MS = 10.0
 _PLAIN = 1.45
 # A backward pass, over the forward pass of that module through the same layers.
 _BACKWARD = 1.65
+# One target's gradient through all layers and what is done with it, over a plain prediction.
+_ONE_TARGET = 1.25 * (_PLAIN - 1 + _PLAIN * _BACKWARD)
 # A gradient at the pixels, in images.
 _GRADIENT = _PLAIN * (1 + 0.8 * _BACKWARD)
 # Work for each value that a layer puts out, in multiplications.
@@ -169,8 +171,9 @@ class _Work:
 
     @property
     def exceeds_step(self) -> bool:
-        # Of a model that takes longer than that by itself, a pass and as much again is a step.
-        limit_ms = max(STEP_MS, self.info.card.latency_ms.get(1, 0.0))
+        # Of a slow model, one target's pass forward and back is a step, however many layers are
+        # looked at on the way: divided by layers, every part would take as long.
+        limit_ms = max(STEP_MS, _ONE_TARGET * self.info.card.latency_ms.get(1, 0.0))
         return self.first_ms > limit_ms or self.kept_bytes > STEP_BYTES
 
     # ---------------------------------------------------------------- the first pass
