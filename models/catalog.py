@@ -158,8 +158,10 @@ class ModelSpec(BaseModel):
         weights_sha256: digest that the weights file must have; None takes any.
         weights_key: dotted place of the weights in that file; None takes the one that fits.
         labels: class names, or a file with one per line (or a JSON list); None takes the library's.
+            Of the task `zero_shot` they are texts, which the network scores.
         num_classes: size of the head; None keeps the architecture's own.
-        task: how scores become probabilities; None takes what the source says, or single_label.
+        task: what the network does: `single_label`, `multi_label`, `binary`, `segmentation`,
+            `embedding` or `zero_shot`; None takes what the source says, or single_label.
         output: key, attribute or index of the scores, where the network returns several tensors.
         inputs: constant values of the network's inputs other than the image, by parameter of `forward`.
         target_layer: dotted module name, or `auto`.
