@@ -94,7 +94,7 @@ def test_one_value_stands_for_all_channels():
         ({"mean": [0.1, 0.2]}, "mean has 2 values, but the network takes 3 channels"),
         ({"channels": 1, "std": [1, 1, 1]}, "std has 3 values, but the network takes 1 channel"),
         ({"range": [1, 0]}, "value of black, value of white"),
-        ({"channels": 1, "order": "bgr"}, "order is for three channels"),
+        ({"channels": 1, "order": "bgr"}, "order applies to three channels only"),
     ],
 )
 def test_contradictions_are_named(fields, message):
