@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -81,7 +82,9 @@ def warm_up(
         differentiable=traced.differentiable,
         layer_differentiable=differentiable,
         single_images=getattr(loaded.module, "takes_single_images", False),
-        refusals=try_methods(traced, proofs, task=task),
+        refusals=cache.remember(
+            f"methods {task}", dict[str, str], lambda: try_methods(traced, proofs, task=task)
+        ),
     )
     probed = probe, before.check(loaded.module, probe)
 
@@ -125,7 +128,7 @@ def warm_up(
         uploads=uploads,
         graphs=graphs,
     )
-    return _timed(warm, warmup_s)
+    return _timed(warm, warmup_s, cache)
 
 
 def measure_latencies(
@@ -211,8 +214,11 @@ def _normalisation(preprocess: Preprocess) -> tuple[Tensor, Tensor]:
     return (1 / (255 * std)).float(), (-mean / std).float()
 
 
-def _timed(warm: WarmModel, warmup_s: float) -> WarmModel:
-    """Run the model by batch size, and return it with its latencies on the card."""
+def _timed(warm: WarmModel, warmup_s: float, cache: ProofCache) -> WarmModel:
+    """Run the model by batch size, and return it with its latencies on the card.
+
+    What was measured at an earlier start is believed: serving corrects it within a few batches.
+    """
     generator = torch.Generator().manual_seed(0)
     shape = (max(BATCH_SIZES), *warm.input_shape)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
@@ -226,9 +232,23 @@ def _timed(warm: WarmModel, warmup_s: float) -> WarmModel:
         raise ModelLoadFailed(
             f"The model's scores are not finite on {warm.device} in {warm.info.card.precision}."
         )
-    latency_ms = measure_latencies(run, warm.device, budget_s=warmup_s)
-    card = structs.replace(warm.info.card, latency_ms=latency_ms, best_batch=best_batch(latency_ms))
+    card = warm.info.card
+    place = (_processor(warm.device), card.precision, *card.preparation, f"{warmup_s:g} s")
+    latency_ms = cache.remember(
+        f"latency, {', '.join(place)}",
+        dict[int, float],
+        lambda: measure_latencies(run, warm.device, budget_s=warmup_s),
+    )
+    card = structs.replace(card, latency_ms=latency_ms, best_batch=best_batch(latency_ms))
     return replace(warm, info=structs.replace(warm.info, card=card))
+
+
+def _processor(device: torch.device) -> str:
+    """What runs on a device takes its time from."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{capability}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
 def _pass_s(run: Callable[[int], object], size: int, device: torch.device) -> float:

@@ -1,4 +1,7 @@
-"""What glibc does with freed memory: keep it for the next pass, or give it back."""
+"""What becomes of freed memory: glibc keeps it for the next pass, or gives it back.
+
+And when Python looks for what can be freed.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,17 @@ def keep_heap() -> bool:
     wanted = {_MMAP_MAX: 0, _TRIM_THRESHOLD: _NEVER, _TOP_PAD: _TOP_PAD_BYTES}
     taken = [mallopt(parameter, value) for parameter, value in wanted.items()]
     return all(taken)
+
+
+def end_start() -> None:
+    """Look for garbage from now on, but never again among what was made by now.
+
+    A process that starts with `gc.disable()` imports faster by a sixth. Modules and models stay for
+    good; without them a full collection, which halts all threads, is short.
+    """
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
 
 
 def release_heap() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ SOURCES = {
 }
 """Module of each source by the prefix of `ModelSpec.source`, with `build(request) -> Built`."""
 
+_OF_LIBRARIES = ("torchvision", "timm", "embedded")
 
 USUAL_PREPROCESS = Preprocess(resize=256, crop=(224, 224))
 """What most networks were trained with: the margin, mean and deviation of ImageNet."""
@@ -137,7 +139,7 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
     """
     # Torch takes a second to import, which processes that only read SOURCES need not wait for.
     from models.checkpoints import check_digest
-    from models.compat import define_missing_operators
+    from models.compat import define_missing_operators, without_compiler
     from models.inputs import fill_inputs
     from models.network_proof import prove_network
     from models.weights import fill_zero_heads, load_weights, seeded
@@ -153,8 +155,10 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
         labels=labels,
         base_dir=base_dir,
     )
+    with without_compiler() if kind in _OF_LIBRARIES else nullcontext():
+        source = importlib.import_module(SOURCES[kind])
     with seeded():
-        built: Built = importlib.import_module(SOURCES[kind]).build(request)
+        built: Built = source.build(request)
         if spec.weights == "none":
             fill_zero_heads(built.module)
     declared = task = spec.task or built.task or "single_label"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -26,6 +27,7 @@ from service.api.reload import MakeApp, Reload
 from service.devices.lifeline import die_with_parent
 from service.devices.pool import DevicePool
 from service.devices.runtime_dir import RuntimeDir
+from service.heap import end_start
 from service.logs import configure_logging
 from service.settings import Settings
 
@@ -92,6 +94,7 @@ class HttpServer(uvicorn.Server):
             from service.grpc.server import start
 
             self._grpc = await start(self._reload, settings)
+        end_start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Wait for accepted requests, then close the application."""
@@ -159,6 +162,7 @@ def _default_app(runtime: RuntimeDir) -> MakeApp:
 
 def main(arguments: Sequence[str] | None = None, *, make_app: MakeApp | None = None) -> int:
     """Serve until SIGTERM; returns the exit code."""
+    gc.disable()
     parser = argparse.ArgumentParser(prog="heatlens HTTP process")
     for name, kind in {"runtime": Path, "socket": int, "parent": int}.items():
         parser.add_argument(f"--{name}", type=kind, required=True)

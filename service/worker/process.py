@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -53,7 +54,7 @@ from service.devices.status import (
     DeviceStatesFile,
     WorkerStatusFile,
 )
-from service.heap import keep_heap
+from service.heap import end_start, keep_heap
 from service.logs import configure_logging
 from service.settings import Settings
 from service.worker.backend import Backend, make_engine_backend
@@ -209,6 +210,8 @@ class Worker:
 
     def on_models(self, infos: Sequence[ModelInfo]) -> None:
         """Send the models to every client."""
+        if any(info.card.state != "loading" for info in infos):
+            end_start()
         self._send(self._clients, Models(infos=tuple(infos)))
 
     def on_device_lost(self, reason: str) -> None:
@@ -257,6 +260,7 @@ def main(
     arguments: Sequence[str] | None = None, *, make_backend: MakeBackend = default_backend
 ) -> int:
     """Run one device worker; returns its exit code."""
+    gc.disable()
     parser = argparse.ArgumentParser(prog="heatlens device worker")
     parser.add_argument("--runtime", type=lambda path: RuntimeDir(Path(path)), required=True)
     parser.add_argument("--device", required=True)

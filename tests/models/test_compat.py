@@ -22,6 +22,32 @@ def test_torchvision_imports_in_a_fresh_process():
     assert done.stdout.strip() == "alexnet"
 
 
+COMPILER = """
+import sys, torch
+from models.compat import define_missing_operators, without_compiler
+define_missing_operators()
+disable = torch.compiler.disable
+with without_compiler():
+    import timm, torchvision
+    {within}
+print("torch._dynamo" in sys.modules, torch.compiler.disable is disable)
+operator = sys.modules["torchvision.ops.roi_align"]
+import torch._dynamo.utils as compiler
+print(compiler.is_compile_supported("cpu") == operator.is_compile_supported("cpu"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("within", "loaded"),
+    [("", False), ("sys.modules['torch._dynamo.utils'].counters", True)],
+    ids=["not asked", "asked for more"],
+)
+def test_libraries_are_imported_without_the_compiler_unless_they_need_it(within, loaded):
+    code = COMPILER.format(within=within)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(loaded), "True", "True"]
+
+
 def test_nothing_is_defined_where_the_library_brings_its_operators(monkeypatch):
     def refuse(*_: object) -> None:
         raise AssertionError("defined an operator that exists")

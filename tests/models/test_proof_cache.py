@@ -58,9 +58,12 @@ def test_the_second_load_proves_nothing_and_finds_the_same(load, monkeypatch):
 
     monkeypatch.setattr("models.warmup.prove_layers", fail)
     monkeypatch.setattr("models.preparation.variant._equality", fail)
+    monkeypatch.setattr("models.warmup.try_methods", fail)
+    monkeypatch.setattr("models.warmup.measure_latencies", fail)
     registry, second = load()
     assert second.layers == first.layers
     assert second.card.methods == first.card.methods
+    assert second.card.latency_ms == first.card.latency_ms
     assert second.card.preparation == first.card.preparation
     (variant,) = registry.get("tiny", "1").variants
     assert "2" in variant.readable

@@ -55,3 +55,25 @@ def test_a_kept_heap_can_be_released():
         [sys.executable, "-c", RELEASE], capture_output=True, text=True, check=True
     )
     assert int(done.stdout) > 150 << 20
+
+
+START = """
+import gc, weakref
+from service.heap import end_start
+gc.disable()
+class Cycle: ...
+def cycle():
+    made = Cycle()
+    made.itself = made
+    return weakref.ref(made)
+early = cycle()
+end_start()
+late = cycle()
+gc.collect()
+print(gc.isenabled(), early() is not None, late() is None)
+"""
+
+
+def test_what_was_made_at_the_start_is_left_out_of_later_collections():
+    done = subprocess.run([sys.executable, "-c", START], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True", "True"]
