@@ -50,7 +50,8 @@ def without_compiler() -> Iterator[None]:
         yield
         return
     placeholder, disable = _Compiler(_COMPILER), torch.compiler.disable
-    sys.modules[_COMPILER], torch.compiler.disable = placeholder, _unchanged
+    sys.modules[_COMPILER] = placeholder
+    torch.compiler.disable = _unchanged  # type: ignore[assignment] # for every use of it
     try:
         yield
     finally:
