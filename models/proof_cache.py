@@ -56,13 +56,23 @@ class ProofCache:
 
     def remember(self, what: str, kind: type[T], prove: Callable[[], T]) -> T:
         """What was proved before, or what `prove` returns now."""
+        proof = self.recall(what, kind)
+        if proof is None:
+            proof = prove()
+            self.keep(what, proof)
+        return proof
+
+    def recall(self, what: str, kind: type[T]) -> T | None:
+        """What was kept before, if anything."""
         if what in self._known:
             with contextlib.suppress(msgspec.MsgspecError):
                 return msgspec.json.decode(self._known[what], type=kind)
-        proof = prove()
+        return None
+
+    def keep(self, what: str, proof: object) -> None:
+        """Keep something for the next start."""
         self._known[what] = msgspec.Raw(msgspec.json.encode(proof))
         self._write()
-        return proof
 
     def _write(self) -> None:
         if self._file is None:

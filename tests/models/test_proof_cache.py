@@ -51,6 +51,7 @@ def load(tmp_path):
 
 
 def test_the_second_load_proves_nothing_and_finds_the_same(load, monkeypatch):
+    monkeypatch.setattr("models.warmup.UNDISTURBED", 0.0)
     _, first = load()
 
     def fail(*_):
@@ -68,6 +69,13 @@ def test_the_second_load_proves_nothing_and_finds_the_same(load, monkeypatch):
     (variant,) = registry.get("tiny", "1").variants
     assert "2" in variant.readable
     assert variant.differentiable
+
+
+def test_times_that_were_measured_on_a_busy_machine_are_not_kept(load, monkeypatch):
+    monkeypatch.setattr("models.warmup.UNDISTURBED", 2.0)
+    load()
+    monkeypatch.setattr("models.warmup.measure_latencies", lambda *_, **__: {1: 7.0})
+    assert load()[1].card.latency_ms == {1: 7.0}
 
 
 def test_a_damaged_file_is_as_good_as_none(load, tmp_path):
