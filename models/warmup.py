@@ -19,7 +19,7 @@ from models.cuda.staging import CopyStream
 from models.errors import ModelLoadFailed
 from models.fingerprint import Fingerprint
 from models.head import HeadProbe, head_batch, probe_head
-from models.layers import (
+from models.layer_choice import (
     choose_by_value,
     choose_target_layer,
     feature_layers,

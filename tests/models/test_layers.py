@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from models.layers import TokenLayout, choose_target_layer, feature_layers, has_gradient, to_map
+from models.layer_choice import choose_target_layer, feature_layers, has_gradient
+from models.layers import TokenLayout, to_map
 from models.probe import probe_batch, trace
 from models.proof import layer_infos, prove_layers
 from models.types import Preprocess

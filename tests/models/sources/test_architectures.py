@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from models.head import HeadProbe, probe_head
-from models.layers import TokenLayout, choose_target_layer, feature_layers, to_map
+from models.layer_choice import choose_target_layer, feature_layers
+from models.layers import TokenLayout, to_map
 from models.probe import probe_batch, trace
 from models.sources import load
 from models.types import Preprocess
