@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.hooks import HookStack, find_call
 from models.layers import Layouts, to_map
-from models.probe import Call, Trace
+from models.probe import Call, Trace, reaches_input
 
 MAX_FEATURE_LAYERS = 12
 MIN_FEATURE_LAYERS = 4
@@ -24,24 +24,44 @@ def choose_target_layer(trace: Trace, layouts: Layouts) -> str | None:
     returned nor already one map per class. Where a block hands on what its last module returned,
     the block is named (`layer4`, `features`).
 
+    Where later maps do not respond to the image where they lie, single branches of a block are passed
+    over, too: a part of the evidence does not go through them.
+
     Returns:
         A dotted name, or None if there is no such layer.
     """
-    class_maps: str | None = None
+    class_maps = branch = None
+    refuted = False
     classes = trace.scores.shape[1]
     # Never all classes: maps of the others must show no gradient to be told as class maps.
     chosen = sorted({0, (classes - 1) // 2, max(0, classes - 2)})
     for group in reversed(trace.groups()):
         chain = _chain(group, layouts)
+        refuted = refuted or (not chain and _looks_like_a_map(group[0], trace))
         gradient = _gradient(trace, chain[-1], layouts, chosen) if chain else None
         if gradient is None or not bool(gradient.any()):
+            continue
+        if refuted and layouts[chain[-1].name] is None and _is_branch(chain[-1], trace):
+            branch = branch or chain[-1].name
             continue
         channels = gradient.abs().sum((0, 2, 3)).nonzero().flatten().tolist()
         # A single logit that tells two classes apart has one map.
         if gradient.shape[1] not in (1, classes) or not set(channels) <= set(chosen):
             return chain[-1].name
         class_maps = class_maps or chain[-1].name
-    return class_maps
+    return class_maps or branch
+
+
+def _looks_like_a_map(call: Call, trace: Trace) -> bool:
+    """Whether what a layer returned has the shape of a map (N, C, h, w), and is not pooled."""
+    shape = () if call.output is None else call.output.shape
+    pooled = "Pool" in type(call.module).__name__
+    return len(shape) == 4 and shape[0] == len(trace.probe) and min(shape[2:]) > 1 and not pooled
+
+
+def _is_branch(call: Call, trace: Trace) -> bool:
+    """Whether the scores depend on the image on another way than through a layer's output."""
+    return call.output is not None and reaches_input(trace.scores, around=call.output)
 
 
 def choose_by_value(trace: Trace, layouts: Layouts) -> str | None:

@@ -134,15 +134,19 @@ def trace(module: nn.Module, task: Task, probe: Tensor) -> Trace:
         module=module,
         probe=probe,
         scores=scores,
-        differentiable=_reaches_input(scores),
+        differentiable=reaches_input(scores),
         calls={call.name: call for call in named},
         times={path: times[path] for path in paths.values() if path in times},
     )
 
 
-def _reaches_input(scores: Tensor) -> bool:
-    """Whether the recorded graph of a frozen network's scores goes back to its input."""
-    nodes, seen = [scores.grad_fn], set()
+def reaches_input(scores: Tensor, *, around: Tensor | None = None) -> bool:
+    """Whether the recorded graph of a frozen network's scores goes back to its input.
+
+    With `around`, whether it does so on a way that does not pass that tensor.
+    """
+    nodes = [scores.grad_fn]
+    seen = set() if around is None else {around.grad_fn}
     while nodes:
         node = nodes.pop()
         # Quantised operations are recorded, but not differentiated.

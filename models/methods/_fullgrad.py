@@ -60,7 +60,7 @@ _KEEPS_PLACES = (
         "Hardsigmoid",
         "Sigmoid",
     ),
-    *("MaxPool2D", "AvgPool2D", "AdaptiveAvgPool2D"),
+    *("MaxPool2D", "AvgPool2D", "AdaptiveAvgPool2D", "ConstantPadNd"),
 )
 """Operations on (N, C, h, w) that leave rows rows and columns columns, in their order."""
 
@@ -100,10 +100,10 @@ def _lies_as(made: Node | None, upright: set[Node | None]) -> bool:
             continue
         seen.add(node)
         name = node.name()
-        along_channels = name == "CatBackward0" and getattr(node, "_saved_dim", None) == 1
-        if not (
-            along_channels or name.startswith(_KEEPS_PLACES) or name.endswith("AccumulateGrad")
-        ):
+        keeps = name.startswith(_KEEPS_PLACES) or name.endswith("AccumulateGrad")
+        keeps = keeps or (name == "CatBackward0" and getattr(node, "_saved_dim", None) == 1)
+        # A mean, if it leaves one row, column or channel in place of all.
+        if not keeps and not getattr(node, "_saved_keepdim", False):
             return False
         nodes += [before for before, _ in node.next_functions]
     return made is not None

@@ -299,3 +299,30 @@ def test_too_many_layers_are_thinned_evenly_from_first_to_last():
     assert (layers[0], layers[-1]) == ("0.0", "0.29")
     gaps = [int(b[2:]) - int(a[2:]) for a, b in itertools.pairwise(layers)]
     assert set(gaps) <= {2, 3}
+
+
+def test_no_branch_of_a_block_is_chosen_where_the_block_responds_elsewhere():
+    """A mirrored branch makes the last block's map none; its other branch is only a part of it."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.straight = nn.Conv2d(3, 4, 4, 4), nn.Conv2d(4, 4, 1)
+            self.mirrored, self.out, self.fc = (
+                nn.Conv2d(4, 8, 1),
+                nn.Conv2d(12, 8, 1),
+                nn.Linear(8, 5),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x).relu()
+            both = torch.cat([self.straight(x), 9 * self.mirrored(x.flip(3))], 1)
+            return self.fc(self.out(both).relu().mean((2, 3)))
+
+    torch.manual_seed(0)
+    net = Branches().eval().requires_grad_(False)
+    found = trace(net, "single_label", torch.randn(3, 3, 32, 32))
+    layouts = find_layouts(found)
+    assert "straight" in layouts
+    assert "out" not in layouts
+    assert choose_target_layer(found, layouts) == "stem"
