@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.layer_choice import choose_target_layer, feature_layers, has_gradient
 from models.layers import TokenLayout, to_map
