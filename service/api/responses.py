@@ -29,7 +29,7 @@ from service.api import schemas
 from service.api.plan import Plan
 from service.api.schemas import ImageData, Prediction, Result, StatisticsResponse, derive
 
-MapT = TypeVar("MapT", bound=schemas.MapResponse)
+MapT = TypeVar("MapT", schemas.MapResponse, schemas.ExplanationResponse)
 
 
 def render(outcome: Outcome, source: PreparedImage, plan: Plan) -> Generator[int, None, Result]:

@@ -114,6 +114,31 @@ class Point(Struct):
     y: float
 
 
+class ExplanationResponse(Struct, kw_only=True):
+    """One map: a method, a layer and a target."""
+
+    method: Annotated[str, Meta(examples=["gradcam"])]
+    layer: str
+    target: Prediction
+    area: (
+        Annotated[int, Meta(description="Number of the target's area among the image's, from 0.")]
+        | UnsetType
+    ) = UNSET
+    heatmap: ImageData | UnsetType = UNSET
+    overlay: ImageData | UnsetType = UNSET
+    values: Values | UnsetType = UNSET
+    range: ValueRange
+    signed: Annotated[
+        bool, Meta(description="Whether negative values are evidence against the class.")
+    ]
+    degenerate: Annotated[bool, Meta(description="Whether the map is constant and shows nothing.")]
+    peak: Point | None
+    box: Box | None
+    faithfulness: dict[str, Faithfulness] = {}
+    warnings: tuple[str, ...] = ()
+
+
+# No base of the one above: the fields of a base come first, and `target` is the third on the wire.
 class MapResponse(Struct, kw_only=True):
     """One map: a method and a layer."""
 
@@ -130,17 +155,6 @@ class MapResponse(Struct, kw_only=True):
     peak: Point | None
     box: Box | None
     warnings: tuple[str, ...] = ()
-
-
-class ExplanationResponse(MapResponse, kw_only=True):
-    """One map: a method, a layer and a target."""
-
-    target: Prediction
-    area: (
-        Annotated[int, Meta(description="Number of the target's area among the image's, from 0.")]
-        | UnsetType
-    ) = UNSET
-    faithfulness: dict[str, Faithfulness] = {}
 
 
 class StatisticsResponse(LayerStatistics):
