@@ -4,11 +4,11 @@
     python -m benchmarks.load --models efficientnet_lite0,resnet50 --precisions fp32,bf16 --duration 15
 
 Starts the service itself, for each model and precision, and measures a closed loop at 1 to 64
-clients, then Poisson arrivals at 50, 80 and 120 % of the best throughput (latency counted from the
+clients, then Poisson arrivals at 50, 80, 120 and 200 % of the best throughput (latency counted from the
 due time). Every answer is compared with the one that its image gets alone. Against a service that
 runs already: `heatlens bench URL --sweep`.
 
-Takes (8 x (warm-up + duration) + start) for each model and precision: about 2 minutes each; at most
+Takes (9 x (warm-up + duration) + start) for each model and precision: about 2 minutes each; at most
 40 s more a load if the service hangs.
 """
 
@@ -145,8 +145,11 @@ def findings(found: list[Measured], *, card: dict[str, object]) -> list[str]:
         refused = above.failed / max(above.answered + above.failed, 1)
         late = f"{above.refused_latency.p99:.0f} ms" if above.refused_latency else "-"
         kept = f"{above.latency.p99:.0f} ms" if above.latency else "-"
+        share, left = (above.rate or 0) / best.summary.throughput, above.throughput
         lines.append(
-            f"at 120 %: {refused:.0%} refused, p99 of refusals {late}, p99 of answers {kept}"
+            f"at {share:.0%}: {left / best.summary.throughput:.0%} of the best throughput (target at "
+            f"least 90 %), {refused:.0%} refused, p99 of refusals {late} (target at most 50 ms), "
+            f"p99 of answers {kept} (target at most twice the limit of the wait)"
         )
     memory = ", ".join(f"{role} {mb:.0f} MB" for role, mb in found[-1].usage.largest_mb.items())
     return [*lines, f"resident memory of the largest process: {memory}"]

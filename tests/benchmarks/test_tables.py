@@ -35,7 +35,7 @@ def test_findings_hold_the_numbers_that_have_targets() -> None:
         measured(20, 10, 12, clients=1),
         measured(50, 60, 90, clients=8),
         measured(25, 15, 25, rate=25),
-        measured(55, 90, 400, rate=60, failed=10),
+        measured(46, 90, 400, rate=100, failed=10),
     ]
     card = {"best_batch": 4, "latency_ms": {"1": 12.0, "4": 28.0}}
     lines = findings(found, card=card)
@@ -43,7 +43,9 @@ def test_findings_hold_the_numbers_that_have_targets() -> None:
     assert f"best 50.0/s = {50 / limit:.0%}" in lines[0]
     assert "7.0 ms device at batch 4 + 3.0 ms host" in lines[0]
     assert "2.5x" in lines[1]
-    assert "10% refused, p99 of refusals 5 ms, p99 of answers 400 ms" in lines[2]
+    assert "at 200%: 92% of the best" in lines[2]
+    assert "10% refused, p99 of refusals 5 ms" in lines[2]
+    assert "p99 of answers 400 ms" in lines[2]
     assert "http 80 MB" in lines[3]
 
 

@@ -63,7 +63,7 @@ def bench(
         bool,
         typer.Option(
             "--sweep",
-            help="1, 8, 16, 32, 64 clients, then 50, 80, 120 % of the best throughput as a rate.",
+            help="1, 8, 16, 32, 64 clients, then 50, 80, 120, 200 % of the best throughput as a rate.",
         ),
     ] = False,
     duration: Annotated[

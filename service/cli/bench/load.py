@@ -15,7 +15,7 @@ import numpy as np
 from models.types import Struct
 
 SWEEP_CLIENTS = (1, 8, 16, 32, 64)
-SWEEP_SHARES = (0.5, 0.8, 1.2)
+SWEEP_SHARES = (0.5, 0.8, 1.2, 2.0)
 """Rates of the sweep's open loops, relative to the best throughput of its closed loops."""
 SWEEP_STAGES = len(SWEEP_CLIENTS) + len(SWEEP_SHARES)
 
