@@ -99,9 +99,9 @@ class DeviceProcess:
         self._file = WorkerStatusFile.create(self._runtime.status_file(self.device, incarnation))
         self._hung = False
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(self._threads))
-        # Threads that wait by spinning hold the cores that others need, HTTP processes among them:
-        # beside other work a pass then takes ten times as long.
-        threads["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")
+        # Threads that spin for long while they wait hold the cores that others need, HTTP processes
+        # among them: beside other work a pass then takes several times as long.
+        threads["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "3000")
         self.child.start(
             {
                 "runtime": self._runtime.path,
