@@ -292,7 +292,7 @@ class CardResponse(ModelCard):
     """A model card; a model that is not ready says why in `reason`."""
 
     input: InputResponse | None = None
-    cause: str | UnsetType = UNSET  # type: ignore[assignment] # not for the public
+    cause: str | UnsetType = UNSET  # type: ignore[assignment] # for administrators
 
 
 class ModelsResponse(Struct):

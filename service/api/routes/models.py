@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
 
 from models.errors import UnknownModel
@@ -14,6 +14,7 @@ from service.api.handler import json_response
 from service.api.openapi import MODEL, array_of, responses
 from service.api.plan import find_model
 from service.api.schemas import CardResponse, InputResponse, ModelsResponse, derive
+from service.api.security import access_of
 
 router = APIRouter(prefix="/v1", tags=["models"], default_response_class=Response)
 
@@ -27,22 +28,24 @@ _LAYERS = responses(array_of(LayerInfo), "Layers in the model's order.", errors=
 @router.get(
     "/models", summary="List the models", responses=responses(ModelsResponse, "Names and cards.")
 )
-async def list_models(service: ServiceDep) -> Response:
+async def list_models(request: Request, service: ServiceDep) -> Response:
     """Every configured model with its card; `models` is KServe's list of names."""
     infos = service.pool.models()
+    caused = await _is_admin(request, service)
     return json_response(
         ModelsResponse(
             models=tuple(dict.fromkeys(info.card.name for info in infos)),
             default=service.settings.default_model,
-            cards=tuple(_card(info.card) for info in infos),
+            cards=tuple(_card(info.card, caused=caused) for info in infos),
         )
     )
 
 
 @router.get("/models/{name}", summary="Show a model's card", responses=_CARD)
-async def show_model(name: str, service: ServiceDep) -> Response:
+async def show_model(name: str, request: Request, service: ServiceDep) -> Response:
     """The card of `name` (its newest ready version) or `name@version`."""
-    return json_response(_card(_info(name, service).card))
+    caused = await _is_admin(request, service)
+    return json_response(_card(_info(name, service).card, caused=caused))
 
 
 @router.get("/models/{name}/labels", summary="List a model's labels", responses=_LABELS)
@@ -67,12 +70,18 @@ async def list_methods() -> Response:
     return json_response(list(METHODS.values()))
 
 
-def _card(card: ModelCard) -> CardResponse:
+async def _is_admin(request: Request, service: Service) -> bool:
+    """Whether a request may see what caused a failed load."""
+    return await access_of(request, service) == "admin"
+
+
+def _card(card: ModelCard, *, caused: bool) -> CardResponse:
     shown: InputResponse | None = None
     if card.input is not None:
         height, width = card.input.crop
         shown = derive(InputResponse, card.input, height=height, width=width)
-    return derive(CardResponse, card, input=shown, cause=UNSET)
+    cause = card.cause if caused and card.cause else UNSET
+    return derive(CardResponse, card, input=shown, cause=cause)
 
 
 def _info(name: str, service: Service) -> ModelInfo:

@@ -102,7 +102,7 @@ async def test_index_lists_what_is_loaded_and_what_could_be(admin: httpx.AsyncCl
     assert await index(admin, ready=True) == {"m@1": "READY", "other@1": "READY"}
 
 
-async def test_index_says_what_caused_a_failure_and_public_answers_do_not(
+async def test_only_administrators_are_told_what_caused_a_failure(
     admin: httpx.AsyncClient, pool: FakePool
 ) -> None:
     card = msgspec.structs.replace(
@@ -115,8 +115,10 @@ async def test_index_says_what_caused_a_failure_and_public_answers_do_not(
     pool.infos[0] = ModelInfo(card=card)
     listed = (await admin.post("/v2/repository/index", json={})).json()
     assert listed[0]["reason"] == "The factory raised. Cause: OSError: secret (net.py:2)"
+    assert (await admin.get("/v1/models/m")).json()["cause"] == card.cause
+    assert (await admin.get("/v1/models")).json()["cards"][0]["cause"] == card.cause
     for path in ("/v1/models", "/v1/models/m", "/readyz"):
-        answer = await admin.get(path)
+        answer = await admin.get(path, headers={"X-API-Key": ""})
         assert "secret" not in answer.text
 
 
