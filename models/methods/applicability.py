@@ -109,7 +109,8 @@ def _obstacle(method: Method, facts: ModelFacts) -> str | None:
     if needs_map and facts.single_images:
         return "the network takes one image at a time, so that its layers cannot be read"
     mapless = needs_map and facts.target_layer is None
-    reached = facts.layer_differentiable if needs_map else facts.differentiable
+    reached = facts.differentiable or not method.of_input
+    reached = reached and (facts.layer_differentiable or not needs_map)
     if not reached and method.needs_gradients and not (mapless and facts.differentiable):
         place = "map" if facts.differentiable else "image"
         return (

@@ -133,7 +133,8 @@ def test_relevance_is_tried_on_a_small_picture(pool_net):
 def test_relevance_is_tried_on_a_whole_picture_where_the_model_takes_no_other(flat_net):
     net = Seen(flat_net)
     assert "tanh" in reasons_of(net, 8)["lrp"]
-    assert net.sides == [8, 8, 96, 8, 8]
+    # Traced, proved by one image and by several, tried small, scored, explained.
+    assert net.sides == [8, 8, 8, 96, 8, 8]
 
 
 def test_methods_of_gradients_are_not_tried_where_none_reaches_the_picture(pool_net):
@@ -147,7 +148,7 @@ def test_methods_of_gradients_are_not_tried_where_none_reaches_the_picture(pool_
 
     net = Seen(Detached())
     assert set(reasons_of(net, 8)) == ATTENTION
-    assert net.sides == [8, 8]  # traced, proved
+    assert net.sides == [8, 8, 8]  # traced, proved by one image and by several
 
 
 @pytest.mark.parametrize("net", [Silu(), nn.Sequential(nn.Flatten(), nn.Linear(192, 5))])
