@@ -27,7 +27,7 @@ from service.api.reload import MakeApp, Reload
 from service.devices.lifeline import die_with_parent
 from service.devices.pool import DevicePool
 from service.devices.runtime_dir import RuntimeDir
-from service.heap import end_start
+from service.heap import end_start, release_heap
 from service.logs import configure_logging
 from service.settings import Settings
 
@@ -41,6 +41,7 @@ EXIT_NOT_STARTED = 3
 _TYPED_END_S = 1.0
 _LINGER_S = 0.5
 _LINGER_POLL_S = 0.02
+_RELEASE_INTERVAL_S = 10
 _CLOSE_HEADER = (b"connection", b"close")
 
 
@@ -139,6 +140,11 @@ class HttpServer(uvicorn.Server):
         self.should_exit = True
 
 
+async def _give_memory_back() -> None:
+    """Return what large requests have left to the kernel: glibc keeps it for threads that decode."""
+    await asyncio.to_thread(release_heap)
+
+
 def _default_app(runtime: RuntimeDir) -> MakeApp:
     """The service's application."""
     from service.api.app import create_app
@@ -181,6 +187,8 @@ def main(arguments: Sequence[str] | None = None, *, make_app: MakeApp | None = N
         log_config=None,
         access_log=False,
         server_header=False,
+        callback_notify=_give_memory_back,
+        timeout_notify=_RELEASE_INTERVAL_S,
     )
     server = HttpServer(config, draining=draining, reload=reload)
     server.run(sockets=[socket.socket(fileno=parsed.socket)])

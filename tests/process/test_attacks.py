@@ -180,6 +180,19 @@ def test_small_bodies_take_little_memory(service, image, canvas):
         assert peak < (WORKER_LIMIT_MIB if worker else HTTP_LIMIT_MIB), (process.cmdline(), peak)
 
 
+def test_memory_comes_back(service):
+    def large_images_drawn_whole() -> None:
+        image = encode(Image.new("RGB", (4000, 3000), "olive"), "JPEG")
+        service.explain(*[image] * 8, outputs=["overlay"], canvas="original", timeout_s=20)
+
+    for _ in range(4):
+        service.explain(PNG)
+    before = {process: process.memory_info().rss for process in service.processes()}
+    large_images_drawn_whole()
+
+    until(lambda: all(p.memory_info().rss < 1.2 * rss for p, rss in before.items()), timeout_s=30)
+
+
 def test_slow_pictures_let_others_decode(service):
     slow = [bmp_of_empty_runs(), tiff_of_one_huge_tile()] * 4
     with service.honest_client_beside(), ThreadPoolExecutor(8) as threads:
