@@ -31,6 +31,10 @@ from service.settings import ConnectionSettings
 
 log = logging.getLogger("heatlens.connections")
 
+# uvicorn copies what it holds of a body for each piece that comes.
+_FREE_PIECES = 4096
+_LEAST_PIECE_BYTES = 64
+
 _LINGER_S = 2.0
 _LINGER_BYTES = 32_000_000
 
@@ -74,7 +78,7 @@ class _Connection(HttpToolsProtocol):
         self._phase: _Phase = "headers"
         self._messages = 0
         self._header_bytes = 0
-        self._body_bytes = self._discarded_bytes = 0
+        self._body_bytes = self._body_pieces = self._discarded_bytes = 0
         self._received, self._sent = _Progress(self.since), _Progress(self.since)
         self._unsent_bytes = 0
         self._fault: HeatlensError | None = None
@@ -191,8 +195,12 @@ class _Connection(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         if self._lingers or self.cycle.response_complete:
             return
+        self._body_pieces += 1
         self._body_bytes += len(body)
         self._table.buffered_bytes += len(body)
+        if self._body_pieces > max(_FREE_PIECES, self._body_bytes // _LEAST_PIECE_BYTES):
+            self._refuse(errors.MalformedBody("The body comes in too many small pieces."))
+            return
         if not self._table.has_room(self._body_bytes):
             self._refuse(errors.Overloaded("The service holds too many bodies of requests."))
             return
@@ -297,7 +305,7 @@ class _Connection(HttpToolsProtocol):
 
     def _release_body(self) -> None:
         self._table.buffered_bytes -= self._body_bytes
-        self._body_bytes = 0
+        self._body_bytes = self._body_pieces = 0
 
     def _fields(self, **more: object) -> dict[str, object]:
         return {"fields": {"client": self.client[0] if self.client else "", **more}}

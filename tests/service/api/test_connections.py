@@ -301,6 +301,16 @@ async def test_bodies_have_a_bound_in_all() -> None:
         assert server.table.buffered_bytes == 0
 
 
+@pytest.mark.parametrize(("size", "status"), [(1, 400), (40, 400), (100, 200)])
+async def test_a_body_in_many_small_pieces_is_refused(size: int, status: int) -> None:
+    head = HEAD + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+    piece = b"%x\r\n%b\r\n" % (size, bytes(size))
+    async with serving() as server:
+        received = await server.ask(head, piece * 10_000, b"0\r\n\r\n")
+        assert statuses(received) == [status]
+        assert server.table.buffered_bytes == 0
+
+
 async def test_an_early_response_can_be_read_and_ends_the_connection() -> None:
     async with serving() as server:
         reader, writer = await server.connect()

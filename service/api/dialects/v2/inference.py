@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -103,10 +103,7 @@ def read_call(
     name = model.removesuffix(EXPLAIN_SUFFIX)
     explains = explains or name != model or request.parameters.get("explain") is True
     kinds = EXPLAIN if explains else PREDICT
-    for i, output in enumerate(request.outputs or ()):
-        if output.name not in kinds:
-            allowed = ", ".join(kinds)
-            raise InvalidOption(f"Allowed values: {allowed}.", field=f"outputs.{i}.name")
+    _check_outputs(request.outputs or (), kinds)
     kind = ExplainOptions if explains else PredictOptions
     values = _option_values(request.parameters, kind)
     values["model"] = name if version is None else f"{name}@{version}"
@@ -158,6 +155,17 @@ def respond(call: Call, plan: Plan, reply: Reply) -> Response:
         media_type="application/octet-stream",
         headers={BINARY_LENGTH: str(len(header))},
     )
+
+
+def _check_outputs(outputs: Sequence[RequestedOutput], kinds: Collection[str]) -> None:
+    named: set[str] = set()
+    for i, output in enumerate(outputs):
+        if output.name not in kinds:
+            allowed = ", ".join(kinds)
+            raise InvalidOption(f"Allowed values: {allowed}.", field=f"outputs.{i}.name")
+        if output.name in named:
+            raise InvalidOption("This output is named twice.", field=f"outputs.{i}.name")
+        named.add(output.name)
 
 
 def _with_best(result: Result, top_k: int) -> Result:

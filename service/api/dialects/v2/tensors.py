@@ -26,6 +26,7 @@ _MAX_JSON_VALUES = 3_000_000
 _DTYPES: Mapping[str, np.dtype[Any]] = {"UINT8": np.dtype(np.uint8), "FP32": np.dtype("<f4")}
 _PATH = re.compile(r"(?:field `(\w+)`)?(?: - at `\$\.?([\w.\[\]]*)`)?$")
 _MAX_DEPTH = 8
+_MAX_DIMENSIONS = 8
 
 
 class Tensor(Struct):
@@ -88,6 +89,9 @@ def _read_json(text: bytes) -> InferRequest:
 
 def _read_input(given: InferInput, binary: memoryview) -> Tensor:
     size = given.parameters.get("binary_data_size")
+    if len(given.shape) > _MAX_DIMENSIONS:
+        reason = f"Must have at most {_MAX_DIMENSIONS} dimensions."
+        raise InvalidOption(reason, field="inputs.0.shape")
     if given.datatype not in ("BYTES", *_DTYPES):
         allowed = ", ".join(["BYTES", *_DTYPES])
         raise InvalidOption(f"Allowed values: {allowed}.", field="inputs.0.datatype")

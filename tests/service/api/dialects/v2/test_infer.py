@@ -356,6 +356,12 @@ BAD: dict[str, tuple[Any, int, str, str | None]] = {
         "invalid_option",
         "inputs.0.shape",
     ),
+    "more dimensions than arrays have": (
+        {"inputs": [{**GOOD, "datatype": "UINT8", "shape": [1] * 65, "data": [1]}]},
+        422,
+        "invalid_option",
+        "inputs.0.shape",
+    ),
     "a scalar": (
         {"inputs": [{**GOOD, "shape": [], "data": "/9j/"}]},
         422,
@@ -416,6 +422,12 @@ BAD: dict[str, tuple[Any, int, str, str | None]] = {
         422,
         "invalid_option",
         None,
+    ),
+    "an output that is named again and again": (
+        {"inputs": [GOOD], "outputs": [{"name": "probabilities"}] * 100_000},
+        422,
+        "invalid_option",
+        "outputs.1.name",
     ),
     "an unknown output": (
         {"inputs": [GOOD], "outputs": [{"name": "heatmap"}]},
