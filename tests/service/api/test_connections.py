@@ -61,12 +61,22 @@ class Server:
     async def ask(self, *pieces: bytes) -> bytes:
         """Everything that comes back until the server ends the connection."""
         reader, writer = await self.connect()
+        received = asyncio.create_task(_read_all(reader))
         for piece in pieces:
-            if reader._eof:
+            if received.done():
                 break
             writer.write(piece)
             await asyncio.sleep(0.01)
-        return await asyncio.wait_for(reader.read(), 10)
+        return await asyncio.wait_for(received, 10)
+
+
+async def _read_all(reader: asyncio.StreamReader) -> bytes:
+    """Until the end, or until the server resets a connection on which more was sent to it."""
+    parts = []
+    with suppress(ConnectionError):
+        while part := await reader.read(65_536):
+            parts.append(part)
+    return b"".join(parts)
 
 
 @pytest.fixture(autouse=True)
