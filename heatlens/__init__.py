@@ -32,27 +32,16 @@ if TYPE_CHECKING:
         Statistics,
     )
 
-_MODULES = {
-    "AsyncClient": "client",
-    "Client": "client",
-    "APIError": "errors",
-    "ConnectionFailed": "errors",
-    "HeatlensError": "errors",
-    "LoadFailed": "errors",
-    "TimedOut": "errors",
-    "LocalModel": "local",
-    "load": "local",
-    "CompareResponse": "results",
-    "ExplainResponse": "results",
-    "Explanation": "results",
-    "FeaturesResponse": "results",
-    "ModelCard": "results",
-    "Prediction": "results",
-    "PredictResponse": "results",
-    "Progress": "results",
-    "PartialMap": "results",
-    "Statistics": "results",
+_NAMES = {
+    "client": ("AsyncClient", "Client"),
+    "errors": ("APIError", "ConnectionFailed", "HeatlensError", "LoadFailed", "TimedOut"),
+    "local": ("LocalModel", "load"),
+    "results": (
+        *("CompareResponse", "ExplainResponse", "Explanation", "FeaturesResponse", "ModelCard"),
+        *("PartialMap", "PredictResponse", "Prediction", "Progress", "Statistics"),
+    ),
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "APIError",

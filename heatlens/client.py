@@ -14,8 +14,7 @@ import httpx
 
 from heatlens import protocol
 from heatlens.errors import ConnectionFailed, HeatlensError, TimedOut
-from heatlens.images import part_of
-from heatlens.protocol import Answer, Call, EventReader, OnPartial, OnProgress, Pause, Retries
+from heatlens.protocol import Answer, Call, EventReader, OnPartial, OnProgress, Retries
 from heatlens.results import (
     CompareResponse,
     ExplainResponse,
@@ -40,7 +39,6 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 _CONNECT_S = 10.0
 
 T = TypeVar("T")
-Exchanged = tuple[Call, type[T]]
 
 
 class Explained(NamedTuple):
@@ -51,8 +49,8 @@ class Explained(NamedTuple):
     error: HeatlensError | OSError | None
 
 
-class _Calls:
-    """The calls of both clients."""
+class _Settings:
+    """What both clients are made with."""
 
     def __init__(
         self,
@@ -85,71 +83,13 @@ class _Calls:
             **http,
         }
 
-    @staticmethod
-    def _predict(
-        images: Iterable[ImageLike], options: PredictOptions
-    ) -> Exchanged[PredictResponse]:
-        return protocol.operation("predict", map(part_of, images), options), PredictResponse
 
-    @staticmethod
-    def _explain(
-        images: Iterable[ImageLike],
-        options: ExplainOptions,
-        on_progress: OnProgress | None,
-        on_partial: OnPartial | None,
-    ) -> Exchanged[ExplainResponse]:
-        call = protocol.operation(
-            "explain",
-            map(part_of, images),
-            options,
-            on_progress=on_progress,
-            on_partial=on_partial,
-        )
-        return call, ExplainResponse
-
-    @staticmethod
-    def _features(
-        images: Iterable[ImageLike], options: FeaturesOptions
-    ) -> Exchanged[FeaturesResponse]:
-        return protocol.operation("features", map(part_of, images), options), FeaturesResponse
-
-    @staticmethod
-    def _compare(
-        one: ImageLike, other: ImageLike, options: CompareOptions
-    ) -> Exchanged[CompareResponse]:
-        return protocol.operation("compare", map(part_of, (one, other)), options), CompareResponse
-
-    @staticmethod
-    def _raw(
-        name: str,
-        images: Iterable[ImageLike],
-        options: dict[str, Any],
-        on_progress: OnProgress | None,
-    ) -> Exchanged[dict[str, Any]]:
-        call = protocol.operation(name, map(part_of, images), options, on_progress=on_progress)
-        return call, dict[str, Any]
-
-
-class Client(_Calls):
-    """A blocking client of one service; threads may share it.
-
-    Its methods raise `APIError` where the service refuses a request, `ConnectionFailed` where it
-    cannot be reached, and `OSError` where an image file cannot be read. Every option of the API is a
-    keyword argument; see `heatlens.options`.
-
-        with Client() as client:
-            response = client.explain("cat.jpg", methods=["gradcam", "layercam"])
-            response.top1.label
-            response.explanation.overlay.show()
-    """
-
-    def __init__(self, url: str | None = None, **settings: Any) -> None:
-        super().__init__(url, **settings)
-        self._http = httpx.Client(**self._settings)
+class Operations:
+    """The operations of blocking clients."""
 
     def predict(self, *images: ImageLike, **options: Unpack[PredictOptions]) -> PredictResponse:
         """Classify images."""
-        return self._run(*self._predict(images, options))
+        return self._run(protocol.operation("predict", images, options), PredictResponse)
 
     def explain(
         self,
@@ -166,17 +106,42 @@ class Client(_Calls):
             on_partial: called with a `PartialMap` whenever a map of a long method has become clearer.
             options: see `heatlens.options`.
         """
-        return self._run(*self._explain(images, options, on_progress, on_partial))
+        call = protocol.operation(
+            "explain", images, options, on_progress=on_progress, on_partial=on_partial
+        )
+        return self._run(call, ExplainResponse)
 
     def features(self, *images: ImageLike, **options: Unpack[FeaturesOptions]) -> FeaturesResponse:
         """Describe the feature maps of layers, or their gradients."""
-        return self._run(*self._features(images, options))
+        return self._run(protocol.operation("features", images, options), FeaturesResponse)
 
     def compare(
         self, one: ImageLike, other: ImageLike, **options: Unpack[CompareOptions]
     ) -> CompareResponse:
         """Compare two images by a model that gives vectors, and show what makes them similar."""
-        return self._run(*self._compare(one, other, options))
+        return self._run(protocol.operation("compare", (one, other), options), CompareResponse)
+
+    def _run(self, call: Call, kind: type[T]) -> T:
+        """Send a call until it is answered."""
+        raise NotImplementedError
+
+
+class Client(Operations, _Settings):
+    """A blocking client of one service; threads may share it.
+
+    Its methods raise `APIError` where the service refuses a request, `ConnectionFailed` where it
+    cannot be reached, and `OSError` where an image file cannot be read. Every option of the API is a
+    keyword argument; see `heatlens.options`.
+
+        with Client() as client:
+            response = client.explain("cat.jpg", methods=["gradcam", "layercam"])
+            response.top1.label
+            response.explanation.overlay.show()
+    """
+
+    def __init__(self, url: str | None = None, **settings: Any) -> None:
+        super().__init__(url, **settings)
+        self._http = httpx.Client(**self._settings)
 
     def raw(
         self,
@@ -186,7 +151,8 @@ class Client(_Calls):
         **options: Any,
     ) -> dict[str, Any]:
         """The JSON of an operation (`predict`, `explain`, …) as it was sent."""
-        return self._run(*self._raw(operation, images, options, on_progress))
+        call = protocol.operation(operation, images, options, on_progress=on_progress)
+        return self._run(call, dict[str, Any])
 
     def explain_many(
         self,
@@ -242,10 +208,8 @@ class Client(_Calls):
         try:
             step = next(steps)
             while True:
-                if isinstance(step, Pause):
-                    time.sleep(step.seconds)
-                    step = steps.send(None)
-                    continue
+                if step.pause_s:
+                    time.sleep(step.pause_s)
                 try:
                     answer = self._send(step)
                 except (httpx.HTTPError, ConnectionFailed) as error:
@@ -265,7 +229,7 @@ class Client(_Calls):
             return reader.answer()
 
 
-class AsyncClient(_Calls):
+class AsyncClient(_Settings):
     """The asynchronous twin of `Client`; it belongs to one event loop.
 
     async with AsyncClient() as client:
@@ -280,7 +244,7 @@ class AsyncClient(_Calls):
         self, *images: ImageLike, **options: Unpack[PredictOptions]
     ) -> PredictResponse:
         """Classify images."""
-        return await self._run(*self._predict(images, options))
+        return await self._run(protocol.operation("predict", images, options), PredictResponse)
 
     async def explain(
         self,
@@ -293,19 +257,24 @@ class AsyncClient(_Calls):
 
         Cancelling this cancels the work on the device.
         """
-        return await self._run(*self._explain(images, options, on_progress, on_partial))
+        call = protocol.operation(
+            "explain", images, options, on_progress=on_progress, on_partial=on_partial
+        )
+        return await self._run(call, ExplainResponse)
 
     async def features(
         self, *images: ImageLike, **options: Unpack[FeaturesOptions]
     ) -> FeaturesResponse:
         """Describe the feature maps of layers, or their gradients."""
-        return await self._run(*self._features(images, options))
+        return await self._run(protocol.operation("features", images, options), FeaturesResponse)
 
     async def compare(
         self, one: ImageLike, other: ImageLike, **options: Unpack[CompareOptions]
     ) -> CompareResponse:
         """Compare two images; see `Client.compare`."""
-        return await self._run(*self._compare(one, other, options))
+        return await self._run(
+            protocol.operation("compare", (one, other), options), CompareResponse
+        )
 
     async def raw(
         self,
@@ -315,7 +284,8 @@ class AsyncClient(_Calls):
         **options: Any,
     ) -> dict[str, Any]:
         """The JSON of `predict`, `explain` or `features` as it was sent."""
-        return await self._run(*self._raw(operation, images, options, on_progress))
+        call = protocol.operation(operation, images, options, on_progress=on_progress)
+        return await self._run(call, dict[str, Any])
 
     async def explain_many(
         self,
@@ -371,10 +341,8 @@ class AsyncClient(_Calls):
         try:
             step = next(steps)
             while True:
-                if isinstance(step, Pause):
-                    await asyncio.sleep(step.seconds)
-                    step = steps.send(None)
-                    continue
+                if step.pause_s:
+                    await asyncio.sleep(step.pause_s)
                 try:
                     answer = await self._send(step)
                 except (httpx.HTTPError, ConnectionFailed) as error:

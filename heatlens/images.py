@@ -30,7 +30,7 @@ def part_of(image: ImageLike) -> Part:
 
     Raises:
         OSError: the file cannot be read.
-        TypeError: nothing of these.
+        TypeError: it is none of these.
         ValueError: an array of another type or shape.
     """
     if isinstance(image, bytes | bytearray | memoryview):

@@ -8,19 +8,12 @@ import threading
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from heatlens.asgi import ASGITransport
-from heatlens.client import AsyncClient
+from heatlens.client import AsyncClient, Operations
 from heatlens.errors import LoadFailed
-from heatlens.results import (
-    CompareResponse,
-    ExplainResponse,
-    FeaturesResponse,
-    Layer,
-    ModelCard,
-    PredictResponse,
-)
+from heatlens.results import Layer, ModelCard
 from models.catalog import ModelSpec, default_spec
 from models.errors import HeatlensError, ModelLoadFailed
 from models.types import ModelCard as Card
@@ -29,14 +22,7 @@ from service.settings import SecuritySettings, Settings
 from service.worker.local import LocalPool
 
 if TYPE_CHECKING:
-    from heatlens.images import ImageLike
-    from heatlens.options import (
-        CompareOptions,
-        ExplainOptions,
-        FeaturesOptions,
-        PredictOptions,
-    )
-    from heatlens.protocol import OnPartial, OnProgress
+    from heatlens.protocol import Call
 
 T = TypeVar("T")
 
@@ -114,7 +100,7 @@ def _spec(source: str | None, weights: str | Path | None, entry: Mapping[str, An
     return ModelSpec.model_validate({"name": short, **keys, "source": name})
 
 
-class LocalModel:
+class LocalModel(Operations):
     """A model in this process, with the methods of `Client`; made by `load`.
 
     It runs on threads of its own until it is closed or the process ends.
@@ -134,33 +120,6 @@ class LocalModel:
             self.close()
             raise
         self.name = spec.name
-
-    def predict(self, *images: ImageLike, **options: Unpack[PredictOptions]) -> PredictResponse:
-        """Classify images; see `Client.predict`."""
-        return self._wait(self._client.predict(*images, **options))
-
-    def explain(
-        self,
-        *images: ImageLike,
-        on_progress: OnProgress | None = None,
-        on_partial: OnPartial | None = None,
-        **options: Unpack[ExplainOptions],
-    ) -> ExplainResponse:
-        """Classify images and explain their classes; see `Client.explain`."""
-        work = self._client.explain(
-            *images, on_progress=on_progress, on_partial=on_partial, **options
-        )
-        return self._wait(work)
-
-    def features(self, *images: ImageLike, **options: Unpack[FeaturesOptions]) -> FeaturesResponse:
-        """Describe the feature maps of layers, or their gradients; see `Client.features`."""
-        return self._wait(self._client.features(*images, **options))
-
-    def compare(
-        self, one: ImageLike, other: ImageLike, **options: Unpack[CompareOptions]
-    ) -> CompareResponse:
-        """Compare two images; see `Client.compare`."""
-        return self._wait(self._client.compare(one, other, **options))
 
     @property
     def card(self) -> ModelCard:
@@ -197,6 +156,9 @@ class LocalModel:
             return await self._stack.enter_async_context(serving(settings))
         except HeatlensError as error:
             raise LoadFailed(error.message) from None
+
+    def _run(self, call: Call, kind: type[T]) -> T:
+        return self._wait(self._client._run(call, kind))  # noqa: SLF001
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         future: Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)

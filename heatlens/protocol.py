@@ -1,8 +1,8 @@
 """What is sent and how an answer is read, without any input or output.
 
-`exchange` is a generator: it yields what is to be done, a `Call` or a `Pause`, and is sent the
-answer to a call, or has the error of the connection thrown into it. A client only does what it says,
-so that the blocking and the asynchronous client share every decision.
+`exchange` is a generator: it yields each `Call`, and is sent the answer, or has the error of the
+connection thrown into it. A client only does what it says, so that the blocking and the asynchronous
+client share every decision.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ import random
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from heatlens.errors import APIError, ConnectionFailed
-from heatlens.images import Part
+from heatlens.images import part_of
 from heatlens.results import PartialMap, Progress, decode
+
+if TYPE_CHECKING:
+    from heatlens.images import ImageLike
 
 OnProgress = Callable[[Progress], object]
 OnPartial = Callable[[PartialMap], object]
@@ -37,6 +40,7 @@ class Call:
         files: parts of a form, as (name, (file name, bytes or text, media type)).
         on_progress, on_partial: ask for a stream of events, and receive those of their kind.
         timeout_s: seconds to wait for the service.
+        pause_s: seconds to wait before it is sent.
     """
 
     method: str
@@ -46,18 +50,12 @@ class Call:
     on_progress: OnProgress | None = None
     on_partial: OnPartial | None = None
     timeout_s: float = 60.0
+    pause_s: float = 0.0
 
     @property
     def has_events(self) -> bool:
         """Whether the answer is a stream of events."""
         return self.on_progress is not None or self.on_partial is not None
-
-
-@dataclass(frozen=True, slots=True)
-class Pause:
-    """Seconds to wait before the next call."""
-
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +87,12 @@ class Retries:
     timeout_s: float = 60.0
 
 
-Exchange = Generator[Call | Pause, Answer | None, bytes]
+Exchange = Generator[Call, Answer, bytes]
 
 
 def operation(
     name: str,
-    images: Iterable[Part],
+    images: Iterable[ImageLike],
     options: Mapping[str, Any],
     *,
     on_progress: OnProgress | None = None,
@@ -104,7 +102,8 @@ def operation(
     if on_partial is not None:
         options = {**options, "partial_maps": True}
     parts: list[tuple[str, tuple[str | None, bytes, str]]] = [
-        ("image", (image.name, image.data, "application/octet-stream")) for image in images
+        ("image", (part.name, part.data, "application/octet-stream"))
+        for part in map(part_of, images)
     ]
     parts.append(("options", (None, json.dumps(options).encode(), _JSON)))
     call = Call("POST", f"/v1/{name}", files=parts, on_progress=on_progress, on_partial=on_partial)
@@ -119,24 +118,24 @@ def exchange(call: Call, retries: Retries) -> Exchange:
         ConnectionFailed: the service could not be reached.
     """
     until = time.monotonic() + retries.timeout_s
+    pause_s = 0.0
     for attempt in range(1, retries.attempts + 1):
-        pause_s: float | None = None
+        left_s = until - time.monotonic() - pause_s
+        advised_s: float | None = None
         error: APIError | ConnectionFailed
         try:
-            answer = yield replace(call, timeout_s=max(until - time.monotonic(), 0.001))
+            answer = yield replace(call, timeout_s=max(left_s, 0.001), pause_s=pause_s)
         except ConnectionFailed as failed:
             error = failed
         else:
-            assert answer is not None
             if 200 <= answer.status < 400:
                 return answer.body
-            error, pause_s = _error(answer), answer.retry_after_s
+            error, advised_s = _error(answer), answer.retry_after_s
             if not error.retryable:
                 raise error
-        pause_s = _pause_s(attempt) if pause_s is None else pause_s
+        pause_s = _pause_s(attempt) if advised_s is None else advised_s
         if attempt == retries.attempts or time.monotonic() + pause_s > until:
             raise error
-        yield Pause(pause_s)
     raise AssertionError
 
 

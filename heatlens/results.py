@@ -185,8 +185,8 @@ class ModelUsed(_Struct):
     precision: str
 
 
-class Response(_Struct, kw_only=True):
-    """A response: one result for each image, in order.
+class _Response(_Struct, kw_only=True):
+    """What every response says.
 
     Attributes:
         timings_ms: milliseconds of each stage; of several images, those of the slowest.
@@ -195,9 +195,14 @@ class Response(_Struct, kw_only=True):
 
     request_id: str
     model: ModelUsed
-    results: list[Result]
     timings_ms: dict[str, float] = {}
     batch_size: int = 1
+
+
+class Response(_Response, kw_only=True):
+    """A response: one result for each image, in order."""
+
+    results: list[Result]
 
     @property
     def result(self) -> Result:
@@ -262,20 +267,11 @@ class Compared(_Struct, kw_only=True):
     warnings: list[str] = []
 
 
-class CompareResponse(_Struct, kw_only=True):
-    """The response to `compare`.
+class CompareResponse(_Response, kw_only=True):
+    """The response to `compare`: `similarity` is the cosine of the two images' vectors, -1 to 1."""
 
-    Attributes:
-        similarity: cosine of the two images' vectors, -1 to 1.
-        results: of the two images, in order.
-    """
-
-    request_id: str
-    model: ModelUsed
     similarity: float
     results: list[Compared]
-    timings_ms: dict[str, float] = {}
-    batch_size: int = 1
 
 
 class MethodSupport(_Struct):
