@@ -129,7 +129,7 @@ def error_codes(base: type[HeatlensError] = HeatlensError) -> Iterator[str]:
 @pytest.fixture
 def exposition() -> str:
     """Two requests of each kind that succeed, one of each error, and five images."""
-    metrics = Metrics(BusyPool(), ready_within_s=30)
+    metrics = Metrics(BusyPool())
     for operation in ("predict", "explain"):
         served = Served(model="m", version="1", operation=operation)
         metrics.observe_request(served, code="", seconds=0.25)

@@ -17,23 +17,13 @@ from service.api.body import BodyReader
 from service.api.decoders import Decoders
 from service.api.dependencies import Service
 from service.api.dialects import kserve_v1, sagemaker, torchserve
-from service.api.dialects.v2 import infer, metadata, statistics
+from service.api.dialects.v2 import infer, metadata
 from service.api.dialects.v2 import schemas as v2
 from service.api.limiter import ConcurrencyLimiter
 from service.api.metrics import Metrics
 from service.api.middleware import RequestContext, RouteAliases
 from service.api.pipeline import Pipeline
-from service.api.routes import (
-    admin,
-    compare,
-    docs,
-    explain,
-    features,
-    health,
-    models,
-    page,
-    predict,
-)
+from service.api.routes import admin, docs, explain, health, images, models, page
 from service.api.security import limit_key, require_admin_key, require_api_key
 from service.devices.pool import DevicePool
 from service.hardware import available_cores
@@ -74,7 +64,6 @@ def create_app(
         limiter: the limiter of the process; None makes one for this application alone.
     """
     metrics = metrics or Metrics(pool)
-    metrics.devices.ready_within_s = settings.server.ready_within_s
     limiter = limiter or ConcurrencyLimiter(None)
 
     @asynccontextmanager
@@ -179,9 +168,9 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
     keyed = [Depends(require_api_key)]
     is_limited = settings.limits.max_concurrent_per_key is not None
     limited = [*keyed, Depends(limit_key)] if is_limited else keyed
-    for module in (predict, explain, features, compare, infer, kserve_v1, torchserve, sagemaker):
+    for module in (images, explain, infer, kserve_v1, torchserve, sagemaker):
         app.include_router(module.router, dependencies=limited)
-    for router in (models.router, statistics.router, metadata.models):
+    for router in (models.router, metadata.models):
         app.include_router(router, dependencies=keyed)
     app.include_router(admin.router, dependencies=[Depends(require_admin_key)])
     app.include_router(health.router)

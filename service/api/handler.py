@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 from fastapi import Request, Response
 
-from models.errors import Cancelled, DeadlineExceeded, ModelReplaced
+from models.errors import ERRORS, Cancelled, DeadlineExceeded, InternalError, ModelReplaced
 from models.types import Operation
 from service.api import schemas
 from service.api.body import RequestBody
@@ -118,6 +118,18 @@ def images_response(request: Request, plan: Plan, reply: Reply) -> Response:
             **more,
         )
     )
+
+
+def good_results(reply: Reply) -> tuple[schemas.Result, ...]:
+    """The results of all images, for protocols that have no place for the error of one.
+
+    Raises:
+        HeatlensError: the first one that an image failed with.
+    """
+    for result in reply.results:
+        if result.error is not msgspec.UNSET:
+            raise ERRORS.get(result.error.code, InternalError)(result.error.error)
+    return reply.results
 
 
 def json_response(body: Any, *, status: int = 200) -> Response:

@@ -19,7 +19,6 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from service.api.pipeline import Reply
-from service.api.readiness import is_up
 from service.api.record import Served
 from service.api.schemas import STAGES
 from service.devices.pool import DevicePool
@@ -59,20 +58,15 @@ class Metrics:
 
     Args:
         pool: reports the state of the devices at each scrape.
-        ready_within_s: age of its last pass up to which a device counts as up.
-
-    Attributes:
-        devices: the metrics of the devices.
     """
 
-    def __init__(self, pool: DevicePool, *, ready_within_s: float = 30.0) -> None:
-        self.devices = DeviceCollector(pool, ready_within_s=ready_within_s)
+    def __init__(self, pool: DevicePool) -> None:
         registry = CollectorRegistry()
         self._exposed = registry
         if MULTIPROCESS_DIR in os.environ:
             self._exposed = CollectorRegistry()
             MultiProcessCollector(self._exposed)  # type: ignore[no-untyped-call] # untyped in the library
-        self._exposed.register(self.devices)
+        self._exposed.register(DeviceCollector(pool))
         histogram = partial(Histogram, registry=registry)
         counter = partial(Counter, registry=registry)
         self.request_seconds = histogram(
@@ -163,13 +157,9 @@ class DeviceCollector(Collector):
     """Reads the state of the devices at a scrape.
 
     Every HTTP process sees the same state, so nothing is summed over processes.
-
-    Attributes:
-        ready_within_s: age of its last pass up to which a device counts as up.
     """
 
-    def __init__(self, pool: DevicePool, *, ready_within_s: float) -> None:
-        self.ready_within_s = ready_within_s
+    def __init__(self, pool: DevicePool) -> None:
         self._pool = pool
 
     def collect(self) -> Iterable[Metric]:
@@ -189,7 +179,7 @@ class DeviceCollector(Collector):
             add("model_ready", info.card.ready, info.card.name, info.card.version)
         for status in self._pool.devices():
             device = status.device
-            add("device_up", is_up(status, within_s=self.ready_within_s), device)
+            add("device_up", status.state == "ready", device)
             add("queue_depth", status.queue_depth, device)
             add("device_wait_seconds", status.wait_ms / 1000, device)
             add("device_memory_bytes", status.memory_bytes, device)

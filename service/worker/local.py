@@ -13,6 +13,8 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
+from msgspec import structs
+
 from models.catalog import ModelSpec
 from models.errors import (
     DeadlineExceeded,
@@ -25,8 +27,8 @@ from models.errors import (
 from models.types import Failure, ModelInfo
 from service.devices.messages import Completion, JobProgress, JobResult, Submission
 from service.devices.model_state import loading_model, merge
-from service.devices.pool import DeviceHealth, DeviceStatus, OnProgress, ignore, wait_for
-from service.devices.status import WorkerStatus
+from service.devices.pool import DeviceStatus, OnProgress, device_status, ignore, wait_for
+from service.devices.status import DeviceState, WorkerStatus
 from service.hardware import available_cores, resolve_devices
 from service.settings import Settings
 from service.worker.backend import Backend, make_engine_backend
@@ -67,6 +69,7 @@ class LocalPool:
         self._changed = asyncio.Event()
         self._infos: Sequence[ModelInfo] = [loading_model(spec) for spec in specs]
         self._status = WorkerStatus()
+        self._ready_within_s = canary_s + settings.server.ready_within_s
         self._lost = False
         self._closed = False
         self._tracing = device_tracing(settings.tracing, device=device)
@@ -151,27 +154,14 @@ class LocalPool:
     def devices(self) -> Sequence[DeviceStatus]:
         """The one device."""
         depth, wait_ms, long_wait_ms = self._compute.load_state()
-        last_pass = self._status.last_pass
-        return [
-            DeviceStatus(
-                device=self._device,
-                state=self._health(),
-                last_pass_s=time.monotonic() - last_pass if last_pass else None,
-                queue_depth=depth,
-                wait_ms=wait_ms,
-                long_wait_ms=long_wait_ms,
-                models=self._status.models,
-                memory_bytes=self._status.memory_bytes,
-                batches=self._status.batches,
-            )
-        ]
-
-    def _health(self) -> DeviceHealth:
-        if self._lost:
-            return "lost"
-        if self._closed:
-            return "draining"
-        return "ready" if self._status.ready else "starting"
+        worker = structs.replace(
+            self._status, queue_depth=depth, wait_ms=wait_ms, long_wait_ms=long_wait_ms
+        )
+        state = DeviceState(device=self._device, state="running")
+        status = device_status(state, worker, ready_within_s=self._ready_within_s)
+        if self._lost or self._closed:
+            status = structs.replace(status, state="lost" if self._lost else "draining")
+        return [status]
 
     async def load(self, spec: ModelSpec) -> None:
         """Load or replace a model version; see `DevicePool.load`."""

@@ -8,13 +8,12 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
-from msgspec import UNSET
 
-from models.errors import ERRORS, HeatlensError, InternalError
+from models.errors import HeatlensError
 from models.types import Struct
 from service.api.dependencies import Service, ServiceDep
 from service.api.errors import error_response
-from service.api.handler import json_response, run_body
+from service.api.handler import good_results, json_response, run_body
 from service.api.instances import read_request
 from service.api.openapi import INPUT, OPEN, image_input, responses
 from service.api.options import ExplainOptions, PredictOptions
@@ -143,10 +142,7 @@ async def _results(
     reference = model if version is None else f"{model}@{version}"
     body = await read_request(request, service, model=reference, explains=explains)
     _, reply = await run_body(request, service, body, started=started)
-    for result in reply.results:
-        if result.error is not UNSET:
-            raise ERRORS.get(result.error.code, InternalError)(result.error.error)
-    return list(reply.results)
+    return list(good_results(reply))
 
 
 def _by_label(result: Result) -> dict[str, float]:

@@ -88,7 +88,7 @@ def test_metrics_of_several_processes_are_added(tmp_path: Path) -> None:
     count = """
 from service.api.metrics import Metrics
 from tests.fakes import FakePool
-metrics = Metrics(FakePool(), ready_within_s=30)
+metrics = Metrics(FakePool())
 metrics.rejected.labels("overloaded").inc()
 metrics.request_seconds.labels("GET", "/v1/models", "200").observe(0.1)
 print(metrics.exposition().decode())

@@ -10,20 +10,14 @@ import numpy as np
 from fastapi import Response
 from msgspec import UNSET, structs
 
-from models.errors import (
-    ERRORS,
-    HeatlensError,
-    ImageUndecodable,
-    InternalError,
-    InvalidOption,
-    TooManyImages,
-)
+from models.errors import HeatlensError, ImageUndecodable, InvalidOption, TooManyImages
 from models.imaging.decode import sniff
 from models.types import Struct
 from service.api.body import ImageInput, RequestBody, parse_query
 from service.api.dialects.v2.outputs import EXPLAIN, PREDICT, classification, make_output
 from service.api.dialects.v2.schemas import InferRequest, InferResponse, Parameters, RequestedOutput
 from service.api.dialects.v2.tensors import Tensor, read_request, write_outputs
+from service.api.handler import good_results
 from service.api.json import decode_base64
 from service.api.options import ExplainOptions, Output, PredictOptions, list_options
 from service.api.pipeline import Reply
@@ -129,13 +123,10 @@ def respond(call: Call, plan: Plan, reply: Reply) -> Response:
     Raises:
         HeatlensError: one of the images failed, or an output cannot be made.
     """
-    for result in reply.results:
-        if result.error is not UNSET:
-            raise ERRORS.get(result.error.code, InternalError)(result.error.error)
-    top_k = call.body.options.top_k
-    best = [_with_best(result, top_k) for result in reply.results]
+    results, top_k = good_results(reply), call.body.options.top_k
+    best = [_with_best(result, top_k) for result in results]
     tensors = [
-        _output(item, plan, reply.results if EXPLAIN[item.name].of_all_classes else best)
+        _output(item, plan, results if EXPLAIN[item.name].of_all_classes else best)
         for item in call.outputs
     ]
     binary = [item.parameters.get("binary_data", call.is_binary) is True for item in call.outputs]

@@ -1,30 +1,38 @@
-"""`/v2…`: the server, its health, and the models with their inputs, outputs and configuration."""
+"""`/v2…`: the server and its health, and what is known of each model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
+from prometheus_client.core import Metric
 
 from models.types import ModelInfo
 from service.api.dependencies import Service, ServiceDep
-from service.api.dialects.v2 import schemas
 from service.api.dialects.v2.inference import EXPLAIN_SUFFIX
 from service.api.dialects.v2.outputs import EXPLAIN, PREDICT, OutputKind
 from service.api.dialects.v2.schemas import (
+    DynamicBatching,
+    InferStatistics,
     ModelConfig,
     ModelHealth,
     ModelMetadata,
     ModelNames,
+    ModelStatistics,
+    ModelStatisticsList,
     ServerHealth,
     ServerMetadata,
+    StatisticDuration,
     TensorConfig,
     TensorMetadata,
 )
 from service.api.dialects.v2.tensors import IMAGE
 from service.api.handler import json_response
+from service.api.metrics import LAST_REQUEST, REQUEST_SECONDS, STAGE_SECONDS
 from service.api.openapi import KEYED, MODEL, OPEN, responses
 from service.api.plan import find_model
 from service.api.readiness import readiness
@@ -51,6 +59,17 @@ _METADATA = responses(ModelMetadata, "Inputs and outputs.", errors=MODEL)
 _MODEL_READY = responses(ModelHealth, "The model answers requests.", errors=MODEL)
 _MODEL_READY[503] = {**_MODEL_READY[200], "description": "It does not yet; see `error`."}
 _CONFIG = responses(ModelConfig, "The configuration in Triton's terms.", errors=MODEL)
+_ALL = responses(ModelStatisticsList, "Statistics of every model version.", errors=KEYED)
+_ONE = responses(ModelStatisticsList, "Statistics of the model version.", errors=MODEL)
+
+_STAGES = {
+    "queue": "queue",
+    "decode": "compute_input",
+    "device": "compute_infer",
+    "render": "compute_output",
+}
+_Totals = Mapping[tuple[str, str, str], float]
+"""By model, version and the name of a statistic."""
 
 
 @server.get("", summary="Server metadata", responses=_SERVER)
@@ -80,11 +99,26 @@ async def list_models(service: ServiceDep) -> Response:
     return json_response(ModelNames(models=tuple(names)))
 
 
+@models.get("/stats", summary="Statistics of all models", responses=_ALL)
+async def show_all_statistics(service: ServiceDep) -> Response:
+    """Counts and durations since the service started, of all HTTP processes together."""
+    return await _statistics(service, service.pool.models())
+
+
+@models.get("/{model}/stats", summary="Statistics of a model", responses=_ONE)
+@models.get("/{model}/versions/{version}/stats", summary="Statistics of a model", responses=_ONE)
+async def show_statistics(service: ServiceDep, model: str, version: str | None = None) -> Response:
+    """Counts and durations since the service started; predictions and explanations together."""
+    info = _find(service, model, version)
+    found = [known for known in service.pool.models() if known.card.name == info.card.name]
+    return await _statistics(service, found if version is None else [info])
+
+
 @models.get("/{model}", summary="Model metadata", responses=_METADATA)
 @models.get("/{model}/versions/{version}", summary="Model metadata", responses=_METADATA)
 async def show_model(service: ServiceDep, model: str, version: str | None = None) -> Response:
     """Inputs and outputs; of `NAME:explain` those of explanations."""
-    info = find(service, model, version)
+    info = _find(service, model, version)
     outputs = [
         TensorMetadata(name=name, datatype=kind.datatype, shape=(-1, *kind.sizes(info.card)))
         for name, kind in _kinds(model).items()
@@ -104,7 +138,7 @@ async def show_model(service: ServiceDep, model: str, version: str | None = None
 @models.get("/{model}/versions/{version}/ready", summary="Model readiness", responses=_MODEL_READY)
 async def show_model_ready(service: ServiceDep, model: str, version: str | None = None) -> Response:
     """200 if the model answers requests, else 503."""
-    card = find(service, model, version).card
+    card = _find(service, model, version).card
     error = UNSET if card.ready else f"The model is {card.state}."
     health = ModelHealth(name=model, ready=card.ready, error=error)
     return json_response(health, status=200 if card.ready else 503)
@@ -114,7 +148,7 @@ async def show_model_ready(service: ServiceDep, model: str, version: str | None 
 @models.get("/{model}/versions/{version}/config", summary="Model configuration", responses=_CONFIG)
 async def show_config(service: ServiceDep, model: str, version: str | None = None) -> Response:
     """The configuration that load generators read."""
-    card = find(service, model, version).card
+    card = _find(service, model, version).card
     types: dict[Literal["FP32", "BYTES"], str] = {"FP32": "TYPE_FP32", "BYTES": "TYPE_STRING"}
     outputs = [
         TensorConfig(name=name, data_type=types[kind.datatype], dims=kind.sizes(card))
@@ -128,14 +162,14 @@ async def show_config(service: ServiceDep, model: str, version: str | None = Non
             max_batch_size=service.settings.limits.max_images,
             input=(TensorConfig(name=IMAGE, data_type="TYPE_STRING", dims=()),),
             output=tuple(outputs),
-            dynamic_batching=schemas.DynamicBatching(
+            dynamic_batching=DynamicBatching(
                 preferred_batch_size=(card.best_batch,), max_queue_delay_microseconds=0
             ),
         )
     )
 
 
-def find(service: Service, model: str, version: str | None) -> ModelInfo:
+def _find(service: Service, model: str, version: str | None) -> ModelInfo:
     """The model version of a path.
 
     Raises:
@@ -155,3 +189,48 @@ def _health(service: Service) -> ServerHealth:
     found = readiness(service.pool, service.settings)
     missing = "; ".join(found.missing) or "Not ready."
     return ServerHealth(live=True, ready=found.ready, error=UNSET if found.ready else missing)
+
+
+async def _statistics(service: Service, infos: Sequence[ModelInfo]) -> Response:
+    """Triton's statistics, from the counters that `/metrics` shows."""
+    families = await asyncio.to_thread(lambda: list(service.metrics.collect()))
+    counts, seconds, last = _totals(families)
+    batches: defaultdict[tuple[str, str], int] = defaultdict(int)
+    for device in service.pool.devices():
+        for count in device.batches:
+            batches[count.model, count.version] += count.batches
+    found = []
+    for card in (info.card for info in infos):
+        stats = {
+            name: StatisticDuration(
+                count=round(counts[*card.key, name]), ns=round(1e9 * seconds[*card.key, name])
+            )
+            for name in InferStatistics.__struct_fields__
+        }
+        found.append(
+            ModelStatistics(
+                name=card.name,
+                version=card.version,
+                last_inference=round(1000 * last[*card.key, ""]),
+                inference_count=stats["compute_infer"].count,
+                execution_count=batches[card.key],
+                inference_stats=InferStatistics(**stats),
+            )
+        )
+    return json_response(ModelStatisticsList(model_stats=tuple(found)))
+
+
+def _totals(families: Iterable[Metric]) -> tuple[_Totals, _Totals, _Totals]:
+    """How often and for how many seconds in all, and when each model version last answered."""
+    counts, seconds, last = (defaultdict[tuple[str, str, str], float](float) for _ in range(3))
+    for sample in (sample for family in families for sample in family.samples):
+        name, _, part = sample.name.rpartition("_")
+        labels = sample.labels
+        if sample.name == LAST_REQUEST:
+            last[labels["model"], labels["version"], ""] = sample.value
+        elif part in ("sum", "count") and name in (REQUEST_SECONDS, STAGE_SECONDS):
+            ended = "success" if labels.get("code") == "ok" else "fail"
+            statistic = ended if name == REQUEST_SECONDS else _STAGES[labels["stage"]]
+            totals = counts if part == "count" else seconds
+            totals[labels["model"], labels["version"], statistic] += sample.value
+    return counts, seconds, last
