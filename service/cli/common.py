@@ -39,7 +39,7 @@ Server = Annotated[
     str | None,
     typer.Option(
         metavar="URL",
-        help="Use a service that runs already instead of loading the model into this process. "
+        help="Use a running service instead of loading the model into this process. "
         "A key is read from HEATLENS_API_KEY.",
     ),
 ]

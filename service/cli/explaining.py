@@ -1,4 +1,4 @@
-"""Explains files through a client, writes the results, and passes over what is done already."""
+"""Explains files through a client, writes the results, and skips files that are already done."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`heatlens init`: a configuration for a checkpoint or a saved folder, as far as it can be known."""
+"""`heatlens init`: a configuration for a checkpoint or a saved folder, from what is found in it."""
 
 from __future__ import annotations
 

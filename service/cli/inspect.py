@@ -1,4 +1,4 @@
-"""`heatlens models`, `heatlens check` and `heatlens layers`: what was found out about a model."""
+"""`heatlens models`, `heatlens check` and `heatlens layers`: what is known of a model."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def bench(
     *,
     clients: Annotated[
         int | None,
-        typer.Option(min=1, max=1024, help="Closed loop of so many clients. [default: 8]"),
+        typer.Option(min=1, max=1024, help="Closed loop with this many clients. [default: 8]"),
     ] = None,
     rate: Annotated[
         float | None,
@@ -70,7 +70,8 @@ def bench(
         float, typer.Option(min=0.1, max=3600, help="Measured seconds of each load.")
     ] = 10.0,
     warmup: Annotated[
-        float, typer.Option(min=0, max=600, help="Seconds before them that do not count.")
+        float,
+        typer.Option(min=0, max=600, help="Seconds of load before them that are not measured."),
     ] = 1.0,
     requests: Annotated[
         int | None, typer.Option(min=1, help="Maximum number of requests of each load.")

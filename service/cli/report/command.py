@@ -43,7 +43,7 @@ def report(
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", dir_okay=False, help="The page; its JSON is written beside."
+            "--output", "-o", dir_okay=False, help="The page; its JSON is written next to it."
         ),
     ] = Path("heatlens-report.html"),
     labels: Annotated[
@@ -58,14 +58,18 @@ def report(
     method: Annotated[
         str,
         typer.Option(
-            "--method", "-m", metavar="NAME", autocompletion=complete_method, help="Of the maps."
+            "--method",
+            "-m",
+            metavar="NAME",
+            autocompletion=complete_method,
+            help="Method of the maps.",
         ),
     ] = "gradcam",
     layer: Annotated[
         str | None, typer.Option("--layer", "-l", metavar="NAME", help="[default: the model's own]")
     ] = None,
     faithfulness: Annotated[
-        int, typer.Option(min=0, help="Images whose maps are put to the test; 0 for none.")
+        int, typer.Option(min=0, help="Number of images whose maps are tested; 0 for none.")
     ] = 20,
     model: Model = None,
     config: Config = None,

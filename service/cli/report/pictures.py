@@ -1,4 +1,4 @@
-"""The overlays that a report shows: of the most confident errors, and of typical images of clusters."""
+"""The pictures of a report: overlays of confident errors and of typical images, and mean maps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 import heatlens
+from models.imaging import png
+from models.imaging.colormaps import COLORMAPS
+from models.imaging.render import normalise, upsample
 from models.types import Struct
 from service.cli.report.clusters import Cluster
 from service.cli.report.records import Record
@@ -21,6 +26,7 @@ if TYPE_CHECKING:
 MOST_ERRORS = 12
 TYPICAL = 6
 _SIDE = 200
+_MAP_SIDE = 160
 # A mark that the map lies on must be legible under it.
 _ALPHA = 0.4
 
@@ -83,6 +89,16 @@ async def cluster_pictures(
         pictures = [_picture("", item.overlay) for item in maps if item.overlay is not None]
         shown.append(Shown(record=record, pictures=tuple(pictures)))
     return shown
+
+
+def map_image(values: Sequence[Sequence[float]]) -> str:
+    """A mean map as a `data:` URL."""
+    enlarged = upsample(np.asarray(values, np.float32), height=_MAP_SIDE, width=_MAP_SIDE)
+    unit = normalise(enlarged, signed=False)
+    levels = np.zeros(enlarged.shape) if unit is None else unit * 255
+    opaque = np.full(256, 255, np.uint8)
+    data = png.encode_palette(levels.astype(np.uint8), palette=COLORMAPS["turbo"], opacity=opaque)
+    return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
 async def _overlays(
