@@ -41,8 +41,10 @@ from __future__ import annotations
 
 import sysconfig
 import traceback
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class HeatlensError(Exception):
@@ -66,6 +68,10 @@ class HeatlensError(Exception):
         self.message = message
         self.field = field
         self.retry_after_s = retry_after_s
+
+    def alone(self) -> Self:
+        """The same without its traceback, which holds tensors."""
+        return type(self)(self.message, field=self.field, retry_after_s=self.retry_after_s)
 
 
 class MalformedBody(HeatlensError):
@@ -271,6 +277,12 @@ class InputQuarantined(HeatlensError):
 
 class InternalError(HeatlensError):
     """A fault of the service itself; details are in its logs."""
+
+
+def close_names(name: str, known: Iterable[str]) -> str:
+    """Names like a wrong one, as the end of an error; empty if there are none."""
+    close = get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    return f" Close names: {', '.join(close)}." if close else ""
 
 
 def cause_of(error: BaseException) -> str | None:

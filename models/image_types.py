@@ -1,4 +1,4 @@
-"""Images as data: how they become the input of a model, and where it lies in them. No torch here."""
+"""How an image becomes the input of a model, and where that input lies in the image. No torch here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the positions of a layer lie in the image, told by what changed patches of the image change.
+"""Tests where a layer's positions lie in the image, by changing patches of the image.
 
 Patches of an image are changed one at a time. A layer is a map where the positions that respond to
 a patch lie where the patch is, in both directions: neither the number of tokens nor the shape of an

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from models.errors import ModelLoadFailed
 from models.first_run import run_once
 from models.hooks import HookStack
-from models.outputs import Reading, adapt, describe, find_scores
+from models.outputs import Reading, adapt, describe, find_scores, run_straight
 from models.probabilities import undo_probabilities
 from models.probe import probe_batch
-from models.recomputation import run_straight
 from models.types import Preprocess, Task
 
 PROVED_IMAGES = 3

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import CheckpointFunction
 
 from models.errors import ModelLoadFailed
-from models.recomputation import run_straight
 
 Ending = Literal["softmax", "log_softmax", "sigmoid"]
 
@@ -127,7 +127,7 @@ def _named_output(answer: Any, output: int | str) -> Tensor:
             found = answer[output]  # type: ignore[index]
     if not isinstance(found, Tensor):
         raise ModelLoadFailed(
-            f"output = {json.dumps(output)} is not a tensor of what the model returns, which is "
+            f"output = {json.dumps(output)} does not name a tensor in what the model returns, which is "
             f"{describe(answer)}."
         )
     return found
@@ -194,6 +194,29 @@ def adapt(module: nn.Module, reading: Reading) -> nn.Module:
         body["least_batch"] = 2 if reading.twice else 1
     module.__class__ = type(kind.__name__, (kind,), body)
     return module
+
+
+@contextmanager
+def run_straight() -> Iterator[list[str]]:
+    """Run what is checkpointed as it is: there is nothing to save in a pass that trains nothing.
+
+    Reentrant checkpointing gives no gradients of single tensors.
+
+    Yields:
+        The names of what was checkpointed in the pass, as they are met.
+    """
+    met: list[str] = []
+
+    def straight(function: Callable[..., Any], _preserve_rng_state: bool, *args: Any) -> Any:
+        met.append(getattr(function, "__name__", type(function).__name__))
+        return function(*args)
+
+    checkpointed = CheckpointFunction.apply
+    CheckpointFunction.apply = straight  # type: ignore[method-assign]
+    try:
+        yield met
+    finally:
+        CheckpointFunction.apply = checkpointed  # type: ignore[method-assign]
 
 
 def _logarithms(probabilities: Tensor) -> Tensor:

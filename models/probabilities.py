@@ -1,4 +1,4 @@
-"""Networks that return probabilities, made to return scores."""
+"""Makes networks that return probabilities return scores."""
 
 from __future__ import annotations
 

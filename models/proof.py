@@ -1,4 +1,4 @@
-"""Proofs, on a model's own tensors, of what each of its layers may be used for.
+"""Proves on a model's own tensors what each of its layers may be used for.
 
 A layer may be read and changed if its first dimension is the image at every size of batch, and its
 values do not depend on the other images. It is a map if its positions respond to the image where

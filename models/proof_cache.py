@@ -1,4 +1,4 @@
-"""Proofs that were made before, kept by the content of the network that they are about."""
+"""Keeps proofs from one start to the next, by the content of the network that they are about."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What becomes of freed memory: glibc keeps it for the next pass, or gives it back.
-
-And when Python looks for what can be freed.
-"""
+"""Memory of a process: whether glibc keeps what is freed, and when Python collects garbage."""
 
 from __future__ import annotations
 

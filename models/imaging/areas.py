@@ -21,7 +21,7 @@ _LIMITS = DecodeLimits(max_pixels=MAX_MASK_PIXELS, min_side=1)
 _DARK = 127
 _MALFORMED = (
     f"A mask is base64 of a PNG of at most {MAX_MASK_PIXELS} pixels; it is stretched over the image, "
-    "so that a smaller one will do."
+    "so a small one is enough."
 )
 
 

@@ -1,4 +1,4 @@
-"""Images of Pillow's modes to RGB."""
+"""Converts images of any mode of Pillow to RGB."""
 
 from __future__ import annotations
 

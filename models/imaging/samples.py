@@ -1,4 +1,4 @@
-"""Samples of any depth to 8 bits, by rules that are stated in a warning where they are a guess."""
+"""Converts samples of any depth to 8 bits; where that takes a guess, a warning says so."""
 
 from __future__ import annotations
 

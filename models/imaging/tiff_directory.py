@@ -67,7 +67,7 @@ class Directory:
         if entry is None:
             return default
         if entry.kind not in _NUMBERS:
-            raise ImageUndecodable("A tag of the TIFF image that must be a number is not one.")
+            raise ImageUndecodable("A TIFF tag that must be a number is not a number.")
         return struct.unpack(f"{self.order}{entry.length}{_NUMBERS[entry.kind]}", entry.body)
 
     def number(self, tag: int, default: int) -> int:

@@ -34,8 +34,8 @@ _OF_LIBRARIES = ("torchvision", "timm", "embedded")
 USUAL_PREPROCESS = Preprocess(resize=256, crop=(224, 224))
 """What most networks were trained with: the margin, mean and deviation of ImageNet."""
 _MEANINGS: Mapping[Task, str] = {
-    "embedding": "The network gives vectors: POST /v1/compare tells how alike two images are by it, "
-    "and which parts of them make them so.",
+    "embedding": "The network gives vectors: POST /v1/compare shows how similar two images are, and "
+    "which parts make them similar.",
     "zero_shot": "The classes are the labels, as texts that the network scores for an image.",
     "segmentation": "A class's probability is the mean of its probabilities at all pixels, its score "
     "the mean over the pixels that it wins, or over the whole image where it wins none.",

@@ -46,7 +46,7 @@ class Adapter:
         """Read the adapter in a folder; None if it holds none.
 
         Raises:
-            ModelLoadFailed: it cannot be read, or is none of LoRA.
+            ModelLoadFailed: it cannot be read, or is not LoRA.
         """
         if not (folder / _CONFIG).is_file():
             return None
@@ -57,7 +57,7 @@ class Adapter:
         kind = config.get("peft_type")
         if kind != "LORA" or config.get("use_dora"):
             kind = "DoRA" if kind == "LORA" else kind
-            raise ModelLoadFailed(f"{name} holds an adapter of PEFT, of type {kind}. {_OTHERWISE}")
+            raise ModelLoadFailed(f"{name} holds a PEFT adapter of type {kind}. {_OTHERWISE}")
         file = next((file for file in _FILES if (folder / file).is_file()), _FILES[0])
         tensors = read_checkpoint(file, base_dir=folder)
         return cls(name=name, config=config, tensors={_plain(k): v for k, v in tensors.items()})
@@ -66,7 +66,7 @@ class Adapter:
         """The folder of the network that it changes: its own, or the one that it names.
 
         Raises:
-            ModelLoadFailed: that is no folder.
+            ModelLoadFailed: there is no such folder.
         """
         named = str(self.config.get("base_model_name_or_path") or "")
         for place in (folder, folder / named, base_dir / named):
@@ -93,14 +93,14 @@ class Adapter:
             high = self.tensors.get(f"{layer}.lora_B.weight")
             if changed not in state or (part and (part != "A.weight" or high is None)):
                 raise ModelLoadFailed(
-                    f"The adapter in {self.name} holds {name}, which is no layer of the network, "
+                    f"The adapter in {self.name} holds {name}, which is not a layer of the network, "
                     f"or more than LoRA. {_OTHERWISE}"
                 )
             weight = state[changed]
             made = tensor if high is None else self._product(layer, high, tensor)
             if weight.numel() != made.numel() or (high is None and weight.shape != made.shape):
                 raise ModelLoadFailed(
-                    f"The adapter in {self.name} was made for another network, or for one of other "
+                    f"The adapter in {self.name} was made for another network, or for one with other "
                     f"classes: {changed} has {made.numel()} values, the network's "
                     f"{weight.numel()}. Is num_classes right?"
                 )

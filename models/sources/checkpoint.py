@@ -1,4 +1,4 @@
-"""`checkpoint:FILE`: weights alone, of an architecture of timm or torchvision that is found out.
+"""`checkpoint:FILE`: weights alone, whose architecture is found in timm or torchvision.
 
 It is the one that a training script noted in the file (`arch`), or that the file is called by
 (`resnet50-0676ba61.pth`), or the one of torchvision's whose weights have the same names and shapes.
@@ -60,8 +60,8 @@ def _identified(content: Any, file: str) -> tuple[str, str, str, int]:
         if outputs is not None:
             return library, name, reason, outputs
     raise ModelLoadFailed(
-        f"{file} holds weights, but not which network they belong to: neither the file nor its "
-        "name says so, and no architecture of torchvision has such layers. Configure source (such "
+        f"{file} holds weights, but does not say of which network: neither its content nor its "
+        "name tells, and no architecture of torchvision has such layers. Configure source (such "
         f'as "timm:resnet50") and weights = "{file}".'
     )
 

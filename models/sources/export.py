@@ -87,7 +87,7 @@ def _load(path: Path, name: str) -> torch.export.ExportedProgram:
             return torch.export.load(path)
     except Exception as error:
         raise ModelLoadFailed(
-            f"{name} was not written by torch.export.save, or by that of a newer torch than "
+            f"{name} was not written by torch.export.save, or was written by a newer torch than "
             f"{torch.__version__}."
         ) from error
 

@@ -1,4 +1,4 @@
-"""Layers of exported networks as the modules of torch that they were."""
+"""Turns layers of exported networks back into the modules of torch that they were."""
 
 from __future__ import annotations
 

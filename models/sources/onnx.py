@@ -135,7 +135,7 @@ def _compare(module: nn.Module, stored: Any, shape: tuple[int, int, int], name: 
         ) from error
     limit = _TOLERANCE * float(expected.abs().max())
     if found.shape != expected.shape or not bool((found - expected).abs().max() <= limit):
-        raise ModelLoadFailed(f"{name} gives other scores in parts than as a whole.")
+        raise ModelLoadFailed(f"{name} gives different scores in parts than as a whole.")
 
 
 def _library(name: str) -> Any:

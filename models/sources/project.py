@@ -1,4 +1,4 @@
-"""Imports of a user's own project that never collide with ours or with another project's.
+"""Imports modules of a user's project without collisions with ours or with another project's.
 
 A project's modules live in `sys.modules` under a private prefix, and each of them has an `__import__`
 of its own that looks in the project first, also when a function imports something later. So a

@@ -88,7 +88,7 @@ def _preprocess(facts: Mapping[str, Any], request: BuildRequest) -> Preprocess:
         return PreprocessSpec.model_validate(facts.get("preprocess", {})).over(USUAL_PREPROCESS)
     except ValidationError as error:
         raise ModelLoadFailed(
-            f"The preprocess that the factory {request.name} returned is not one: it may have "
+            f"The preprocess that the factory {request.name} returned is not valid: it may have "
             f"{', '.join(PreprocessSpec.model_fields)}."
         ) from error
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,7 +12,7 @@ from timm.data.config import resolve_model_data_config
 from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 
 from models.catalog import Interpolation
-from models.errors import ModelLoadFailed
+from models.errors import ModelLoadFailed, close_names
 from models.sources import BuildRequest, Built
 from models.types import Fit, Preprocess
 
@@ -48,8 +47,7 @@ def build(request: BuildRequest) -> Built:
 def _check_name(name: str) -> None:
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
-        close = get_close_matches(architecture.lower(), timm.list_models(), n=3, cutoff=0.5)
-        hint = f" Close names: {', '.join(close)}." if close else ""
+        hint = close_names(architecture, timm.list_models())
         raise ModelLoadFailed(f"timm has no model {architecture}.{hint}")
     known = timm.list_pretrained(f"{architecture}.*") if tag else []
     if tag and name not in known:
@@ -62,7 +60,7 @@ def _pretrained(request: BuildRequest) -> Any:
         return timm.create_model(name, pretrained=True, **_channels(request))
     except Exception as error:
         if name.startswith(_FOLDER):
-            raise ModelLoadFailed(f"timm reads no model from {Path(name).name}.") from error
+            raise ModelLoadFailed(f"timm cannot read a model from {Path(name).name}.") from error
         raise ModelLoadFailed(
             f"The default weights of timm's {name} are not on this machine and cannot be fetched."
         ) from error

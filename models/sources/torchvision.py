@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from typing import Any
 
 import torchvision.models as zoo
 
-from models.errors import ModelLoadFailed
+from models.errors import ModelLoadFailed, close_names
 from models.sources import BuildRequest, Built
 from models.types import Preprocess
 
@@ -37,8 +36,7 @@ def build(request: BuildRequest) -> Built:
     """
     names = [*zoo.list_models(module=zoo), *zoo.list_models(module=zoo.segmentation)]
     if request.name not in names:
-        close = get_close_matches(request.name.lower(), names, n=3, cutoff=0.5)
-        hint = f" Close names: {', '.join(close)}." if close else ""
+        hint = close_names(request.name, names)
         raise ModelLoadFailed(
             f"torchvision has no classification or segmentation model {request.name}.{hint}"
         )

@@ -11,6 +11,7 @@ from service.devices.runtime_dir import RuntimeDir
 from service.devices.status import (
     EXIT_DEVICE_LOST,
     MAX_EXITS,
+    MAX_QUARANTINED,
     DeviceState,
     ProcessState,
     WorkerExit,
@@ -154,6 +155,25 @@ class DeviceProcess:
             suspects=tuple(job.id for job in status.jobs),
         )
         self._exits = (*self._exits, worker_exit)[-MAX_EXITS:]
+
+
+class Quarantine:
+    """Digests of jobs that are refused for some seconds, since two workers exited with them."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._until: dict[str, float] = {}
+
+    def add(self, digest: str, now: float) -> None:
+        """Refuse a job from now on, or again from now on."""
+        self._until.pop(digest, None)
+        self._until[digest] = now + self._seconds
+
+    def digests(self, now: float) -> tuple[str, ...]:
+        """The jobs that are refused, oldest first."""
+        kept = [(digest, until) for digest, until in self._until.items() if until > now]
+        self._until = dict(kept[-MAX_QUARANTINED:])
+        return tuple(self._until)
 
 
 def is_hung(status: WorkerStatus, *, now: float, settings: WorkerSettings) -> bool:

@@ -23,9 +23,8 @@ from service.hardware import available_cores, resolve_devices, threads_per_devic
 from service.logs import configure_logging
 from service.settings import Settings
 from service.supervisor.child import Child
-from service.supervisor.device_process import DeviceProcess
+from service.supervisor.device_process import DeviceProcess, Quarantine
 from service.supervisor.http_process import HttpProcess
-from service.supervisor.quarantine import Quarantine
 
 log = logging.getLogger("heatlens.supervisor")
 

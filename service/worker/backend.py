@@ -139,7 +139,7 @@ def load_model(backend: Backend, spec: ModelSpec) -> ModelInfo | HeatlensError:
             log.debug("loading %s failed", spec.full_name, exc_info=True)
         return ModelLoadFailed(error.message, field=error.field, cause=cause_of(error))
     except HeatlensError as error:
-        return type(error)(error.message, field=error.field)
+        return error.alone()
     except Exception as error:
         fault = classify_exception(error)
         log.exception("loading %s failed: %s", spec.full_name, fault)

@@ -1,4 +1,4 @@
-"""News of long jobs between their steps: how far they have come, and how long they will take."""
+"""Progress of long jobs between their steps: how far they are, and how long they will take."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ class Runner:
         try:
             results = list(call(items))
         except HeatlensError as error:
-            return type(error)(error.message, field=error.field, retry_after_s=error.retry_after_s)
+            return error.alone()
         except Exception as error:
             # Any error of a model must end its own jobs only.
             fault = classify_exception(error)

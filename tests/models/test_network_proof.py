@@ -167,7 +167,7 @@ def test_scores_are_found_where_the_configuration_says(network, output):
 
 @pytest.mark.parametrize("output", [5, "b", "shape"])
 def test_an_output_that_is_not_there_is_refused(output):
-    with pytest.raises(ModelLoadFailed, match="is not a tensor of what the model returns"):
+    with pytest.raises(ModelLoadFailed, match="does not name a tensor in what the model returns"):
         prove_network(frozen(Answer(lambda y, m: (m, y))), SIZE, "single_label", output=output)
 
 

@@ -117,7 +117,7 @@ def test_an_adapter_names_its_network_and_brings_its_classifier(tmp_path, spec_o
     [
         ({}, {"peft_type": "LOHA"}, "of type LOHA"),
         ({}, {"use_dora": True}, "of type DoRA"),
-        ({"nowhere.lora_A.weight": torch.ones(2, 4)}, {}, "no layer of the network"),
+        ({"nowhere.lora_A.weight": torch.ones(2, 4)}, {}, "not a layer of the network"),
         ({"classifier.lora_A.weight": torch.ones(2, 32)}, {}, "or more than LoRA"),
         ({"classifier.lora_B.weight": torch.ones(5, 2)}, {}, "or more than LoRA"),
         ({"classifier.lora_magnitude_vector": torch.ones(5)}, {}, "or more than LoRA"),

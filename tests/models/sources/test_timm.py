@@ -133,5 +133,5 @@ def test_a_folder_of_save_for_hf(spec_of, tmp_path):
     assert loaded.labels == ("cat", "dog", "fox")
     assert (loaded.preprocess.resize, loaded.preprocess.crop) == (64, (64, 64))
     (tmp_path / "saved" / "config.json").write_text("{}")
-    with pytest.raises(ModelLoadFailed, match="timm reads no model from saved"):
+    with pytest.raises(ModelLoadFailed, match="timm cannot read a model from saved"):
         load(spec_of("timm:saved", weights="default"), tmp_path)

@@ -1,12 +1,12 @@
-"""The detection of hangs by the predicted duration of an activity."""
+"""Hangs are detected by the predicted duration; quarantined jobs are refused for a while."""
 
 from __future__ import annotations
 
 import pytest
 
-from service.devices.status import WorkerStatus
+from service.devices.status import MAX_QUARANTINED, WorkerStatus
 from service.settings import WorkerSettings
-from service.supervisor.device_process import is_hung
+from service.supervisor.device_process import Quarantine, is_hung
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,27 @@ def test_hangs(activity, age_s, predicted_s, hung):
     status = WorkerStatus(activity=activity, since=1000.0, predicted_s=predicted_s)
     settings = WorkerSettings(hang_floor_s=10, hang_factor=10)
     assert hung == is_hung(status, now=1000 + age_s, settings=settings)
+
+
+def test_a_quarantine_ends():
+    quarantine = Quarantine(60)
+    quarantine.add("a", 0.0)
+    quarantine.add("b", 10.0)
+    assert quarantine.digests(59.0) == ("a", "b")
+    assert quarantine.digests(60.0) == ("b",)
+    assert quarantine.digests(70.0) == ()
+
+
+def test_a_job_that_ends_workers_again_stays_longer():
+    quarantine = Quarantine(60)
+    for digest, now in (("a", 0.0), ("b", 10.0), ("a", 50.0)):
+        quarantine.add(digest, now)
+    assert quarantine.digests(100.0) == ("a",)
+
+
+def test_the_oldest_make_room():
+    quarantine = Quarantine(60)
+    for number in range(MAX_QUARANTINED + 5):
+        quarantine.add(str(number), 0.0)
+    kept = quarantine.digests(1.0)
+    assert (len(kept), kept[0]) == (MAX_QUARANTINED, "5")
