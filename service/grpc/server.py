@@ -26,6 +26,8 @@ log = logging.getLogger("heatlens.grpc")
 _SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 _STREAM = "ModelStreamInfer"
 _MESSAGE_ROOM = 1_000_000
+# A message is held whole before anything of ours sees it; for more calls clients are told to wait.
+_MAX_CALLS = 128
 _WATCH_S = 1.0
 
 # What a client sends along that the application reads.
@@ -184,7 +186,7 @@ async def start(app: ASGIApp, settings: Settings) -> grpc.aio.Server:
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 1),
         ],
-        maximum_concurrent_rpcs=settings.connections.max_connections,
+        maximum_concurrent_rpcs=min(_MAX_CALLS, settings.connections.max_connections),
     )
     server.add_generic_rpc_handlers((_handlers(InferenceService(gateway)),))
     health_pb2_grpc.add_HealthServicer_to_server(Health(gateway), server)

@@ -21,6 +21,11 @@ _CONTENTS: Mapping[str, tuple[str, str]] = {
 }
 
 
+# What a message may have is read and copied while nobody else is served.
+_MAX_FIELDS = 1000
+_MAX_VALUES = 3_000_000
+
+
 class BadRequest(Exception):
     """The message has no meaning; the text says why."""
 
@@ -29,8 +34,10 @@ def to_rest(request: pb.ModelInferRequest) -> tuple[Headers, bytes]:
     """Headers and body of the REST request; every tensor is binary.
 
     Raises:
-        BadRequest: the tensors' data is neither in the one nor in the other place.
+        BadRequest: the tensors' data is neither in the one nor in the other place, or the message
+            has far more fields than a request needs.
     """
+    _check_size(request)
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
         raise BadRequest("raw_input_contents has one element for each input.")
@@ -55,6 +62,15 @@ def to_rest(request: pb.ModelInferRequest) -> tuple[Headers, bytes]:
         ]
     text = json.dumps(document).encode()
     return [(BINARY_LENGTH, str(len(text)))], b"".join([text, *parts])
+
+
+def _check_size(request: pb.ModelInferRequest) -> None:
+    fields = [request.inputs, request.outputs, request.parameters, request.raw_input_contents]
+    for tensor in request.inputs[:_MAX_FIELDS]:
+        fields += [tensor.shape, tensor.parameters, tensor.contents.bytes_contents]
+    fields += [output.parameters for output in request.outputs[:_MAX_FIELDS]]
+    if sum(map(len, fields)) > _MAX_FIELDS:
+        raise BadRequest(f"The message has more than {_MAX_FIELDS} fields.")
 
 
 def from_rest(answer: Answer) -> pb.ModelInferResponse:
@@ -90,7 +106,10 @@ def _contents(tensor: pb.ModelInferRequest.InferInputTensor) -> bytes:
         # The REST protocol names the datatypes that are accepted.
         return b""
     field, dtype = _CONTENTS[tensor.datatype]
-    values = np.array(getattr(contents, field), np.float64)
+    given = getattr(contents, field)
+    if len(given) > _MAX_VALUES:
+        raise BadRequest("Send so many values as raw_input_contents.")
+    values = np.array(given, np.float64)
     if dtype == "u1" and values.size and values.max() > 255:
         raise BadRequest("An element of UINT8 is 0 to 255.")
     return values.astype(dtype).tobytes()

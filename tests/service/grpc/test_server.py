@@ -208,6 +208,16 @@ async def test_the_numbers_reach_the_device_unchanged(client: Client, pool: Fake
             "malformed_body",
         ),
         (
+            lambda r: r.inputs[0].shape.extend([1] * 2000),
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "",
+        ),
+        (
+            lambda r: [r.outputs.add(name="scores") for _ in range(2000)],
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "",
+        ),
+        (
             lambda r: r.outputs.add(name="nope"),
             grpc.StatusCode.INVALID_ARGUMENT,
             "invalid_option",

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from msgspec import UNSET
 
-from models.errors import InvalidOption, MalformedBody
+from models.errors import BodyTooLarge, InvalidOption, MalformedBody
 from models.types import Struct
 from service.api.dialects.v2.schemas import InferInput, InferOutput, InferRequest
 from service.api.json import check_json_size
@@ -22,6 +22,8 @@ IMAGE = "image"
 
 # Twenty images of 224 by 224 pixels as JSON, which is the dearest way to send them.
 _MAX_JSON_VALUES = 3_000_000
+# Tensors have no keys, and a request has few.
+_MAX_JSON_KEYS = 10_000
 
 _DTYPES: Mapping[str, np.dtype[Any]] = {"UINT8": np.dtype(np.uint8), "FP32": np.dtype("<f4")}
 _PATH = re.compile(r"(?:field `(\w+)`)?(?: - at `\$\.?([\w.\[\]]*)`)?$")
@@ -76,6 +78,8 @@ def read_request(body: bytes, *, json_bytes: str | None) -> tuple[InferRequest, 
 
 def _read_json(text: bytes) -> InferRequest:
     check_json_size(text, most=_MAX_JSON_VALUES)
+    if text.count(b":") > _MAX_JSON_KEYS:
+        raise BodyTooLarge(f"The JSON has more than {_MAX_JSON_KEYS} keys.")
     try:
         return msgspec.json.decode(text, type=InferRequest)
     except msgspec.ValidationError as error:

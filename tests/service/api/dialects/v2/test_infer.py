@@ -424,10 +424,16 @@ BAD: dict[str, tuple[Any, int, str, str | None]] = {
         None,
     ),
     "an output that is named again and again": (
-        {"inputs": [GOOD], "outputs": [{"name": "probabilities"}] * 100_000},
+        {"inputs": [GOOD], "outputs": [{"name": "probabilities"}] * 100},
         422,
         "invalid_option",
         "outputs.1.name",
+    ),
+    "a hundred thousand parameters": (
+        {"inputs": [GOOD], "parameters": {f"triton_{n}": n for n in range(100_000)}},
+        413,
+        "body_too_large",
+        None,
     ),
     "an unknown output": (
         {"inputs": [GOOD], "outputs": [{"name": "heatmap"}]},
