@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.cuda.staging import indices
+from models.cuda.staging import indices, warn_unlocked
 from models.methods import METHODS, implementation, weights_implementation
 from models.shared_pass import SharedPass
 from models.targets import resolve_ranks
@@ -94,7 +94,11 @@ def _on_host(tensor: Tensor) -> bool:
 
 def _to_host(packed: Tensor) -> np.ndarray:
     """Copy bytes of a CUDA device by way of page-locked memory, which torch keeps for reuse."""
-    host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+    try:
+        host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+    except RuntimeError:
+        warn_unlocked()
+        return packed.cpu().numpy()
     host.copy_(packed, non_blocking=True)
     torch.cuda.current_stream(packed.device).record_event().synchronize()
     # A copy: a result that is kept must not keep page-locked memory.

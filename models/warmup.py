@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from models.cuda.graphs import Graphs
 from models.cuda.recorder import GraphRecorder
-from models.cuda.staging import CopyStream
+from models.cuda.staging import CarefulUploads, CopyStream, Uploads
 from models.errors import ModelLoadFailed
 from models.fingerprint import Fingerprint
 from models.head import HeadProbe, head_batch, probe_head
@@ -37,6 +38,8 @@ from models.readout import PER_JOB
 from models.sources import LoadedModel
 from models.types import ModelCard, ModelInfo, Preprocess
 from models.warm_model import WarmModel
+
+logger = logging.getLogger("heatlens.engine")
 
 WARMUP_S = 1.5
 BATCH_SIZES = (1, 2, 4, 8, 16)
@@ -101,7 +104,7 @@ def warm_up(
     )
     dtype = DTYPES[optimised.precision]
     graphs = _graphs(device, dtype) if spec.cuda_graphs else None
-    uploads = CopyStream(device) if spec.copy_stream and device.type == "cuda" else None
+    uploads = _uploads(device) if spec.copy_stream else None
     steps = optimised.steps if graphs is None else (*optimised.steps, "CUDA graphs")
     card = _card(loaded, device, facts)
     card = structs.replace(card, precision=optimised.precision, preparation=steps)
@@ -167,7 +170,25 @@ def best_batch(latency_ms: Mapping[int, float]) -> int:
 
 
 def _graphs(device: torch.device, dtype: torch.dtype) -> Graphs | None:
-    return Graphs(GraphRecorder(device), dtype=dtype) if device.type == "cuda" else None
+    """Recorded passes, where the device has them."""
+    if device.type != "cuda":
+        return None
+    try:
+        return Graphs(GraphRecorder(device), dtype=dtype)
+    except RuntimeError:
+        logger.exception("CUDA graphs cannot be made; the model runs without")
+        return None
+
+
+def _uploads(device: torch.device) -> Uploads | None:
+    """Uploads on a stream of their own, where the device has streams."""
+    if device.type != "cuda":
+        return None
+    try:
+        return CarefulUploads(CopyStream(device))
+    except RuntimeError:
+        logger.exception("a stream for uploads cannot be made; the model runs without")
+        return None
 
 
 def _target_layer(configured: str, traced: Trace, proofs: Proofs) -> tuple[str | None, bool]:

@@ -53,7 +53,8 @@ class Graphs:
 
     A key is recorded when it is met for the third time while it is still remembered: recording
     takes as long as many passes, and in very mixed traffic most keys do not come again soon. What
-    fails to be recorded, or gives something else than the plain call, is not tried again.
+    fails to be recorded or replayed, or gives something else than the plain call, is not tried
+    again.
     """
 
     def __init__(
@@ -92,11 +93,22 @@ class Graphs:
         if len(self._slots) > self._most:
             self._slots.popitem(last=False)
         if slot.recording is not None:
-            return slot.recording.run(inputs)
+            return self._replay(key, slot.recording, inputs)
         if slot.met < self._patience:
             slot.met += 1
             return None
         return self._record(key, function, inputs, rows=rows)
+
+    def _replay(
+        self, key: Hashable, recording: _Recording, inputs: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...] | None:
+        try:
+            return recording.run(inputs)
+        except Exception:
+            # Where the device itself has failed, the plain call fails as well and says so.
+            logger.exception("a CUDA graph could not be replayed; its passes run without: %s", key)
+        self._refuse(key)
+        return None
 
     def _record(
         self, key: Hashable, function: Function, inputs: tuple[Tensor, ...], *, rows: int
@@ -115,9 +127,12 @@ class Graphs:
                 self._slots[key].recording = recording
                 return found
             logger.error("a CUDA graph gave other values; its passes run without: %s", key)
+        self._refuse(key)
+        return None
+
+    def _refuse(self, key: Hashable) -> None:
         self._refused.add(key)
         del self._slots[key]
-        return None
 
     def _agree(self, found: Tensor, expected: Tensor) -> bool:
         """Whether scores and maps are the same; close scores may change the order of classes."""

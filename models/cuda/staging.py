@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+logger = logging.getLogger("heatlens.engine")
 
 Ready = Callable[[], Tensor]
 """Gives a batch that is on its way, on the device; users there wait."""
@@ -58,6 +62,51 @@ class CopyStream:
         return ready
 
 
+class CarefulUploads:
+    """Uploads by another way until that fails; from then on batches are copied when they run.
+
+    Args:
+        uploads: the other way.
+    """
+
+    def __init__(self, uploads: Uploads) -> None:
+        self._uploads: Uploads | None = uploads
+
+    def memory(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return memory of the host, page-locked where that works."""
+        if self._uploads is not None:
+            try:
+                return self._uploads.memory(shape, dtype)
+            except RuntimeError as error:
+                self._give_up(error)
+        return torch.empty(tuple(shape), dtype=dtype)
+
+    def start(self, host: Tensor) -> Ready:
+        """Start the copy, or leave the batch on the host for its pass to copy."""
+        if self._uploads is None:
+            return lambda: host
+        try:
+            ready = self._uploads.start(host)
+        except RuntimeError as error:
+            self._give_up(error)
+            return lambda: host
+
+        def arrived() -> Tensor:
+            try:
+                return ready()
+            except RuntimeError as error:
+                self._give_up(error)
+                return host
+
+        return arrived
+
+    def _give_up(self, error: RuntimeError) -> None:
+        # Where the device itself has failed, the pass fails as well and says so.
+        reason = "uploads on a stream of their own failed; the model runs without"
+        logger.error(reason, exc_info=error)
+        self._uploads = None
+
+
 def stage(images: Sequence[np.ndarray], uploads: Uploads | None) -> Ready:
     """Stack arrays of one shape and start their upload; without `uploads` they stay here."""
     arrays = [torch.from_numpy(image) for image in images]
@@ -72,5 +121,13 @@ def indices(values: Sequence[int] | Sequence[Sequence[int]], device: torch.devic
     """Whole numbers as an int64 tensor on a device that is not waited for."""
     made = torch.tensor(values, dtype=torch.int64)
     if device.type == "cuda":
-        return made.pin_memory().to(device, non_blocking=True)
+        try:
+            return made.pin_memory().to(device, non_blocking=True)
+        except RuntimeError:
+            warn_unlocked()
     return made.to(device)
+
+
+def warn_unlocked() -> None:
+    """Warn that the device is waited for, because the host has no page-locked memory."""
+    warnings.warn("There is no page-locked memory: copies wait for the device.", stacklevel=2)

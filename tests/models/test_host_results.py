@@ -59,6 +59,13 @@ def test_all_dtypes_and_shapes_cross_in_one_transfer(transfers):
     assert transfers == [sum(t.numel() * t.element_size() for t in TENSORS.values())]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is page-locked memory")
+def test_tensors_cross_without_page_locked_memory(monkeypatch):
+    monkeypatch.setattr(host_results, "_on_host", lambda tensor: False)
+    with pytest.warns(UserWarning, match="page-locked"):
+        assert_fetched()
+
+
 def test_nothing_is_copied_on_the_host():
     found = fetch(TENSORS)
     for name, tensor in TENSORS.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 
@@ -72,3 +74,13 @@ def test_the_budget_is_kept_but_for_a_pass_or_two(clock):
 )
 def test_the_smallest_batch_near_the_best_rate(latencies, best):
     assert best_batch(latencies) == best
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a device has what is missing here")
+def test_what_a_device_cannot_make_is_left_out(caplog):
+    """This build of torch knows neither streams nor graphs."""
+    cuda = torch.device("cuda")
+    with caplog.at_level(logging.ERROR, "heatlens.engine"):
+        assert warmup._uploads(cuda) is None
+        assert warmup._graphs(cuda, torch.float32) is None
+    assert len(caplog.records) == 2

@@ -104,6 +104,30 @@ def test_a_replay_that_does_not_read_its_inputs_is_found_out(caplog):
     assert len(graphs) == 0
 
 
+def test_a_replay_that_fails_is_not_tried_again(caplog):
+    """Its passes run plainly from then on; other recordings are replayed as before."""
+    broken: list[str] = []
+
+    def capture(work: Work) -> Work:
+        def replay() -> tuple[torch.Tensor, ...]:
+            if broken:
+                broken.append("tried")
+                raise RuntimeError("a graph could not be launched")
+            return work()
+
+        return replay
+
+    graphs = graphs_of(capture)
+    assert values(graphs.run("a", double, numbers(1.0), rows=1)) == [2.0]
+    broken.append("from now on")
+    with caplog.at_level(logging.ERROR, "heatlens.engine"):
+        assert [graphs.run("a", double, numbers(1.0), rows=1) for _ in range(3)] == [None] * 3
+    assert broken == ["from now on", "tried"]
+    assert len(caplog.records) == 1
+    broken.clear()
+    assert values(graphs.run("b", double, numbers(2.0), rows=1)) == [4.0]
+
+
 @pytest.mark.parametrize(
     ("dtype", "error", "kept"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.cuda.staging import CopyStream, Ready, stage
+from models.cuda.staging import CarefulUploads, CopyStream, Ready, indices, stage
 from models.engine import Engine
 from models.hooks import HookStack
 from models.preparation.variant import Variant
@@ -65,6 +66,69 @@ def test_all_parts_of_a_batch_set_out_before_the_first_runs(pool_net):
     assert log == ["start 2", "start 1", "wait 2", "pass", "wait 1", "pass"]
     for a, b in zip(found, finish(Engine(OneModel(plain)), batch), strict=True):
         assert_same(a, b)
+
+
+class FailingUploads(SlowUploads):
+    """A device on which one part of an upload fails, from the second upload on."""
+
+    def __init__(self, part: str) -> None:
+        super().__init__([])
+        self.part = part
+        self.uploads = 0
+
+    def memory(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        self.uploads += 1
+        self._fail_in("memory")
+        return super().memory(shape, dtype)
+
+    def start(self, host: torch.Tensor) -> Ready:
+        self._fail_in("start")
+        ready = super().start(host)
+
+        def arrived() -> torch.Tensor:
+            self._fail_in("ready")
+            return ready()
+
+        return arrived
+
+    def _fail_in(self, part: str) -> None:
+        if part == self.part and self.uploads > 1:
+            raise RuntimeError("resource already mapped")
+
+
+@pytest.mark.parametrize("part", ["memory", "start", "ready"])
+def test_an_upload_that_fails_takes_no_batch_along_and_is_not_tried_again(part, caplog):
+    failing = FailingUploads(part)
+    uploads = CarefulUploads(failing)
+    with caplog.at_level(logging.ERROR, "heatlens.engine"):
+        for _ in range(4):
+            np.testing.assert_array_equal(stage(PICTURES, uploads)().numpy(), np.stack(PICTURES))
+    assert failing.uploads == 2
+    assert len(caplog.records) == 1
+
+
+def test_batches_on_their_way_when_an_upload_fails_arrive():
+    uploads = CarefulUploads(FailingUploads("ready"))
+    staged = [stage(PICTURES[::step], uploads) for step in (1, -1, 1)]
+    for ready, step in zip(staged, (1, -1, 1), strict=True):
+        np.testing.assert_array_equal(ready().numpy(), np.stack(PICTURES[::step]))
+
+
+def test_a_model_whose_uploads_fail_answers_as_before(pool_net):
+    plain = warm_of(pool_net, linear=pool_net.fc)
+    engine = Engine(OneModel(replace(plain, uploads=CarefulUploads(FailingUploads("start")))))
+    for seed in range(3):
+        batch = [job("a", seed=seed), job("b", "predict", seed=seed + 10)]
+        for a, b in zip(finish(engine, batch), finish(Engine(OneModel(plain)), batch), strict=True):
+            assert_same(a, b)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is page-locked memory")
+def test_without_page_locked_memory_a_device_is_waited_for(monkeypatch):
+    """A tensor for CUDA, on a host that has none."""
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor)
+    with pytest.warns(UserWarning, match="page-locked"):
+        assert indices([1, 2], torch.device("cuda")).tolist() == [1, 2]
 
 
 @pytest.mark.gpu
