@@ -120,7 +120,7 @@ class LimitSettings(_Section):
         max_results: explanations, or statistics of layers, in one response.
         max_device_s: estimated device time of one request, all images together.
         max_answer_mb: estimated size of one answer, in millions of bytes.
-        max_wait_s: estimated wait for a device beyond which a request is refused.
+        max_wait_s: estimated wait beyond which a request is refused.
         timeout_s: deadline of a request without one.
         max_timeout_s: longest deadline; longer ones are cut.
         max_concurrent_per_key: image requests in flight of one key, in all HTTP processes together;

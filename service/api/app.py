@@ -19,6 +19,7 @@ from service.api.dependencies import Service
 from service.api.dialects import kserve_v1, sagemaker, torchserve
 from service.api.dialects.v2 import infer, metadata
 from service.api.dialects.v2 import schemas as v2
+from service.api.door import refuse_excess
 from service.api.limiter import ConcurrencyLimiter
 from service.api.metrics import Metrics
 from service.api.middleware import RequestContext, RouteAliases
@@ -168,6 +169,7 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
     keyed = [Depends(require_api_key)]
     is_limited = settings.limits.max_concurrent_per_key is not None
     limited = [*keyed, Depends(limit_key)] if is_limited else keyed
+    limited = [*limited, Depends(refuse_excess)]
     for module in (images, explain, infer, kserve_v1, torchserve, sagemaker):
         app.include_router(module.router, dependencies=limited)
     for router in (models.router, metadata.models):

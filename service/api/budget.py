@@ -77,9 +77,9 @@ def check_budget(plan: Plan, limits: LimitSettings) -> None:
         cost = price(plan.operation, options, plan.info)
         return answer_bytes(plan, cost, render) / 1_000_000
 
-    needed_s = sum(image.price.device_ms for image in plan.images) / 1000
+    needed_s = plan.device_ms / 1000
     # A plain prediction that comes too late ends by its deadline.
-    if needed_s > allowed_s and any(image.price.long for image in plan.images):
+    if needed_s > allowed_s and plan.is_long:
         field = _heaviest(plan, device_s, allowed=allowed_s)
         raise InvalidOption(
             f"The request needs about {needed_s:.3g} s of the device and may have "

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from msgspec import structs
@@ -33,6 +34,7 @@ from service.api import schemas
 from service.api.decoders import Decoders
 from service.api.errors import internal_error
 from service.api.host import HostWork
+from service.api.line import Line
 from service.api.pair import Pair
 from service.api.plan import Plan, PlannedImage
 from service.api.preparation import PlanInputs, Preparation
@@ -95,8 +97,7 @@ class Pipeline:
         workers: the number of these threads.
         decoders: where images are decoded that are not proved to be cheap; None = in threads, too.
         max_pixels: of all images of a plan together.
-        max_wait_s: estimated wait, for a device or for the threads, beyond which a plan is refused
-            before decoding.
+        max_wait_s: estimated wait beyond which a plan is refused before decoding.
         max_answer_bytes: estimated size of one answer; all that are being made together have at
             most three times as much.
     """
@@ -118,7 +119,7 @@ class Pipeline:
             limits, threads=threads, decoders=decoders, max_pixels=max_pixels
         )
         self._host = HostWork(threads, workers=workers)
-        self._max_wait_s = max_wait_s
+        self._line = Line(max_wait_s=max_wait_s)
         self._max_answer_bytes = max_answer_bytes
         self._answer_bytes = 0
 
@@ -140,26 +141,41 @@ class Pipeline:
             watch.start(len(plan.images))
         room = _Room(_TOLERANCE * self._max_answer_bytes)
         pair = Pair() if plan.operation == "compare" else None
+        # A long job has its own share of a device, for which it waits there.
+        place = nullcontext() if plan.is_long else self._line.place(plan.device_ms)
         self._answer_bytes += plan.answer_bytes
         try:
-            async with asyncio.timeout(plan.deadline - time.monotonic()):
-                inputs = await self._preparation.begin(plan)
-                outcomes = await asyncio.gather(
-                    *(
-                        self._try_image(i, plan, inputs, watch=watch, room=room, pair=pair)
-                        for i in range(len(plan.images))
+            with place:
+                async with asyncio.timeout(plan.deadline - time.monotonic()):
+                    inputs = await self._preparation.begin(plan)
+                    outcomes = await asyncio.gather(
+                        *(
+                            self._try_image(i, plan, inputs, watch=watch, room=room, pair=pair)
+                            for i in range(len(plan.images))
+                        )
                     )
-                )
+                reply = _reply(outcomes, plan)
         except TimeoutError:
             raise DeadlineExceeded("The deadline passed before the response was ready.") from None
         finally:
             self._answer_bytes -= plan.answer_bytes
-        for outcome in outcomes:
-            # The plan must be made again for all images, not only for this one.
-            if isinstance(outcome, ModelReplaced):
-                raise outcome
-        reply = _reply(outcomes, plan)
         return reply if pair is None else structs.replace(reply, similarity=pair.similarity)
+
+    def refuse_unread(self, *, may_be_long: bool) -> None:
+        """Refuse a request at the limit before its body is read.
+
+        Args:
+            may_be_long: whether its body may ask for a long job, which has its own share of a device.
+
+        Raises:
+            Overloaded: whatever it is, it would wait for too long.
+        """
+        wait_s = self._line.wait_s
+        if may_be_long:
+            ready = (device for device in self._pool.devices() if device.state == "ready")
+            longs = (device.long_wait_ms / 1000 for device in ready)
+            wait_s = min(wait_s, min(longs, default=0.0))
+        self._line.admit(wait_s)
 
     def _refuse_excess(self, plan: Plan) -> None:
         """Refuse a plan before spending time on decoding it, if it would wait for too long.
@@ -170,16 +186,14 @@ class Pipeline:
         others = self._answer_bytes
         if others and others + plan.answer_bytes > _ANSWERS * self._max_answer_bytes:
             raise Overloaded("Too many large answers are being made.", retry_after_s=1.0)
-        is_long = any(image.price.long for image in plan.images)
         name = plan.info.card.full_name
         waits = [
-            (device.long_wait_ms if is_long else device.wait_ms) / 1000
+            (device.long_wait_ms if plan.is_long else device.wait_ms) / 1000
             for device in self._pool.devices()
             if device.state == "ready" and name in device.models
         ]
-        excess_s = max(min(waits, default=0.0), self._host.wait_s) - self._max_wait_s
-        if excess_s > 0:
-            raise Overloaded("The service is at its limit.", retry_after_s=excess_s)
+        wait_s = max(min(waits, default=0.0), self._host.wait_s)
+        self._line.admit(wait_s if plan.is_long else max(wait_s, self._line.wait_s))
 
     async def draw(self, item: PartialMap) -> ExplanationResponse:
         """Draw what a map shows so far."""
@@ -323,6 +337,10 @@ def _vector_of(submission: Submission, info: ModelInfo) -> Submission:
 
 def _reply(outcomes: Sequence[tuple[Result, ImageRun] | HeatlensError], plan: Plan) -> Reply:
     errors = [outcome for outcome in outcomes if isinstance(outcome, HeatlensError)]
+    for error in errors:
+        # The plan must be made again for all images, not only for this one.
+        if isinstance(error, ModelReplaced):
+            raise error
     runs = [outcome[1] for outcome in outcomes if not isinstance(outcome, HeatlensError)]
     if not runs:
         raise errors[0]

@@ -84,6 +84,16 @@ class Plan(Struct):
     deadline: float
 
     @property
+    def is_long(self) -> bool:
+        """Whether it has a job that takes steps between those of others."""
+        return any(image.price.long for image in self.images)
+
+    @property
+    def device_ms(self) -> float:
+        """Estimated time of all its jobs on a device."""
+        return sum(image.price.device_ms for image in self.images)
+
+    @property
     def answer_bytes(self) -> int:
         """Estimated size of the answer, or of the results that it is made from."""
         return sum(answer_bytes(self, image.price, self.render) for image in self.images)

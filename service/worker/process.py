@@ -66,6 +66,7 @@ from service.worker.tracing import device_tracing
 log = logging.getLogger("heatlens.worker")
 
 _LINGER_MS = 1000
+_NICE = 5
 
 Identity = bytes
 MakeBackend = Callable[["WorkerOptions", Settings], Backend]
@@ -270,8 +271,11 @@ def main(
     die_with_parent(options.parent)
     settings = options.runtime.read_settings()
     configure_logging(settings.server.log_level)
-    if settings.workers.keep_heap and options.device.startswith("cpu"):
-        keep_heap()
+    if options.device.startswith("cpu"):
+        # HTTP processes share the cores: they admit, refuse and hand over at once, for little time.
+        os.nice(_NICE)
+        if settings.workers.keep_heap:
+            keep_heap()
 
     async def serve() -> int:
         return await Worker(options=options, settings=settings, make_backend=make_backend).run()

@@ -1,0 +1,86 @@
+"""The line of admitted requests: how long a new one would wait, and when to come again."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+
+from models.errors import Overloaded
+
+# Decoding and drawing an image, about; only its proportion to the time on a device matters.
+_HOST_MS = 5.0
+# After so much work, or ten answers, what was learnt before counts a third.
+_MEMORY_MS = 2000.0
+_SMOOTHING = 0.1
+_LONGEST_RETRY_S = 60.0
+
+
+class Line:
+    """Work between admission and answer, in whichever stage it is.
+
+    Decoding, devices and drawing may share cores, and other processes may share the devices, so
+    that neither the sum of their waits nor the longest of them is the wait of a request. The line
+    learns how long requests took of late, in proportion to the work that was in it with them
+    (Little's law), whatever it was that took the time.
+
+    Args:
+        max_wait_s: estimated wait beyond which a request is refused.
+    """
+
+    def __init__(self, *, max_wait_s: float) -> None:
+        self._max_wait_s = max_wait_s
+        self._work_ms = 0.0
+        self._usual_ms = _HOST_MS
+        self._seen_ms = self._seen_s = 0.0
+        self._promised_until = 0.0
+
+    @property
+    def wait_s(self) -> float:
+        """Estimated time until the requests in the line have their answers."""
+        return self._work_ms * self._pace
+
+    def admit(self, wait_s: float) -> None:
+        """Refuse a request that would wait for too long.
+
+        Args:
+            wait_s: its estimated wait; `wait_s` of the line, or what else it waits for.
+
+        Raises:
+            Overloaded: with the time after which there is room for it, and for all who were told a
+                time before.
+        """
+        now = time.monotonic()
+        if self.wait_s < self._max_wait_s / 2:
+            # Who was told to come again has come, or does not.
+            self._promised_until = now
+        if wait_s <= self._max_wait_s:
+            return
+        free_at = max(self._promised_until, now + wait_s - self._max_wait_s)
+        retry_after_s = min(_LONGEST_RETRY_S, free_at - now)
+        self._promised_until = now + retry_after_s + self._usual_ms * self._pace
+        raise Overloaded("The service is at its limit.", retry_after_s=retry_after_s)
+
+    @contextlib.contextmanager
+    def place(self, device_ms: float) -> Iterator[None]:
+        """Stand in the line until the answer is made or given up."""
+        work_ms, began = _HOST_MS + device_ms, time.monotonic()
+        self._usual_ms += _SMOOTHING * (work_ms - self._usual_ms)
+        self._work_ms += work_ms
+        present_ms = self._work_ms
+        try:
+            yield
+            self._learn(present_ms, time.monotonic() - began)
+        finally:
+            self._work_ms = max(0.0, self._work_ms - work_ms)
+
+    @property
+    def _pace(self) -> float:
+        """Seconds for each millisecond of work; 0 as long as nothing has been answered."""
+        return self._seen_s / self._seen_ms if self._seen_ms else 0.0
+
+    def _learn(self, present_ms: float, taken_s: float) -> None:
+        kept = math.exp(-max(_SMOOTHING, present_ms / _MEMORY_MS))
+        self._seen_ms = kept * self._seen_ms + present_ms
+        self._seen_s = kept * self._seen_s + taken_s

@@ -1,0 +1,123 @@
+"""The line of admitted requests: what a new one would wait is learnt, and who is refused gets in later."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+
+import pytest
+
+from models.errors import Overloaded
+from service.api.line import Line
+
+LIMIT_S = 1.0
+
+
+class Service:
+    """A line whose requests are answered in order, one every so many seconds, under a clock that jumps."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, every_s: float) -> None:
+        self.now = 0.0
+        monkeypatch.setattr("service.api.line.time.monotonic", lambda: self.now)
+        self.line = Line(max_wait_s=LIMIT_S)
+        self.every_s = every_s
+        self.waits_s: list[float] = []
+        self._open: deque[tuple[float, contextlib.ExitStack]] = deque()
+        self._next = 0.0
+
+    def arrive(self, *, device_ms: float = 8.0) -> float | None:
+        """Ask for an answer; returns the seconds after which to try again, None if admitted."""
+        try:
+            self.line.admit(self.line.wait_s)
+        except Overloaded as error:
+            return error.retry_after_s
+        place = contextlib.ExitStack()
+        place.enter_context(self.line.place(device_ms))
+        self._open.append((self.now, place))
+        return None
+
+    def run(self, until: float) -> None:
+        """Answer what is in the line until then."""
+        while self._open and (due := max(self._next, self._open[0][0]) + self.every_s) <= until:
+            self.now = self._next = due
+            arrived, place = self._open.popleft()
+            self.waits_s.append(self.now - arrived)
+            place.close()
+        self.now = until
+
+    def offer(self, rate: float, seconds: float) -> int:
+        """Let requests arrive at a rate; returns how many were refused."""
+        begun, refused = self.now, 0
+        for number in range(int(rate * seconds)):
+            self.run(begun + number / rate)
+            refused += self.arrive() is not None
+        return refused
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Service:
+    return Service(monkeypatch, every_s=0.02)
+
+
+def test_nothing_is_refused_below_the_capacity(service: Service) -> None:
+    assert service.offer(rate=45, seconds=20) == 0
+
+
+@pytest.mark.parametrize("every_s", [0.002, 0.02, 0.2])
+@pytest.mark.parametrize("overload", [1.2, 2.0, 5.0])
+def test_answers_above_the_capacity_wait_for_about_the_limit(
+    service: Service, every_s: float, overload: float
+) -> None:
+    service.every_s = every_s
+    service.offer(rate=overload / every_s, seconds=10)
+    settled = service.waits_s[len(service.waits_s) // 2 :]
+    assert max(settled) < 1.3 * LIMIT_S
+    assert min(settled) > 0.6 * LIMIT_S, "more could have been admitted"
+
+
+def test_a_service_that_becomes_slower_admits_less(service: Service) -> None:
+    service.offer(rate=100, seconds=10)
+    service.every_s = 0.1
+    service.offer(rate=100, seconds=20)
+    assert service.waits_s[-1] < 1.3 * LIMIT_S
+
+
+def test_a_lone_request_is_admitted_whatever_was_learnt(service: Service) -> None:
+    service.every_s = 60.0
+    assert service.arrive() is None
+    service.run(100.0)
+    service.every_s = 0.02
+    for _ in range(200):
+        assert service.arrive() is None
+        service.run(service.now + 1.0)
+    assert sum(service.arrive() is None for _ in range(20)) == 20, "the pace was not learnt anew"
+
+
+def test_who_waits_as_told_gets_in(service: Service) -> None:
+    """A crowd arrives at once: each is told a time of its own, rounded up as the header is."""
+    service.offer(rate=45, seconds=5)
+    told = sorted(-(-wait // 1) for _ in range(400) if (wait := service.arrive()) is not None)
+    assert len(told) > 300
+    begun, again = service.now, 0
+    for wait_s in told:
+        service.run(begun + wait_s)
+        again += service.arrive() is not None
+    assert again < 0.05 * len(told)
+    assert told[-1] < 1.5 * 400 * service.every_s, "nobody waits much longer than it takes"
+
+
+def test_a_time_that_was_told_is_forgotten_when_nobody_comes(service: Service) -> None:
+    service.offer(rate=500, seconds=3)
+    service.run(service.now + 60.0)
+    service.offer(rate=45, seconds=1)
+    first = next(wait for _ in range(400) if (wait := service.arrive()) is not None)
+    assert first < 0.1
+
+
+def test_what_fails_at_once_teaches_nothing(service: Service) -> None:
+    service.offer(rate=100, seconds=5)
+    before = service.line.wait_s
+    for _ in range(1000):
+        with contextlib.suppress(ValueError), service.line.place(8.0):
+            raise ValueError
+    assert service.line.wait_s == pytest.approx(before)
