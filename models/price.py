@@ -26,6 +26,9 @@ from models.types import (
     Struct,
 )
 
+LONG_SHARE = 0.25
+"""Share of a device that long jobs have while others wait as well."""
+
 _UNKNOWN_MS = 10.0
 # The module that can be tapped and differentiated anywhere, over the one prepared for speed.
 _PLAIN = 1.45
@@ -77,6 +80,15 @@ class Price(Struct):
     device_bytes: int = 0
     maps: int = 0
     result_bytes: int = 0
+
+    def patience_s(self, max_wait_s: float) -> float:
+        """The longest wait with which it is accepted, where most jobs have this limit.
+
+        A long job may wait for as long as it takes itself with its share of a device: it has a
+        deadline to match, and would hardly ever be accepted beside another one.
+        """
+        taken_s = self.device_ms / 1000 / LONG_SHARE
+        return max(max_wait_s, taken_s) if self.long else max_wait_s
 
 
 def price(operation: Operation, options: JobOptions, info: ModelInfo) -> Price:

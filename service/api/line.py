@@ -41,11 +41,12 @@ class Line:
         """Estimated time until the requests in the line have their answers."""
         return self._work_ms * self._pace
 
-    def admit(self, wait_s: float) -> None:
+    def admit(self, wait_s: float, *, patience_s: float) -> None:
         """Refuse a request that would wait for too long.
 
         Args:
             wait_s: its estimated wait; `wait_s` of the line, or what else it waits for.
+            patience_s: the longest wait with which it is accepted.
 
         Raises:
             Overloaded: with the time after which there is room for it, and for all who were told a
@@ -55,9 +56,9 @@ class Line:
         if self.wait_s < self._max_wait_s / 2:
             # Who was told to come again has come, or does not.
             self._promised_until = now
-        if wait_s <= self._max_wait_s:
+        if wait_s <= patience_s:
             return
-        free_at = max(self._promised_until, now + wait_s - self._max_wait_s)
+        free_at = max(self._promised_until, now + wait_s - patience_s)
         retry_after_s = min(_LONGEST_RETRY_S, free_at - now)
         self._promised_until = now + retry_after_s + self._usual_ms * self._pace
         raise Overloaded("The service is at its limit.", retry_after_s=retry_after_s)

@@ -120,6 +120,7 @@ class Pipeline:
         )
         self._host = HostWork(threads, workers=workers)
         self._line = Line(max_wait_s=max_wait_s)
+        self._max_wait_s = max_wait_s
         self._max_answer_bytes = max_answer_bytes
         self._answer_bytes = 0
 
@@ -175,7 +176,7 @@ class Pipeline:
             ready = (device for device in self._pool.devices() if device.state == "ready")
             longs = (device.long_wait_ms / 1000 for device in ready)
             wait_s = min(wait_s, min(longs, default=0.0))
-        self._line.admit(wait_s)
+        self._line.admit(wait_s, patience_s=self._max_wait_s)
 
     def _refuse_excess(self, plan: Plan) -> None:
         """Refuse a plan before spending time on decoding it, if it would wait for too long.
@@ -192,8 +193,9 @@ class Pipeline:
             for device in self._pool.devices()
             if device.state == "ready" and name in device.models
         ]
-        wait_s = max(min(waits, default=0.0), self._host.wait_s)
-        self._line.admit(wait_s if plan.is_long else max(wait_s, self._line.wait_s))
+        here_s = self._host.wait_s if plan.is_long else max(self._host.wait_s, self._line.wait_s)
+        patience_s = min(plan.patience_s(self._max_wait_s), plan.deadline - time.monotonic())
+        self._line.admit(max(min(waits, default=0.0), here_s), patience_s=max(0.0, patience_s))
 
     async def draw(self, item: PartialMap) -> ExplanationResponse:
         """Draw what a map shows so far."""

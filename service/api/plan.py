@@ -88,6 +88,10 @@ class Plan(Struct):
         """Whether it has a job that takes steps between those of others."""
         return any(image.price.long for image in self.images)
 
+    def patience_s(self, max_wait_s: float) -> float:
+        """The longest wait with which it is accepted; see `Price.patience_s`."""
+        return max(image.price.patience_s(max_wait_s) for image in self.images)
+
     @property
     def device_ms(self) -> float:
         """Estimated time of all its jobs on a device."""

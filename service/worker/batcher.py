@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from models.errors import DeadlineExceeded, ModelReplaced, NotReady, Overloaded, UnknownModel
+from models.price import LONG_SHARE
 from models.types import STEP_BYTES, STEP_MS, ModelKey
 from service.devices.messages import Submission
 from service.worker.pace import Suspended
@@ -38,14 +39,18 @@ class Batcher:
     """The queue of one device.
 
     Args:
-        max_wait_s: estimated wait beyond which a job is refused.
+        max_wait_s: estimated wait beyond which a job is refused; see `Price.patience_s`.
         interactive_share: share of device time of interactive jobs while long ones wait too,
             between 0 and 1.
         max_suspended: limit of long jobs suspended between steps; each keeps device memory.
     """
 
     def __init__(
-        self, *, max_wait_s: float = 10.0, interactive_share: float = 0.75, max_suspended: int = 16
+        self,
+        *,
+        max_wait_s: float = 10.0,
+        interactive_share: float = 1 - LONG_SHARE,
+        max_suspended: int = 16,
     ) -> None:
         self._max_wait_s = max_wait_s
         self._max_suspended = max_suspended
@@ -131,7 +136,8 @@ class Batcher:
             NotReady: its model is being unloaded.
             ModelReplaced: the model it was resolved against was replaced or is being unloaded.
             DeadlineExceeded: its deadline has passed.
-            Overloaded: the estimated wait exceeds the limit or the job's deadline.
+            Overloaded: the estimated wait exceeds the limit, or the job would not end before its
+                deadline.
         """
         job, fingerprint, deadline = submission.job, submission.fingerprint, submission.deadline
         model = self._models.get(job.model_key)
@@ -145,13 +151,21 @@ class Batcher:
             raise DeadlineExceeded("The deadline passed before the job reached a device.")
         job_class: JobClass = "long" if submission.price.long else "interactive"
         wait_s = self.wait_ms(now, job_class) / 1000
-        excess_s = wait_s - min(self._max_wait_s, deadline - now)
+        patience_s = submission.price.patience_s(self._max_wait_s)
+        excess_s = wait_s - min(patience_s, self._slack_s(submission, model, now))
         if excess_s > 0:
             raise Overloaded("The service is at its limit.", retry_after_s=excess_s)
         entry = Entry(submission=submission, job_class=job_class, arrived=now)
         self._keep(entry)
         self._sequence += 1
         self._queues.setdefault((entry.key, job_class), EntryQueue()).push(entry, self._sequence)
+
+    def _slack_s(self, submission: Submission, model: QueuedModel, now: float) -> float:
+        """Time that a job may wait so that it ends before its deadline."""
+        price = submission.price
+        alone_ms = model.pass_ms(1, price.extra_ms)
+        own_ms = model.long_pace * price.device_ms if price.long else alone_ms
+        return max(0.0, submission.deadline - now - own_ms / 1000)
 
     def cancel(self, job_id: str) -> Entry | None:
         """Drop a job.

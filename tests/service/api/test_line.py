@@ -28,7 +28,7 @@ class Service:
     def arrive(self, *, device_ms: float = 8.0) -> float | None:
         """Ask for an answer; returns the seconds after which to try again, None if admitted."""
         try:
-            self.line.admit(self.line.wait_s)
+            self.line.admit(self.line.wait_s, patience_s=LIMIT_S)
         except Overloaded as error:
             return error.retry_after_s
         place = contextlib.ExitStack()

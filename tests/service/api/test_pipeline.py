@@ -24,6 +24,7 @@ from models.errors import (
     Overloaded,
 )
 from models.imaging.decode import DecodeLimits
+from models.price import LONG_SHARE
 from models.types import Job, JobOptions, Outcome
 from service.api.body import ImageInput
 from service.api.options import ExplainOptions, FeaturesOptions, PredictOptions
@@ -95,15 +96,35 @@ async def test_excess_is_refused_before_it_is_decoded() -> None:
 
 
 async def test_long_jobs_wait_for_their_share_of_a_device() -> None:
+    """And as long as they take themselves, where that is longer than others may wait."""
     pool = FakePool()
-    plan = plan_of(ImageInput(data=draw()), options=ExplainOptions(methods=["rise"]))
+    options = ExplainOptions(methods=["rise"])
+    plan = plan_of(ImageInput(data=draw()), options=options, seconds=1000)
+    own_ms = plan.device_ms / LONG_SHARE
+    assert own_ms > 2000
+
+    def wait_for(long_wait_ms: float) -> None:
+        ready = waiting(0.0)
+        pool.statuses = [structs.replace(s, wait_ms=0, long_wait_ms=long_wait_ms) for s in ready]
+
     async with pipeline(pool, max_wait_s=2.0) as made:
         pool.statuses = waiting(5.0)
         await made.run(plan)
-        pool.statuses = [structs.replace(s, wait_ms=0, long_wait_ms=5000) for s in waiting(5.0)]
+        wait_for(own_ms - 10)
+        await made.run(plan)
+        wait_for(own_ms + 3000)
         with pytest.raises(Overloaded) as caught:
             await made.run(plan)
     assert caught.value.retry_after_s == pytest.approx(3.0)
+
+
+async def test_what_would_wait_beyond_its_deadline_is_refused_before_it_is_decoded() -> None:
+    pool = FakePool()
+    async with pipeline(pool, max_wait_s=20.0) as made:
+        pool.statuses = waiting(5.0)
+        with pytest.raises(Overloaded):
+            await made.run(plan_of(ImageInput(data=b"not an image"), seconds=4))
+        await made.run(plan_of(ImageInput(data=draw()), seconds=6))
 
 
 async def test_large_answers_are_made_a_few_at_a_time() -> None:

@@ -378,6 +378,27 @@ def test_a_wait_longer_than_the_deadline_is_refused_at_once():
     queue.add(job("patient", deadline=1.0), 0.0)
 
 
+def test_a_job_that_would_end_after_its_deadline_is_refused():
+    """It would start in time, and be of no use."""
+    queue = batcher(max_wait_s=10)
+    for number in range(80):
+        queue.add(job(number), 0.0)
+    with pytest.raises(Overloaded):
+        queue.add(job("late", deadline=0.245), 0.0)
+    queue.add(job("in time", deadline=0.26), 0.0)
+
+
+def test_a_long_job_may_wait_for_as_long_as_it_takes():
+    queue = batcher(max_wait_s=0.5)
+    queue.add(job("first", long=True, device_ms=1000.0), 0.0)
+    queue.add(job("as long", long=True, device_ms=1000.0), 0.0)
+    with pytest.raises(Overloaded):
+        queue.add(job("shorter", long=True, device_ms=200.0), 0.0)
+    with pytest.raises(Overloaded):
+        queue.add(job("not in time", deadline=2.5, long=True, device_ms=1000.0), 0.0)
+    queue.add(job("a prediction", deadline=1.0), 0.0)
+
+
 def test_wrong_estimates_heal():
     """A model once measured as slow still gets a job where nothing waits, and learns from it."""
     queue = Batcher(max_wait_s=0.1)
