@@ -2,6 +2,8 @@
 
     python -m benchmarks.load
     python -m benchmarks.load --models efficientnet_lite0,resnet50 --precisions fp32,bf16 --duration 15
+    python -m benchmarks.load --megapixels 12 --form        # large photographs, as files of forms
+    python -m benchmarks.load --slow 64 --retries 5         # beside clients on bad lines
 
 Starts the service itself, for each model and precision, and measures a closed loop at 1 to 64
 clients, then Poisson arrivals at 50, 80, 120 and 200 % of the best throughput (latency counted from the
@@ -14,7 +16,8 @@ Takes (9 x (warm-up + duration) + start) for each model and precision: about 2 m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -52,13 +55,17 @@ def main(
     devices: Annotated[str, typer.Option(help="As of heatlens serve.")] = "auto",
     http_workers: Annotated[str, typer.Option(help="As of heatlens serve.")] = "auto",
     pictures: Annotated[Path | None, typer.Option(help="Folder; drawn without.")] = None,
+    megapixels: Annotated[float | None, typer.Option(help="Size of drawn pictures.")] = None,
+    form: Annotated[bool, typer.Option("--form", help="Send pictures as files of forms.")] = False,
+    slow: Annotated[int, typer.Option(help="Clients beside the load that send at 5 kB/s.")] = 0,
+    retries: Annotated[int, typer.Option(help="Refused requests come again, as told.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="One second a load.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers.")] = None,
 ) -> None:
     """Measure and print one table for each model and precision."""
     console = Console(width=120)
     bounds = Bounds(warmup_s=0.3 if quick else warmup, duration_s=1.0 if quick else duration)
-    data = images_of(pictures, count=16 if quick else 64)
+    data = images_of(pictures, count=16 if quick else 64, megapixels=megapixels)
     runs: dict[str, list[Summary]] = {}
     with Progress(console=Console(stderr=True)) as progress:
         cases = [(m, p) for m in models.split(",") for p in precisions.split(",")]
@@ -76,8 +83,8 @@ def main(
                 found = run_in_loop(
                     _sweep(
                         server,
-                        image_requests(data, operation=operation),
-                        bounds,
+                        image_requests(data, operation=operation, form=form),
+                        partial(measure, bounds=bounds, slow=slow, retries=retries),
                         tolerance=_tolerance(operation, precision),
                         step=lambda: progress.advance(task),
                     )
@@ -95,7 +102,7 @@ def main(
 async def _sweep(
     server: Server,
     requests: list[Request],
-    bounds: Bounds,
+    run: Callable[..., Awaitable[Measured]],
     *,
     tolerance: float | None,
     step: Callable[[], None],
@@ -107,7 +114,7 @@ async def _sweep(
     found: list[Measured] = []
 
     async def one(load: Load) -> Summary:
-        found.append(await measure(server, requests, load, bounds, check=check))
+        found.append(await run(server, requests, load, check=check))
         step()
         return found[-1].summary
 

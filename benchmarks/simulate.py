@@ -1,7 +1,7 @@
 """The batching, admission and routing of the service on many devices, by simulation.
 
     python -m benchmarks.simulate
-    python -m benchmarks.simulate --curve gpu --devices 1,64,512 --arrivals bursty --deaths
+    python -m benchmarks.simulate --curve a100 --devices 1,64,512 --arrivals bursty --deaths
 
 The `Batcher` is the service's own, under a clock that jumps from event to event; jobs go to the
 device with the least estimated work, as in `SocketPool`. The same arrivals are given to three other
@@ -37,10 +37,12 @@ Death = tuple[float, int, float]
 """Its time, the device's number, and the seconds until it is back."""
 
 CURVES = {
-    # Assumed, near what EfficientNet-Lite0 in fp32 takes on one core with AVX-512.
-    "cpu": {1: 9.3, 2: 17.2, 4: 31.9, 8: 61.5, 16: 124.0},
-    # An assumed GPU: launches dominate up to batch 8, then 20,000 images a second at most.
-    "gpu": {1: 0.6, 2: 0.62, 4: 0.66, 8: 0.8, 16: 1.1, 32: 1.8, 64: 3.3},
+    # EfficientNet-Lite0 by the service's engine on one core of an AMD EPYC (AVX-512, bf16).
+    "fp32": {1: 16.5, 2: 30.0, 4: 56.5, 8: 118.2, 16: 223.5},
+    "bf16": {1: 12.3, 2: 20.6, 4: 34.9, 8: 70.7, 16: 133.2},
+    # EfficientNet-B0 on an A100 80GB in TF32, PyTorch 21.03: batch over throughput, from NVIDIA's
+    # DeepLearningExamples, PyTorch/Classification/ConvNets/efficientnet/README.md.
+    "a100": {1: 7.7, 2: 7.6, 4: 8.0, 8: 8.0, 16: 8.5, 32: 9.4, 64: 13.7, 128: 25.6},
 }
 LONG_SHARE = 0.005
 EXTRA = 0.05
@@ -218,7 +220,7 @@ def compare(
 
 def main(
     *,
-    curve: Annotated[str, typer.Option(help="cpu or gpu.")] = "cpu",
+    curve: Annotated[str, typer.Option(help="fp32, bf16 or a100.")] = "fp32",
     devices: Annotated[str, typer.Option(help="Numbers, comma-separated.")] = "1,8,64",
     loads: Annotated[str, typer.Option(help="Shares of the capacity.")] = "0.5,0.9,1.5",
     kinds: Annotated[

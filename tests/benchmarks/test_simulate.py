@@ -15,7 +15,7 @@ from benchmarks.simulate import (
     requests,
 )
 
-CPU = CURVES["cpu"]
+CPU = CURVES["fp32"]
 
 
 @pytest.mark.parametrize("kind", ["poisson", "bursty", "diurnal"])

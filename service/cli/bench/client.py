@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import ipaddress
 import math
@@ -23,6 +24,8 @@ TIMEOUT = "client_timeout"
 CONNECTION_LOST = "connection_lost"
 WRONG_RESPONSE = "wrong_response"
 FOREIGN_RESPONSE = "foreign_response"
+
+_REFUSED = 429
 
 # Servers commonly close a connection after 5 idle seconds.
 KEEPALIVE_S = 2.0
@@ -66,6 +69,7 @@ class Client:
         requests: repeated from the start when all are sent.
         timeout_s: time limit of a whole request.
         check: called with each good response.
+        retries: how often a refused request (429) comes again, each time after its `Retry-After`.
     """
 
     def __init__(
@@ -75,10 +79,12 @@ class Client:
         *,
         timeout_s: float,
         check: Check | None = None,
+        retries: int = 0,
     ) -> None:
         self.requests = requests
         self.check = check
         self._url = url
+        self._retries = retries
         # The default rounds timeouts of 5 s and more up to whole seconds.
         self._timeout = aiohttp.ClientTimeout(total=timeout_s, ceil_threshold=math.inf)
         self._run = uuid.uuid4().hex[:12]
@@ -122,8 +128,13 @@ class Client:
         request_id = f"bench-{self._run}-{number}"
         sent = time.monotonic()
         due = sent if due is None else due
+        attempts = 1
         try:
             response = await self.send(request, request_id=request_id)
+            while response.status == _REFUSED and attempts <= self._retries:
+                await asyncio.sleep(float(response.headers.get("Retry-After", 1)))
+                response = await self.send(request, request_id=request_id)
+                attempts += 1
         except NoResponse as error:
             return Sample(due=due, sent=sent, ended=time.monotonic(), code=error.code)
         return Sample(
@@ -133,6 +144,7 @@ class Client:
             status=response.status,
             code=self._code(response, request, request_id),
             size=len(response.body),
+            attempts=attempts,
         )
 
     async def send(self, request: Request, *, request_id: str = "bench") -> Response:

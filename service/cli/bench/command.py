@@ -35,6 +35,7 @@ from service.cli.bench.requests import (
     Unreachable,
     draw_images,
     image_requests,
+    of_megapixels,
     read_images,
 )
 from service.cli.common import EXIT_SOME_FAILED, EXIT_UNREACHABLE, AsJson, print_json
@@ -89,6 +90,14 @@ def bench(
             exists=True, file_okay=False, help="Folder of images to send. [default: drawn images]"
         ),
     ] = None,
+    megapixels: Annotated[
+        float | None, typer.Option(min=0.01, max=100, help="Size of drawn images. [default: 0.19]")
+    ] = None,
+    form: Annotated[bool, typer.Option("--form", help="Send images as files of forms.")] = False,
+    retries: Annotated[
+        int,
+        typer.Option(min=0, max=100, help="Send a refused request again, after its Retry-After."),
+    ] = 0,
     verify: Annotated[
         bool,
         typer.Option(
@@ -139,9 +148,9 @@ def bench(
     longest_s = (warmup + duration + timeout) * (SWEEP_STAGES if sweep else 1)
     console.print(f"at most {longest_s:.0f} s", style="dim", highlight=False)
     try:
-        bodies = read_images(images) if images else draw_images()
-        to_send = image_requests(bodies, operation=operation, options=options, key=key)
-        client = Client(base, to_send, timeout_s=timeout)
+        bodies = read_images(images) if images else _drawn(megapixels)
+        to_send = image_requests(bodies, operation=operation, options=options, key=key, form=form)
+        client = Client(base, to_send, timeout_s=timeout, retries=retries)
         work = _measure(client, load, bounds, tolerance if verify else None, console)
         summaries, twins = run_in_loop(work)
     except BenchError as error:
@@ -162,6 +171,11 @@ def bench(
     codes = {code for row in summaries for code in row.codes}
     if not any(row.answered for row in summaries) or codes & {WRONG_RESPONSE, FOREIGN_RESPONSE}:
         raise typer.Exit(EXIT_SOME_FAILED)
+
+
+def _drawn(megapixels: float | None) -> list[bytes]:
+    # Large ones take long to draw.
+    return draw_images() if megapixels is None else draw_images(16, size=of_megapixels(megapixels))
 
 
 def _parse_options(pairs: Sequence[str]) -> dict[str, str]:
@@ -265,7 +279,8 @@ def summaries_table(summaries: Sequence[Summary]) -> RenderableType:
         )
     failures = [_failures(row) for row in summaries if row.failed]
     doubts = [f"[yellow]{doubt}[/]" for row in summaries for doubt in _doubts(row)]
-    return Group(table, *failures, *doubts)
+    attempts = [_attempts(row) for row in summaries if len(row.attempts) > 1]
+    return Group(table, *attempts, *failures, *doubts)
 
 
 def _cells(latency: Latency | None) -> list[str]:
@@ -277,6 +292,11 @@ def _failures(row: Summary) -> str:
     codes = ", ".join(f"{count} {escape(code)}" for code, count in row.codes.items())
     p99 = f", p99 {row.refused_latency.p99:.0f} ms" if row.refused_latency else ""
     return f"{row.load}: {codes}{p99}"
+
+
+def _attempts(row: Summary) -> str:
+    counts = ", ".join(f"{count} at attempt {number}" for number, count in row.attempts.items())
+    return f"{row.load}: succeeded {counts}"
 
 
 def _doubts(row: Summary) -> Iterator[str]:

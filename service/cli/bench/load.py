@@ -68,6 +68,7 @@ class Sample(Struct):
         code: empty on success; otherwise the service's error code, `http_STATUS` if the response
             has none, or one of `client.py`.
         size: bytes of the response's body.
+        attempts: how often it was sent; more than once if it was refused before.
     """
 
     due: float
@@ -76,6 +77,7 @@ class Sample(Struct):
     status: int = 0
     code: str = ""
     size: int = 0
+    attempts: int = 1
 
     @property
     def latency(self) -> float:
@@ -208,6 +210,7 @@ class Summary(Struct):
         client_cores: processor cores that the load generator used; near 1 it is itself the limit.
         lag_ms: 99th percentile of how late an open loop sent its requests.
         sent_in_all: number of requests, warm-up included.
+        attempts: number of successful requests by the attempt that succeeded.
     """
 
     load: str
@@ -225,6 +228,7 @@ class Summary(Struct):
     client_cores: float
     lag_ms: float
     sent_in_all: int
+    attempts: dict[str, int] = {}
 
 
 def summarise(run: Run) -> Summary:
@@ -252,6 +256,7 @@ def summarise(run: Run) -> Summary:
         client_cores=run.client_cpu_s / max(run.wall_s, 1e-9),
         lag_ms=1000 * percentile([s.sent - s.due for s in due], 99) if rate else 0.0,
         sent_in_all=len(run.samples),
+        attempts={str(k): n for k, n in sorted(Counter(s.attempts for s in good).items())},
     )
 
 

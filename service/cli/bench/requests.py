@@ -1,4 +1,4 @@
-"""The requests of a benchmark: images from a folder or drawn here, each as one raw body."""
+"""The requests of a benchmark: images from a folder or drawn here, each as a body of its own."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from PIL import Image
 from models.types import Operation, Struct
 from service.cli.files import find_images
 
+_BOUNDARY = "heatlens-bench"
 _GRAIN = 20
 _JPEG_QUALITY = 85
 
@@ -47,6 +48,7 @@ def image_requests(
     operation: Operation = "explain",
     options: Mapping[str, str] | None = None,
     key: str | None = None,
+    form: bool = False,
 ) -> list[Request]:
     """Make one request for each image.
 
@@ -55,13 +57,30 @@ def image_requests(
         operation: endpoint below `/v1`.
         options: options of the API, such as `{"methods": "gradcam,layercam"}`.
         key: API key, sent as a bearer token.
+        form: whether images are sent as files of forms, not as they are.
     """
     query = f"?{urlencode(options, safe=',')}" if options else ""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
+    if form:
+        headers |= {"Content-Type": f"multipart/form-data; boundary={_BOUNDARY}"}
+        images = list(map(_form, images))
     return [
         Request(path=f"/v1/{operation}{query}", body=data, headers=headers, image=number)
         for number, data in enumerate(images)
     ]
+
+
+def _form(image: bytes) -> bytes:
+    head = 'Content-Disposition: form-data; name="image"; filename="image"'
+    return b"--%b\r\n%b\r\n\r\n%b\r\n--%b--\r\n" % (
+        _BOUNDARY.encode(), head.encode(), image, _BOUNDARY.encode(),
+    )  # fmt: skip
+
+
+def of_megapixels(megapixels: float) -> tuple[int, int]:
+    """Width and height, 4 to 3, of so many million pixels."""
+    height = max(1, round((megapixels * 1e6 * 3 / 4) ** 0.5))
+    return round(height * 4 / 3), height
 
 
 def read_images(folder: Path, *, limit: int = 1000) -> list[bytes]:

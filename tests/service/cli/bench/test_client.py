@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import email
 
 import pytest
 
@@ -170,3 +171,36 @@ def test_other_machines_must_be_allowed(url: str) -> None:
 def test_invalid_urls(url: str) -> None:
     with pytest.raises(BenchError, match="http://HOST:PORT"):
         parse_url(url)
+
+
+async def test_a_refused_request_comes_again_when_it_was_told_to(serve, respond) -> None:
+    async def busy(seen):
+        if len(server.seen) < 4:
+            wait = "Retry-After: 0\r\n"
+            return respond({"code": "overloaded"}, status=429, headers=wait, seen=seen)
+        return respond(b"", seen=seen)
+
+    async with serve(busy) as (server, url):
+        async with Client(url, [PING], timeout_s=2, retries=1) as client:
+            refused = await client.call()
+        async with Client(url, [PING], timeout_s=2, retries=5) as client:
+            admitted = await client.call()
+    assert (refused.status, refused.attempts, refused.code) == (429, 2, "overloaded")
+    assert (admitted.status, admitted.attempts, admitted.code) == (200, 2, "")
+
+
+async def test_a_form_holds_the_image_as_it_is(serve, respond) -> None:
+    parts: list[bytes] = []
+
+    async def keep(seen):
+        message = f"Content-Type: {seen.headers['content-type']}\r\n\r\n".encode() + seen.body
+        for part in email.message_from_bytes(message).get_payload():
+            assert part.get_param("name", header="content-disposition") == "image"
+            parts.append(part.get_payload(decode=True))
+        return respond(b"")
+
+    images = [b"first", bytes(range(256))]
+    async with serve(keep) as (_, url), Client(url, timeout_s=2) as client:
+        for request in image_requests(images, form=True):
+            await client.send(request)
+    assert parts == images
