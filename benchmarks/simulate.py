@@ -4,7 +4,7 @@
     python -m benchmarks.simulate --curve a100 --devices 1,64,512 --arrivals bursty --deaths
 
 The `Batcher` is the service's own, under a clock that jumps from event to event; jobs go to the
-device with the least estimated work, as in `SocketPool`. The same arrivals are given to three other
+device where they wait least by estimate, as in `SocketPool`. The same arrivals are given to three other
 policies, on the same devices with the same routing: a fixed window (LitServe, TorchServe), a short
 delay (Triton's dynamic batcher) and Clipper's AIMD. These run long jobs to their end, queue without
 a limit, and lose what a device had when it dies.
@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.policies import STEP_IMAGES, STEPS, Policy, Request, policies
+from models.price import shared_wait
 from service.cli.bench.load import percentile
 
 Act = Callable[[float], None]
@@ -55,11 +56,15 @@ class Device:
     """A device of the simulation; `deaths` tells late events."""
 
     policy: Policy
-    load_ms: float = 0.0
     busy: bool = False
     alive: bool = True
     deaths: int = 0
     assigned: dict[int, float] = field(default_factory=dict)
+    work: dict[bool, float] = field(default_factory=lambda: {False: 0.0, True: 0.0})
+
+    def wait(self, *, long: bool) -> float:
+        """What a new job would wait for, as `WorkerConnection.wait_ms` estimates it."""
+        return shared_wait(self.work[long], self.work[not long], long=long)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,12 +142,12 @@ class Simulation:
         if not alive:
             self._at(now + _RETRY_S, partial(self._route, request))
             return
-        device = min(alive, key=lambda d: d.load_ms)
+        device = min(alive, key=lambda d: d.wait(long=request.long))
         if not device.policy.add(request, now):
             self.refused += 1
             return
         device.assigned[request.number] = request.work
-        device.load_ms += request.work
+        device.work[request.long] += request.work
         self._serve(device, now)
 
     def _serve(self, device: Device, now: float) -> None:
@@ -165,11 +170,12 @@ class Simulation:
         device.busy = False
         for request in device.policy.done(batch, now, taken_ms):
             request.ended = now
-            device.load_ms -= device.assigned.pop(request.number, 0.0)
+            device.work[request.long] -= device.assigned.pop(request.number, 0.0)
         self._serve(device, now)
 
     def _die(self, device: Device, pause_s: float, now: float) -> None:
-        device.alive, device.busy, device.load_ms = False, False, 0.0
+        device.alive, device.busy = False, False
+        device.work = dict.fromkeys(device.work, 0.0)
         device.deaths += 1
         device.assigned.clear()
         self._at(now + pause_s, partial(self._revive, device))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import zmq
 import zmq.asyncio
 
+from models.price import Price, shared_wait
 from models.types import ModelInfo, ModelKey
 from service.devices.messages import (
     FromWorker,
@@ -35,7 +36,7 @@ class WorkerConnection:
 
     Attributes:
         infos: models of the device as last reported, by name and version.
-        outstanding: estimated device time of our jobs there, in milliseconds by job id.
+        outstanding: what our jobs there are expected to cost, by job id.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class WorkerConnection:
         self.device = device
         self.incarnation = incarnation
         self.infos: dict[ModelKey, ModelInfo] = {}
-        self.outstanding: dict[str, float] = {}
+        self.outstanding: dict[str, Price] = {}
         self._others_ms = 0.0
         self._others_at = 0.0
         self._on_message = on_message
@@ -78,10 +79,14 @@ class WorkerConnection:
         """Remember the estimated device time of the jobs that other clients have queued there."""
         self._others_ms, self._others_at = others_ms, time.monotonic()
 
-    def load_ms(self) -> float:
-        """Estimated device time queued there, less the time since the others' part was reported."""
+    def wait_ms(self, *, long: bool) -> float:
+        """Estimated wait of a new job there, less the time since the others' part was reported."""
         since_ms = 1000 * (time.monotonic() - self._others_at)
-        return sum(self.outstanding.values()) + max(0.0, self._others_ms - since_ms)
+        queued = dict.fromkeys((False, True), 0.0)
+        for price in self.outstanding.values():
+            queued[price.long] += price.device_ms
+        queued[False] += max(0.0, self._others_ms - since_ms)
+        return shared_wait(queued[long], queued[not long], long=long)
 
     async def close(self) -> None:
         """Stop receiving; messages that arrive later are dropped."""

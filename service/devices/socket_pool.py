@@ -80,7 +80,7 @@ class _InFlight:
 class SocketPool:
     """Implements `DevicePool`: routes jobs to workers and survives their exits.
 
-    A job goes to the device with the least estimated work among those where its model is warm. When
+    A job goes to the device where it waits least, by estimate, of those where its model is warm. When
     a worker exits, its unfinished jobs go to another one or wait for its restart. Jobs that were on
     the device are suspects: each is retried once, alone; if that ends a worker again, the input is
     quarantined.
@@ -184,8 +184,9 @@ class SocketPool:
         if not fitting:
             request.fail(ModelReplaced("The model was replaced; try again."))
             return
-        connection = min(fitting, key=WorkerConnection.load_ms)
-        connection.outstanding[job.id] = submission.price.device_ms
+        price = submission.price
+        connection = min(fitting, key=lambda c: c.wait_ms(long=price.long))
+        connection.outstanding[job.id] = price
         request.connection, request.was_sent = connection, True
         connection.send(submission)
 
