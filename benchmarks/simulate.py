@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.policies import STEP_IMAGES, STEPS, Policy, Request, policies
-from models.price import shared_wait
+from models.shares import shared_wait
 from service.cli.bench.load import percentile
 
 Act = Callable[[float], None]

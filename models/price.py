@@ -16,6 +16,7 @@ from msgspec import structs
 
 from models.methods import METHODS
 from models.methods.table import Method, images_of
+from models.shares import LONG_SHARE
 from models.types import (
     STEP_BYTES,
     STEP_MS,
@@ -25,18 +26,6 @@ from models.types import (
     Operation,
     Struct,
 )
-
-LONG_SHARE = 0.25
-"""Share of a device that long jobs have while others wait as well."""
-
-
-def shared_wait(own: float, other: float, *, long: bool) -> float:
-    """Time until the work of a class is done on a device that the other class shares.
-
-    That has its share of the device meanwhile, or less if it has less work.
-    """
-    return min(own / (LONG_SHARE if long else 1 - LONG_SHARE), own + other)
-
 
 _UNKNOWN_MS = 10.0
 # The module that can be tapped and differentiated anywhere, over the one prepared for speed.

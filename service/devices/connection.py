@@ -11,7 +11,8 @@ from collections.abc import Callable
 import zmq
 import zmq.asyncio
 
-from models.price import Price, shared_wait
+from models.price import Price
+from models.shares import shared_wait
 from models.types import ModelInfo, ModelKey
 from service.devices.messages import (
     FromWorker,

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from models.errors import DeadlineExceeded, ModelReplaced, NotReady, Overloaded, UnknownModel
-from models.price import LONG_SHARE
+from models.shares import LONG_SHARE
 from models.types import STEP_BYTES, STEP_MS, ModelKey
 from service.devices.messages import Submission
 from service.worker.pace import Suspended

@@ -32,11 +32,25 @@ def test_half_the_load_is_answered_in_time(number):
 
 
 def test_above_the_capacity_answers_stay_in_time_and_the_rest_is_refused():
-    found = compare(CPU, 4, "poisson", 2.0, count=2000)
+    found = compare(CPU, 4, "poisson", 2.0, count=4000)
     ours = found.pop("Heatlens")
     assert ours.p99_ms < 1.1 * DEADLINE_PASSES * CPU[1]
     assert ours.refused > 0.3
     assert all(ours.good > other.good for other in found.values())
+
+
+def test_long_jobs_are_answered_below_the_capacity():
+    """One device, where each of them has to wait for the one before."""
+    found = compare(CPU, 1, "poisson", 0.9, count=3000)["Heatlens"]
+    assert found.good > 0.98
+    assert found.long > 0.9
+
+
+def test_above_the_capacity_both_kinds_get_their_share():
+    """Devices with a long job still get their part of the short ones."""
+    found = compare(CPU, 8, "poisson", 1.5, count=6000)["Heatlens"]
+    assert found.good > 0.75
+    assert found.long > 0.75
 
 
 def test_a_death_takes_no_job_along():

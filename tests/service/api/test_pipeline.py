@@ -24,7 +24,7 @@ from models.errors import (
     Overloaded,
 )
 from models.imaging.decode import DecodeLimits
-from models.price import LONG_SHARE
+from models.shares import LONG_SHARE
 from models.types import Job, JobOptions, Outcome
 from service.api.body import ImageInput
 from service.api.options import ExplainOptions, FeaturesOptions, PredictOptions
