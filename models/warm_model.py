@@ -133,8 +133,10 @@ class WarmModel:
         images = batch.to(self.device, non_blocking=True)
         if images.is_floating_point():
             return images.to(self.dtype, memory_format=torch.channels_last)
-        pixels = images.permute(0, 3, 1, 2)
         if self._input.order == "bgr":
-            pixels = pixels.flip(1)
-        # One operation, seven times faster than a subtraction and a division of uint8 values.
-        return torch.addcmul(self.shift, pixels, self.scale).to(self.dtype)
+            images = images.flip(3)
+        # Whole rows: with the few channels alone innermost, torch works through them five times
+        # slower. And one operation: uint8 values are slow to subtract from and to divide.
+        scale, shift = (t.flatten().repeat(images.shape[2]) for t in (self.scale, self.shift))
+        rows = torch.addcmul(shift, images.flatten(2), scale).to(self.dtype)
+        return rows.view(images.shape).permute(0, 3, 1, 2)

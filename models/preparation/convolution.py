@@ -52,7 +52,10 @@ class _Packing:
     pads: tuple[int, int, int, int] | None
 
 
-_Case = tuple[tuple[int, ...], bool]
+_Case = tuple[torch.Size, torch.dtype, bool]
+"""Shape and dtype of an input, and whether it has a residual."""
+
+_Run = Callable[[Tensor, Tensor | None], Tensor]
 _PACKABLE = (torch.float32, torch.bfloat16)
 RELU = Activation("relu", (), nn.functional.relu)
 
@@ -81,20 +84,23 @@ class FusedConv2d(nn.Module):
         self.groups = conv.groups
         self.kernel = _pair(conv.kernel_size)
         self._packings: dict[tuple[int, int], _Packing] = {}
-        self._unpackable: set[_Case] = set()
+        self._runs: dict[_Case, _Run] = {}
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(N, C, H, W) → (N, K, h, w); `residual` is added before the activation."""
-        if not self._packable(x, residual):
+        # A graph may begin at either operand, at the residual alone where that layer is explained.
+        recorded = torch.is_grad_enabled() and (
+            x.requires_grad or (residual is not None and residual.requires_grad)
+        )
+        if recorded or not x.is_cpu:
             return self._run_plain(x, residual)
-        try:
-            return self._run_packed(x, residual)
-        except RuntimeError:
-            out = self._run_plain(x, residual)
-            # oneDNN has no kernel for some shapes and dtypes (small grouped bfloat16 sums).
-            logger.warning("oneDNN does not run a convolution; torch does", exc_info=True)
-            self._unpackable.add(_case(x, residual))
-            return out
+        # All that depends on the kind of input alone is done once: a small network's convolutions
+        # take no longer than a few lines of Python.
+        case = (x.shape, x.dtype, residual is None)
+        run = self._runs.get(case)
+        if run is None:
+            self._runs[case] = run = self._prepared(x, residual)
+        return run(x, residual)
 
     def _run_plain(self, x: Tensor, residual: Tensor | None) -> Tensor:
         if self.same:
@@ -108,40 +114,49 @@ class FusedConv2d(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast; the weights are packed again at the next use."""
-        self._packings, self._unpackable = {}, set()
+        self._packings, self._runs = {}, {}
         # Torch's own method is not annotated.
         return cast("Self", super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
-    def _packable(self, x: Tensor, residual: Tensor | None) -> bool:
-        # A graph may begin at either operand, at the residual alone where that layer is explained.
-        recorded = x.requires_grad or (residual is not None and residual.requires_grad)
-        return (
-            torch.backends.mkldnn.is_available()
-            and _case(x, residual) not in self._unpackable
-            and x.is_cpu
-            and x.dtype in _PACKABLE
-            and not (recorded and torch.is_grad_enabled())
-        )
+    def _prepared(self, x: Tensor, residual: Tensor | None) -> _Run:
+        """The fastest way to run inputs of a kind."""
+        if torch.backends.mkldnn.is_available() and x.dtype in _PACKABLE:
+            try:
+                run = self._packed(x, residual)
+                run(x, residual)
+            except RuntimeError:
+                # oneDNN has no kernel for some shapes and dtypes (small grouped bfloat16 sums).
+                logger.warning("oneDNN does not run a convolution; torch does", exc_info=True)
+            else:
+                return run
+        return self._run_plain
 
-    def _run_packed(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _packed(self, x: Tensor, residual: Tensor | None) -> _Run:
         size = (x.shape[2], x.shape[3])
         packing = self._packings.get(size)
         if packing is None:
             self._packings[size] = packing = self._pack(x)
-        if packing.pads is not None:
-            x = nn.functional.pad(x, packing.pads)
-        attribute, scalars = "none", []
+        pads = packing.pads
+        attribute, scalars = "none", list[float]()
         if self.activation is not None:
             attribute, scalars = self.activation.attribute, list(self.activation.scalars)
+        place = (packing.weight, self.bias, *packing.place)
         # This operation has no public name.
         convolve = torch.ops.mkldnn._convolution_pointwise  # noqa: SLF001
-        place = (packing.weight, self.bias, *packing.place)
+        last: tuple[Any, ...]
         if residual is None:
-            out: Tensor = convolve.default(x, *place, attribute, scalars, "")
+            operation, last = convolve.default, (*place, attribute, scalars, "")
         else:
             unary = None if self.activation is None else attribute
-            out = convolve.binary(x, residual, *place, "add", 1.0, unary, scalars, "")
-        return out
+            operation, last = convolve.binary, (*place, "add", 1.0, unary, scalars, "")
+
+        def run(x: Tensor, residual: Tensor | None) -> Tensor:
+            x = x if pads is None else nn.functional.pad(x, pads)
+            operands = (x,) if residual is None else (x, residual)
+            out: Tensor = operation(*operands, *last)
+            return out
+
+        return run
 
     def _pack(self, x: Tensor) -> _Packing:
         """Pack for an input's size, without which oneDNN guesses a slower layout of 3x3 layers."""
@@ -171,11 +186,6 @@ class FusedConv2d(nn.Module):
             total = max((-(-size // stride) - 1) * stride + reach - size, 0)
             pads += [total // 2, total - total // 2]
         return pads[0], pads[1], pads[2], pads[3]
-
-
-def _case(x: Tensor, residual: Tensor | None) -> _Case:
-    """What oneDNN may have no kernel for."""
-    return tuple(x.shape), residual is not None
 
 
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:

@@ -242,7 +242,7 @@ def test_a_convolution_that_onednn_refuses_once_is_logged_and_tried_for_other_si
 ):
     torch.manual_seed(0)
     conv = FusedConv2d(frozen(nn.Conv2d(3, 4, 3)), None, None)
-    packed, refused = conv._run_packed, []
+    packed, refused = conv._packed, []
 
     def failing(x, residual):
         if x.shape[2] == 8:
@@ -250,7 +250,7 @@ def test_a_convolution_that_onednn_refuses_once_is_logged_and_tried_for_other_si
             raise RuntimeError("could not create a primitive")
         return packed(x, residual)
 
-    monkeypatch.setattr(conv, "_run_packed", failing)
+    monkeypatch.setattr(conv, "_packed", failing)
     with torch.inference_mode():
         for side in (8, 8, 9):
             conv(torch.randn(1, 3, side, side))
