@@ -124,7 +124,12 @@ def stages_of(pictures: Sequence[Picture]) -> dict[str, Stage]:
     drawn = [_files(p.result) for p in pictures]
 
     def each(call: Callable[..., object], *arguments: Sequence[Any]) -> Case:
-        return lambda: [call(*items) for items in zip(*arguments, strict=True)]
+        def run() -> None:
+            # What is kept would be written to fresh memory.
+            for items in zip(*arguments, strict=True):
+                call(*items)
+
+        return run
 
     texts = each(
         lambda p, files: (list(map(base64.b64encode, files)), msgspec.json.encode(p.result)),

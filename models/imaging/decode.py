@@ -106,7 +106,12 @@ def sniff(data: bytes) -> str | None:
 
 
 def decode(
-    data: bytes, *, limits: DecodeLimits, preprocess: Preprocess, keep_original: bool = False
+    data: bytes,
+    *,
+    limits: DecodeLimits,
+    preprocess: Preprocess,
+    keep_original: bool = False,
+    header: Header | None = None,
 ) -> DecodedImage:
     """Decode the first frame of an image to upright RGB.
 
@@ -120,6 +125,7 @@ def decode(
         limits: caps.
         preprocess: what the image is for; it says how small a JPEG may be decoded.
         keep_original: keep enough pixels to draw the whole image, too.
+        header: of the image, if `inspect` has read it already.
 
     Raises:
         UnsupportedMediaType: not a format that is decoded, or a rare kind of one.
@@ -127,9 +133,9 @@ def decode(
         ImageTooSmall: a side shorter than the cap allows.
         ImageUndecodable: damaged or truncated.
     """
-    media_type = inspect(data, limits=limits).media_type
+    header = header or inspect(data, limits=limits)
     try:
-        return _decode(data, media_type, limits, preprocess, keep_original=keep_original)
+        return _decode(data, header, limits, preprocess, keep_original=keep_original)
     except HeatlensError:
         raise
     except (MemoryError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -175,16 +181,17 @@ def from_pixels(
 
 def _decode(
     data: bytes,
-    media_type: str,
+    header: Header,
     limits: DecodeLimits,
     preprocess: Preprocess,
     *,
     keep_original: bool,
 ) -> DecodedImage:
+    media_type = header.media_type
     if media_type == "image/png":
         data = png_chunks.essential(data)
     elif media_type == "image/jpeg":
-        data = jpeg.essential(data, jpeg.outline(data))
+        data = jpeg.essential(data, header.segments)
     elif media_type == "image/tiff":
         directory = tiff_directory.read(data)
         layout = tiff.layout(directory)
@@ -232,6 +239,9 @@ def _load(
     scale = 1
     if image.format == "JPEG":
         scale = jpeg.draft(image, preprocess, keep_original=keep_original)
+    if image.format == "JPEG" and scale == 1 and not preprocess.raw:
+        loaded = to_rgb(jpeg.load(image, data))
+        return _whole(loaded, TURNS.get(orientation(image)), ())
     image.load()
     rgb, warnings = _to_rgb(image, data)
     turn = TURNS.get(orientation(image))

@@ -29,12 +29,14 @@ class Header(NamedTuple):
         size: width and height, of the first frame if that is larger.
         scans: passes over all pixels.
         deep: whether the samples have more than 8 bits.
+        segments: of a JPEG, before its first scan; see `jpeg.Outline`.
     """
 
     size: tuple[int, int]
     media_type: str = ""
     scans: int = 1
     deep: bool = False
+    segments: tuple[jpeg.Segment, ...] = ()
 
     @property
     def pixels(self) -> int:
@@ -57,7 +59,7 @@ def read(data: bytes, media_type: str) -> Header:
 
 def _jpeg(data: bytes) -> Header:
     outline = jpeg.outline(data)
-    return Header(outline.size, scans=outline.scans)
+    return Header(outline.size, scans=outline.scans, segments=outline.segments)
 
 
 def _png(data: bytes) -> Header:

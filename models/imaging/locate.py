@@ -40,26 +40,35 @@ class Location(Struct):
     box: Box
 
 
-def locate(values: np.ndarray, geometry: Geometry, *, signed: bool) -> Location | None:
+def locate(
+    values: np.ndarray, geometry: Geometry, *, signed: bool, unit: np.ndarray | None = None
+) -> Location | None:
     """Find the peak of a raw map (h, w) and the box around it, within the image.
 
     The map is enlarged to the model's input size and normalised. Of a signed map only what speaks
     for the class counts, and what lies on the padding of the crop counts nowhere.
 
+    Args:
+        values: the map.
+        geometry: where it lies in the original image.
+        signed: whether negative values mean something else than little.
+        unit: the map as enlarged and normalised, if that has been done.
+
     Returns:
         None if the map is degenerate, or nothing in it speaks for the class.
     """
-    if is_degenerate(values):
-        return None
-    full = upsample(values, height=geometry.input_height, width=geometry.input_width)
-    unit = normalise(full, signed=signed)
+    if unit is None:
+        if is_degenerate(values):
+            return None
+        full = upsample(values, height=geometry.input_height, width=geometry.input_width)
+        unit = normalise(full, signed=signed)
     if unit is None:
         return None
     rows, columns = _inside(geometry)
     evidence = unit[rows, columns] * 2 - 1 if signed else unit[rows, columns]
-    if evidence.max() <= 0:
-        return None
     row, column = divmod(int(evidence.argmax()), evidence.shape[1])
+    if evidence[row, column] <= 0:
+        return None
     x, y = to_original(geometry, columns.start + column + 0.5, rows.start + row + 0.5)
     island = _island(evidence >= BOX_THRESHOLD * evidence[row, column], row, column)
     return Location(x=x, y=y, box=_box(island, geometry, rows.start, columns.start))
@@ -110,8 +119,8 @@ def _grow(mask: np.ndarray, row: int, column: int) -> np.ndarray:
     across, down = _runs(mask), _runs(mask.T).T
     island = np.zeros_like(mask)
     island[row, column] = True
-    count = 0
-    while (grown := int(np.count_nonzero(island))) > count:
+    count, most = 0, int(np.count_nonzero(mask))
+    while count < most and (grown := int(np.count_nonzero(island))) > count:
         count = grown
         for runs in (across, down):
             reached = np.zeros(runs.max() + 1, bool)

@@ -1,8 +1,8 @@
-"""A PNG writer made for speed: one filter for all rows and the fastest compression.
+"""A PNG writer made for speed: one filter for all rows and a fast compression.
 
 Pillow tries every filter on every row of an RGB image, which costs several times the compression
-itself. Here all rows take the same filter, so filtering is one subtraction. Format: PNG
-specification, third edition (W3C, 2025).
+itself. Here all rows take the same filter, so filtering is one subtraction, and ISA-L compresses in
+a third of zlib's time. Format: PNG specification, third edition (W3C, 2025).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import struct
 import zlib
 
 import numpy as np
+from isal import isal_zlib
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLOUR_RGB, _COLOUR_PALETTE = 2, 3
@@ -21,13 +22,12 @@ _LEVEL = 1
 def encode_palette(indices: np.ndarray, *, palette: np.ndarray, opacity: np.ndarray) -> bytes:
     """Write an 8-bit palette image: uint8 indices (h, w), colours (256, 3), opacity (256,)."""
     extra = _chunk(b"PLTE", palette.tobytes()) + _chunk(b"tRNS", opacity.tobytes())
-    return _encode(indices, colour=_COLOUR_PALETTE, extra=extra, strategy=zlib.Z_DEFAULT_STRATEGY)
+    return _encode(indices, colour=_COLOUR_PALETTE, extra=extra)
 
 
 def encode_rgb(pixels: np.ndarray) -> bytes:
     """Write an RGB image, uint8 (height, width, 3)."""
-    # Photographs hold runs at most: looking for longer matches costs time and saves nothing.
-    return _encode(pixels, colour=_COLOUR_RGB, extra=b"", strategy=zlib.Z_RLE)
+    return _encode(pixels, colour=_COLOUR_RGB, extra=b"")
 
 
 def size(data: bytes) -> tuple[int, int]:
@@ -36,22 +36,21 @@ def size(data: bytes) -> tuple[int, int]:
     return width, height
 
 
-def _encode(pixels: np.ndarray, *, colour: int, extra: bytes, strategy: int) -> bytes:
+def _encode(pixels: np.ndarray, *, colour: int, extra: bytes) -> bytes:
     height, width = pixels.shape[:2]
-    deflate = zlib.compressobj(_LEVEL, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, strategy)
     header = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
     return b"".join(
         (
             _SIGNATURE,
             _chunk(b"IHDR", header),
             extra,
-            _chunk(b"IDAT", deflate.compress(_filter_sub(pixels)) + deflate.flush()),
+            _chunk(b"IDAT", isal_zlib.compress(_filter_sub(pixels), _LEVEL)),
             _chunk(b"IEND", b""),
         )
     )
 
 
-def _filter_sub(pixels: np.ndarray) -> bytes:
+def _filter_sub(pixels: np.ndarray) -> np.ndarray:
     """Each pixel as its difference from the left one; each row begins with its filter's byte."""
     height, width = pixels.shape[:2]
     samples = pixels.size // (height * width)
@@ -60,7 +59,7 @@ def _filter_sub(pixels: np.ndarray) -> bytes:
     filtered[:, 0] = _FILTER_SUB
     filtered[:, 1 : 1 + samples] = rows[:, :samples]
     np.subtract(rows[:, samples:], rows[:, :-samples], out=filtered[:, 1 + samples :])
-    return filtered.tobytes()
+    return filtered
 
 
 def _chunk(kind: bytes, body: bytes) -> bytes:

@@ -46,15 +46,22 @@ class PreparedImage(Struct):
 
 
 def prepare(
-    data: bytes, *, limits: DecodeLimits, spec: Preprocess, canvas: Canvas
+    data: bytes,
+    *,
+    limits: DecodeLimits,
+    spec: Preprocess,
+    canvas: Canvas,
+    header: Header | None = None,
 ) -> PreparedImage:
     """Decode, resize and crop an image; keep what is drawn on.
+
+    `header` is what `inspect` found, if it has been asked.
 
     Raises:
         HeatlensError: see `decode`.
     """
     whole = canvas == "original"
-    image = decode(data, limits=limits, preprocess=spec, keep_original=whole)
+    image = decode(data, limits=limits, preprocess=spec, keep_original=whole, header=header)
     return from_decoded(image, spec=spec, canvas=canvas)
 
 

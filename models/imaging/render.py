@@ -8,6 +8,7 @@ threads at once.
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -94,9 +95,7 @@ def upsample(values: np.ndarray, *, height: int, width: int) -> np.ndarray:
 
 def is_degenerate(values: np.ndarray) -> bool:
     """Whether a map shows nothing: it is empty, not finite, or constant up to rounding."""
-    low, high = _extremes(values)
-    greatest = max(abs(low), abs(high))
-    return not np.isfinite(greatest) or high - low <= _ROUNDING * greatest
+    return _is_constant(*_extremes(values))
 
 
 def normalise(values: np.ndarray, *, signed: bool) -> np.ndarray | None:
@@ -106,20 +105,23 @@ def normalise(values: np.ndarray, *, signed: bool) -> np.ndarray | None:
     their greatest magnitude: 0.5 is zero, 1 speaks for the class, 0 against it. No epsilon is added
     anywhere, so maps of tiny values keep their contrast.
     """
-    if is_degenerate(values):
-        return None
     low, high = _extremes(values)
+    if _is_constant(low, high):
+        return None
     greatest = max(abs(low), abs(high))
     if not _SAFE_MIN < greatest < _SAFE_MAX:
         values = values.astype(np.float64) / greatest
         low, high, greatest = low / greatest, high / greatest, 1.0
     values = values.astype(np.float32, copy=False)
     unit: np.ndarray
+    # In place: to map fresh memory costs more than to compute.
     if signed:
-        unit = values / np.float32(2 * greatest) + np.float32(0.5)
+        unit = values / np.float32(2 * greatest)
+        unit += np.float32(0.5)
     else:
-        unit = (values - np.float32(low)) / np.float32(high - low)
-    return np.clip(unit, 0.0, 1.0)
+        unit = values - np.float32(low)
+        unit /= np.float32(high - low)
+    return np.clip(unit, 0.0, 1.0, out=unit)
 
 
 def shade(values: np.ndarray, canvas: Canvas, style: Style) -> np.ndarray | None:
@@ -176,13 +178,19 @@ def overlay(
         coloured = Image.fromarray(levels)
         coloured.putpalette(COLORMAPS[style.colormap].tobytes())
         corner = (canvas.columns.start, canvas.rows.start)
-        window = image.crop((*corner, canvas.columns.stop, canvas.rows.stop))
+        is_whole = coloured.size == image.size
+        box = (*corner, canvas.columns.stop, canvas.rows.stop)
+        window = image if is_whole else image.crop(box)
         colours = coloured.convert("RGB")
         if style.fading:
             opacity = Image.fromarray(np.take(_fade(alpha, style.signed), levels))
-            image.paste(Image.composite(colours, window, opacity), corner)
+            drawn = Image.composite(colours, window, opacity)
         else:
-            image.paste(Image.blend(window, colours, alpha), corner)
+            drawn = Image.blend(window, colours, alpha)
+        if is_whole:
+            image = drawn
+        else:
+            image.paste(drawn, corner)
     return _encode(image, image_format)
 
 
@@ -208,6 +216,11 @@ def _clipped(values: np.ndarray, style: Style) -> np.ndarray:
 
 def _extremes(values: np.ndarray) -> tuple[float, float]:
     return float(values.min(initial=np.inf)), float(values.max(initial=-np.inf))
+
+
+def _is_constant(low: float, high: float) -> bool:
+    greatest = max(abs(low), abs(high))
+    return not math.isfinite(greatest) or high - low <= _ROUNDING * greatest
 
 
 def _window(size: int, start: float, length: float) -> tuple[slice, tuple[float, float]]:
@@ -253,7 +266,8 @@ def _weights(source: int, target: int, span: tuple[float, float]) -> np.ndarray:
 
 
 def _levels(unit: np.ndarray) -> np.ndarray:
-    return np.rint(unit * np.float32(255)).astype(np.uint8)
+    levels = np.empty(unit.shape, np.uint8)
+    return np.rint(unit * np.float32(255), out=levels, casting="unsafe")
 
 
 def _strength(signed: bool) -> np.ndarray:

@@ -242,7 +242,7 @@ class Pipeline:
             raise image.input.error
         decoding = time.monotonic()
         with self._host.stage("decode") as stage:
-            prepared, digest = await inputs.prepare(number, stage)
+            prepared = await inputs.prepare(number, stage)
         submitted = time.monotonic()
         tracing.stage("decode", began=decoding, ended=submitted)
 
@@ -250,7 +250,7 @@ class Pipeline:
             if watch is not None:
                 watch.hear(number, news, prepared, plan)
 
-        submission = _submission(image, prepared, plan, digest=digest, is_watched=watch is not None)
+        submission = _submission(image, prepared, plan, is_watched=watch is not None)
         if pair is not None:
             found = await self._pool.submit(_vector_of(submission, plan.info))
             other = await pair.exchange(number, found.outcome.embedding)
@@ -306,7 +306,7 @@ def _draw_some(steps: Generator[int, None, Result], room: _Room) -> Result | Non
 
 
 def _submission(
-    image: PlannedImage, prepared: PreparedImage, plan: Plan, *, digest: str, is_watched: bool
+    image: PlannedImage, prepared: PreparedImage, plan: Plan, *, is_watched: bool
 ) -> Submission:
     card = plan.info.card
     news: News = "maps" if plan.render.partial_maps else "progress"
@@ -322,7 +322,6 @@ def _submission(
         ),
         deadline=plan.deadline,
         price=image.price,
-        digest=digest,
         traceparent=tracing.traceparent(),
         request_id=logs.request_id.get(),
         fingerprint=plan.info.fingerprint,

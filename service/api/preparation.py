@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -18,7 +17,7 @@ from models.imaging.decode import DecodeLimits, from_pixels, inspect
 from models.imaging.headers import Header
 from models.imaging.prepare import Canvas, PreparedImage, from_decoded, is_light, prepare
 from models.imaging.preprocess import take_normalised
-from models.types import JobOptions, ModelInfo, Preprocess
+from models.types import Preprocess
 from service.api.decoders import Decoders
 from service.api.host import HostStage
 from service.api.plan import Plan
@@ -101,8 +100,8 @@ class PlanInputs:
         # Images of others get their turn in the decoders between those of this plan.
         self._lane = asyncio.Semaphore(1)
 
-    async def prepare(self, number: int, stage: HostStage) -> tuple[PreparedImage, str]:
-        """Prepare one image, and digest it for its job; `stage` has the threads.
+    async def prepare(self, number: int, stage: HostStage) -> PreparedImage:
+        """Prepare one image; `stage` has the threads.
 
         Raises:
             HeatlensError: the image cannot be decoded, or only at too high a cost.
@@ -114,7 +113,7 @@ class PlanInputs:
             raise NotReady("The model is not ready yet.", field="model")
         if decoders is None or header is None or is_light(header) or isinstance(data, np.ndarray):
             return await stage.run(
-                lambda: self._with_digest(self._prepare(data, spec), number), piece=number
+                lambda: self._with_areas(self._prepare(data, spec, header), number), piece=number
             )
         limits, canvas = self._preparation.limits, self._canvas
         async with self._lane:
@@ -122,15 +121,14 @@ class PlanInputs:
                 data, header=header, limits=limits, spec=spec, canvas=canvas
             )
         if plan.images[number].areas:
-            return await stage.run(lambda: self._with_digest(image, number), piece=number)
-        return self._with_digest(image, number)
+            return await stage.run(lambda: self._with_areas(image, number), piece=number)
+        return image
 
-    def _with_digest(self, image: PreparedImage, number: int) -> tuple[PreparedImage, str]:
-        planned = self._plan.images[number]
-        if planned.areas:
-            image = msgspec.structs.replace(image, areas=draw_areas(planned.areas, image.geometry))
-        digest = digest_of(image.input, self._plan.info, planned.options, image.areas)
-        return image, digest
+    def _with_areas(self, image: PreparedImage, number: int) -> PreparedImage:
+        areas = self._plan.images[number].areas
+        if not areas:
+            return image
+        return msgspec.structs.replace(image, areas=draw_areas(areas, image.geometry))
 
     @property
     def _draws(self) -> bool:
@@ -140,10 +138,12 @@ class PlanInputs:
     def _canvas(self) -> Canvas:
         return self._plan.render.canvas if self._draws else "none"
 
-    def _prepare(self, data: bytes | np.ndarray, spec: Preprocess) -> PreparedImage:
+    def _prepare(
+        self, data: bytes | np.ndarray, spec: Preprocess, header: Header | None
+    ) -> PreparedImage:
         limits, canvas = self._preparation.limits, self._canvas
         if isinstance(data, bytes):
-            return prepare(data, limits=limits, spec=spec, canvas=canvas)
+            return prepare(data, limits=limits, spec=spec, canvas=canvas, header=header)
         if data.dtype != np.float32:
             image = from_pixels(data, limits=limits, preprocess=spec)
             return from_decoded(image, spec=spec, canvas=canvas)
@@ -152,19 +152,3 @@ class PlanInputs:
             raise InvalidOption(reason, field="outputs")
         values, geometry = take_normalised(data, spec)
         return PreparedImage(input=values, geometry=geometry)
-
-
-def digest_of(
-    model_input: np.ndarray,
-    info: ModelInfo,
-    options: JobOptions,
-    areas: np.ndarray | None = None,
-) -> str:
-    """Digest of model, input and options, which identifies a job after a worker's exit."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(info.card.full_name.encode())
-    digest.update(msgspec.msgpack.encode(options))
-    for array in (model_input, areas):
-        if array is not None:
-            digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()

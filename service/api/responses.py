@@ -120,8 +120,12 @@ def _map(
     )
     location = unit = None
     if not item.degenerate:
-        location = locate(item.map, source.geometry, signed=item.signed)
         unit = shade(item.map, canvas, style)
+        # What is drawn on all of the model's input is what is located.
+        is_same = source.original is None and not style.clip
+        location = locate(
+            item.map, source.geometry, signed=item.signed, unit=unit if is_same else None
+        )
     heatmap: ImageData | UnsetType = UNSET
     overlaid: ImageData | UnsetType = UNSET
     if "heatmap" in options.outputs:

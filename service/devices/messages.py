@@ -42,7 +42,7 @@ class Submission(Message, frozen=True, kw_only=True):
     Attributes:
         deadline: monotonic time after which the result is useless.
         price: what the job is expected to cost.
-        digest: digest of model, input and options, which identifies a job after a worker's exit.
+        digest: what identifies a job that was part of a worker's exit; empty if it was not.
         worker_exits: worker exits that this job was already part of; such a job runs alone.
         traceparent: W3C trace context, empty when tracing is off.
         request_id: id of the HTTP request, for logs.

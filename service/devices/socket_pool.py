@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
+import numpy as np
 import zmq.asyncio
 
 from models.catalog import ModelSpec
@@ -22,7 +24,7 @@ from models.errors import (
     UnknownModel,
     WorkerLost,
 )
-from models.types import Failure, ModelInfo
+from models.types import Failure, Job, ModelInfo
 from service.devices.commands import ModelCommands
 from service.devices.connection import WorkerConnection
 from service.devices.messages import (
@@ -60,6 +62,11 @@ class _InFlight:
     connection: WorkerConnection | None = None
     was_sent: bool = False
 
+    @property
+    def digest(self) -> str:
+        """See `digest_of`."""
+        return self.submission.digest or digest_of(self.submission.job)
+
     def resolve(self, result: JobResult) -> None:
         """Set the result, unless there is one."""
         if not self.result.done():
@@ -72,7 +79,9 @@ class _InFlight:
     def suspect(self) -> None:
         """Count a worker exit against a job that was on the device; the second one ends it."""
         exits = self.submission.worker_exits + 1
-        self.submission = msgspec.structs.replace(self.submission, worker_exits=exits)
+        self.submission = msgspec.structs.replace(
+            self.submission, worker_exits=exits, digest=self.digest
+        )
         if exits >= 2:
             self.fail(InputQuarantined(_QUARANTINED))
 
@@ -163,7 +172,8 @@ class SocketPool:
     def _dispatch(self, request: _InFlight) -> None:
         """Send a job to a device, let it wait for one, or fail it if waiting is pointless."""
         submission, job = request.submission, request.submission.job
-        if submission.digest and submission.digest in self._quarantined:
+        # To digest an image takes a while, and there is hardly ever one in quarantine.
+        if self._quarantined and request.digest in self._quarantined:
             request.fail(InputQuarantined(_QUARANTINED))
             return
         key, fingerprint = job.model_key, submission.fingerprint
@@ -315,6 +325,17 @@ class SocketPool:
     async def unload(self, name: str, version: str | None = None) -> None:
         """Let a model (version) finish its jobs, then drop it; see `DevicePool.unload`."""
         await self._commands.unload(name, version, connections=self._connections.values())
+
+
+def digest_of(job: Job) -> str:
+    """Digest of a job's model, input and options, which identifies it after a worker's exit."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update("@".join(job.model_key).encode())
+    digest.update(msgspec.msgpack.encode(job.options))
+    for array in (job.input, job.areas):
+        if array is not None:
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def _awaits_models(connection: WorkerConnection) -> bool:

@@ -1,4 +1,4 @@
-"""The pipeline without HTTP: concurrency, failures, deadlines, digests."""
+"""The pipeline without HTTP: concurrency, failures, deadlines."""
 
 from __future__ import annotations
 
@@ -25,12 +25,11 @@ from models.errors import (
 )
 from models.imaging.decode import DecodeLimits
 from models.shares import LONG_SHARE
-from models.types import Job, JobOptions, Outcome
+from models.types import Job, Outcome
 from service.api.body import ImageInput
 from service.api.options import ExplainOptions, FeaturesOptions, PredictOptions
 from service.api.pipeline import Pipeline
 from service.api.plan import Plan, make_plan
-from service.api.preparation import digest_of
 from service.api.schemas import ExplainResult, FeaturesResult, PredictResult
 from service.devices.pool import DeviceStatus
 from service.settings import LimitSettings
@@ -258,23 +257,6 @@ async def test_a_fault_of_one_image_stays_its_own(caplog: pytest.LogCaptureFixtu
     assert [error.code for error in errors] == ["internal"]
     assert "secret" not in errors[0].error
     assert "secret" in caplog.text
-
-
-def test_digest_depends_on_input_model_and_options() -> None:
-    info, array = fake_info(), np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
-    plain, asked = JobOptions(), JobOptions(methods=("rise",))
-    other_version = structs.replace(info, card=structs.replace(info.card, version="2"))
-    other_pixel = array.copy()
-    other_pixel[0, 0, 0] = 9
-    digests = {
-        digest_of(array, info, plain),
-        digest_of(array, other_version, plain),
-        digest_of(other_pixel, info, plain),
-        digest_of(array, info, asked),
-    }
-    assert len(digests) == 4
-    assert digest_of(np.asfortranarray(array), info, plain) in digests
-    assert all(len(digest) == 32 for digest in digests)
 
 
 async def test_predictions_ignore_targets_of_an_image() -> None:
