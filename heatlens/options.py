@@ -19,6 +19,7 @@ class CommonOptions(TypedDict, total=False):
 class PredictOptions(CommonOptions, total=False):
     """Options of `predict`."""
 
+    labels: list[str]
     top_k: int
     statistics: bool
 
@@ -43,6 +44,7 @@ class CompareOptions(CommonOptions, total=False):
 class ExplainOptions(CompareOptions, total=False):
     """Options of `explain`."""
 
+    labels: list[str]
     top_k: int
     targets: list[Target]
     statistics: bool
@@ -53,6 +55,7 @@ class ExplainOptions(CompareOptions, total=False):
 class FeaturesOptions(CommonOptions, total=False):
     """Options of `features`."""
 
+    labels: list[str]
     targets: list[Target]
     layers: list[str]
     kinds: list[str]

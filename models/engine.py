@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Any
 
+from msgspec import structs
 from torch import nn
 
 from models.cuda.staging import Ready
@@ -14,15 +16,16 @@ from models.graphed_pass import run_graphed
 from models.outcomes import BatchOutcomes
 from models.phases import Phases
 from models.preparation.variant import Needs
-from models.price import exceeds_step
-from models.readout import Read, columns
+from models.price import exceeds_step, price
+from models.readout import Read, columns, plain
 from models.registry import ModelRegistry
 from models.resolve import not_before_the_head
 from models.shared_pass import differentiates_layers, run_shared_pass
 from models.sliced_job import bare, sliced_steps
-from models.steps import Step
+from models.steps import FirstPass, Step, Unbatched
 from models.suspended import Suspended, advance, changed_layers
-from models.types import Failure, Job, Outcome
+from models.texts import TextEncoder
+from models.types import Failure, Job, JobOptions, ModelInfo, Outcome
 from models.warm_model import WarmModel
 
 
@@ -52,7 +55,10 @@ class Engine:
             Exception: the pass itself failed; which job caused it is not known.
         """
         warm = self._registry.get(jobs[0].model, jobs[0].version)
-        faults = {job.id: fault for job in jobs if (fault := _fault(job, warm))}
+        jobs = [_labelled(job, warm) for job in jobs]
+        faults = {
+            job.id: fault for job in jobs if (fault := _fault(job, warm) or _long_label(job, warm))
+        }
         sound = [job for job in jobs if job.id not in faults]
         answered = dict(zip([job.id for job in sound], self._answer(warm, sound), strict=True))
         return [faults.get(job.id) or answered[job.id] for job in jobs]
@@ -63,17 +69,31 @@ class Engine:
         Their costs should add up to about the model's best batch. Returns one entry for each, as
         `run` does.
         """
-        return advance(suspended, beat=self.beat)
+        fresh = [item for item in suspended if isinstance(item.step, FirstPass)]
+        others = [item for item in suspended if not isinstance(item.step, FirstPass)]
+        # First, because a failure leads to another attempt, and steps cannot be run again.
+        answered = self._answer(fresh[0].warm, [item.job for item in fresh]) if fresh else []
+        results = dict(zip(map(id, fresh), answered, strict=True))
+        results |= zip(map(id, others), advance(others, beat=self.beat), strict=True)
+        return [results[id(item)] for item in suspended]
 
     def _answer(self, warm: WarmModel, jobs: Sequence[Job]) -> list[Outcome | Failure | Suspended]:
-        """One pass for all jobs, or for each variant of the model, kind of input and of scores."""
+        """One pass for all jobs, or for each variant of the model, kind of input and of scores.
+
+        Jobs whose labels are not encoded are answered later.
+        """
         firsts = [bare(job) if _is_cut(job, warm) else job for job in jobs]
-        parts: dict[tuple[nn.Module, bool, int], list[int]] = {}
+        parts: dict[tuple[nn.Module, bool, int, int | None], list[int]] = {}
+        answered: dict[int, Outcome | Failure | Suspended] = {}
         for i, job in enumerate(firsts):
-            key = warm.module_for(_needs(job)), _is_normalised(job), columns(job)
+            if warm.texts is not None and not warm.texts.knows(job.options.labels):
+                steps = partial(_encode, warm.texts, job.options.labels, warm.info)
+                answered[i] = _start(jobs[i], warm, plain(warm.task), steps)
+                continue
+            alone = i if warm.largest_batch == 1 else None
+            key = warm.module_for(_needs(job)), _is_normalised(job), columns(job), alone
             parts.setdefault(key, []).append(i)
         staged = {key: warm.stage([jobs[i].input for i in rows]) for key, rows in parts.items()}
-        answered: dict[int, Outcome | Failure | Suspended] = {}
         for key, rows in parts.items():
             outcomes = _run_together(warm, [firsts[i] for i in rows], key[0], staged[key])
             for row, i in enumerate(rows):
@@ -121,6 +141,29 @@ def _start(
     except HeatlensError as error:
         return Failure.of(job.id, error)
     return Suspended(job, warm, read, steps, first, phases)
+
+
+def _encode(
+    texts: TextEncoder, labels: Sequence[str], info: ModelInfo, phases: Phases
+) -> Generator[Step, Any, Outcome]:
+    """Encode the labels of a job in steps, the last of which leads to its first pass."""
+    parts = list(texts.parts(labels))
+    image_ms = price("predict", JobOptions(), info).device_ms
+    costs = [math.ceil(texts.takes.encoding_ms(part) / image_ms) for part in parts]
+    phases.later = [sum(costs)]
+    phases.begin("labels")
+    for part, cost in zip(parts, costs, strict=True):
+        yield Unbatched(partial(texts.encode, part), cost=cost)
+    yield FirstPass()
+    raise AssertionError("the first pass replaces what leads to it")
+
+
+def _labelled(job: Job, warm: WarmModel) -> Job:
+    """A job that names the classes it is scored for, where they are texts."""
+    if warm.texts is None or job.options.labels:
+        return job
+    options = structs.replace(job.options, labels=warm.info.labels)
+    return structs.replace(job, options=options)
 
 
 def _needs(job: Job) -> Needs:
@@ -171,3 +214,12 @@ def _fault(job: Job, warm: WarmModel) -> Failure | None:
             wrong = InvalidOption(f"{change.layer} has {limit}.", field=f"interventions.{i}")
             return Failure.of(job.id, wrong)
     return None
+
+
+def _long_label(job: Job, warm: WarmModel) -> Failure | None:
+    """The same for labels, whose tokens are counted here alone."""
+    long = None if warm.texts is None else warm.texts.too_long(job.options.labels)
+    if long is None:
+        return None
+    place, reason = long
+    return Failure.of(job.id, InvalidOption(reason, field=f"labels.{place}"))

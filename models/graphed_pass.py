@@ -14,7 +14,6 @@ from models.cuda.staging import indices
 from models.extractor import Extractor, Tap
 from models.layers import to_map
 from models.methods import METHODS, implementation
-from models.readout import PER_JOB, readings
 from models.shared_pass import SharedPass
 from models.targets import class_scores, coded, look_up
 from models.types import Job
@@ -53,7 +52,7 @@ def plan_of(warm: WarmModel, jobs: Sequence[Job]) -> Plan | None:
     targets, and the next power of two images.
     """
     if (
-        warm.task in PER_JOB
+        warm.reads_per_job
         or len(jobs) > warm.chunk
         or not all(_qualifies(warm, job) for job in jobs)
     ):
@@ -94,7 +93,7 @@ def run_graphed(
         logits=logits,
         probabilities=probabilities,
         order=order,
-        reads=readings(warm.task, jobs, logits),
+        reads=warm.readings(jobs, logits),
         captures=captures,
         reductions={},
         maps=dict(zip(plan.methods, explained[2:], strict=True)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, dataclass_transform
 
 import msgspec
@@ -79,3 +80,27 @@ class Preprocess(Struct):
     def raw(self) -> bool:
         """Whether samples reach the network as stored, not as 8-bit colours or grey."""
         return self.bits > 8 or self.channels not in (1, 3)
+
+
+class TextInput(Struct):
+    """Texts that a model of the task `zero_shot` takes as classes.
+
+    Attributes:
+        most_tokens: limit of one text.
+        full_length: whether each text is filled up to that.
+        exclusive: whether probabilities are a softmax over all texts, rather than each text's own.
+        text_ms: time for one text of full length.
+        memory_bytes: of the network that encodes them.
+    """
+
+    most_tokens: int
+    full_length: bool
+    exclusive: bool
+    text_ms: float = 0.0
+    memory_bytes: int = 0
+
+    def encoding_ms(self, labels: Sequence[str]) -> float:
+        """Time to encode texts that a device does not know."""
+        # A token has a byte at least; two mark the ends.
+        tokens = sum(min(self.most_tokens, len(label.encode()) + 2) for label in labels)
+        return self.text_ms * (len(labels) if self.full_length else tokens / self.most_tokens)

@@ -18,7 +18,7 @@ from models.host_results import HostResults
 from models.methods import METHODS, implementation
 from models.methods.table import images_of
 from models.phases import Phases
-from models.readout import Read
+from models.readout import Read, own_columns
 from models.shared_pass import SharedPass
 from models.statistics import Summary, describe, summarise
 from models.steps import NotedMaps, Step, Subject
@@ -90,7 +90,7 @@ class BatchOutcomes:
             explanations = yield from self.test(explanations, row, options=job.options)
         return Outcome(
             id=job.id,
-            predictions=self._predictions[row][: job.options.top_k],
+            predictions=self._predictions[row][: job.options.top_k][: own_columns(job)],
             explanations=tuple(explanations),
             statistics=tuple(self._describe(row)),
             embedding=self._host.logits[row] if self._is_vector(row) else None,
@@ -205,7 +205,7 @@ class BatchOutcomes:
             white=warm.shift + 255 * warm.scale,
             interventions=options.interventions,
             inputs=self._shared.inputs[row : row + 1],
-            logits=self._shared.logits[row],
+            logits=self._shared.logits[row, : own_columns(self._jobs[row])],
             targets=self._host.targets[row],
             capture=capture,
             layer=layer,

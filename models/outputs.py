@@ -78,10 +78,7 @@ class Reading:
         if self.twice:
             notes.append("The network fails on one image alone, which is given to it twice.")
         if self.single:
-            notes.append(
-                "The network fails on batches: it is given one image after another, and its layers "
-                "cannot be read."
-            )
+            notes.append("The network fails on batches, and is given one image after another.")
         if self.straight:
             notes.append("Gradient checkpointing (use_reentrant=True) is switched off.")
         return notes
@@ -190,7 +187,7 @@ def adapt(module: nn.Module, reading: Reading) -> nn.Module:
 
     body: dict[str, Any] = {"forward": forward}
     if reading.twice or reading.single:
-        body = {"forward": forward_sized, "takes_single_images": reading.single}
+        body = {"forward": forward_sized, "largest_batch": 1 if reading.single else None}
         body["least_batch"] = 2 if reading.twice else 1
     module.__class__ = type(kind.__name__, (kind,), body)
     return module

@@ -83,6 +83,11 @@ class Trace:
         return list(groups.values())
 
 
+def largest_batch(module: nn.Module) -> int | None:
+    """Most images that the layers of a network see at once, whatever it is given; None: all."""
+    return getattr(module, "largest_batch", None)
+
+
 def probe_batch(
     preprocess: Preprocess, *, images: int = PROBE_IMAGES, device: str = "cpu"
 ) -> Tensor:
@@ -97,7 +102,8 @@ def trace(module: nn.Module, task: Task, probe: Tensor) -> Trace:
     """Run a frozen model once with a hook on every module.
 
     All outputs and their graph are kept until the trace is dropped: about the memory of a training
-    step on the probe, which has at least two images to tell batches from windows of one image.
+    step on the probe, which has at least two images to tell batches from windows of one image, unless
+    the model takes one at a time.
     """
     recorded: list[Call] = []
     times: Counter[str] = Counter()
@@ -126,9 +132,6 @@ def trace(module: nn.Module, task: Task, probe: Tensor) -> Trace:
             hooks.forward(child, record)
         # Not the leaf itself: a model may work on its input in place.
         scores, _ = class_scores(module(probe.detach().requires_grad_().clone()), task)
-    if getattr(module, "takes_single_images", False):
-        # No call of any layer is of the batch.
-        recorded, times = [], Counter(dict.fromkeys(times, 1))
     named = [replace(c, name=c.path) if times[c.path] == 1 else c for c in recorded]
     return Trace(
         module=module,

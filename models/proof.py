@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from models.hooks import HookStack
 from models.layers import TokenLayout, candidate_layouts
 from models.locality import Locality, Response, Verdict, judge, patched
-from models.probe import Call, Trace, row_checksum
+from models.probe import Call, Trace, largest_batch, row_checksum
 from models.types import LayerInfo
 
 _COMPANY_TOLERANCE = 1e-3
@@ -29,7 +29,6 @@ SEVERAL_CALLS = "it is called {0} times in a pass; name one of them: {1}#1 to {1
 NO_TENSOR = "its output is not one tensor, or quantised"
 NOT_A_MAP = "its output is not a map of the image"
 VARYING = "it is not called as often in every pass"
-ONE_AT_A_TIME = "the network takes one image at a time"
 ELSEWHERE = "its positions do not respond to the image where they would lie in it"
 
 
@@ -113,8 +112,6 @@ def prove_layers(trace: Trace) -> dict[str, LayerProof]:
         A proof for each call by its name, and one for the bare name of modules with several, in the
         order in which the model defines them.
     """
-    if not trace.calls:
-        return dict.fromkeys(trace.times, LayerProof(usable=False, reason=ONE_AT_A_TIME))
     measured, places = _measure(trace)
     verdicts: dict[str, bool] = {}
     made: dict[str, LayerProof] = {}
@@ -194,6 +191,8 @@ def _measure(trace: Trace) -> tuple[dict[str, _Measured], Tensor]:
 def _pass(
     trace: Trace, images: Tensor, candidates: Mapping[str, Sequence[TokenLayout | None]]
 ) -> dict[str, _Measured]:
+    batches = images.split(largest_batch(trace.module) or len(images))
+    waiting: dict[str, list[tuple[Tensor, bool]]] = {}
     measured: dict[str, _Measured] = {}
     passed: Counter[str] = Counter()
 
@@ -202,19 +201,31 @@ def _pass(
             passed[path] += 1
             if not isinstance(output, Tensor):
                 return
-            name = path if trace.times[path] == 1 else f"{path}#{passed[path]}"
-            fits, given = _by_image(output, images), bool(args) and _by_image(args[0], images)
-            layouts = candidates.get(name, ()) if fits else ()
-            found = [Response.of(output, layout) for layout in layouts]
-            measured[name] = _Measured(fits, given, row_checksum(output), found)
+            times = trace.times[path]
+            name = path if times == 1 else f"{path}#{(passed[path] - 1) % times + 1}"
+            seen = waiting.setdefault(name, [])
+            given = bool(args) and _by_image(args[0], batches[0])
+            # A copy where others follow: what comes after may work in place.
+            seen.append((output.clone() if len(batches) > 1 else output, given))
+            # At once, so that no tensor is kept for longer than it must be.
+            if len(seen) == len(batches):
+                measured[name] = measure(name, waiting.pop(name))
 
         return hook
+
+    def measure(name: str, seen: Sequence[tuple[Tensor, bool]]) -> _Measured:
+        outputs = [output for output, _ in seen]
+        fits = all(_by_image(output, batches[0]) for output in outputs)
+        output = torch.cat(outputs) if fits and len(outputs) > 1 else outputs[0]
+        found = [Response.of(output, layout) for layout in candidates.get(name, ()) if fits]
+        return _Measured(fits, all(given for _, given in seen), row_checksum(output), found)
 
     with torch.inference_mode(), HookStack() as hooks:
         for path in trace.times:
             hooks.forward(trace.module.get_submodule(path), record(path))
-        trace.module(images.contiguous(memory_format=torch.channels_last))
-    same = {path for path, times in trace.times.items() if passed[path] == times}
+        for batch in batches:
+            trace.module(batch.contiguous(memory_format=torch.channels_last))
+    same = {path for path, times in trace.times.items() if passed[path] == times * len(batches)}
     return {name: found for name, found in measured.items() if name.partition("#")[0] in same}
 
 

@@ -30,6 +30,9 @@ PER_JOB: tuple[Task, ...] = ("segmentation", "embedding")
 Read = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Scores and probabilities, float32 (n, columns) each, of a network's output for n images."""
 
+ReadTexts = Callable[[tuple[str, ...]], Read]
+"""How vectors are read as scores of some texts."""
+
 
 @dataclass(frozen=True, eq=False)
 class RegionScores:
@@ -89,14 +92,43 @@ class Similarity:
         return cosines, cosines.detach()
 
 
+@dataclass(frozen=True, eq=False)
+class TextScores:
+    """Reads vectors (n, values) as scores of texts.
+
+    Attributes:
+        weights: float32 (texts, values).
+        bias: of every score, (1,), if there is one.
+        task: how probabilities are made of them.
+    """
+
+    weights: Tensor
+    bias: Tensor | None
+    task: Task
+
+    def __call__(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores and probabilities (n, texts)."""
+        scores = nn.functional.linear(output.float(), self.weights)
+        return class_scores(scores if self.bias is None else scores + self.bias, self.task)
+
+
 def _vectors(output: Tensor) -> tuple[Tensor, Tensor]:
     """The vectors themselves, for jobs that want no more."""
     vectors = output.float()
     return vectors, vectors.detach()
 
 
-def readings(task: Task, jobs: Sequence[Job], output: Tensor) -> list[Read]:
-    """How the output of each job's image is read, in this pass and in all that follow for it."""
+def readings(
+    task: Task, jobs: Sequence[Job], output: Tensor, *, texts: ReadTexts | None = None
+) -> list[Read]:
+    """How the output of each job's image is read, in this pass and in all that follow for it.
+
+    `texts` is given for networks whose classes are texts.
+    """
+    if texts is not None:
+        # A pass that only proves that the device works has no labels.
+        named = (job.options.labels for job in jobs)
+        return [texts(labels) if labels else plain(task) for labels in named]
     if task == "segmentation":
         images = output.split(1)
         return [RegionScores.of(o, job.areas) for o, job in zip(images, jobs, strict=True)]
@@ -123,7 +155,22 @@ def read(reads: Sequence[Read], output: Tensor, sizes: Sequence[int]) -> tuple[T
         return reads[0](output)
     parts = zip(reads, output.split(list(sizes)), strict=True)
     scores, probabilities = zip(*(reading(part) for reading, part in parts), strict=True)
-    return torch.cat(scores), torch.cat(probabilities)
+    # Finite, so that no gradient through it is undefined.
+    lowest = torch.finfo(scores[0].dtype).min
+    return _stacked(scores, fill=lowest), _stacked(probabilities, fill=0.0)
+
+
+def _stacked(parts: Sequence[Tensor], *, fill: float) -> Tensor:
+    """Rows of all parts, the shorter ones filled up."""
+    longest = max(part.shape[1] for part in parts)
+    return torch.cat(
+        [nn.functional.pad(part, (0, longest - part.shape[1]), value=fill) for part in parts]
+    )
+
+
+def own_columns(job: Job) -> int | None:
+    """How many columns are a job's own where `read` may have filled up its rows; None: all are."""
+    return len(job.options.labels) or None
 
 
 def columns(job: Job) -> int:

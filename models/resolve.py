@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from msgspec import structs
+
 from models.areas import FORMS, MASK, Area, area_of
 from models.errors import (
     InvalidOption,
@@ -24,6 +26,31 @@ MAX_LAYERS = 64
 _TARGET_KEYS = {"class", "against", *FORMS, MASK}
 
 RawTarget = int | str | Mapping[str, Any]
+
+
+def with_labels(info: ModelInfo, labels: Sequence[str], *, field: str = "labels") -> ModelInfo:
+    """The model as a request sees it that brings labels, or brings none.
+
+    Raises:
+        InvalidOption: its classes are no texts, it has none and the request brings none, or one
+            alone tells nothing.
+    """
+    card = info.card
+    if not labels:
+        if card.texts is not None and not info.labels:
+            raise InvalidOption(f"{card.name} has no labels of its own: send some.", field=field)
+        return info
+    if card.texts is None:
+        raise InvalidOption(
+            f"The classes of {card.name} are fixed; models of the task zero_shot take labels.",
+            field=field,
+        )
+    if card.texts.exclusive and len(labels) < 2:
+        raise InvalidOption(
+            "One label alone has the probability 1 for every image: send two or more.", field=field
+        )
+    card = structs.replace(card, num_classes=len(labels))
+    return structs.replace(info, card=card, labels=tuple(labels))
 
 
 def resolve_targets(

@@ -15,7 +15,7 @@ from models.cuda.staging import indices
 from models.extractor import Extractor, InplaceConflict, Tap
 from models.interventions import changes_for
 from models.methods import METHODS
-from models.readout import Read, read, readings
+from models.readout import Read, read
 from models.statistics import Reductions, reduce
 from models.targets import ScoreWeights, coded, ranked
 from models.types import Job, Kind
@@ -131,7 +131,7 @@ def _run(
     gradients = [place for place in wishes if place[1].startswith("grad_")]
     with Extractor(module, taps, changes=changes, tensor_hooks_only=tensor_hooks_only) as extractor:
         output = extractor.forward(inputs)
-        reads = readings(warm.task, jobs, output)
+        reads = warm.readings(jobs, output)
         logits, probabilities = read(reads, output, [1] * len(jobs))
         order = ranked(logits, probabilities, classes=warm.classes, task=warm.task)
         targets = [coded(job.options.targets) for job in jobs]

@@ -26,8 +26,9 @@ FirstPass = Callable[[Job], BatchOutcomes]
 
 def bare(job: Job) -> Job:
     """What is left of a job without its explanations and statistics: the prediction."""
+    asked = job.options
     options = JobOptions(
-        top_k=job.options.top_k, targets=(), interventions=job.options.interventions
+        top_k=asked.top_k, targets=(), interventions=asked.interventions, labels=asked.labels
     )
     return structs.replace(job, operation="predict", options=options)
 

@@ -114,7 +114,15 @@ class Unbatched(_Step):
     cost: int
 
 
-Step = Forward | InputGradient | LayerGradient | Unbatched
+@dataclass(frozen=True)
+class FirstPass(_Step):
+    """Asks for nothing: the job is ready for its first pass, which answers it anew."""
+
+    cost: int = 1
+
+
+Batched = Forward | InputGradient | LayerGradient
+Step = Batched | Unbatched | FirstPass
 Steps = Generator[Step, Any, Tensor]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,8 @@ from models.interventions import changes_for
 from models.layers import TokenLayout, to_map
 from models.phases import Phases
 from models.preparation.variant import Needs
-from models.readout import Read, columns, read
-from models.steps import Forward, InputGradient, LayerGradient, Step, Unbatched
+from models.readout import Read, columns, own_columns, read
+from models.steps import Batched, Forward, InputGradient, LayerGradient, Step, Unbatched
 from models.targets import ScoreWeights
 from models.types import Failure, Job, Outcome, Progress
 from models.warm_model import WarmModel
@@ -101,11 +101,13 @@ def advance(
         LayerGradient: _layer_gradient,
         Unbatched: _unbatched,
     }
-    groups: dict[tuple[type[Step], nn.Module, int], list[Suspended]] = {}
+    groups: dict[tuple[type[Step], Hashable], list[Suspended]] = {}
     for job in suspended:
-        groups.setdefault((type(job.step), job.module, columns(job.job)), []).append(job)
+        alone = job.job.id if job.warm.largest_batch == 1 else None
+        key = type(job.step), (job.module, columns(job.job), alone)
+        groups.setdefault(key, []).append(job)
     results: dict[int, Any] = {}
-    for (kind, _, _), group in groups.items():
+    for (kind, _), group in groups.items():
         results |= dict(zip(map(id, group), execute[kind](group), strict=True))
         beat()
     return [job.resume(results[id(job)]) for job in suspended]
@@ -117,7 +119,9 @@ def _forward(group: Sequence[Suspended]) -> list[Tensor]:
         scored = read([p.read for p in group], extractor.forward(inputs), sizes)
     logits, probabilities = (side.split(sizes) for side in scored)
     wanted = [p.step.probabilities for p in group if isinstance(p.step, Forward)]
-    return [p if w else s for s, p, w in zip(logits, probabilities, wanted, strict=True)]
+    own = [own_columns(p.job) for p in group]
+    found = zip(logits, probabilities, wanted, own, strict=True)
+    return [(p if w else s)[:, :most] for s, p, w, most in found]
 
 
 def _input_gradient(group: Sequence[Suspended]) -> list[tuple[Tensor, Tensor]]:
@@ -188,7 +192,7 @@ def _pair_taps(warm: WarmModel, layers: Sequence[str]) -> list[Tap]:
 
 def _merge(group: Sequence[Suspended]) -> tuple[Tensor, list[int], list[Any]]:
     """Inputs of several jobs' steps as one batch, the size of each part, and the interventions."""
-    parts = [p.step.inputs for p in group if not isinstance(p.step, Unbatched)]
+    parts = [p.step.inputs for p in group if isinstance(p.step, Batched)]
     sizes = [len(part) for part in parts]
     pairs = zip(group, sizes, strict=True)
     rows = [p.job.options.interventions for p, n in pairs for _ in range(n)]

@@ -14,9 +14,9 @@ import numpy as np
 from msgspec import UNSET, Meta, UnsetType
 
 from models.errors import HeatlensError
-from models.image_types import Fit, Geometry, Order, Preprocess, Region, Struct
+from models.image_types import Fit, Geometry, Order, Preprocess, Region, Struct, TextInput
 
-__all__ = ["Fit", "Geometry", "Order", "Preprocess", "Region", "Struct"]
+__all__ = ["Fit", "Geometry", "Order", "Preprocess", "Region", "Struct", "TextInput"]
 
 Operation = Literal["predict", "explain", "features", "compare"]
 Task = Literal["single_label", "multi_label", "binary", "segmentation", "embedding", "zero_shot"]
@@ -28,7 +28,6 @@ ModelState = Literal["loading", "ready", "unavailable", "unloading"]
 InterventionOp = Literal["zero", "mean", "scale"]
 ModelKey = tuple[str, str]
 """Name and version."""
-
 
 STEP_MS = 250.0
 """Device time that one step of a job should take at most, since others wait for it."""
@@ -86,6 +85,7 @@ class JobOptions(Struct):
         channels: how many top channels a statistic lists.
         grid: whether `features` returns the top channels' maps, to be drawn as a grid.
         interventions: channels changed during the pass.
+        labels: texts that are the classes, of a model of the task `zero_shot`; empty for its own.
         faithfulness: names of faithfulness measures per explanation.
         curves: whether to return the curves that they are made from.
         samples, steps, seed: of stochastic and path methods; None = the method's default.
@@ -101,6 +101,7 @@ class JobOptions(Struct):
     channels: int = 16
     grid: bool = False
     interventions: tuple[Intervention, ...] = ()
+    labels: tuple[str, ...] = ()
     faithfulness: tuple[str, ...] = ()
     curves: bool = False
     samples: int | None = None
@@ -342,6 +343,7 @@ class ModelCard(Struct):
     num_classes: int = 0
     task: Task = "single_label"
     input: Preprocess | None = None
+    texts: TextInput | None = None
     target_layer: str | None = None
     head: HeadKind | None = None
     closed_form: bool = False

@@ -14,7 +14,10 @@ from models.cuda.staging import Ready, Uploads, stage
 from models.head import HeadProbe
 from models.layers import Layouts
 from models.preparation.variant import Needs, Variant
-from models.types import STEP_MS, Kind, LayerInfo, ModelInfo, Preprocess, Task
+from models.probe import largest_batch
+from models.readout import PER_JOB, Read, readings
+from models.texts import TextEncoder
+from models.types import STEP_MS, Job, Kind, LayerInfo, ModelInfo, Preprocess, Task
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,6 +43,7 @@ class WarmModel:
             not in it.
         input_layouts: the same of the layers' first inputs.
         other_inputs: layers whose first input has another first dimension than the image.
+        texts: makes classes of texts, for a network whose output is vectors.
         info: what the service tells about the model.
         uploads: how images reach the device; None on the CPU.
         graphs: recorded passes; None where none are made.
@@ -59,6 +63,7 @@ class WarmModel:
     layouts: Layouts
     input_layouts: Layouts = field(default_factory=dict)
     other_inputs: frozenset[str] = frozenset()
+    texts: TextEncoder | None = None
     info: ModelInfo
     uploads: Uploads | None = None
     graphs: Graphs | None = None
@@ -119,6 +124,21 @@ class WarmModel:
     def module_for(self, needs: Needs) -> nn.Module:
         """The fastest module for a pass with these needs."""
         return next((v.module for v in self.variants if v.serves(needs)), self.module)
+
+    @property
+    def largest_batch(self) -> int | None:
+        """Most images whose layers can be read in one pass; None where there is no limit."""
+        return largest_batch(self.module)
+
+    @property
+    def reads_per_job(self) -> bool:
+        """Whether each job reads the output in its own way."""
+        return self.task in PER_JOB or self.texts is not None
+
+    def readings(self, jobs: Sequence[Job], output: Tensor) -> list[Read]:
+        """How the output for each job's image is read; its labels are known."""
+        texts = None if self.texts is None else self.texts.scores
+        return readings(self.task, jobs, output, texts=texts)
 
     def stage(self, images: Sequence[np.ndarray]) -> Ready:
         """Start to bring inputs of jobs, all of one kind, to the device as a batch."""

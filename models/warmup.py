@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -31,7 +31,7 @@ from models.methods.applicability import ModelFacts, supported_methods, try_meth
 from models.preparation.optimise import Findings, optimise
 from models.preparation.precision import DTYPES
 from models.preparation.variant import Needs, Variant
-from models.probe import Trace, probe_batch, trace
+from models.probe import Trace, largest_batch, probe_batch, trace
 from models.proof import LayerProof, Proofs, input_layouts, layer_infos, layouts_of, prove_layers
 from models.proof_cache import ProofCache
 from models.readout import PER_JOB
@@ -67,7 +67,7 @@ def warm_up(
             are not finite.
     """
     spec, task = loaded.spec, loaded.task
-    probe = probe_batch(loaded.preprocess)
+    probe = probe_batch(loaded.preprocess)[: largest_batch(loaded.module)]
     before = Fingerprint.of(loaded.module, probe)
     traced = trace(loaded.module, task, probe)
     cache = ProofCache.of(loaded.module, before.scores, proofs_dir)
@@ -77,7 +77,8 @@ def warm_up(
     layout = None if target is None else layouts[target]
     head = HeadProbe(kind="flatten")
     # Where each job reads the output in its own way, no gradient is a row of weights.
-    if target is not None and differentiable and task not in PER_JOB:
+    one_by_one = largest_batch(loaded.module) == 1
+    if target is not None and differentiable and task not in PER_JOB and not one_by_one:
         images = head_batch(loaded.preprocess)
         head = probe_head(loaded.module, target, layout=layout, task=task, probe=images)
     facts = ModelFacts(
@@ -86,7 +87,6 @@ def warm_up(
         closed_form=head.closed_form,
         differentiable=traced.differentiable,
         layer_differentiable=differentiable,
-        single_images=getattr(loaded.module, "takes_single_images", False),
         refusals=cache.remember(
             f"methods {task}", dict[str, str], lambda: try_methods(traced, proofs, task=task)
         ),
@@ -108,6 +108,9 @@ def warm_up(
     steps = optimised.steps if graphs is None else (*optimised.steps, "CUDA graphs")
     card = _card(loaded, device, facts)
     card = structs.replace(card, precision=optimised.precision, preparation=steps)
+    if loaded.texts is not None:
+        loaded.texts.prepare(loaded.labels, device)
+        card = structs.replace(card, texts=loaded.texts.takes)
     scale, shift = _normalisation(loaded.preprocess)
     warm = WarmModel(
         name=spec.name,
@@ -123,6 +126,7 @@ def warm_up(
         head=head.to(device),
         layouts=layouts,
         input_layouts=input_layouts(traced, layouts),
+        texts=loaded.texts,
         other_inputs=frozenset(name for name, p in proofs.items() if not p.input_usable),
         info=ModelInfo(
             card=card,
@@ -137,7 +141,11 @@ def warm_up(
 
 
 def measure_latencies(
-    run: Callable[[int], object], device: torch.device, *, budget_s: float
+    run: Callable[[int], object],
+    device: torch.device,
+    *,
+    budget_s: float,
+    sizes: Sequence[int] = BATCH_SIZES,
 ) -> dict[int, float]:
     """Time passes of growing batch size; each size runs once unmeasured before.
 
@@ -149,7 +157,7 @@ def measure_latencies(
     """
     deadline = time.monotonic() + budget_s
     latencies: dict[int, float] = {}
-    for size in BATCH_SIZES:
+    for size in sizes:
         # A batch twice as large takes at most about twice as long; one pass warms up, one measures.
         least_s = 2 * 2 * latencies[size // 2] / 1000 if latencies else 0.0
         if time.monotonic() + least_s > deadline and latencies:
@@ -260,8 +268,9 @@ def _timed(warm: WarmModel, warmup_s: float, cache: ProofCache) -> WarmModel:
     what = f"times, {', '.join(place)}"
     latency_ms = cache.recall(what, dict[int, float])
     if latency_ms is None:
+        sizes = BATCH_SIZES[: warm.largest_batch]
         began, own = time.monotonic(), time.thread_time()
-        latency_ms = measure_latencies(run, warm.device, budget_s=warmup_s)
+        latency_ms = measure_latencies(run, warm.device, budget_s=warmup_s, sizes=sizes)
         share = (time.thread_time() - own) / (time.monotonic() - began)
         # What was measured while others had the core is for this start only.
         if share >= UNDISTURBED:

@@ -52,7 +52,6 @@ class ModelFacts(Struct):
         closed_form: whether the gradient there was proved to be W[c]/Z.
         differentiable: whether gradients of the scores reach the image.
         layer_differentiable: whether they reach the target layer.
-        single_images: whether the network takes one image at a time.
         refusals: by name of a method that was tried on it and refused, the reason.
     """
 
@@ -61,7 +60,6 @@ class ModelFacts(Struct):
     closed_form: bool
     differentiable: bool = True
     layer_differentiable: bool = True
-    single_images: bool = False
     refusals: dict[str, str] = {}
 
 
@@ -106,8 +104,6 @@ def try_methods(traced: Trace, proofs: Proofs, *, task: Task) -> dict[str, str]:
 def _obstacle(method: Method, facts: ModelFacts) -> str | None:
     """Why a method cannot explain the model, by what it needs and by its trial."""
     needs_map = method.family == "gradient" or not method.of_input
-    if needs_map and facts.single_images:
-        return "the network takes one image at a time, so that its layers cannot be read"
     mapless = needs_map and facts.target_layer is None
     reached = facts.differentiable or not method.of_input
     reached = reached and (facts.layer_differentiable or not needs_map)

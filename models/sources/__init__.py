@@ -17,6 +17,8 @@ from models.types import Preprocess, Task
 if TYPE_CHECKING:
     from torch import nn
 
+    from models.texts import TextEncoder
+
 SOURCES = {
     "torchvision": "models.sources.torchvision",
     "timm": "models.sources.timm",
@@ -36,11 +38,13 @@ USUAL_PREPROCESS = Preprocess(resize=256, crop=(224, 224))
 _MEANINGS: Mapping[Task, str] = {
     "embedding": "The network gives vectors: POST /v1/compare shows how similar two images are, and "
     "which parts make them similar.",
-    "zero_shot": "The classes are the labels, as texts that the network scores for an image.",
+    "zero_shot": "The classes are texts that the network scores for an image: the labels here, or "
+    "those of a request.",
     "segmentation": "A class's probability is the mean of its probabilities at all pixels, its score "
     "the mean over the pixels that it wins, or over the whole image where it wins none.",
 }
 """What scores and probabilities mean, where that is not as for classifiers."""
+_KEPT = "The text side of the network stays loaded for the labels of requests: {:.3g} MB."
 _ASSUMED = (
     "Nothing says how images become the network's input: they are resized, cropped and normalised "
     "as for ImageNet, to {width} x {height}. If it was trained otherwise, say so under "
@@ -57,7 +61,6 @@ class BuildRequest:
         pretrained: whether the library's own weights are wanted, which come with their own head.
         num_classes: scores per image of an architecture with other weights; None keeps its own.
         channels: of the images that the network takes, if configured.
-        labels: that are configured.
         base_dir: directory that relative paths and modules of the configuration start from.
     """
 
@@ -65,7 +68,6 @@ class BuildRequest:
     pretrained: bool
     num_classes: int | None
     channels: int | None = None
-    labels: tuple[str, ...] | None = None
     base_dir: Path
 
     def file(self) -> Path:
@@ -91,7 +93,7 @@ class Built:
         assumed_preprocess: whether that is a guess, which the model card says.
         labels: names of the classes that the weights were trained on, if known.
         task: how the scores are read, if known.
-        reads: how those of the task `zero_shot` are read.
+        texts: makes classes of texts, for a network that gives vectors of images and texts.
         ignored_keys: prefixes of checkpoint keys that belong to parts which only training uses.
         notes: what the operator should know of how it was built, as sentences.
     """
@@ -101,7 +103,7 @@ class Built:
     assumed_preprocess: bool = False
     labels: tuple[str, ...] | None = None
     task: Task | None = None
-    reads: Task | None = None
+    texts: TextEncoder | None = None
     ignored_keys: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -116,6 +118,7 @@ class LoadedModel:
         task: how the scores are read: `single_label` for binary models of two scores, too.
         declared_task: the task as the configuration or the source says it.
         preprocess: how an image becomes its input, the configuration's overrides applied.
+        texts: of the task `zero_shot`; the module's outputs are vectors then.
         notes: for the model card.
     """
 
@@ -126,6 +129,7 @@ class LoadedModel:
     declared_task: Task | None = None
     preprocess: Preprocess
     spec: ModelSpec
+    texts: TextEncoder | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -152,7 +156,6 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
         pretrained=spec.weights == "default",
         num_classes=_head_size(spec, labels),
         channels=spec.preprocess.channels,
-        labels=labels,
         base_dir=base_dir,
     )
     with without_compiler() if kind in _OF_LIBRARIES else nullcontext():
@@ -161,13 +164,9 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
         built: Built = source.build(request)
         if spec.weights == "none":
             fill_zero_heads(built.module)
-    declared = task = spec.task or built.task or "single_label"
-    if task == "zero_shot":
-        if built.reads is None:
-            raise ModelLoadFailed(
-                'task = "zero_shot" is for folders of transformers that hold a CLIP or SigLIP.'
-            )
-        task = built.reads
+    declared = spec.task or built.task or "single_label"
+    texts = _texts(built, declared, labels)
+    task = declared if texts is None else texts.reads
     found: tuple[str, ...] = ()
     if spec.weights_sha256 is not None:
         check_digest(spec.weights, spec.weights_sha256, base_dir=base_dir)
@@ -190,6 +189,8 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
     single_logit = task in ("binary", "segmentation") and proved.outputs == 1
     # A single logit tells two classes apart.
     num_classes = 2 if single_logit else 0 if task == "embedding" else proved.outputs
+    if texts is not None:
+        num_classes = len(labels or ())
     if spec.num_classes not in (None, num_classes, proved.outputs):
         library = spec.weights == "default" and kind != "python"
         own = " The default weights come with their own head." if library else ""
@@ -204,14 +205,39 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
         declared_task=declared,
         preprocess=preprocess,
         spec=spec,
+        texts=texts,
         notes=(
             *([_MEANINGS[declared]] if declared in _MEANINGS else []),
+            *([] if texts is None else [_KEPT.format(texts.takes.memory_bytes / 1e6)]),
             *built.notes,
             *found,
             *_assumptions(spec, built, preprocess),
             *proved.notes,
         ),
     )
+
+
+def _texts(built: Built, task: Task, labels: tuple[str, ...] | None) -> TextEncoder | None:
+    """What makes classes of texts, for the task `zero_shot`; its labels were checked."""
+    if built.texts is None and task == "zero_shot":
+        raise ModelLoadFailed(
+            'task = "zero_shot" is for folders of transformers that hold a CLIP or SigLIP.'
+        )
+    if built.texts is None or task == "embedding":
+        return None
+    if task != "zero_shot":
+        raise ModelLoadFailed(
+            f'A network of images and texts has no classes of its own, as task = "{task}" needs: '
+            'leave the task out, or set task = "embedding" to compare images.'
+        )
+    if labels is not None and len(labels) < 2 and built.texts.takes.exclusive:
+        raise ModelLoadFailed(
+            "One label alone has the probability 1 for every image: configure at least two, as in "
+            'labels = ["a photo of a cat", "a photo of a dog"], or none, and send them in requests.'
+        )
+    if long := built.texts.too_long(labels or ()):
+        raise ModelLoadFailed(long[1])
+    return built.texts
 
 
 def _head_size(spec: ModelSpec, labels: tuple[str, ...] | None) -> int | None:

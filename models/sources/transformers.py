@@ -15,7 +15,7 @@ from models.imaging.decode import DecodeLimits, from_pixels
 from models.imaging.preprocess import preprocess
 from models.sources import BuildRequest, Built
 from models.sources.adapter import Adapter, without_adapter
-from models.sources.zero_shot import READS, classifier_of
+from models.sources.zero_shot import KINDS, ImageVectors, encoder_of
 from models.types import Preprocess, Task
 
 _PROCESSOR = "preprocessor_config.json"
@@ -27,9 +27,8 @@ _TASKS: dict[str, Task] = {"multi_label_classification": "multi_label"}
 def build(request: BuildRequest) -> Built:
     """Load a folder: network, labels, task and preprocessing. No code of the folder is run.
 
-    The network classifies images, or segments them, or scores texts for them, which then are the
-    configured labels. An adapter of LoRA in the folder is merged into
-    its network, which may lie in the same folder.
+    The network classifies images, or segments them, or gives vectors of images and texts. An adapter
+    of LoRA in the folder is merged into its network, which may lie in the same folder.
 
     Preprocessing is that of the processor's Pillow form, and is compared with it on two images.
 
@@ -46,8 +45,8 @@ def build(request: BuildRequest) -> Built:
     kind = library.AutoModelForImageClassification
     if segments:
         kind = library.AutoModelForSemanticSegmentation
-    reads = READS.get(config.get("model_type", "")) if _takes_texts(config) else None
-    if reads is not None:
+    takes_texts = _takes_texts(config)
+    if takes_texts:
         kind = library.AutoModel
     module = _network(library, kind, network, request=request, adapter=adapter)
     own = (folder / _PROCESSOR).is_file()
@@ -63,12 +62,12 @@ def build(request: BuildRequest) -> Built:
         )
     if adapter is not None:
         notes = (*notes, f"The adapter in {request.name} is merged into the network's weights.")
-    if reads is not None:
+    if takes_texts:
         return Built(
-            module=classifier_of(module, network, library, request.labels),
+            module=ImageVectors(module),
             preprocess=made,
             task="zero_shot",
-            reads=reads,
+            texts=encoder_of(module, network, library),
             notes=notes,
             assumed_preprocess=processor is None,
         )
@@ -88,7 +87,8 @@ def build(request: BuildRequest) -> Built:
 
 def _takes_texts(config: dict[str, Any]) -> bool:
     """Whether a folder holds the whole network of images and texts, not a classifier made of it."""
-    return any(name in ("CLIPModel", "SiglipModel") for name in config.get("architectures") or ())
+    whole = any(name in ("CLIPModel", "SiglipModel") for name in config.get("architectures") or ())
+    return whole and config.get("model_type") in KINDS
 
 
 def _config(folder: Path, name: str) -> dict[str, Any]:

@@ -81,6 +81,8 @@ def check_budget(plan: Plan, limits: LimitSettings) -> None:
     # A plain prediction that comes too late ends by its deadline.
     if needed_s > allowed_s and plan.is_long:
         field = _heaviest(plan, device_s, allowed=allowed_s)
+        if needed_s - plan.encoding_ms / 1000 <= allowed_s:
+            field = "labels"
         raise InvalidOption(
             f"The request needs about {needed_s:.3g} s of the device and may have "
             f"{allowed_s:.3g} s (`timeout_s`, or the limit of the service). Most of it is for "

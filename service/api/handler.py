@@ -173,7 +173,16 @@ def _plan(
         model=info.card.name, version=info.card.version, operation=options.operation
     )
     deadline = started + seconds
-    return make_plan(body.images, options, info, limits=limits, started=started, deadline=deadline)
+    known = service.pipeline.label_sets.has(info, getattr(options, "labels", ()))
+    return make_plan(
+        body.images,
+        options,
+        info,
+        limits=limits,
+        started=started,
+        deadline=deadline,
+        encodes=not known,
+    )
 
 
 async def _run(request: Request, service: Service, plan: Plan, watch: Watch | None) -> Reply:

@@ -26,6 +26,7 @@ Measure = Literal["average_drop", "increase", "deletion", "insertion", "road"]
 MAX_TARGETS = 16
 MAX_AGAINST = 1000
 MAX_MASKS = 32
+MAX_LABELS = 256
 MAX_SCALE = 1e6
 _MAX_NAME = 512
 
@@ -70,7 +71,27 @@ def _check_targets(targets: list[Any]) -> list[Any]:
     return targets
 
 
+def _check_labels(labels: list[str]) -> list[str]:
+    """Refuse labels that are blank, or there twice."""
+    for place, label in enumerate(labels):
+        if not label.strip():
+            raise ValueError(f"Label {place} is blank.")
+    if len(set(labels)) < len(labels):
+        raise ValueError("A label is there twice.")
+    return labels
+
+
 Name = Annotated[str, Field(min_length=1, max_length=_MAX_NAME)]
+Labels = Annotated[
+    list[Name],
+    Field(
+        max_length=MAX_LABELS,
+        description="Texts that are the classes, of a model of the task `zero_shot`; its own if "
+        "there are none.",
+        examples=[["a photo of a cat", "a photo of a dog"]],
+    ),
+    AfterValidator(_check_labels),
+]
 TargetOption = Annotated[Any, WithJsonSchema(_TARGET_SCHEMA)]
 Targets = Annotated[
     list[TargetOption],
@@ -146,6 +167,7 @@ class PredictOptions(CommonOptions):
 
     operation: ClassVar[Operation] = "predict"
 
+    labels: Labels = []
     top_k: TopK = 5
     statistics: Annotated[
         bool, Field(description="Whether to add statistics of the model's recommended layer.")
@@ -206,6 +228,7 @@ class ExplainOptions(MapOptions):
 
     operation: ClassVar[Operation] = "explain"
 
+    labels: Labels = []
     top_k: TopK = 5
     targets: Annotated[Targets, Field(description="Classes to explain.")] = ["top1"]
     statistics: Annotated[
@@ -237,6 +260,7 @@ class FeaturesOptions(CommonOptions):
 
     operation: ClassVar[Operation] = "features"
 
+    labels: Labels = []
     targets: Annotated[Targets, Field(description="Classes whose scores are differentiated.")] = [
         "top1"
     ]

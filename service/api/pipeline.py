@@ -34,6 +34,7 @@ from service.api import schemas
 from service.api.decoders import Decoders
 from service.api.errors import internal_error
 from service.api.host import HostWork
+from service.api.label_sets import LabelSets
 from service.api.line import Line
 from service.api.pair import Pair
 from service.api.plan import Plan, PlannedImage
@@ -123,6 +124,7 @@ class Pipeline:
         self._max_wait_s = max_wait_s
         self._max_answer_bytes = max_answer_bytes
         self._answer_bytes = 0
+        self.label_sets = LabelSets()
 
     async def run(self, plan: Plan, *, watch: Watch | None = None) -> Reply:
         """Run all images of a plan; cancelling this cancels their jobs.
@@ -156,6 +158,8 @@ class Pipeline:
                         )
                     )
                 reply = _reply(outcomes, plan)
+            if plan.info.card.texts is not None:
+                self.label_sets.add(plan.info)
         except TimeoutError:
             raise DeadlineExceeded("The deadline passed before the response was ready.") from None
         finally:

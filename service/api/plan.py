@@ -14,7 +14,13 @@ from models.imaging.render import OverlayFormat
 from models.imaging.style import ClipChoice, ColormapChoice
 from models.methods import METHODS
 from models.price import Price, price
-from models.resolve import check_cam, resolve_layers, resolve_methods, resolve_targets
+from models.resolve import (
+    check_cam,
+    resolve_layers,
+    resolve_methods,
+    resolve_targets,
+    with_labels,
+)
 from models.types import (
     ClassRef,
     Intervention,
@@ -74,6 +80,7 @@ class Plan(Struct):
         info: the model that runs it.
         started: monotonic time at which the request arrived.
         deadline: monotonic time by which it is answered or failed.
+        encoding_ms: time to encode its labels, which is part of its first image's price.
     """
 
     operation: Operation
@@ -82,6 +89,7 @@ class Plan(Struct):
     render: RenderOptions
     started: float
     deadline: float
+    encoding_ms: float = 0.0
 
     @property
     def is_long(self) -> bool:
@@ -165,13 +173,21 @@ def make_plan(
     limits: LimitSettings,
     started: float,
     deadline: float,
+    encodes: bool = True,
 ) -> Plan:
     """Resolve labels, ranks, layers and methods against the model, and price the request.
+
+    `encodes` says whether labels that it brings must be encoded.
 
     Raises:
         HeatlensError: an option does not fit the model, or costs too much; the error names it.
     """
     check_task(options.operation, info, images=len(images))
+    labels = getattr(options, "labels", [])
+    if options.operation != "compare":
+        info = with_labels(info, labels)
+    takes = info.card.texts if encodes else None
+    encoding_ms = 0.0 if takes is None else takes.encoding_ms(labels)
     common = job_options(options, info)
     planned, usual = [], price(options.operation, common, info)
     common_targets = getattr(options, "targets", [])
@@ -186,6 +202,10 @@ def make_plan(
                 cost = price(options.operation, resolved, info)
         raw = image.targets if image.targets is not None else common_targets
         areas = areas_of(raw) if resolved.targets else ()
+        if encoding_ms:
+            # The first image's job encodes them for all; until then all wait between steps.
+            own_ms = cost.device_ms + (encoding_ms if i == 0 else 0.0)
+            cost = msgspec.structs.replace(cost, device_ms=own_ms, long=True)
         planned.append(PlannedImage(input=image, options=resolved, price=cost, areas=areas))
     if sum(area.mask is not None for image in planned for area in image.areas) > MAX_MASKS:
         raise InvalidOption(
@@ -203,6 +223,7 @@ def make_plan(
         render=render_options(options),
         started=started,
         deadline=deadline,
+        encoding_ms=encoding_ms,
     )
     check_budget(plan, limits)
     return plan
@@ -241,6 +262,7 @@ def job_options(options: AnyOptions, info: ModelInfo) -> JobOptions:
     classes = max(1, info.card.num_classes)
     if isinstance(options, PredictOptions):
         return JobOptions(
+            labels=tuple(options.labels),
             top_k=min(options.top_k, classes),
             targets=(),
             layers=resolve_layers(["auto"], info, spatial=True) if options.statistics else (),
@@ -252,6 +274,7 @@ def job_options(options: AnyOptions, info: ModelInfo) -> JobOptions:
     targets = _targets(options, info)
     if isinstance(options, FeaturesOptions):
         return JobOptions(
+            labels=tuple(options.labels),
             top_k=min(5, classes),
             targets=targets,
             layers=resolve_layers(options.layers, info, spatial=False),
@@ -263,6 +286,7 @@ def job_options(options: AnyOptions, info: ModelInfo) -> JobOptions:
         )
     return msgspec.structs.replace(
         _map_options(options, info, changes),
+        labels=tuple(options.labels),
         top_k=min(options.top_k, classes),
         targets=targets,
         statistics=options.statistics,

@@ -26,7 +26,12 @@ EXIT_SOME_FAILED = 1
 EXIT_UNREACHABLE = 3
 EXIT_INTERRUPTED = 130
 
-FLAG_BY_OPTION = {"methods": "--method", "targets": "--target", "layers": "--layer"}
+FLAG_BY_OPTION = {
+    "methods": "--method",
+    "targets": "--target",
+    "layers": "--layer",
+    "labels": "--label",
+}
 """Flags with another name than the option of the API that they set."""
 
 Config = Annotated[

@@ -61,6 +61,14 @@ def explain(
         list[str] | None,
         typer.Option("--layer", "-l", metavar="NAME", help="Layer name or glob; may be repeated."),
     ] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--label",
+            metavar="TEXT",
+            help="A text as a class, for a zero_shot model; repeat for each.",
+        ),
+    ] = None,
     model: Model = None,
     config: Config = None,
     server: Server = None,
@@ -93,6 +101,7 @@ def explain(
         methods=method,
         targets=target,
         layers=layer,
+        labels=label,
         model=model,
         colormap=colormap,
         clip=clip,

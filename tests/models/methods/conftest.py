@@ -86,6 +86,7 @@ class Drive:
 def _model(subject: Subject) -> WarmModel:
     """What a step needs to know of the subject's model."""
     known = {"module": subject.module, "task": subject.task, "layouts": subject.layouts}
+    known |= {"largest_batch": None}
     return cast("WarmModel", SimpleNamespace(module_for=lambda _: subject.module, **known))
 
 

@@ -11,6 +11,7 @@ from models.catalog import ModelSpec
 from models.compat import define_missing_operators
 
 LABELS = ["a photo of a cat", "a photo of a dog", "a cup of coffee"]
+SIGLIP_TOKENS = 64
 _WORDS = [
     "[PAD]",
     "[UNK]",
@@ -55,6 +56,8 @@ def saved(folder: Path, kind: str = "clip") -> tuple[Any, Any, Any]:
         config = transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=12)
         model = transformers.CLIPModel(config)
     else:
+        # As the pipeline of transformers fills up every text.
+        text["max_position_embeddings"] = SIGLIP_TOKENS
         config = transformers.SiglipConfig(vision_config=vision, text_config=text)
         model = transformers.SiglipModel(config)
         model.logit_bias.data.fill_(-1.5)

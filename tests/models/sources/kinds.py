@@ -479,6 +479,10 @@ KINDS: Mapping[str, Mapping[str, Make]] = {
         "a folder of transformers that segments": _segformer,
         "a CLIP of transformers": _clip,
         "a CLIP of transformers, without labels": lambda folder: _clip(folder) | {"labels": None},
+        "a CLIP of transformers, with one label": lambda f: _clip(f) | {"labels": ["a cat"]},
+        "a CLIP of transformers, embedding": lambda folder: (
+            _clip(folder) | {"labels": None, "task": "embedding"}
+        ),
         "torchvision, segmentation": _named(
             "torchvision:lraspp_mobilenet_v3_large", preprocess={"resize": [64, 64]}
         ),

@@ -33,6 +33,8 @@ NEEDS = {
     "a folder of transformers that segments": "transformers",
     "a CLIP of transformers": "transformers",
     "a CLIP of transformers, without labels": "transformers",
+    "a CLIP of transformers, with one label": "transformers",
+    "a CLIP of transformers, embedding": "transformers",
 }
 WARMED_UP = ("Outputs", "Networks")
 """Sections whose kinds are tried with every method, too."""

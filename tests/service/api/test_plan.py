@@ -122,6 +122,7 @@ def test_query_lists(items: list[str]) -> None:
 
 def test_which_options_are_lists() -> None:
     assert list_options(ExplainOptions) == {
+        "labels",
         "methods",
         "targets",
         "layers",
