@@ -21,6 +21,7 @@ class Service:
         monkeypatch.setattr("service.api.line.time.monotonic", lambda: self.now)
         self.line = Line(max_wait_s=LIMIT_S)
         self.every_s = every_s
+        self.least_s = 0.0
         self.waits_s: list[float] = []
         self._open: deque[tuple[float, contextlib.ExitStack]] = deque()
         self._next = 0.0
@@ -38,12 +39,15 @@ class Service:
 
     def run(self, until: float) -> None:
         """Answer what is in the line until then."""
-        while self._open and (due := max(self._next, self._open[0][0]) + self.every_s) <= until:
+        while self._open and (due := self._due(self._open[0][0])) <= until:
             self.now = self._next = due
             arrived, place = self._open.popleft()
             self.waits_s.append(self.now - arrived)
             place.close()
         self.now = until
+
+    def _due(self, arrived: float) -> float:
+        return max(max(self._next, arrived) + self.every_s, arrived + self.least_s)
 
     def offer(self, rate: float, seconds: float) -> int:
         """Let requests arrive at a rate; returns how many were refused."""
@@ -69,7 +73,7 @@ def test_answers_above_the_capacity_wait_for_about_the_limit(
     service: Service, every_s: float, overload: float
 ) -> None:
     service.every_s = every_s
-    service.offer(rate=overload / every_s, seconds=10)
+    service.offer(rate=overload / every_s, seconds=25)
     settled = service.waits_s[len(service.waits_s) // 2 :]
     assert max(settled) < 1.3 * LIMIT_S
     assert min(settled) > 0.6 * LIMIT_S, "more could have been admitted"
@@ -80,6 +84,34 @@ def test_a_service_that_becomes_slower_admits_less(service: Service) -> None:
     service.every_s = 0.1
     service.offer(rate=100, seconds=20)
     assert service.waits_s[-1] < 1.3 * LIMIT_S
+
+
+def test_a_crowd_is_not_taken_for_slow_because_its_first_answers_take_a_while(
+    service: Service,
+) -> None:
+    """Decoding, transport and drawing take as long for one as for many."""
+    service.least_s = 0.3
+    assert service.arrive() is None
+    service.run(1.0)
+    for _ in range(30):
+        service.arrive()
+    service.run(service.now + 0.35)
+    told = [service.arrive() for _ in range(100)]
+    assert told.count(None) > 10
+    assert max(wait for wait in told if wait is not None) < 4.0
+
+
+def test_nobody_is_told_to_wait_for_long_because_the_first_answer_took_long(
+    service: Service,
+) -> None:
+    """A crowd at a service that has just started, and is still slow."""
+    service.least_s = 4.0
+    for _ in range(60):
+        service.arrive()
+    service.run(4.01)
+    told = [wait for _ in range(30) if (wait := service.arrive()) is not None]
+    assert told
+    assert max(told) < 10.0
 
 
 def test_a_lone_request_is_admitted_whatever_was_learnt(service: Service) -> None:
