@@ -66,7 +66,7 @@ from service.worker.tracing import device_tracing
 log = logging.getLogger("heatlens.worker")
 
 _LINGER_MS = 1000
-_NICE = 5
+_NICE = 3
 
 Identity = bytes
 MakeBackend = Callable[["WorkerOptions", Settings], Backend]
