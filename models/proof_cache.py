@@ -41,10 +41,7 @@ class ProofCache:
     def of(cls, module: nn.Module, scores: Tensor, folder: Path | None) -> ProofCache:
         """The proofs of a network on the CPU, which answered a probe with these scores.
 
-        Args:
-            module: the network.
-            scores: of the probe, bit for bit.
-            folder: of all proofs; None keeps nothing.
+        A folder of None keeps nothing.
         """
         if folder is None or next(module.parameters(), None) is None:
             return cls(None)

@@ -140,9 +140,7 @@ def _describe(error: ValidationError, config: Path | None) -> str:
 def line_of(text: str, location: Sequence[str | int]) -> int | None:
     """The line, from 1, of a key in a TOML file, or of its table; None if it is in neither.
 
-    Args:
-        text: the file.
-        location: of the key, such as `("models", 0, "source")`.
+    Its location is a path such as `("models", 0, "source")`.
     """
     table: list[str | int] = []
     counts: Counter[str] = Counter()

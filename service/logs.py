@@ -53,12 +53,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_logging(level: str, *, stream: TextIO | None = None) -> None:
-    """Write all logs of this process as JSON lines.
-
-    Args:
-        level: `debug`, `info`, `warning` or `error`.
-        stream: destination; None = standard error.
-    """
+    """Write all logs of this process as JSON lines."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

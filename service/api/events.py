@@ -32,12 +32,6 @@ async def stream(
 ) -> Response:
     """Send the progress of an answer while it is made, and then the answer itself.
 
-    Args:
-        request: the request.
-        answer: makes the ordinary response.
-        watch: tells how far that is.
-        draw: draws a map.
-
     Raises:
         HeatlensError: the answer failed before the stream began, as most bad requests do.
     """

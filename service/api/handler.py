@@ -81,13 +81,7 @@ async def run_body(
 ) -> tuple[Plan, Reply]:
     """Plan and run a request whose body is read; plan and run again if the model was replaced.
 
-    Args:
-        request: the request.
-        service: the parts of the application.
-        body: its images and options.
-        started: monotonic time at which it arrived.
-        adapt: changes the plan before it is run.
-        watch: hears how far it has come.
+    `adapt` changes the plan before it is run.
 
     Raises:
         HeatlensError: the reason why it failed.

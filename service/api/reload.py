@@ -87,12 +87,7 @@ class _Generation:
 
 
 class Reload:
-    """The ASGI application of an HTTP process; always serves with the published settings.
-
-    Args:
-        runtime: the supervisor's folder.
-        make_app: makes an application from settings; the pool stays the same.
-    """
+    """The ASGI application of an HTTP process; always serves with the published settings."""
 
     def __init__(self, runtime: RuntimeDir, make_app: MakeApp) -> None:
         self.pool = SocketPool(runtime)

@@ -96,14 +96,8 @@ async def explain_files(
     """Explain files and write the results; yields each as soon as it is done.
 
     Several files are in flight at once, so that batches form. A file whose result is in the folder
-    already, by the same options, is not explained again.
-
-    Args:
-        client: of the service.
-        files: the images.
-        options: options of `/v1/explain` by name.
-        folder: an existing folder for the results.
-        on_progress: called with the name of a file and how far it is, 0 to 1.
+    already, by the same options, is not explained again. `on_progress` is called with the name of a
+    file and how far it is, 0 to 1.
 
     Raises:
         APIError: no image can be explained, because of the options, the model or the key.

@@ -58,12 +58,6 @@ def write_result(
     names include the layer if several layers are explained. The JSON is written last, and at once:
     where it is, the result is whole.
 
-    Args:
-        result: an entry of `results` in a response of `/v1/explain`.
-        name: first part of the file names.
-        folder: an existing folder.
-        options: by which the image was explained; they are written, too.
-
     Returns:
         The paths of the overlays.
     """

@@ -22,11 +22,7 @@ class Answer(Struct, frozen=True):
 
 
 class Gateway:
-    """Sends requests to an ASGI application.
-
-    Args:
-        app: the application.
-    """
+    """Sends requests to an ASGI application."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

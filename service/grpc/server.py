@@ -51,11 +51,7 @@ Context = Any
 
 
 class InferenceService:
-    """The methods of the protocol.
-
-    Args:
-        gateway: sends requests to the application.
-    """
+    """The methods of the protocol."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -134,11 +130,7 @@ class InferenceService:
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc] # untyped in the library
-    """The standard health service: the server as a whole, and the protocol's service.
-
-    Args:
-        gateway: sends requests to the application.
-    """
+    """The standard health service: the server as a whole, and the protocol's service."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway

@@ -25,10 +25,6 @@ class RestartBudget:
 
     The pause doubles with each consecutive exit of a process that had not proved itself. Jitter of
     up to a half keeps processes that failed together from restarting together.
-
-    Args:
-        restarts: restarts allowed within the window.
-        window_s: length of the window in seconds.
     """
 
     def __init__(self, *, restarts: int, window_s: float) -> None:
@@ -56,11 +52,6 @@ class RestartBudget:
 
 class Child:
     """A process and, after its exit, its successors.
-
-    Args:
-        name: for logs.
-        command: program and first arguments.
-        settings: the restart budget.
 
     Attributes:
         incarnation: number of the current or last process; 0 = none yet.

@@ -33,13 +33,6 @@ _KEYS_PREFIX = "HEATLENS_SECURITY"
 class DeviceProcess:
     """Keeps the worker of one device running.
 
-    Args:
-        device: `cuda:0`, `cpu:1`, …
-        child: its process.
-        settings: the limits of hangs.
-        runtime: the supervisor's folder.
-        threads: torch threads of a CPU worker.
-
     Attributes:
         refused_models: `name@version` of models whose loading ended workers twice.
     """

@@ -14,13 +14,7 @@ _PROVEN_S = 5.0
 
 
 class HttpProcess:
-    """Keeps one HTTP process running.
-
-    Args:
-        child: its process.
-        runtime: the supervisor's folder.
-        listener: descriptor of the listening socket.
-    """
+    """Keeps one HTTP process running."""
 
     def __init__(self, child: Child, *, runtime: RuntimeDir, listener: int) -> None:
         self.child = child

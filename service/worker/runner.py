@@ -41,12 +41,7 @@ class BatchRun:
 
 
 class Runner:
-    """Runs batches and canary passes, and publishes the worker's status before each.
-
-    Args:
-        backend: the engine.
-        write_status: publishes a status.
-    """
+    """Runs batches and canary passes, and publishes the worker's status before each."""
 
     def __init__(self, backend: Backend, *, write_status: Callable[[WorkerStatus], None]) -> None:
         self._backend = backend

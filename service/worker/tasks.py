@@ -44,11 +44,7 @@ Task = LoadTask | UnloadTask
 
 
 class TaskQueue:
-    """Tasks in order of arrival, except that an unload may have to wait.
-
-    Args:
-        specs: models to load first.
-    """
+    """Tasks in order of arrival, except that an unload may have to wait."""
 
     def __init__(self, specs: Sequence[ModelSpec]) -> None:
         self._tasks: deque[Task] = deque(LoadTask(spec, _ignore, initial=True) for spec in specs)

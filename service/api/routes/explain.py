@@ -79,9 +79,7 @@ async def explain(request: Request, service: ServiceDep) -> Response:
 def overlay_format(accept: str, default: OverlayFormat) -> OverlayFormat | None:
     """The image format that an `Accept` header prefers to JSON; None if it asks for no image.
 
-    Args:
-        accept: the header.
-        default: format for `image/*`.
+    `default` is the format for `image/*`.
     """
     return _preferred(accept, {**_FORMATS, "image/*": default})
 

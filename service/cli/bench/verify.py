@@ -31,9 +31,7 @@ class Fingerprint(Struct):
 class Verifier:
     """Compares responses with the expected ones.
 
-    Args:
-        expected: fingerprints by number of the image.
-        tolerance: maximum difference of scores and map values, relative to the largest of them.
+    `tolerance` is the largest difference of scores and map values, relative to the largest of them.
     """
 
     def __init__(self, expected: Sequence[Fingerprint], *, tolerance: float) -> None:

@@ -36,14 +36,10 @@ class LabelledImage(Struct):
 def read_dataset(folder: Path, table: Path | None, labels: Sequence[str]) -> list[LabelledImage]:
     """Read the images of a folder and their classes.
 
-    Without a table, each folder of images is named by a class. A table is a CSV file with a header:
-    `file` (relative to the folder), `label` or `class_id`, and `x,y,width,height` of a box, if
-    there are boxes. Classes are given by their label, without regard to case, or by their index.
-
-    Args:
-        folder: of the images.
-        table: a CSV file; None looks for `labels.csv` in the folder.
-        labels: class names of the model, by index.
+    A table is a CSV file with a header: `file` (relative to the folder), `label` or `class_id`, and
+    `x,y,width,height` of a box, if there are boxes; None looks for `labels.csv` in the folder. Without
+    a table, each folder of images is named by a class. Classes are given by their label, without
+    regard to case, or by their index.
 
     Raises:
         DatasetError: no images, an unknown class, a missing column or file.
