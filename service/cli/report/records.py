@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from heatlens import AsyncClient
 
 _IN_FLIGHT = 8
+# The service cuts it to what it allows.
+_PATIENCE_S = 3600.0
 
 
 class Record(Struct):
@@ -123,7 +125,7 @@ async def collect(
 
     async def explain(index: int, image: LabelledImage) -> Record:
         wanted = bool(stride) and index % stride == 0
-        extra = {"faithfulness": ["deletion", "insertion"]} if wanted else {}
+        extra: dict[str, Any] = {"faithfulness": ["deletion", "insertion"]} if wanted else {}
         return await _explain(
             client, image, str(image.path.relative_to(folder)), {**options, **extra}
         )
@@ -148,6 +150,7 @@ async def _explain(
             targets=["top1", image.class_id],
             outputs=["values"],
             statistics=False,
+            timeout_s=_PATIENCE_S,
             **options,
         )
     except heatlens.APIError as error:
