@@ -18,14 +18,29 @@ State = Mapping[str, Tensor]
 
 _SHARD_INDEX = ".index.json"
 _LARGEST_DEPTH = 4
+_LONGEST_LIST = 8
 _WRAPPING_PARTS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 """Parts of names that torch.compile, FSDP and activation checkpointing put in."""
 _NEEDS_CODE = ("GLOBAL", "Can only", "Trying to")
+_SOURCES = {".pt2": "export", ".onnx": "onnx"}
+"""Sources of networks in files that are no checkpoints, by suffix."""
+_OTHER_FILES = {
+    b"version https://git-lfs": "is a pointer of Git LFS, not the file itself: run git lfs pull.",
+    b"<!doctype": "is a web page: the download went wrong.",
+    b"<html": "is a web page: the download went wrong.",
+    b"\x89hdf": "is an HDF5 file, as Keras writes it: save the weights from torch.",
+}
 _SCRIPT = """
   import torch
   content = torch.load("{file}", map_location="cpu", weights_only=False)
   torch.save(content{place}.state_dict(), "state_dict.pth")
 """
+_NUMPY = "_reconstruct"
+"""The function by which NumPy's arrays are unpickled."""
+_NUMPY_SCRIPT = """
+  import torch
+  content = torch.load("{file}", map_location="cpu", weights_only=False)
+  torch.save({name: torch.as_tensor(array) for name, array in content.items()}, "tensors.pth")"""
 
 
 class Unread:
@@ -105,10 +120,15 @@ def state_dicts(content: Any) -> Iterator[tuple[str, State, tuple[str, ...]]]:
     pending: list[tuple[str, Any, int]] = [("", content, 0)]
     while pending:
         place, value, depth = pending.pop(0)
-        if not isinstance(value, Mapping) or depth > _LARGEST_DEPTH:
+        if depth > _LARGEST_DEPTH:
+            continue
+        if isinstance(value, (list, tuple)):
+            items = enumerate(value[:_LONGEST_LIST])
+            value = {str(i): item for i, item in items if isinstance(item, Mapping)}
+        if not isinstance(value, Mapping):
             continue
         tensors = {
-            _plain_name(key): tensor
+            _plain_name(key): tensor if tensor.layout is torch.strided else tensor.to_dense()
             for key, tensor in value.items()
             if isinstance(key, str) and isinstance(tensor, Tensor)
         }
@@ -123,6 +143,13 @@ def state_dicts(content: Any) -> Iterator[tuple[str, State, tuple[str, ...]]]:
 def whole_network(content: Any, weights: str) -> ModelLoadFailed | None:
     """The refusal of a pickled network, if a checkpoint holds one, with the way out."""
     inside = content.items() if isinstance(content, Mapping) else ()
+    if any(type(value).__name__ == _NUMPY for _, value in inside):
+        return ModelLoadFailed(
+            f"The weights file {weights} holds arrays of NumPy in place of tensors, which are not "
+            f"read. Save them as tensors, and configure that file:{_NUMPY_SCRIPT}".replace(
+                "{file}", Path(weights).name
+            )
+        )
     places = [("", content), *((f"[{key!r}]", value) for key, value in inside)]
     for place, value in places:
         if isinstance(value, Unread) and value.is_network:
@@ -198,6 +225,13 @@ def _fault(error: Exception, path: Path) -> str:
             "holds more than tensors and plain values, which would run code of its own. Where that "
             f"code is installed, save its state_dict(), and configure that file:{_script(path.name)}"
         )
+    if source := _SOURCES.get(path.suffix):
+        return f'is a whole network without code: set source = "{source}:{path.name}" instead.'
+    with path.open("rb") as file:
+        begins = file.read(64).lstrip().lower()
+    for sign, sentence in _OTHER_FILES.items():
+        if begins.startswith(sign):
+            return sentence
     return "cannot be read: it is damaged, or no checkpoint of torch or safetensors."
 
 

@@ -112,6 +112,11 @@ def _read_alone(
 
 def _reading(key: int | str | None, scores: Tensor, task: Task, *, images: int) -> Reading:
     """How the scores of some images lie in the answer."""
+    if not scores.is_floating_point():
+        raise ModelLoadFailed(
+            f"The model returns whole numbers ({describe(scores)}), as argmax gives them: let its "
+            "forward return the scores that they are made of."
+        )
     if task == "segmentation":
         if scores.ndim != 4 or scores.shape[0] != images or scores.shape[2:] == (1, 1):
             raise ModelLoadFailed(
@@ -204,8 +209,8 @@ def _dependence(module: nn.Module, images: Tensor, scores: Tensor) -> str:
         )
     return (
         "The model's scores depend on the other images of a batch. Causes are batch normalisation "
-        "by the batch's own statistics (track_running_stats=False), and means or softmaxes over "
-        "dimension 0."
+        "by the batch's own statistics (track_running_stats=False, or train() in forward), and "
+        "means or softmaxes over dimension 0."
     )
 
 

@@ -24,7 +24,8 @@ class Reading:
     """How the scores lie in what a network returns.
 
     Attributes:
-        key: index, key or attribute of the scores; None where they are what is returned.
+        key: index, key or attribute of the scores, of nested answers joined by dots; None where they
+            are what is returned.
         flat: whether one score per image comes without a dimension of its own.
         pooled: whether the scores of an image are a map of one pixel, (N, outputs, 1, 1).
         in_place: whether the network works on its input in place, and so is given a copy.
@@ -49,11 +50,7 @@ class Reading:
 
     def scores(self, answer: Any) -> Tensor:
         """The scores, (N, outputs)."""
-        found: Any = answer
-        if isinstance(self.key, str) and not isinstance(answer, Mapping):
-            found = getattr(answer, self.key)
-        elif self.key is not None:
-            found = answer[self.key]
+        found: Any = answer if self.key is None else _part(answer, self.key)
         if self.flat:
             found = found.reshape(-1, 1)
         if self.pooled:
@@ -110,33 +107,68 @@ def find_scores(answer: Any, output: int | str | None = None) -> tuple[int | str
     if isinstance(answer, Sequence) and len(answer) == 1 and isinstance(answer[0], Tensor):
         return 0, answer[0]
     raise ModelLoadFailed(
-        f"The model returns {describe(answer)}, not one tensor of scores. "
-        f"Say which one the scores are: {_way_to_say(answer)}."
+        f"The model returns {describe(answer)}, not one tensor of scores. {_way_to_say(answer)}"
     )
+
+
+def _part(answer: Any, key: int | str) -> Any:
+    """What a key, attribute or index names in an answer; names of nested ones are joined by dots.
+
+    Raises:
+        LookupError, AttributeError, ValueError, TypeError: nothing.
+    """
+    if isinstance(key, int):
+        return answer[key]
+    if isinstance(answer, Mapping) and key in answer:
+        return answer[key]
+    found = answer
+    for name in key.split("."):
+        if isinstance(found, Mapping):
+            found = found[name if name in found else int(name)]
+        elif name.isdigit():
+            found = found[int(name)]
+        else:
+            found = getattr(found, name)
+    return found
 
 
 def _named_output(answer: Any, output: int | str) -> Tensor:
     found = None
-    if isinstance(output, str) and not isinstance(answer, Mapping):
-        found = getattr(answer, output, None)
-    elif isinstance(answer, (Mapping, Sequence)):
-        with suppress(LookupError):
-            found = answer[output]  # type: ignore[index]
+    with suppress(LookupError, AttributeError, ValueError, TypeError):
+        found = _part(answer, output)
     if not isinstance(found, Tensor):
         raise ModelLoadFailed(
             f"output = {json.dumps(output)} does not name a tensor in what the model returns, which is "
-            f"{describe(answer)}."
+            f"{describe(answer)}. {_way_to_say(answer)}"
         )
     return found
 
 
 def _way_to_say(answer: Any) -> str:
-    """How the configuration names one of several outputs."""
-    if isinstance(answer, Mapping) and answer:
-        return f'output = "{next(iter(answer))}", or another key'
-    if isinstance(answer, Sequence) and answer:
-        return "output = 0, or another index"
-    return 'output = "logits", or another attribute'
+    """How the configuration names one of several outputs, as a sentence."""
+    for path, _ in _tensors(answer):
+        name = path if path.isdigit() else f'"{path}"'
+        kind = "attribute" if hasattr(answer, path) else "key"
+        return (
+            f"Say which one the scores are: output = {name}, or another "
+            f"{'index' if path.isdigit() else kind}."
+        )
+    return "Let its forward return one."
+
+
+def _tensors(answer: Any) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in an answer, by the name that `output` has for them."""
+    if isinstance(answer, Mapping):
+        items = [(str(key), value) for key, value in answer.items()]
+    elif isinstance(answer, Sequence):
+        items = [(str(index), value) for index, value in enumerate(answer)]
+    else:
+        items = list(getattr(answer, "__dict__", {}).items())
+    for name, value in items:
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, (Mapping, Sequence)) and not isinstance(value, str):
+            yield from ((f"{name}.{inner}", tensor) for inner, tensor in _tensors(value))
 
 
 def describe(answer: Any) -> str:

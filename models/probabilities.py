@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from models.errors import ModelLoadFailed
 from models.hooks import ForwardHook, HookStack
@@ -24,7 +25,11 @@ _NODES: dict[str, Ending] = {
     "LogSoftmaxBackward0": "log_softmax",
     "SigmoidBackward0": "sigmoid",
 }
-_IDLE_NODES = ("View", "Reshape", "Squeeze", "Unsqueeze", "Clone", "Alias", "ToCopy", "Slice")
+_IDLE_NODES = (
+    *("View", "UnsafeView", "Reshape", "Squeeze", "Unsqueeze", "Clone", "Alias", "ToCopy"),
+    *("Slice", "Select", "Transpose", "Permute", "TBackward"),
+)
+_JOINING_NODES = ("Cat", "Stack")
 
 
 def undo_probabilities(
@@ -81,15 +86,23 @@ def _ending(module: nn.Module, images: Tensor) -> tuple[Ending | None, str]:
     for ending, name, output in reversed(last):
         if output.numel() == scores.numel() and torch.equal(output.flatten(), scores.flatten()):
             return ending, name
-    return _by_graph(scores), ""
+    return _by_graph(scores.grad_fn), ""
 
 
-def _by_graph(scores: Tensor) -> Ending | None:
-    """The operation that made the scores, by the recorded graph."""
-    node = scores.grad_fn
+def _by_graph(node: Node | None) -> Ending | None:
+    """The operation that made the scores, by the recorded graph; one of several heads alike."""
+    chosen = False
     while node is not None and node.name().startswith(_IDLE_NODES):
+        chosen = chosen or node.name().startswith("Select")
         node = node.next_functions[0][0]
-    return None if node is None else _NODES.get(node.name())
+    if node is None:
+        return None
+    if node.name().startswith(_JOINING_NODES):
+        heads = {_by_graph(head) for head, _ in node.next_functions}
+        return heads.pop() if len(heads) == 1 else None
+    ending = _NODES.get(node.name())
+    # One probability of two: its log-odds are the difference of both scores.
+    return "sigmoid" if ending == "softmax" and chosen else ending
 
 
 def _are_distributions(scores: Tensor) -> bool:

@@ -56,6 +56,7 @@ class _Part:
         state: the tensors by name, without the prefix.
         foreign: top-level names of what does not have the prefix.
         unwrapped: parts of names that wrappers put in, and that were taken out.
+        folded: whether weight normalisation was taken out of them.
         averaged: whether they are averages over training.
         matched: how many have a name and shape of the network's.
     """
@@ -64,6 +65,7 @@ class _Part:
     state: State
     foreign: tuple[str, ...]
     unwrapped: tuple[str, ...]
+    folded: bool
     averaged: bool
     matched: int
 
@@ -131,12 +133,14 @@ def _parts(content: Any, expected: State, ignored: tuple[str, ...]) -> Iterator[
                 for name, value in inside.items()
                 if not name.startswith(ignored) and (prefix or name not in beside)
             }
+            kept, folded = _folded(kept, expected)
             where = ".".join(filter(None, (place, prefix.removesuffix("."))))
             yield _Part(
                 place=where,
                 state=kept,
                 foreign=tuple(sorted({name.split(".")[0] for name in beside})),
                 unwrapped=unwrapped,
+                folded=folded,
                 averaged="n_averaged" in state or _AVERAGED.search(where) is not None,
                 matched=sum(_fits(value, expected.get(name)) for name, value in kept.items()),
             )
@@ -151,6 +155,27 @@ def _renamed(name: str, expected: State) -> str:
     stem, _, last = name.rpartition(".")
     newer = f"{stem}.{_RENAMED.get(last, last)}".lstrip(".")
     return newer if newer in expected else name
+
+
+def _folded(state: State, expected: State) -> tuple[dict[str, Tensor], bool]:
+    """The weights without weight normalisation, where the network has none; whether there was any.
+
+    weight = g · v / |v|, the norm taken over the dimensions that g does not have.
+    """
+    folded = dict(state)
+    for name in expected:
+        stem = name.removesuffix("weight")
+        parametrised = f"{stem}parametrizations.weight.original"
+        for size, direction in (
+            (f"{name}_g", f"{name}_v"),
+            (f"{parametrised}0", f"{parametrised}1"),
+        ):
+            if name not in state and size in state and direction in state:
+                g, v = folded.pop(size).double(), folded.pop(direction).double()
+                over = [d for d in range(v.ndim) if g.ndim != v.ndim or g.shape[d] == 1]
+                norm = torch.linalg.vector_norm(v, dim=over, keepdim=True)
+                folded[name] = (g * v / norm).to(state[direction].dtype)
+    return folded, len(folded) < len(state)
 
 
 def _prefixes(state: State, expected: State) -> list[str]:
@@ -182,6 +207,8 @@ def _notes(best: _Part, parts: list[_Part], expected: State) -> Iterator[str]:
         yield f"The weights are those under {best.place} in the file{averages}."
     elif best.averaged:
         yield "The weights are averages over training."
+    if best.folded:
+        yield "Weight normalisation in the file is folded into the weights."
     if best.unwrapped:
         yield f"Taken out of the names in the file: {', '.join(best.unwrapped)}."
     others = [

@@ -144,6 +144,7 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
     # Torch takes a second to import, which processes that only read SOURCES need not wait for.
     from models.checkpoints import check_digest
     from models.compat import define_missing_operators, without_compiler
+    from models.first_run import settle
     from models.inputs import fill_inputs
     from models.network_proof import prove_network
     from models.weights import fill_zero_heads, load_weights, seeded
@@ -167,6 +168,8 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
     declared = spec.task or built.task or "single_label"
     texts = _texts(built, declared, labels)
     task = declared if texts is None else texts.reads
+    preprocess = spec.preprocess.over(built.preprocess)
+    settled = settle(built.module, preprocess)
     found: tuple[str, ...] = ()
     if spec.weights_sha256 is not None:
         check_digest(spec.weights, spec.weights_sha256, base_dir=base_dir)
@@ -184,7 +187,6 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
         reset(0)
     module = fill_inputs(built.module, spec.inputs)
     module = module.eval().requires_grad_(requires_grad=False)
-    preprocess = spec.preprocess.over(built.preprocess)
     proved = prove_network(module, preprocess, task, output=spec.output)
     single_logit = task in ("binary", "segmentation") and proved.outputs == 1
     # A single logit tells two classes apart.
@@ -210,6 +212,7 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
             *([_MEANINGS[declared]] if declared in _MEANINGS else []),
             *([] if texts is None else [_KEPT.format(texts.takes.memory_bytes / 1e6)]),
             *built.notes,
+            *settled,
             *found,
             *_assumptions(spec, built, preprocess),
             *proved.notes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import types
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -152,6 +153,8 @@ def test_networks_that_cannot_be_served(network, message):
         (Answer(lambda y, m: [m, y]), -1),
         (Answer(lambda y, m: {"a": m, "b": y}), "b"),
         (Answer(lambda y, m: types.SimpleNamespace(maps=m, scores=y)), "scores"),
+        (Answer(lambda y, m: {"a": {"b": [m, y]}}), "a.b.1"),
+        (Answer(lambda y, m: {"a.b": y, "a": m}), "a.b"),
         (Answer(lambda y, m: y[:, :, None, None]), None),
         (Answer(lambda y, m: y.squeeze()), None),
     ],
@@ -258,7 +261,7 @@ class RecomputingOtherwise(Checkpointed):
     ("network", "note"),
     [
         (Squeezing(), "fails on one image alone, which is given to it twice"),
-        (Flattening(), "one image after another, and its layers cannot be read"),
+        (Flattening(), "given one image after another"),
         (Answer(lambda y, m: y[:1]), "one image after another"),
         (Checkpointed(), "checkpointing .* is switched off"),
         (RecomputingOtherwise(), None),
@@ -312,3 +315,41 @@ class Counting(Net):
 def test_counters_may_go_on():
     network, probe = frozen(Counting()), probe_batch(SIZE)
     Fingerprint.of(network, probe).check(network, probe)
+
+
+class Ending(nn.Module):
+    """Scores of a linear layer, and what `end` makes of them."""
+
+    def __init__(self, outputs: int, end: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, outputs)
+        self.end = end
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.end(self.fc(images.mean((2, 3))))
+
+
+def test_one_of_two_probabilities_has_the_difference_of_both_scores():
+    net = Ending(2, lambda y: y.softmax(1)[:, 1]).eval().requires_grad_(False)
+    images = torch.randn(3, 3, 8, 8)
+    scores = net.fc(images.mean((2, 3)))
+    proved = prove_network(net, Preprocess(resize=8, crop=(8, 8)), "binary")
+    expected = scores[:, 1:] - scores[:, :1]
+    torch.testing.assert_close(proved.module(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_heads_with_a_sigmoid_each_are_told_from_heads_of_several_kinds():
+    def alike(y: Tensor) -> Tensor:
+        return torch.cat([y[:, :1].sigmoid(), y[:, 1:].sigmoid()], 1)
+
+    def mixed(y: Tensor) -> Tensor:
+        return torch.cat([y[:, :1].sigmoid(), y[:, 1:].softmax(1)], 1)
+
+    preprocess = Preprocess(resize=8, crop=(8, 8))
+    images = torch.randn(3, 3, 8, 8)
+    for end, is_undone in ((alike, True), (mixed, False)):
+        net = Ending(3, end).eval().requires_grad_(False)
+        scores, plain = net.fc(images.mean((2, 3))), net(images)
+        found = prove_network(net, preprocess, "multi_label").module(images)
+        expected = scores if is_undone else plain
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

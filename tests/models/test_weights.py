@@ -192,6 +192,51 @@ def test_what_is_no_plain_weight_is_refused_with_the_way_out(tmp_path, state, me
         load_weights(network(), "w.pth", base_dir=tmp_path)
 
 
+@pytest.mark.parametrize(
+    "parametrise", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm]
+)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_weight_norm_is_folded_for_a_network_without_it(tmp_path, parametrise, dim):
+    source, target = network(), network()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for layer in (source.conv, source.head):
+            parametrise(layer, dim=dim)
+            size = next(p for name, p in layer.named_parameters() if name.endswith(("_g", "l0")))
+            size.data.mul_(3)
+    torch.save({"model": source.state_dict()}, tmp_path / "w.pth")
+    notes = load_weights(target, "w.pth", base_dir=tmp_path)
+    for name in ("conv", "head"):
+        # As the last pass of the old kind made it.
+        source.get_submodule(name)(torch.ones(1, *target.get_submodule(name).weight.shape[1:]))
+        torch.testing.assert_close(
+            target.get_submodule(name).weight, source.get_submodule(name).weight
+        )
+    assert any("folded" in note for note in notes)
+
+
+def test_lists_and_sparse_tensors_are_read(tmp_path):
+    source, target = network(), network()
+    state = source.state_dict()
+    state["head.weight"] = state["head.weight"].to_sparse()
+    torch.save([7, {"lr": 0.1}, state], tmp_path / "w.pth")
+    assert load_weights(target, "w.pth", base_dir=tmp_path) == (
+        "The weights are those under 2 in the file.",
+    )
+    assert equal(source, target)
+
+
+def test_the_script_for_arrays_of_numpy_works(tmp_path, monkeypatch):
+    source, target = network(), network()
+    monkeypatch.chdir(tmp_path)
+    torch.save({k: v.numpy() for k, v in source.state_dict().items()}, "w.pth")
+    with pytest.raises(ModelLoadFailed, match="NumPy") as refused:
+        load_weights(target, "w.pth", base_dir=tmp_path)
+    exec(textwrap.dedent(refused.value.message.partition("\n")[2]))
+    load_weights(target, "tensors.pth", base_dir=tmp_path)
+    assert equal(source, target)
+
+
 def test_batch_counters_may_be_missing_and_ignored_parts_may_be_there(tmp_path):
     source, target = network(), network()
     state = {k: v for k, v in source.state_dict().items() if "num_batches" not in k}

@@ -98,11 +98,42 @@ NET = textwrap.dedent(
         def forward(self, x):
             return self.dequant(super().forward(self.quant(x)))
 
+    class Single(Net):
+        def forward(self, x):
+            assert len(x) == 1, "one image only"
+            return super().forward(x)
+
+    class FixedBatch(Net):
+        def forward(self, x):
+            return self.fc(self.features(x).view(8, -1))
+
+    class Training(Net):
+        def forward(self, x):
+            return super(Training, self.train()).forward(x)
+
+    class Halving(Net):
+        def forward(self, x):
+            return super().forward(x.half())
+
+    class OnGpu(Net):
+        def forward(self, x):
+            if not torch.cuda.is_available():
+                raise RuntimeError("Found no NVIDIA driver on your system.")
+            return super().forward(x.cuda())
+
+    class FromDictionary(Net):
+        def forward(self, batch):
+            return super().forward(batch["image"])
+
     @dataclass
     class ModelOutput:
         logits: torch.Tensor
 
     def flat(): return nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 16), nn.ReLU(), nn.Linear(16, 4))
+    def lazy():
+        return nn.Sequential(
+            nn.LazyConv2d(8, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.LazyLinear(4))
     def statistics():
         net = Net()
         net.features[1] = nn.BatchNorm2d(8, track_running_stats=False)
@@ -198,9 +229,25 @@ def _shards(folder: Path) -> Fields:
     return factory("Net()", weights="model.safetensors.index.json")(folder)
 
 
-def _bytes(folder: Path) -> Fields:
-    (folder / "damaged.pth").write_bytes(bytes(100))
-    return factory("Net()", weights="damaged.pth")(folder)
+def _file(name: str, content: bytes) -> Make:
+    def make(folder: Path) -> Fields:
+        (folder / name).write_bytes(content)
+        return factory("Net()", weights=name)(folder)
+
+    return make
+
+
+def _normalised() -> dict[str, torch.Tensor]:
+    """Weights of a network that was trained with weight norm at its end."""
+    made = network()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nn.utils.weight_norm(made.fc)
+    return made.state_dict()
+
+
+def _exported_weights(folder: Path) -> Fields:
+    return factory("Net()")(folder) | {"weights": _export(folder)["source"].split(":")[1]}
 
 
 def _folder(file: str) -> Make:
@@ -383,7 +430,22 @@ KINDS: Mapping[str, Mapping[str, Make]] = {
             lambda: state() | {"fc.weight": torch.ones(7, 8), "fc.bias": torch.ones(7)}
         ),
         "another network": checkpoint(lambda: nn.Linear(2, 2).state_dict()),
-        "a damaged file": _bytes,
+        "a damaged file": _file("damaged.pth", bytes(100)),
+        "in a list": checkpoint(lambda: [3, state()]),
+        "two networks that fit, online and target": checkpoint(
+            lambda: {"state_dict": state("online.") | state("target.")}
+        ),
+        "trained with weight norm": checkpoint(_normalised),
+        "a sparse tensor": checkpoint(
+            lambda: state() | {"fc.weight": state()["fc.weight"].to_sparse()}
+        ),
+        "arrays of NumPy": checkpoint(lambda: {k: v.numpy() for k, v in state().items()}),
+        "a pointer of Git LFS": _file(
+            "weights.pth", b"version https://git-lfs.github.com/spec/v1\n"
+        ),
+        "a web page": _file("weights.pth", b"<!DOCTYPE html><html>not found</html>"),
+        "a file of Keras": _file("weights.h5", b"\x89HDF\r\n\x1a\n" + bytes(90)),
+        "a file of torch.export as weights": _exported_weights,
         "no such file": factory("Net()", weights="weights.pth"),
     },
     "Inputs": {
@@ -425,6 +487,12 @@ KINDS: Mapping[str, Mapping[str, Make]] = {
         "a list of one": factory("Other(lambda y, m: [y])"),
         'a dictionary with "logits"': factory('Other(lambda y, m: {"logits": y, "maps": m})'),
         "a dictionary of other keys": factory('Other(lambda y, m: {"a": y, "b": m})'),
+        "a dictionary in a dictionary": factory('Other(lambda y, m: {"head": {"cls": y}})'),
+        'the same with output = "head.cls"': factory(
+            'Other(lambda y, m: {"head": {"cls": y}})', output="head.cls"
+        ),
+        "an array of NumPy": factory("Other(lambda y, m: y.numpy())"),
+        "classes instead of scores (argmax)": factory("Other(lambda y, m: y.argmax(1))"),
         "an object with `.logits`": factory("Other(lambda y, m: ModelOutput(y))"),
         "(N, C, 1, 1)": factory("Other(lambda y, m: y[:, :, None, None])"),
         "(C,) for one image": factory("Other(lambda y, m: y.squeeze())"),
@@ -439,6 +507,16 @@ KINDS: Mapping[str, Mapping[str, Make]] = {
         "one score, binary": factory("Net(1)", task="binary"),
         "one score of shape (N,), binary": factory("Other(lambda y, m: y[:, 0])", task="binary"),
         "one sigmoid, binary": factory("nn.Sequential(Net(1), nn.Sigmoid())", task="binary"),
+        "a sigmoid of shape (N,), binary": factory(
+            "Other(lambda y, m: y.sigmoid()[:, 0])", task="binary"
+        ),
+        "one of two softmax probabilities, binary": factory(
+            "Other(lambda y, m: y.softmax(1)[:, 1], outputs=2)", task="binary"
+        ),
+        "heads with a sigmoid each, multi-label": factory(
+            "Other(lambda y, m: torch.cat([one.sigmoid() for one in y.split(1, 1)], 1))",
+            task="multi_label",
+        ),
         "a map of scores for each class, task not said": factory("Other(lambda y, m: m)"),
         "a map of scores for each class, segmentation": factory(
             "Other(lambda y, m: m)", task="segmentation"
@@ -457,6 +535,14 @@ KINDS: Mapping[str, Mapping[str, Make]] = {
         "spectral norm": factory("spectral_norm()"),
         "gradient checkpointing": factory("Checkpointed()"),
         "gradient checkpointing, reentrant": factory("Reentrant()"),
+        "one image at a time (`assert`)": factory("Single()"),
+        "batches of a fixed size (`view(8, -1)`)": factory("FixedBatch()"),
+        "train() in forward": factory("Training()"),
+        "lazy layers": factory("lazy()"),
+        "made in float16": factory("Net().half()"),
+        "`.half()` of the images in forward": factory("Halving()"),
+        "`.cuda()` in forward": factory("OnGpu()"),
+        "a dictionary as input": factory("FromDictionary()"),
         "a backbone under no_grad": factory("Detached()"),
         "work on the input in place": factory("InPlace()"),
         "`view` of the input": factory("Viewing()"),
