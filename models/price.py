@@ -27,6 +27,8 @@ from models.types import (
     Struct,
 )
 
+_PATIENCE = 2.0
+
 _UNKNOWN_MS = 10.0
 # The module that can be tapped and differentiated anywhere, over the one prepared for speed.
 _PLAIN = 1.45
@@ -82,11 +84,11 @@ class Price(Struct):
     def patience_s(self, max_wait_s: float) -> float:
         """The longest wait with which it is accepted, where most jobs have this limit.
 
-        A long job may wait for as long as it takes itself with its share of a device: it has a
-        deadline to match, and would hardly ever be accepted beside another one.
+        A long job may wait for twice as long as it takes itself with its share of a device: it has
+        a deadline to match, and would hardly ever be accepted beside another one.
         """
         taken_s = self.device_ms / 1000 / LONG_SHARE
-        return max(max_wait_s, taken_s) if self.long else max_wait_s
+        return max(max_wait_s, _PATIENCE * taken_s) if self.long else max_wait_s
 
 
 def price(operation: Operation, options: JobOptions, info: ModelInfo) -> Price:

@@ -10,6 +10,7 @@ the same model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from models.errors import DeadlineExceeded, ModelReplaced, NotReady, Overloaded, UnknownModel
@@ -31,6 +32,8 @@ from service.worker.queue import (
 
 _BATCH_BYTES = 2 * STEP_BYTES
 _SUSPENDED_BYTES = 4 * STEP_BYTES
+# Time over which the use of the device is averaged.
+_RECENT_S = 10.0
 
 _CLASSES: tuple[JobClass, JobClass] = ("interactive", "long")
 
@@ -64,6 +67,8 @@ class Batcher:
         self._suspended: dict[str, Entry] = {}
         self._count: dict[JobClass, int] = {"interactive": 0, "long": 0}
         self._finish: dict[JobClass, float] = {"interactive": 0.0, "long": 0.0}
+        self._used_s: dict[JobClass, float] = {"interactive": 0.0, "long": 0.0}
+        self._used_at = 0.0
         self._virtual_now = 0.0
         self._running: Batch | None = None
         self._sequence = 0
@@ -164,7 +169,9 @@ class Batcher:
         """Time that a job may wait so that it ends before its deadline."""
         price = submission.price
         alone_ms = model.pass_ms(1, price.extra_ms)
-        own_ms = model.long_pace * price.device_ms if price.long else alone_ms
+        own_ms = alone_ms
+        if price.long:
+            own_ms = model.long_pace * price.device_ms / self._available("long", now)
         return max(0.0, submission.deadline - now - own_ms / 1000)
 
     def cancel(self, job_id: str) -> Entry | None:
@@ -205,6 +212,7 @@ class Batcher:
         if batch is None:
             return
         duration_s = max(0.0, now - batch.started)
+        self._use(batch.job_class, duration_s, now)
         self._finish[batch.job_class] += duration_s / self._share[batch.job_class]
         states = {item.job.id: item for item in suspended}
         model = self._models.get(batch.key)
@@ -235,14 +243,27 @@ class Batcher:
         """Estimated time until a new job of that class would start.
 
         It is the rest of the running batch and the queue of its class, during which the other class
-        gets its share of the device, or less if it has less work.
+        gets its share of the device, or less if it has less work and used less of late.
         """
         running_ms = 0.0
         if self._running is not None:
             running_ms = max(0.0, 1000 * (self._running.started + self._running.predicted_s - now))
         other: JobClass = "long" if job_class == "interactive" else "interactive"
         own_ms, other_ms = self._work_ms(job_class, now), self._work_ms(other, now)
-        return running_ms + min(own_ms / self._share[job_class], own_ms + other_ms)
+        queued_ms = min(own_ms / self._share[job_class], own_ms + other_ms)
+        return running_ms + max(queued_ms, own_ms / self._available(job_class, now))
+
+    def _available(self, job_class: JobClass, now: float) -> float:
+        """The share of the device that a class can count on: what the other one leaves of late."""
+        other: JobClass = "long" if job_class == "interactive" else "interactive"
+        used = self._used_s[other] * math.exp((self._used_at - now) / _RECENT_S) / _RECENT_S
+        return max(self._share[job_class], 1 - used)
+
+    def _use(self, job_class: JobClass, duration_s: float, now: float) -> None:
+        kept = math.exp((self._used_at - now) / _RECENT_S)
+        self._used_s = {name: kept * seconds for name, seconds in self._used_s.items()}
+        self._used_s[job_class] += duration_s
+        self._used_at = now
 
     def _work_ms(self, job_class: JobClass, now: float) -> float:
         """Device time queued in a class; a long job counts with what is left of its price."""

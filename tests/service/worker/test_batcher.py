@@ -388,7 +388,7 @@ def test_a_job_that_would_end_after_its_deadline_is_refused():
     queue.add(job("in time", deadline=0.26), 0.0)
 
 
-def test_a_long_job_may_wait_for_as_long_as_it_takes():
+def test_a_long_job_may_wait_for_twice_as_long_as_it_takes():
     queue = batcher(max_wait_s=0.5)
     queue.add(job("first", long=True, device_ms=1000.0), 0.0)
     queue.add(job("as long", long=True, device_ms=1000.0), 0.0)
@@ -397,6 +397,23 @@ def test_a_long_job_may_wait_for_as_long_as_it_takes():
     with pytest.raises(Overloaded):
         queue.add(job("not in time", deadline=2.5, long=True, device_ms=1000.0), 0.0)
     queue.add(job("a prediction", deadline=1.0), 0.0)
+
+
+def test_long_jobs_count_on_what_the_others_left_of_late():
+    """Nothing waits at the moment, but predictions have had the device for most of the time."""
+    queue = batcher(max_wait_s=0.5)
+    now = 0.0
+    while now < 30.0:
+        queue.add(job(f"{now}", deadline=now + 10), now)
+        queue.next(now)
+        queue.done(now + 0.6)
+        now += 0.8
+    queue.add(job("first", deadline=now + 9, long=True, device_ms=1000.0), now)
+    assert 3000 < queue.wait_ms(now, "long") <= 4000
+    with pytest.raises(Overloaded):
+        queue.add(job("late", deadline=now + 6, long=True, device_ms=1000.0), now)
+    now += 60.0  # without a prediction
+    assert queue.wait_ms(now, "long") < 1100
 
 
 def test_wrong_estimates_heal():
