@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +20,8 @@ T = TypeVar("T")
 logger = logging.getLogger("heatlens.proofs")
 
 _KEPT = 64
+_KEPT_LARGE = 8
+_LARGE = ("bin", "xml")
 _LIBRARIES = ("heatlens", "torch", "torchvision", "timm")
 
 
@@ -51,6 +53,15 @@ class ProofCache:
         except (AttributeError, RuntimeError, TypeError):
             return cls(None)
 
+    def beside(self, name: str) -> Path | None:
+        """Where something large that was made of the network is kept; only the latest stay."""
+        if self._file is None:
+            return None
+        with contextlib.suppress(OSError):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            _drop_oldest(self._file.parent, _LARGE, kept=_KEPT_LARGE)
+        return self._file.with_suffix(f".{name}")
+
     def remember(self, what: str, kind: type[T], prove: Callable[[], T]) -> T:
         """What was proved before, or what `prove` returns now."""
         proof = self.recall(what, kind)
@@ -79,15 +90,16 @@ class ProofCache:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             unfinished.write_bytes(msgspec.json.encode(self._known))
             unfinished.replace(self._file)
-            _drop_oldest(self._file.parent)
+            _drop_oldest(self._file.parent, ("json",), kept=_KEPT)
         except OSError as error:
             logger.info("proofs are not kept: %s", error.strerror)
 
 
-def _drop_oldest(folder: Path) -> None:
-    files = sorted(folder.glob("*.json"), key=lambda file: file.stat().st_mtime)
-    for file in files[:-_KEPT]:
-        file.unlink(missing_ok=True)
+def _drop_oldest(folder: Path, suffixes: Sequence[str], *, kept: int) -> None:
+    for suffix in suffixes:
+        files = sorted(folder.glob(f"*.{suffix}"), key=lambda file: file.stat().st_mtime)
+        for file in files[:-kept]:
+            file.unlink(missing_ok=True)
 
 
 def _digest(module: nn.Module, scores: Tensor) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -30,6 +29,7 @@ from models.layer_choice import (
 from models.methods.applicability import ModelFacts, supported_methods, try_methods
 from models.preparation.optimise import Findings, optimise
 from models.preparation.precision import DTYPES
+from models.preparation.race import processor
 from models.preparation.variant import Needs, Variant
 from models.probe import Trace, largest_batch, probe_batch, trace
 from models.proof import LayerProof, Proofs, input_layouts, layer_infos, layouts_of, prove_layers
@@ -264,7 +264,7 @@ def _timed(warm: WarmModel, warmup_s: float, cache: ProofCache) -> WarmModel:
             f"The model's scores are not finite on {warm.device} in {warm.info.card.precision}."
         )
     card = warm.info.card
-    place = (_processor(warm.device), card.precision, *card.preparation, f"{warmup_s:g} s")
+    place = (processor(warm.device), card.precision, *card.preparation, f"{warmup_s:g} s")
     what = f"times, {', '.join(place)}"
     latency_ms = cache.recall(what, dict[int, float])
     if latency_ms is None:
@@ -277,14 +277,6 @@ def _timed(warm: WarmModel, warmup_s: float, cache: ProofCache) -> WarmModel:
             cache.keep(what, latency_ms)
     card = structs.replace(card, latency_ms=latency_ms, best_batch=best_batch(latency_ms))
     return replace(warm, info=structs.replace(warm.info, card=card))
-
-
-def _processor(device: torch.device) -> str:
-    """What runs on a device takes its time from."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{capability}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
 def _pass_s(run: Callable[[int], object], size: int, device: torch.device) -> float:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import logging
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +18,7 @@ from torch import Tensor, nn
 
 from models.preparation.replay import LayerOutputs, Reference, Refused
 from models.preparation.variant import Variant
+from models.proof_cache import ProofCache
 from models.types import Precision
 
 logger = logging.getLogger("heatlens.preparation")
@@ -21,27 +26,36 @@ logger = logging.getLogger("heatlens.preparation")
 _HINTS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 
 
+def installed() -> bool:
+    """Whether OpenVINO can be imported; it is not imported for that."""
+    return importlib.util.find_spec("openvino") is not None
+
+
 def openvino_variants(
-    module: nn.Module, reference: Reference, *, precision: Precision
+    module: nn.Module,
+    reference: Reference,
+    *,
+    precision: Precision,
+    cache: ProofCache,
 ) -> tuple[list[Variant], Precision]:
     """Convert a model's backbone, and make variants of it.
 
     The module is float32, on the CPU, and left as it is; `reference` is what it gives. OpenVINO
-    computes in float32 where the CPU has no instructions for `precision`.
+    computes in float32 where the CPU has no instructions for `precision`. The converted model is
+    kept beside the proofs, since converting takes much longer than reading it.
 
     Returns:
-        A variant of the target layer alone, then one that gives the feature layers too (each
-        further output costs fusions and a copy), and the precision they compute in.
+        A variant of the target layer alone, then one that gives the other layers too (each further
+        output costs fusions and a copy), and the precision they compute in.
 
     Raises:
         Refused: OpenVINO is not installed, does not know an operation of the model, or gives other
             tensors.
     """
     openvino = _library()
-    target, features = reference.head.layer, reference.features
-    layers = (target, *features)
+    layers = reference.outputs
     try:
-        converted = _convert(openvino, LayerOutputs(module, layers), reference.images)
+        converted = _converted(openvino, module, reference, cache)
         backbones = [
             CompiledBackbone(openvino, converted, outputs=count, precision=precision)
             for count in sorted({1, len(layers)})
@@ -51,9 +65,9 @@ def openvino_variants(
         raise Refused("the conversion failed; the log says more") from error
     served = backbones[0].precision
     step = f"OpenVINO trunk in {served}"
-    steps = [step, f"{step} with {len(features)} feature layers"]
+    steps = [step, f"{step} with {len(layers) - 1} inner layers"]
     variants = [
-        reference.variant(backbone, layers[: backbone.outputs], exact=served == "fp32", step=step)
+        reference.variant(backbone, backbone.outputs, exact=served == "fp32", step=step)
         for backbone, step in zip(backbones, steps, strict=False)
     ]
     return variants, served
@@ -67,7 +81,8 @@ class CompiledBackbone:
     ) -> None:
         """Compile the first `outputs` tensors of a converted model, which is left as it is."""
         whole = converted.clone()
-        model = openvino.Model(whole.get_results()[:outputs], whole.get_parameters())
+        results = [whole.output(_name(index)).get_node() for index in range(outputs)]
+        model = openvino.Model(results, whole.get_parameters())
         # Images come channels_last, and are taken as they lie.
         steps = openvino.preprocess.PrePostProcessor(model)
         steps.input().tensor().set_layout(openvino.Layout("NHWC"))
@@ -117,6 +132,33 @@ def _library() -> Any:
     return openvino
 
 
+def _converted(openvino: Any, module: nn.Module, reference: Reference, cache: ProofCache) -> Any:
+    """The module as a model of OpenVINO's, read from beside the proofs if it is there."""
+    layers = hashlib.blake2b(" ".join(reference.outputs).encode(), digest_size=4).hexdigest()
+    file = cache.beside(f"{openvino.__version__.partition('-')[0]}-{layers}.bin")
+    if file is not None and file.exists():
+        try:
+            return openvino.Core().read_model(file.with_suffix(".xml"), file)
+        except RuntimeError:
+            logger.info("a kept model cannot be read and is converted again", exc_info=True)
+    model = _convert(openvino, LayerOutputs(module, reference.outputs), reference.images)
+    if file is not None:
+        _keep(openvino, model, file)
+    return model
+
+
+def _keep(openvino: Any, model: Any, file: Path) -> None:
+    """Save a model for the next start; other workers may save the same at the same time."""
+    try:
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            whole = Path(folder) / "model.xml"
+            openvino.save_model(model, whole, compress_to_fp16=False)
+            whole.replace(file.with_suffix(".xml"))
+            whole.with_suffix(".bin").replace(file)
+    except (OSError, RuntimeError):
+        logger.info("the converted model is not kept", exc_info=True)
+
+
 def _convert(openvino: Any, module: LayerOutputs, images: Tensor) -> Any:
     """The module as a model of OpenVINO's, for batches of any size."""
     with warnings.catch_warnings(), torch.no_grad(), _root_logger_kept():
@@ -124,7 +166,14 @@ def _convert(openvino: Any, module: LayerOutputs, images: Tensor) -> Any:
         warnings.simplefilter("ignore")
         model = openvino.convert_model(module.eval(), example_input=images[:2])
     model.reshape([-1, *images.shape[1:]])
+    for index, output in enumerate(model.outputs):
+        output.get_tensor().set_names({_name(index)})
     return model
+
+
+def _name(index: int) -> str:
+    """What an output is called, in whatever order a file lists them."""
+    return f"output {index}"
 
 
 @contextmanager

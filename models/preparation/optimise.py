@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from models.catalog import ModelSpec
 from models.head import HeadProbe
 from models.layers import TokenLayout
-from models.preparation.openvino import openvino_variants
 from models.preparation.precision import (
     DTYPES,
     LEAST_COSINE,
@@ -24,6 +23,7 @@ from models.preparation.precision import (
     has_instructions,
 )
 from models.preparation.replay import PooledHead, Reference, Refused
+from models.preparation.runtimes import ByTorch, Trial
 from models.preparation.variant import Variant, close, fused_variant
 from models.proof_cache import ProofCache
 from models.types import Precision
@@ -93,34 +93,37 @@ def optimise(
     steps.append("fusion skipped: nothing to fuse" if fused is None else fused.step)
     features = findings.choose_features(fused)
     precision = _precision(spec.precision, module, probed, device, steps)
+    trial = Trial(spec.runtime, cache or ProofCache(None), precision=precision)
+
+    def convert() -> tuple[list[Variant], Precision]:
+        head = _head(findings, device, outputs=expected.shape[1])
+        trial.check_worth(module if fused is None else fused.module, probe[:1])
+        # A copy: converting it runs it in ways of its own.
+        copied = copy.deepcopy(module)
+        reference = Reference(copied, probe, head=head, features=features)
+        return trial.variants(copied, reference)
+
     replays: list[Variant] = []
-    if spec.runtime == "openvino":
-
-        def convert() -> tuple[list[Variant], Precision]:
-            head = _head(findings, device, outputs=expected.shape[1])
-            # A copy: converting it runs it in ways of its own.
-            copied = copy.deepcopy(module)
-            reference = Reference(copied, probe, head=head, features=features)
-            return openvino_variants(copied, reference, precision=precision)
-
-        replays, served = _attempt("openvino", steps, convert) or ([], precision)
-        if served != precision:
-            reason = f"OpenVINO has no {precision} on this CPU"
-            steps.append(f"{served} instead of {precision}: {reason}")
-        precision = served
-        steps += [variant.step for variant in replays]
+    if trial.wanted(device):
+        replays, precision = _attempt("openvino", steps, convert) or ([], precision)
     dtype, outputs = DTYPES[precision], expected.shape[1]
     if fused is not None and dtype != torch.float32:
         whole = fused
         fused = _attempt("fusion", steps, lambda: _in_half(whole, dtype, probed))
     if fused is not None:
         fused = replace(fused, module=fused.module.to(device))
+    variants = (fused,) if fused else ()
+    module = cast(module.to(device), dtype, outputs=outputs)
+    if replays:
+        images = probe.to(dtype)
+        by_torch = ByTorch(module=module, variants=variants, features=features, images=images)
+        replays = trial.faster(replays, by_torch)
     return Optimised(
-        module=cast(module.to(device), dtype, outputs=outputs),
-        variants=(*replays, *([fused] if fused else [])),
+        module=module,
+        variants=(*replays, *variants),
         features=features,
         precision=precision,
-        steps=tuple(steps),
+        steps=(*steps, *trial.steps),
     )
 
 

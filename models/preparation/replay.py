@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,7 @@ from models.preparation.precision import alike
 from models.preparation.variant import Variant, close, equal_layers, layer_outputs
 
 Run = Callable[[Tensor], Sequence[Tensor]]
-"""(N, 3, H, W) → the tensor of each layer, in memory of their own."""
-
+"""(N, 3, H, W) → tensors of layers, in memory of their own."""
 
 logger = logging.getLogger("heatlens.preparation")
 
@@ -72,17 +71,17 @@ class Replay(nn.Module):
     gradient reaches the images.
     """
 
-    def __init__(self, run: Run, layers: Sequence[str], head: PooledHead) -> None:
-        """Args: the backbone, the names of the layers that it returns, and the head."""
+    def __init__(self, run: Run, layers: Mapping[str, int], head: PooledHead) -> None:
+        """Args: the backbone, which of its tensors each layer returns, and the head."""
         super().__init__()
         self._run = run
         self._head = head
-        self._places = {layer: _place(self, layer) for layer in layers}
+        self._places = [(layer, _place(self, layer), index) for layer, index in layers.items()]
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(N, 3, H, W) → (N, outputs) float32."""
-        outputs = zip(self._places.items(), self._run(inputs), strict=True)
-        replayed = {layer: place(output) for (layer, place), output in outputs}
+        tensors = self._run(inputs)
+        replayed = {layer: place(tensors[index]) for layer, place, index in self._places}
         return self._head.scores(replayed[self._head.layer])
 
 
@@ -125,26 +124,37 @@ class LayerOutputs(nn.Module):
 
 
 class Reference:
-    """What plain torch gives for a few images, in float32: replays are judged by it."""
+    """What plain torch gives for a few images, in float32: replays are judged by it.
+
+    Attributes:
+        head: what makes the scores.
+        images: (N, 3, H, W) that were run.
+        outputs: names of layers with different tensors, the head's layer first.
+    """
 
     def __init__(
         self, module: nn.Module, probe: Tensor, *, head: PooledHead, features: Sequence[str]
     ) -> None:
-        """Run the original, float32 and on the CPU; `features` are layers of interest, too."""
+        """Run the original, float32 and on the CPU, for its head's layer, `features` and blocks."""
         self.head = head
         # An odd number, and more than runtimes are shown: no batch size may be special.
         images = torch.cat([probe, probe, probe[:1]])
         self.images = images.contiguous(memory_format=torch.channels_last)
-        wanted = dict.fromkeys([*features, head.layer])
-        self._expected = layer_outputs(module, self.images, layers=tuple(wanted))
-        self.features = tuple(f for f in wanted if f in self._expected and f != head.layer)
+        wanted = dict.fromkeys([head.layer, *features, *_blocks(module)])
+        self._expected = layer_outputs(module, self.images, layers=wanted)
+        self.outputs: list[str] = []
+        self._places: dict[str, int] = {}
+        for layer in wanted:
+            output = self._expected.get(layer)
+            if output is not None and len(output) == len(images):
+                self._places[layer] = self._place(layer, output)
 
-    def variant(self, run: Run, layers: Sequence[str], *, exact: bool, step: str) -> Variant:
+    def variant(self, run: Run, count: int, *, exact: bool, step: str) -> Variant:
         """Make a variant of an opaque backbone.
 
         Args:
             run: the backbone; it takes float32 images.
-            layers: names of what it returns; the head's layer is among them.
+            count: how many of `outputs` it returns.
             exact: whether it computes in float32, and so must give what torch gives; otherwise maps
                 and scores must point the same way, as for any half precision.
             step: what was done, for the model card.
@@ -154,6 +164,7 @@ class Reference:
                 model's.
         """
         equal = close if exact else alike
+        layers = {layer: place for layer, place in self._places.items() if place < count}
         module = Replay(run, layers, self.head).eval()
         try:
             found = layer_outputs(module, self.images)
@@ -172,3 +183,20 @@ class Reference:
             rewritable=frozenset({self.head.layer}),
             differentiable=False,
         )
+
+    def _place(self, layer: str, output: Tensor) -> int:
+        """Which of `outputs` a layer's tensor is: that of another layer, or a new one."""
+        for place, other in enumerate(self.outputs):
+            if torch.equal(output, self._expected[other]):
+                return place
+        self.outputs.append(layer)
+        return len(self.outputs) - 1
+
+
+def _blocks(module: nn.Module) -> list[str]:
+    """Names of the modules that hold several convolutions: what is looked at most within a model."""
+    counts = {
+        name: sum(isinstance(part, nn.Conv2d) for part in child.modules())
+        for name, child in module.named_modules()
+    }
+    return [name for name, count in counts.items() if name and count > 1]

@@ -16,8 +16,9 @@ def entry(**fields) -> ModelSpec:
     return ModelSpec(name="m", source="timm:resnet50", **fields)
 
 
-def test_torch_runs_a_model_as_it_is_unless_told_otherwise():
-    assert entry().runtime == "torch"
+def test_the_runtime_is_what_serves_best_unless_told_otherwise():
+    assert entry().runtime == "auto"
+    assert entry(runtime="torch").runtime == "torch"
     assert entry(runtime="openvino").runtime == "openvino"
 
 
@@ -28,7 +29,7 @@ def test_what_no_gpu_has_shown_to_gain_is_off():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"runtime": "onnx"}, "'torch' or 'openvino'"),
+        ({"runtime": "onnx"}, "'auto', 'torch' or 'openvino'"),
         ({"compile": True}, "key compile was removed: .* slower .* Delete it"),
         ({"compile": False}, "key compile was removed"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,7 +36,14 @@ def blocks(outputs: int = 5) -> nn.Module:
     return frozen(Blocks(outputs))
 
 
-def warm(net: nn.Module, *, task: str = "single_label", classes: int = 5, **fields) -> WarmModel:
+def warm(
+    net: nn.Module,
+    *,
+    task: str = "single_label",
+    classes: int = 5,
+    proofs_dir: Path | None = None,
+    **fields,
+) -> WarmModel:
     """A copy of a network, loaded and prepared."""
     statistics = {
         "mean": (127.5 / 255,) * 3,
@@ -49,12 +57,12 @@ def warm(net: nn.Module, *, task: str = "single_label", classes: int = 5, **fiel
         preprocess=Preprocess(resize=SIDE, crop=(SIDE, SIDE), **statistics),
         spec=ModelSpec(name="tiny", source="python:tests:tiny", task=task, **fields),
     )
-    return warm_up(loaded, torch.device("cpu"), warmup_s=0.01)
+    return warm_up(loaded, torch.device("cpu"), warmup_s=0.01, proofs_dir=proofs_dir)
 
 
 @pytest.fixture(scope="module")
 def on_torch() -> WarmModel:
-    return warm(blocks())
+    return warm(blocks(), runtime="torch")
 
 
 @pytest.fixture(scope="module")

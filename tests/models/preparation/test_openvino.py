@@ -17,11 +17,12 @@ from torch import nn
 
 from models.catalog import default_spec
 from models.engine import Engine
+from models.errors import ModelLoadFailed
 from models.head import HeadProbe
 from models.preparation import openvino
 from models.preparation.optimise import Findings, optimise
 from models.preparation.replay import Replay
-from models.preparation.variant import Needs
+from models.preparation.variant import Needs, layer_outputs
 from models.registry import ModelRegistry
 from models.statistics import SUBSAMPLE
 from models.types import Intervention, Outcome, Target
@@ -29,6 +30,10 @@ from models.warm_model import WarmModel
 from tests.models.conftest import FlatNet, OneModel, PoolNet, frozen
 from tests.models.preparation.conftest import SIDE, blocks, warm
 from tests.models.test_engine import MIXED, assert_same, finish, index, job
+
+pytestmark = pytest.mark.skipif(
+    not openvino.installed(), reason="OpenVINO is not installed (extra: openvino)"
+)
 
 ROOT = Path(__file__).parents[3]
 FEATURES = ("block", "act", "out")
@@ -244,10 +249,10 @@ def test_models_that_it_cannot_run_are_served_by_torch(net, reason):
         torch.testing.assert_close(model.module_for(Needs())(pictures), net(pictures))
 
 
-def test_without_the_package_torch_serves(monkeypatch):
+def test_without_the_package_it_is_refused_with_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
-    model = warm(blocks(), runtime="openvino")
-    assert skipped(model).endswith("the package is not installed (extra: openvino)")
+    with pytest.raises(ModelLoadFailed, match=r"pip install 'heatlens\[openvino\]'"):
+        warm(blocks(), runtime="openvino")
 
 
 def test_other_devices_are_served_by_torch(on_torch):
@@ -287,6 +292,48 @@ def test_warnings_are_logged_as_before(caplog):
     assert (logging.getLogger().level, logging.getLogger().filters) == before
     logging.getLogger("heatlens.test").warning("still heard")
     assert "still heard" in caplog.text
+
+
+def test_the_next_load_reads_what_was_converted(tmp_path, on_torch, monkeypatch):
+    warm(blocks(), runtime="openvino", proofs_dir=tmp_path)
+    monkeypatch.delattr(openvino, "_convert")
+    model = warm(blocks(), runtime="openvino", proofs_dir=tmp_path)
+    assert model.variants[1].readable == {*on_torch.info.feature_layers, "out"}
+    assert_equal_answers(JOBS, on_torch, model)
+
+
+def test_a_damaged_file_is_converted_again(tmp_path, on_torch):
+    warm(blocks(), runtime="openvino", proofs_dir=tmp_path)
+    for file in (*tmp_path.glob("*.xml"), *tmp_path.glob("*.bin")):
+        file.write_bytes(file.read_bytes()[:100])
+    model = warm(blocks(), runtime="openvino", proofs_dir=tmp_path)
+    assert module_of(model, Needs()) is Replay
+    assert_equal_answers(JOBS[:1], on_torch, model)
+
+
+class Nested(PoolNet):
+    """A network whose blocks hold blocks, the last of which ends them."""
+
+    def __init__(self) -> None:
+        super().__init__(channels=4)
+        part = [nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()]
+        self.body = nn.Sequential(nn.Sequential(*part[:2]), nn.Sequential(*part))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.pool(self.body(self.act(self.stem(x)))).flatten(1))
+
+
+def test_layers_that_return_the_same_are_computed_once():
+    net = frozen(Nested())
+    model = warm(net, runtime="openvino")
+    wide = next(v for v in model.variants if {"body", "body.1"} <= v.readable)
+    assert isinstance(wide.module, Replay)
+    pictures = torch.randn(2, 3, SIDE, SIDE)
+    tensors = wide.module._run(pictures)
+    assert len(tensors) < len(wide.readable)
+    found, expected = (layer_outputs(m, pictures, layers=wide.readable) for m in (wide.module, net))
+    for layer in wide.readable:
+        torch.testing.assert_close(found[layer], expected[layer], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
