@@ -36,15 +36,14 @@ PLAIN = "plain forward"
 GRADIENT_CAMS = ("gradcam", "gradcam_plus_plus", "xgradcam", "hirescam", "layercam")
 
 
-def model_spec(name: str, precision: str) -> ModelSpec:
+def model_spec(name: str, precision: str, runtime: str = "torch") -> ModelSpec:
     """The embedded model by its name, or `source:architecture` with random weights (the time is the same)."""
     if name == default_spec().name:
-        return default_spec().model_copy(update={"precision": precision})
+        return default_spec().model_copy(update={"precision": precision, "runtime": runtime})
     source = name if ":" in name else f"torchvision:{name}"
     short = source.rpartition(":")[2]
-    return ModelSpec.model_validate(
-        {"name": short, "source": source, "weights": "none", "precision": precision}
-    )
+    fields = {"name": short, "source": source, "weights": "none"}
+    return ModelSpec.model_validate({**fields, "precision": precision, "runtime": runtime})
 
 
 def job_maker(warm: WarmModel, batch: int) -> Callable[[Operation, JobOptions], list[Job]]:
@@ -152,6 +151,7 @@ def main(
     budget_s: Annotated[float, typer.Option(help="Seconds for each case in a round.")] = 0.25,
     device: Annotated[str, typer.Option(help="cpu or cuda:N.")] = "cpu",
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    runtime: Annotated[str, typer.Option(help="torch, openvino or auto.")] = "torch",
     threads: Annotated[
         int | None, typer.Option(min=1, help="Torch threads; torch's own choice without.")
     ] = None,
@@ -168,7 +168,7 @@ def main(
         names = models.split(",")
         task = progress.add_task("measuring", total=len(names) * len(sizes) * rounds)
         for name in names:
-            spec = model_spec(name, precision)
+            spec = model_spec(name, precision, runtime)
             progress.update(task, description=f"loading {spec.name}")
             registry.load(spec)
             warm = registry.get(spec.name, spec.version)
@@ -184,7 +184,7 @@ def main(
             registry.unload(spec.name, spec.version)
     console.print(results_table(rows, order=list(cases)))
     console.print(
-        f"{machine_line('torch')}, {torch.get_num_threads()} threads, {device}, {precision}"
+        f"{machine_line('torch')}, {torch.get_num_threads()} threads, {device}, {precision}, {runtime}"
     )
     console.print(f"median of {rounds} interleaved rounds (quartiles), milliseconds a picture")
 

@@ -40,7 +40,7 @@ def main(
 ) -> None:
     """Compare every form with plain float32 and print one table."""
     console = Console(width=120)
-    served = load(device, {})
+    served = load(device, {"runtime": "torch"})
     plain = replace(served, variants=())
     known = photographs(pictures, plain)
     expected = explained(plain, known, "plain fp32")
@@ -50,10 +50,12 @@ def main(
     table.add_column("cosine of maps, least / mean")
     forms = {"fused fp32": served}
     if device == "cpu":
-        forms["OpenVINO fp32"] = load(device, {"runtime": "openvino"})
+        for precision in ("fp32", "bf16"):
+            changes = {"runtime": "openvino", "precision": precision}
+            forms[f"OpenVINO {precision}"] = load(device, changes)
     for precision in HALF:
         with mock.patch("models.preparation.optimise.has_instructions", return_value=True):
-            forms[f"fused {precision}"] = load(device, {"precision": precision})
+            forms[f"fused {precision}"] = load(device, {"precision": precision, "runtime": "torch"})
     for name, warm in forms.items():
         table.add_row(name, *compared(explained(warm, known, name), expected))
     console.print(table)

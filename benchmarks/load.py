@@ -51,7 +51,7 @@ def main(
     max_wait: Annotated[
         float, typer.Option(help="The service refuses beyond this estimated wait, seconds.")
     ] = 1.0,
-    runtime: Annotated[str, typer.Option(help="torch or openvino.")] = "torch",
+    runtime: Annotated[str, typer.Option(help="auto, torch or openvino.")] = "auto",
     devices: Annotated[str, typer.Option(help="As of heatlens serve.")] = "auto",
     http_workers: Annotated[str, typer.Option(help="As of heatlens serve.")] = "auto",
     pictures: Annotated[Path | None, typer.Option(help="Folder; drawn without.")] = None,

@@ -233,7 +233,7 @@ def heatlens(
     return Server(name, command, port=port, ready_path="/readyz", env=env)
 
 
-def model_entry(name: str, *, precision: str = "fp32", runtime: str = "torch") -> dict[str, Any]:
+def model_entry(name: str, *, precision: str = "fp32", runtime: str = "auto") -> dict[str, Any]:
     """A `[[models]]` entry: the embedded model by its name, another of torchvision with random weights."""
     entry = {"precision": precision, "runtime": runtime}
     if name == "efficientnet_lite0":

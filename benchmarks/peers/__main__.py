@@ -56,7 +56,7 @@ def main(
     *,
     models: Annotated[str, typer.Option(help="Comma-separated.")] = "resnet50,efficientnet_lite0",
     precisions: Annotated[str, typer.Option(help="Of Heatlens.")] = "fp32,bf16",
-    runtimes: Annotated[str, typer.Option(help="Of Heatlens: torch, openvino.")] = "torch",
+    runtimes: Annotated[str, typer.Option(help="Of Heatlens: auto, torch, openvino.")] = "auto",
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     duration: Annotated[float, typer.Option(help="Seconds of each load.")] = 6.0,
     only: Annotated[str, typer.Option(help="Part of the names of the cases to run.")] = "",

@@ -47,9 +47,7 @@ class Case:
     asked: dict[str, Asking]
 
 
-def cases(
-    model: str, precisions: Sequence[str], runtimes: Sequence[str] = ("torch",)
-) -> list[Case]:
+def cases(model: str, precisions: Sequence[str], runtimes: Sequence[str] = ("auto",)) -> list[Case]:
     """All of them for one model."""
     found = [_heatlens(model, p, runtime) for p in precisions for runtime in runtimes]
     for tuned in (False, True):
@@ -76,7 +74,7 @@ def _heatlens(model: str, precision: str, runtime: str) -> Case:
         return lambda images: image_requests(images, options=options)
 
     entry = model_entry(model, precision=precision, runtime=runtime)
-    title = f"Heatlens {precision}" + ("" if runtime == "torch" else f" on {runtime}")
+    title = f"Heatlens {precision}" + ("" if runtime == "auto" else f" on {runtime}")
     return Case(
         name=title,
         group=precision,

@@ -84,7 +84,7 @@ def test_the_service_is_started_as_configured() -> None:
         "source": "torchvision:resnet50",
         "weights": "none",
         "precision": "bf16",
-        "runtime": "torch",
+        "runtime": "auto",
     }
 
 

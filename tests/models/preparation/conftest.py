@@ -60,6 +60,11 @@ def warm(
     return warm_up(loaded, torch.device("cpu"), warmup_s=0.01, proofs_dir=proofs_dir)
 
 
+@pytest.fixture(autouse=True)
+def without_trials():
+    """Here OpenVINO is what is tested."""
+
+
 @pytest.fixture(scope="module")
 def on_torch() -> WarmModel:
     return warm(blocks(), runtime="torch")
