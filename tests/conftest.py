@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 
 # Before anything imports torch or numpy: test processes run beside each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,6 +26,14 @@ settings.load_profile("house")
 def anyio_backend() -> str:
     """The service runs on asyncio only."""
     return "asyncio"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_openvino() -> Iterator[None]:
+    """Hide OpenVINO: where it would be tried, what serves a network would differ from run to run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "openvino", None)
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -18,7 +18,7 @@ from models.preparation.variant import Needs, Variant
 from models.proof_cache import ProofCache
 from models.types import Precision
 
-SMALL_MS = 1.0
+SMALL_MS = 2.0
 """A network whose passes take less is not worth a trial."""
 
 _ABSENT = (

@@ -21,12 +21,6 @@ def every_precision(monkeypatch):
     monkeypatch.setattr("models.preparation.optimise.has_instructions", lambda *_: True)
 
 
-@pytest.fixture(autouse=True)
-def without_trials(monkeypatch):
-    """Networks are served by torch: what is measured while tests run differs from run to run."""
-    monkeypatch.setattr("models.preparation.runtimes.installed", lambda: False)
-
-
 class HandNet(nn.Module):
     """Captum's `BasicModel_ConvNet_One_Conv`: every number of it can be checked by hand."""
 

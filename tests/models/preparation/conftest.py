@@ -60,9 +60,9 @@ def warm(
     return warm_up(loaded, torch.device("cpu"), warmup_s=0.01, proofs_dir=proofs_dir)
 
 
-@pytest.fixture(autouse=True)
-def without_trials():
-    """Here OpenVINO is what is tested."""
+@pytest.fixture(scope="module", autouse=True)
+def without_openvino() -> None:
+    """Nothing is hidden: OpenVINO is what is tested here."""
 
 
 @pytest.fixture(scope="module")
