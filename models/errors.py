@@ -39,6 +39,7 @@ what a third-party library said. Statuses live in one table in `service/api/erro
 
 from __future__ import annotations
 
+import re
 import sysconfig
 import traceback
 from collections.abc import Iterable
@@ -58,8 +59,13 @@ class HeatlensError(Exception):
         retry_after_s: seconds after which a retry makes sense, if known.
     """
 
-    code: ClassVar[str] = "internal"
-    retryable: ClassVar[bool] = False
+    code: ClassVar[str]
+    retryable: ClassVar[bool]
+
+    def __init_subclass__(cls, *, code: str | None = None, retryable: bool = False) -> None:
+        """The code is the name of the class, in snake_case."""
+        cls.code = code or re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+        cls.retryable = retryable
 
     def __init__(
         self, message: str, *, field: str | None = None, retry_after_s: float | None = None
@@ -77,175 +83,113 @@ class HeatlensError(Exception):
 class MalformedBody(HeatlensError):
     """The body is empty, truncated or not of its content type."""
 
-    code = "malformed_body"
 
-
-class RequestTimeout(HeatlensError):
+class RequestTimeout(HeatlensError, retryable=True):
     """The request arrives too slowly."""
-
-    code = "request_timeout"
-    retryable = True
 
 
 class HeadersTooLarge(HeatlensError):
     """The request has too many headers, or too long ones."""
 
-    code = "headers_too_large"
-
 
 class Unauthorized(HeatlensError):
     """The request has no key, or an unknown one."""
-
-    code = "unauthorized"
 
 
 class Forbidden(HeatlensError):
     """The key is known but does not allow this."""
 
-    code = "forbidden"
-
 
 class UrlInputDisabled(Forbidden):
     """The operator has not allowed this URL, or URLs at all."""
-
-    code = "url_input_disabled"
 
 
 class AdminDisabled(Forbidden):
     """No admin key is configured."""
 
-    code = "admin_disabled"
-
 
 class UnknownModel(HeatlensError):
     """No model of that name or version is configured."""
-
-    code = "unknown_model"
 
 
 class UnknownRoute(HeatlensError):
     """There is no such path."""
 
-    code = "unknown_route"
-
 
 class UnknownLabel(HeatlensError):
     """The model has no class of that label."""
-
-    code = "unknown_label"
 
 
 class UnknownLayer(HeatlensError):
     """No layer of the model matches the name or glob."""
 
-    code = "unknown_layer"
-
 
 class MethodNotAllowed(HeatlensError):
     """The path exists, the HTTP verb does not."""
-
-    code = "method_not_allowed"
 
 
 class BodyTooLarge(HeatlensError):
     """The body exceeds `limits.max_body_mb`."""
 
-    code = "body_too_large"
-
 
 class ImageTooLarge(HeatlensError):
     """One image exceeds the byte or pixel cap."""
-
-    code = "image_too_large"
 
 
 class TooManyImages(HeatlensError):
     """More images than `limits.max_images`."""
 
-    code = "too_many_images"
-
 
 class UnsupportedMediaType(HeatlensError):
     """Neither an image format nor a body type that is accepted."""
-
-    code = "unsupported_media_type"
 
 
 class InvalidOption(HeatlensError):
     """An option has a value outside its range."""
 
-    code = "invalid_option"
-
 
 class ImageUndecodable(HeatlensError):
     """The bytes claim to be an image but cannot be decoded."""
-
-    code = "image_undecodable"
 
 
 class ImageTooSmall(HeatlensError):
     """The image has too few pixels to be classified."""
 
-    code = "image_too_small"
-
 
 class TargetOutOfRange(HeatlensError):
     """A class index or rank beyond the model's classes."""
-
-    code = "target_out_of_range"
 
 
 class MethodNotApplicable(HeatlensError):
     """The method cannot explain this model or layer; the text says which can."""
 
-    code = "method_not_applicable"
 
-
-class Overloaded(HeatlensError):
+class Overloaded(HeatlensError, retryable=True):
     """The estimated wait is over the limit; retry after `retry_after_s`."""
-
-    code = "overloaded"
-    retryable = True
 
 
 class DeadlineExceeded(HeatlensError):
     """The request's deadline passed before its answer was ready."""
 
-    code = "deadline_exceeded"
-
 
 class Cancelled(HeatlensError):
     """The client went away; nobody reads this answer."""
 
-    code = "cancelled"
 
-
-class NotReady(HeatlensError):
+class NotReady(HeatlensError, retryable=True):
     """No warm model can answer yet."""
 
-    code = "not_ready"
-    retryable = True
 
-
-class ModelReplaced(HeatlensError):
+class ModelReplaced(HeatlensError, retryable=True):
     """The model was replaced or unloaded after the request was resolved; resolve it again."""
 
-    code = "model_replaced"
-    retryable = True
 
-
-class Draining(HeatlensError):
+class Draining(HeatlensError, retryable=True):
     """The service is shutting down and takes no new work."""
 
-    code = "draining"
-    retryable = True
 
-
-class WorkerLost(HeatlensError):
+class WorkerLost(HeatlensError, retryable=True):
     """The device worker died and the job could not be retried in time."""
-
-    code = "worker_lost"
-    retryable = True
 
 
 class ModelLoadFailed(HeatlensError):
@@ -254,8 +198,6 @@ class ModelLoadFailed(HeatlensError):
     Attributes:
         cause: what was raised, and where, in words that only the operator may read.
     """
-
-    code = "model_load_failed"
 
     def __init__(
         self,
@@ -272,10 +214,8 @@ class ModelLoadFailed(HeatlensError):
 class InputQuarantined(HeatlensError):
     """This input was on the device in two worker deaths and is not tried again."""
 
-    code = "input_quarantined"
 
-
-class InternalError(HeatlensError):
+class InternalError(HeatlensError, code="internal"):
     """A fault of the service itself; details are in its logs."""
 
 
