@@ -88,14 +88,10 @@ def largest_batch(module: nn.Module) -> int | None:
     return getattr(module, "largest_batch", None)
 
 
-def probe_batch(
-    preprocess: Preprocess, *, images: int = PROBE_IMAGES, device: str = "cpu"
-) -> Tensor:
+def probe_batch(preprocess: Preprocess, *, images: int = PROBE_IMAGES) -> Tensor:
     """Return (images, channels, H, W) float32 of standard normal noise, the same at each call."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(images, preprocess.channels, *preprocess.crop, generator=generator).to(
-        device
-    )
+    return torch.randn(images, preprocess.channels, *preprocess.crop, generator=generator)
 
 
 def trace(module: nn.Module, task: Task, probe: Tensor) -> Trace:

@@ -68,9 +68,7 @@ def resolve_targets(
     return tuple(dict.fromkeys(targets))
 
 
-def resolve_methods(
-    names: Sequence[str], info: ModelInfo, *, field: str = "methods"
-) -> tuple[str, ...]:
+def resolve_methods(names: Sequence[str], info: ModelInfo) -> tuple[str, ...]:
     """Check that each method exists and can explain the model.
 
     Raises:
@@ -81,20 +79,18 @@ def resolve_methods(
     for i, name in enumerate(names):
         if name not in METHODS:
             allowed = ", ".join(METHODS)
-            raise InvalidOption(f"Unknown method. Allowed: {allowed}.", field=f"{field}.{i}")
+            raise InvalidOption(f"Unknown method. Allowed: {allowed}.", field=f"methods.{i}")
         row = support.get(name)
         if row is not None and not row.applicable:
             applicable = ", ".join(r.name for r in info.card.methods if r.applicable)
             raise MethodNotApplicable(
                 f"{name} cannot explain {info.card.name}: {row.reason}. Applicable: {applicable}.",
-                field=f"{field}.{i}",
+                field=f"methods.{i}",
             )
     return tuple(dict.fromkeys(names))
 
 
-def resolve_layers(
-    globs: Sequence[str], info: ModelInfo, *, spatial: bool, field: str = "layers"
-) -> tuple[str, ...]:
+def resolve_layers(globs: Sequence[str], info: ModelInfo, *, spatial: bool) -> tuple[str, ...]:
     """Turn names, globs and `auto` into dotted module names, in the model's order, each once.
 
     Args:
@@ -102,7 +98,6 @@ def resolve_layers(
         info: the model.
         spatial: True for layers to explain (`auto` is the target layer, others must be maps); False
             for layers to describe (`auto` is the model's spread of feature layers).
-        field: path of the option, for errors.
 
     Raises:
         UnknownLayer: nothing matches, or only layers without a spatial output where one is needed.
@@ -110,11 +105,12 @@ def resolve_layers(
     """
     names: dict[str, None] = {}
     for i, glob in enumerate(globs):
-        for name in _matches(glob, info, spatial=spatial, field=f"{field}.{i}"):
+        for name in _matches(glob, info, spatial=spatial, field=f"layers.{i}"):
             names[name] = None
     if len(names) > MAX_LAYERS:
         raise InvalidOption(
-            f"The layers match {len(names)} modules, at most {MAX_LAYERS} are allowed.", field=field
+            f"The layers match {len(names)} modules, at most {MAX_LAYERS} are allowed.",
+            field="layers",
         )
     order = {layer.name: i for i, layer in enumerate(info.layers)}
     return tuple(sorted(names, key=lambda name: order.get(name, -1)))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from models.catalog import PreprocessSpec
 from models.errors import ModelLoadFailed
 from models.sources import USUAL_PREPROCESS, BuildRequest, Built
-from models.sources.onnx_tail import translate_tail
+from models.sources.onnx_tail import constants_of, translate_tail
 
 _MOST_PARTS = 16
 _TOLERANCE = 1e-4
@@ -168,8 +168,7 @@ def _for_any_batch(onnx: Any, stored: Any) -> Any:
         del graph.value_info[:]
         for output in graph.output:
             output.type.tensor_type.shape.dim[0].dim_param = "batch"
-        constants = {tensor.name: tensor for tensor in graph.initializer}
-        constants |= {n.output[0]: n.attribute[0].t for n in graph.node if n.op_type == "Constant"}
+        constants = constants_of(graph)
         for node in graph.node:
             tensor = constants.get(node.input[1]) if node.op_type == "Reshape" else None
             if (

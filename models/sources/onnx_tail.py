@@ -30,10 +30,7 @@ def translate_tail(onnx: Any, model: Any, start: str) -> Layers | None:
     of the network had them.
     """
     graph = model.graph
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    for node in graph.node:
-        if node.op_type == "Constant":
-            constants[node.output[0]] = node.attribute[0].t
+    constants = constants_of(graph)
 
     def constant(name: str) -> Tensor:
         if name not in constants:
@@ -58,6 +55,12 @@ def translate_tail(onnx: Any, model: Any, start: str) -> Layers | None:
         return None
     pools = layers and isinstance(layers[0][1], (_SpatialMean, nn.AdaptiveAvgPool2d))
     return layers if pools else None
+
+
+def constants_of(graph: Any) -> dict[str, Any]:
+    """The tensors that a graph of ONNX holds, by name."""
+    constants = {n.output[0]: n.attribute[0].t for n in graph.node if n.op_type == "Constant"}
+    return {tensor.name: tensor for tensor in graph.initializer} | constants
 
 
 def _append(
