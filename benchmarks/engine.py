@@ -31,6 +31,7 @@ from models.preparation.variant import Needs
 from models.registry import ModelRegistry
 from models.types import ClassRef, Job, JobOptions, Operation, Outcome, Target
 from models.warm_model import WarmModel
+from service.heap import keep_heap
 
 PLAIN = "plain forward"
 GRADIENT_CAMS = ("gradcam", "gradcam_plus_plus", "xgradcam", "hirescam", "layercam")
@@ -157,6 +158,9 @@ def main(
     ] = None,
 ) -> None:
     """Measure explain over the plain forward and print one table."""
+    if device == "cpu":
+        # As workers do: without it tensors above 32 MB are mapped and faulted in at every call.
+        keep_heap()
     if threads is not None:
         torch.set_num_threads(threads)
     console = Console(width=200)

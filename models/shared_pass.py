@@ -16,7 +16,7 @@ from models.extractor import Extractor, InplaceConflict, Tap
 from models.interventions import changes_for
 from models.methods import METHODS
 from models.readout import Read, read
-from models.statistics import Reductions, reduce
+from models.reductions import Reduction, reduce_later
 from models.targets import ScoreWeights, coded, ranked
 from models.types import Job, Kind
 from models.warm_model import WarmModel
@@ -48,7 +48,7 @@ class SharedPass:
     order: Tensor
     reads: list[Read]
     captures: dict[str, tuple[Capture, list[int]]]
-    reductions: dict[Place, tuple[list[Reductions | None], list[int]]]
+    reductions: dict[Place, tuple[list[Reduction | None], list[int]]]
     maps: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -66,7 +66,7 @@ class _Kept:
     """What a tap keeps, for the rows of its wish."""
 
     maps: Tensor | None
-    reductions: Reductions | None
+    reductions: Reduction | None
 
 
 class ClosedFormRefuted(Exception):
@@ -210,7 +210,7 @@ def _tap(warm: WarmModel, place: Place, wish: _Wish) -> Tap:
             chosen = pick(tensor, wish.maps)
             maps = (chosen if layout is None else layout.to_map(chosen)).float()
         if wish.statistics:
-            reductions = reduce(
+            reductions = reduce_later(
                 pick(tensor, wish.statistics),
                 channels_last=layout is not None or tensor.ndim == 3,
                 keep_maps=wish.grid,
@@ -273,7 +273,7 @@ def _spread(
 
 def _reductions(
     wishes: dict[Place, _Wish], caught: _Catches, by_target: Iterable[_Catches]
-) -> dict[Place, tuple[list[Reductions | None], list[int]]]:
+) -> dict[Place, tuple[list[Reduction | None], list[int]]]:
     described = {}
     for place, wish in wishes.items():
         if wish.statistics:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.extractor import Extractor, Tap
-from models.statistics import reduce
+from models.reductions import reduce
 
 WORTHWHILE = 1.03
 """Least gain that counts: what is measured on a busy machine moves."""

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.statistics import SUBSAMPLE, describe, reduce, summarise
+from models.reductions import SUBSAMPLE, reduce, reduce_later
+from models.statistics import describe, summarise
 
 
 def tensor(shape: tuple[int, ...], seed: int) -> torch.Tensor:
@@ -25,9 +26,10 @@ def tensor(shape: tuple[int, ...], seed: int) -> torch.Tensor:
     side=st.integers(1, 12),
     seed=st.integers(0, 99),
     memory=st.sampled_from([torch.contiguous_format, torch.channels_last]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
-def test_statistics_equal_numpy(n, channels, side, seed, memory):
-    values = tensor((n, channels, side, side), seed).contiguous(memory_format=memory)
+def test_statistics_equal_numpy(n, channels, side, seed, memory, dtype):
+    values = tensor((n, channels, side, side), seed).to(dtype, memory_format=memory)
     (summaries,) = summarise([reduce(values)])
     for row in range(n):
         found = describe(summaries[row], layer="x", kind="output", top=3)
@@ -126,3 +128,42 @@ def test_half_precision_is_reduced_in_float32():
     found = describe(summarise([reduce(values)])[0][0], layer="x", kind="output", top=1)
     assert found.l2 == pytest.approx(600.0, rel=1e-5)
     assert found.std == pytest.approx(0.0, abs=1e-3)
+
+
+# In rows of several positions and in blocks, with positions and channels left over, and without.
+@pytest.mark.parametrize(
+    "shape", [(2, 24, 5, 7), (3, 32, 112, 112), (2, 5, 96, 96), (1, 40, 61, 61)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shift", [0.0, -9.0], ids=["signed", "negative"])
+def test_large_layers_equal_numpy(shape, dtype, shift):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    # Channels of all kinds: dead, without a value above 0, and from 0 on.
+    values[:, 1], values[:, 2] = 0, values[:, 2].relu()
+    values = (values + shift).to(dtype, memory_format=torch.channels_last)
+    reductions = reduce(values)
+    exact = values.double().flatten(2).numpy()
+    np.testing.assert_allclose(reductions.means, exact.mean(2), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(reductions.maxima, exact.max(2))
+    np.testing.assert_array_equal(reductions.low, exact.min((1, 2)))
+    np.testing.assert_allclose(reductions.norm, np.linalg.norm(exact, axis=(1, 2)), rtol=1e-5)
+    np.testing.assert_array_equal(reductions.zeros, (exact == 0).sum((1, 2)))
+
+
+@pytest.mark.parametrize("odd", [-0.0, float("nan"), -float("nan"), float("inf"), -float("inf")])
+def test_half_precision_counts_odd_values_as_float32_does(odd):
+    values = tensor((2, 6, 8, 8), 1).bfloat16().contiguous(memory_format=torch.channels_last)
+    values[1, 3, 2, 2] = odd
+    found, expected = reduce(values), reduce(values.float())
+    for name in ("means", "maxima", "low", "norm", "zeros", "sample"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-6)
+
+
+@pytest.mark.parametrize("side", [4, 300], ids=["small", "large"])
+def test_what_is_reduced_later_is_the_tensor_as_it_was(side):
+    values = tensor((2, 5, side, side), 0)
+    expected = reduce(values.clone())
+    later = reduce_later(values)
+    values.fill_(7.0)
+    for name in ("means", "maxima", "low", "norm", "zeros", "sample"):
+        np.testing.assert_array_equal(getattr(later(), name), getattr(expected, name))

@@ -23,8 +23,8 @@ from models.preparation import openvino
 from models.preparation.optimise import Findings, optimise
 from models.preparation.replay import Replay
 from models.preparation.variant import Needs, layer_outputs
+from models.reductions import SUBSAMPLE
 from models.registry import ModelRegistry
-from models.statistics import SUBSAMPLE
 from models.types import Intervention, Outcome, Target
 from models.warm_model import WarmModel
 from tests.models.conftest import FlatNet, OneModel, PoolNet, frozen
