@@ -239,9 +239,6 @@ def _load(
     scale = 1
     if image.format == "JPEG":
         scale = jpeg.draft(image, preprocess, keep_original=keep_original)
-    if image.format == "JPEG" and scale == 1 and not preprocess.raw:
-        loaded = to_rgb(jpeg.load(image, data))
-        return _whole(loaded, TURNS.get(orientation(image)), ())
     image.load()
     rgb, warnings = _to_rgb(image, data)
     turn = TURNS.get(orientation(image))

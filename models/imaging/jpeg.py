@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import struct
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import simplejpeg
 from PIL import Image
 
 from models.errors import ImageUndecodable, UnsupportedMediaType
@@ -105,21 +103,6 @@ def essential(data: bytes, segments: Sequence[Segment]) -> bytes:
     end = segments[-1][2]
     first_scan = next((m.start() for m in _MARKER.finditer(data, end)), len(data))
     return b"".join((*kept, data[first_scan:]))
-
-
-def load(image: Image.Image, data: bytes) -> Image.Image:
-    """The pixels of an opened image at its full size.
-
-    simplejpeg and Pillow both call libjpeg-turbo and find the same values, the former in two thirds
-    of the time. It refuses what is damaged or rare, and leaves that to Pillow.
-    """
-    if image.mode == "RGB":
-        with contextlib.suppress(ValueError):
-            pixels = simplejpeg.decode_jpeg(data, "RGBX")
-            if pixels.shape[1::-1] == image.size:
-                return Image.frombuffer("RGB", image.size, pixels, "raw", "RGBX", 0, 1)
-    image.load()
-    return image
 
 
 def draft(image: Image.Image, preprocess: Preprocess, *, keep_original: bool) -> int:

@@ -8,6 +8,7 @@ a shape that the whole of them, resized, would fill the memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -27,6 +28,11 @@ _FILTERS: Mapping[str, Image.Resampling] = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+
+# Pixels on both sides that the widest filter looks at, and one more.
+_REACH = 4
+# Of higher images Pillow resizes the columns first.
+_RATIO = 2
 
 # An image of extreme shape would be resized to a huge one, of which only the crop is used.
 _MAX_RESIZED_PIXELS = 16_000_000
@@ -196,8 +202,12 @@ def _resize_inside(
         min(plan.height, plan.top + crop_height),
     )
     if not image.drafted and plan.width * plan.height <= _MAX_RESIZED_PIXELS:
-        whole = pixels.resize((plan.width, plan.height), resample)
-        return whole.crop((left, top, right, bottom))
+        size, part = (plan.width, plan.height), (left, top, right, bottom)
+        is_scaled = spec.fit != "none" and isinstance(spec.resize, int)
+        is_filtered = resample != Image.Resampling.NEAREST
+        if is_scaled and is_filtered and pixels.height <= _RATIO * pixels.width:
+            return resized_part(pixels, size, resample, part)
+        return pixels.resize(size, resample).crop(part)
     # Straight from the crop's box to the input takes half the time, but Pillow rounds boxes to
     # float32: up to two levels off, at up to 6 % of the values (measured; where sizes have simple
     # ratios, many values are close to ties).
@@ -210,3 +220,46 @@ def _resize_inside(
         min(y1, y0 + bottom * scale_y),
     )
     return pixels.resize((right - left, bottom - top), resample, box=box)
+
+
+def resized_part(
+    pixels: Image.Image,
+    size: tuple[int, int],
+    resample: Image.Resampling,
+    part: tuple[int, int, int, int],
+) -> Image.Image:
+    """A part (left, top, right, bottom) of a scaled image, exactly as the whole one has it.
+
+    Pillow resizes along the rows first and along the columns then. So columns are left out after
+    the first pass, and on an axis where scale and ends of the part are exact in the float32 of
+    Pillow's boxes, as on one that is resized to a power of two, what is not needed is never made.
+    """
+    left, top, right, bottom = part
+    first_row, rows = 0, _box_of(top, bottom, pixels.height, size[1])
+    if rows is not None:
+        reach = _REACH * max(1.0, pixels.height / size[1])
+        first_row = max(0, math.floor(rows[0] - reach))
+        last_row = min(pixels.height, math.ceil(rows[1] + reach))
+        pixels = pixels.crop((0, first_row, pixels.width, last_row))
+    columns = _box_of(left, right, pixels.width, size[0])
+    if columns is not None:
+        box = (columns[0], 0.0, columns[1], float(pixels.height))
+        narrow = pixels.resize((right - left, pixels.height), resample, box=box)
+    else:
+        wide = pixels.resize((size[0], pixels.height), resample)
+        narrow = wide.crop((left, 0, right, pixels.height))
+    if rows is None:
+        return narrow.resize((narrow.width, size[1]), resample).crop((0, top, narrow.width, bottom))
+    box = (0.0, rows[0] - first_row, float(narrow.width), rows[1] - first_row)
+    return narrow.resize((narrow.width, bottom - top), resample, box=box)
+
+
+def _box_of(start: int, stop: int, size: int, resized: int) -> tuple[float, float] | None:
+    """Where pixels of a resized axis lie on the original one; None if float32 cannot say it.
+
+    The scale must be exact as well, or centres are rounded another way.
+    """
+    scale = float(np.float32(size / resized))
+    first, last = (float(np.float32(end * scale)) for end in (start, stop))
+    exact = scale * resized == size and first == start * scale and last == stop * scale
+    return (first, last) if exact else None

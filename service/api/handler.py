@@ -139,15 +139,17 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """
     working = asyncio.create_task(work)
     leaving = asyncio.create_task(_disconnected(request))
+    leaving.add_done_callback(lambda _: working.cancel())
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise Cancelled("The client disconnected before the response was ready.")
+        return await working
+    except asyncio.CancelledError:
+        # The request may be cancelled from outside as well.
+        if leaving.done():
+            raise Cancelled("The client disconnected before the response was ready.") from None
+        raise
     finally:
-        working.cancel()
         leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+        await asyncio.gather(leaving, return_exceptions=True)
 
 
 async def _disconnected(request: Request) -> None:

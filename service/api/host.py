@@ -66,16 +66,27 @@ class HostWork:
         """Run work in a thread when it is its turn; the lowest order is the first."""
         await self._enter(order)
         loop = asyncio.get_running_loop()
-        started = self._threads.submit(work)
+        result: asyncio.Future[T] = loop.create_future()
 
-        def ended(_: Future[T]) -> None:
+        def finish(ended: Future[T]) -> None:
+            self._leave()
+            if result.cancelled():
+                return
+            if ended.cancelled():
+                result.cancel()
+            elif (error := ended.exception()) is not None:
+                result.set_exception(error)
+            else:
+                result.set_result(ended.result())
+
+        def ended(work: Future[T]) -> None:
             # The loop may have been closed meanwhile.
             with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(self._leave)
+                loop.call_soon_threadsafe(finish, work)
 
         # A cancelled request leaves its thread when the work has ended, and not before.
-        started.add_done_callback(ended)
-        return await asyncio.wrap_future(started)
+        self._threads.submit(work).add_done_callback(ended)
+        return await result
 
     async def _enter(self, order: float) -> None:
         if self._free:

@@ -11,10 +11,11 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Coroutine, Generator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from msgspec import structs
 
@@ -50,6 +51,8 @@ _DRAW_S = 0.05
 _ANSWERS = 3
 # The estimate of an answer's size may be this far off.
 _TOLERANCE = 2
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -151,11 +154,11 @@ class Pipeline:
             with place:
                 async with asyncio.timeout(plan.deadline - time.monotonic()):
                     inputs = await self._preparation.begin(plan)
-                    outcomes = await asyncio.gather(
-                        *(
+                    outcomes = await _together(
+                        [
                             self._try_image(i, plan, inputs, watch=watch, room=room, pair=pair)
                             for i in range(len(plan.images))
-                        )
+                        ]
                     )
                 reply = _reply(outcomes, plan)
             if plan.info.card.texts is not None:
@@ -279,6 +282,11 @@ class Pipeline:
         )
         run = ImageRun(timings=timings, batch_size=completion.batch_size, device=completion.device)
         return result, run
+
+
+async def _together(work: Sequence[Coroutine[Any, Any, T]]) -> Sequence[T]:
+    """Await all; one needs no task of its own."""
+    return [await work[0]] if len(work) == 1 else await asyncio.gather(*work)
 
 
 @dataclass(slots=True)

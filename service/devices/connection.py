@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import zmq
-import zmq.asyncio
 
 from models.price import Price
 from models.shares import shared_wait
 from models.types import ModelInfo, ModelKey
+from service.devices.message_socket import MessageSocket
 from service.devices.messages import (
     FromWorker,
     Hello,
@@ -43,7 +41,7 @@ class WorkerConnection:
     def __init__(
         self,
         *,
-        context: zmq.asyncio.Context,
+        context: zmq.Context[zmq.Socket[bytes]],
         runtime: RuntimeDir,
         device: str,
         incarnation: int,
@@ -57,20 +55,20 @@ class WorkerConnection:
         self._others_at = 0.0
         self._on_message = on_message
         self._status = WorkerStatusFile.open(runtime.status_file(device, incarnation))
-        self._socket = context.socket(zmq.DEALER)
+        socket = context.socket(zmq.DEALER)
         # Unlimited: the in-flight jobs of the pool bound the queue.
-        self._socket.set(zmq.SNDHWM, 0)
-        self._socket.set(zmq.RCVHWM, 0)
-        self._socket.set(zmq.LINGER, 0)
+        socket.set(zmq.SNDHWM, 0)
+        socket.set(zmq.RCVHWM, 0)
+        socket.set(zmq.LINGER, 0)
         # The worker may bind after we connect.
-        self._socket.set(zmq.RECONNECT_IVL, _RECONNECT_MS)
-        self._socket.connect(runtime.socket_url(device, incarnation))
-        self._receiving = asyncio.create_task(self._receive())
+        socket.set(zmq.RECONNECT_IVL, _RECONNECT_MS)
+        socket.connect(runtime.socket_url(device, incarnation))
+        self._socket = MessageSocket(socket, self._receive)
         self.send(Hello())
 
     def send(self, message: ToWorker) -> None:
         """Queue a message; never waits."""
-        self._socket.send_multipart(encode(message))
+        self._socket.send(encode(message))
 
     def status(self) -> WorkerStatus | None:
         """The status of the worker; None if it has not written one yet."""
@@ -89,20 +87,15 @@ class WorkerConnection:
         queued[False] += max(0.0, self._others_ms - since_ms)
         return shared_wait(queued[long], queued[not long], long=long)
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Stop receiving; messages that arrive later are dropped."""
-        self._receiving.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._receiving
         self._socket.close()
         self._status.close()
 
-    async def _receive(self) -> None:
-        while True:
-            frames = await self._socket.recv_multipart(copy=False)
-            try:
-                message = decode([frame.buffer for frame in frames], FromWorker)
-            except MalformedMessage:
-                log.exception("device %s sent a malformed message", self.device)
-                continue
+    def _receive(self, frames: Sequence[zmq.Frame]) -> None:
+        try:
+            message = decode([frame.buffer for frame in frames], FromWorker)
+        except MalformedMessage:
+            log.exception("device %s sent a malformed message", self.device)
+        else:
             self._on_message(self, message)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 import numpy as np
-import zmq.asyncio
+import zmq
 
 from models.catalog import ModelSpec
 from models.errors import (
@@ -109,12 +109,11 @@ class SocketPool:
         self._in_flight: dict[str, _InFlight] = {}
         self._commands = ModelCommands(runtime)
         self._quarantined: frozenset[str] = frozenset()
-        self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
 
     async def start(self) -> None:
         """Read the device states and connect; returns once the ready devices sent their models."""
-        self._context = zmq.asyncio.Context()
+        self._context = zmq.Context()
         self._states_file = DeviceStatesFile.open(self._runtime.states_file)
         specs = self._runtime.read_catalog()
         states = self._states_file.read() or DeviceStates()
@@ -134,10 +133,8 @@ class SocketPool:
         with contextlib.suppress(asyncio.CancelledError):
             await self._watching
         for connection in self._connections.values():
-            await connection.close()
+            connection.close()
         self._connections.clear()
-        if self._closing:
-            await asyncio.wait(self._closing)
         self._context.destroy(linger=0)
         self._states_file.close()
 
@@ -254,9 +251,7 @@ class SocketPool:
 
     def _on_disconnect(self, connection: WorkerConnection, state: DeviceState) -> None:
         del self._connections[connection.device]
-        closing = asyncio.create_task(connection.close())
-        self._closing.add(closing)
-        closing.add_done_callback(self._closing.discard)
+        connection.close()
         exits = [e for e in state.exits if e.incarnation == connection.incarnation]
         suspects = {job_id for worker_exit in exits for job_id in worker_exit.suspects}
         for request in self._in_flight.values():

@@ -21,14 +21,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import uvloop
 import zmq
-import zmq.asyncio
 from pydantic import ValidationError
 
 from models.catalog import ModelSpec
 from models.errors import HeatlensError, ModelLoadFailed
 from models.types import Failure, ModelInfo
 from service.devices.lifeline import die_with_parent
+from service.devices.message_socket import MessageSocket
 from service.devices.messages import (
     Ack,
     Cancel,
@@ -101,11 +102,7 @@ class Worker:
         self._clients: set[Identity] = set()
         self._stop = asyncio.Event()
         self._exit_code = 0
-        self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        # Never drop a message: admission bounds the queues.
-        self._socket.set(zmq.SNDHWM, 0)
-        self._socket.set(zmq.RCVHWM, 0)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._status = WorkerStatusFile.open(
             options.runtime.status_file(options.device, options.incarnation)
         )
@@ -135,20 +132,14 @@ class Worker:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
         options = self._options
-        self._socket.bind(options.runtime.socket_url(options.device, options.incarnation))
+        socket = self._context.socket(zmq.ROUTER)
+        # Never drop a message: admission bounds the queues.
+        socket.set(zmq.SNDHWM, 0)
+        socket.set(zmq.RCVHWM, 0)
+        socket.bind(options.runtime.socket_url(options.device, options.incarnation))
+        self._socket = MessageSocket(socket, self._receive)
         self._compute.start()
-        receiving = asyncio.create_task(self._receive())
-        stopping = asyncio.create_task(self._stop.wait())
-        try:
-            await asyncio.wait({receiving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if receiving.done():
-                # It only ends by an error, which is raised here.
-                receiving.result()
-        finally:
-            for task in (receiving, stopping):
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+        await self._stop.wait()
         if self._exit_code == 0:
             await asyncio.to_thread(self._compute.stop)
             if self._tracing is not None:
@@ -160,16 +151,19 @@ class Worker:
 
     # ---------------------------------------------------------------- from clients
 
-    async def _receive(self) -> None:
-        while True:
-            frames = await self._socket.recv_multipart(copy=False)
-            identity = frames[0].bytes
-            try:
-                message = decode([frame.buffer for frame in frames[1:]], ToWorker)
-            except MalformedMessage:
-                log.exception("a client sent a malformed message")
-                continue
-            self._handle(identity, message)
+    def _receive(self, frames: Sequence[zmq.Frame]) -> None:
+        try:
+            message = decode([frame.buffer for frame in frames[1:]], ToWorker)
+        except MalformedMessage:
+            log.exception("a client sent a malformed message")
+            return
+        try:
+            self._handle(frames[0].bytes, message)
+        except Exception:
+            # A new process answers the jobs that this one would forget.
+            log.exception("a message could not be handled")
+            self._exit_code = 1
+            self._stop.set()
 
     def _handle(self, identity: Identity, message: ToWorker) -> None:
         match message:
@@ -248,8 +242,8 @@ class Worker:
     def _send(self, identities: Iterable[Identity], message: Message) -> None:
         frames = encode(message)
         for identity in identities:
-            # Without a high-water mark a send never waits; clients that are gone are skipped.
-            self._socket.send_multipart([identity, *frames], copy=False)
+            # Clients that are gone are skipped.
+            self._socket.send([identity, *frames])
 
 
 def default_backend(options: WorkerOptions, settings: Settings) -> Backend:
@@ -280,7 +274,8 @@ def main(
     async def serve() -> int:
         return await Worker(options=options, settings=settings, make_backend=make_backend).run()
 
-    return asyncio.run(serve())
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(serve())
 
 
 if __name__ == "__main__":

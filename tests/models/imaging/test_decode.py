@@ -5,11 +5,9 @@ import struct
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import pytest
-import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps
@@ -555,43 +553,3 @@ def test_threads_do_not_disturb_each_other() -> None:
         Image.MAX_IMAGE_PIXELS,
         ImageFile.LOAD_TRUNCATED_IMAGES,
     )
-
-
-# ---------------------------------------------------------------- the values of JPEG files
-
-
-@given(
-    side=st.tuples(st.integers(2, 70), st.integers(2, 70)),
-    quality=st.integers(1, 100),
-    subsampling=st.sampled_from(["4:4:4", "4:2:2", "4:2:0"]),
-    options=st.sampled_from([{}, {"progressive": True}, {"restart_marker_rows": 1}]),
-    mode=st.sampled_from(["RGB", "L", "CMYK"]),
-    seed=st.integers(0, 99),
-)
-def test_jpeg_files_have_the_values_that_pillow_finds(
-    side: tuple[int, int],
-    quality: int,
-    subsampling: str,
-    options: dict[str, Any],
-    mode: str,
-    seed: int,
-) -> None:
-    noise = np.random.default_rng(seed).integers(0, 256, (side[1], side[0], 3), dtype=np.uint8)
-    image = Image.fromarray(noise).convert(mode)
-    data = encode(image, "image/jpeg", quality=quality, subsampling=subsampling, **options)
-    found = decode(data, limits=DecodeLimits(), preprocess=Preprocess(resize=256, crop=(224, 224)))
-    with Image.open(io.BytesIO(data)) as opened:
-        assert np.array_equal(np.asarray(found.image), np.asarray(opened.convert("RGB")))
-
-
-def test_a_jpeg_file_with_a_fault_that_pillow_forgives_is_read() -> None:
-    data = encode(photo(), "image/jpeg")
-    # Decoders warn of bytes that belong to nothing, and go on.
-    faulty = data[:-2] + b"\0" * 20 + data[-2:]
-    with pytest.raises(ValueError, match="extraneous"):
-        simplejpeg.decode_jpeg(faulty)
-    found = decode(
-        faulty, limits=DecodeLimits(), preprocess=Preprocess(resize=256, crop=(224, 224))
-    )
-    with Image.open(io.BytesIO(data)) as opened:
-        assert np.array_equal(np.asarray(found.image), np.asarray(opened))
