@@ -7,17 +7,19 @@ from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from msgspec import structs
-from torch import nn
+from torch import Tensor, nn
 
 from models.cuda.staging import Ready
 from models.errors import HeatlensError, InvalidOption, UnknownLayer
 from models.graphed_pass import run_graphed
 from models.outcomes import BatchOutcomes
+from models.pairs import Result, SuspendedPair, halves_of, joined, open_parts, rejoined
 from models.phases import Phases
 from models.preparation.variant import Needs
 from models.price import exceeds_step, price
-from models.readout import Read, columns, plain
+from models.readout import Read, Similarity, columns, plain
 from models.registry import ModelRegistry
 from models.resolve import not_before_the_head
 from models.shared_pass import differentiates_layers, run_shared_pass
@@ -41,7 +43,7 @@ class Engine:
         self._registry = registry
         self.beat: Callable[[], object] = lambda: None
 
-    def run(self, jobs: Sequence[Job]) -> list[Outcome | Failure | Suspended]:
+    def run(self, jobs: Sequence[Job]) -> list[Result]:
         """Run one shared pass for jobs of one model and version, whatever their operations.
 
         A job whose pass would take too long is only predicted; `advance` runs the rest in parts.
@@ -55,27 +57,34 @@ class Engine:
             Exception: the pass itself failed; which job caused it is not known.
         """
         warm = self._registry.get(jobs[0].model, jobs[0].version)
-        jobs = [_labelled(job, warm) for job in jobs]
-        faults = {
-            job.id: fault for job in jobs if (fault := _fault(job, warm) or _long_label(job, warm))
-        }
-        sound = [job for job in jobs if job.id not in faults]
-        answered = dict(zip([job.id for job in sound], self._answer(warm, sound), strict=True))
-        return [faults.get(job.id) or answered[job.id] for job in jobs]
+        faults: dict[str, Failure] = {}
+        halves: list[Job] = []
+        for job in (_labelled(job, warm) for job in jobs):
+            own = halves_of(job)
+            wrong = [
+                fault for half in own if (fault := _fault(half, warm) or _long_label(half, warm))
+            ]
+            faults |= dict.fromkeys([half.id for half in own], wrong[0]) if wrong else {}
+            halves += own
+        sound = [_on_its_own(half, warm) for half in halves if half.id not in faults]
+        answered = dict(zip([half.id for half in sound], self._answer(warm, sound), strict=True))
+        return joined(jobs, (faults.get(half.id) or answered[half.id] for half in halves))
 
-    def advance(self, suspended: Sequence[Suspended]) -> list[Outcome | Failure | Suspended]:
+    def advance(self, suspended: Sequence[Suspended | SuspendedPair]) -> list[Result]:
         """Run the next step of several jobs of one model.
 
         Their costs should add up to about the model's best batch. Returns one entry for each, as
         `run` does.
         """
-        fresh = [item for item in suspended if isinstance(item.step, FirstPass)]
-        others = [item for item in suspended if not isinstance(item.step, FirstPass)]
+        parts = [part for item in suspended for part in open_parts(item)]
+        fresh = [part for part in parts if isinstance(part.step, FirstPass)]
+        others = [part for part in parts if not isinstance(part.step, FirstPass)]
         # First, because a failure leads to another attempt, and steps cannot be run again.
-        answered = self._answer(fresh[0].warm, [item.job for item in fresh]) if fresh else []
+        answered = self._answer(fresh[0].warm, [part.job for part in fresh]) if fresh else []
         results = dict(zip(map(id, fresh), answered, strict=True))
         results |= zip(map(id, others), advance(others, beat=self.beat), strict=True)
-        return [results[id(item)] for item in suspended]
+        found = iter([results[id(part)] for part in parts])
+        return [rejoined(item, found) for item in suspended]
 
     def _answer(self, warm: WarmModel, jobs: Sequence[Job]) -> list[Outcome | Failure | Suspended]:
         """One pass for all jobs, or for each variant of the model, kind of input and of scores.
@@ -99,7 +108,7 @@ class Engine:
             for row, i in enumerate(rows):
                 steps = partial(outcomes.steps, row)
                 if firsts[i] is not jobs[i]:
-                    run = partial(_alone, warm)
+                    run = partial(_alone, warm, read=outcomes.read(row))
                     steps = partial(sliced_steps, warm, jobs[i], (outcomes, row), run)
                 answered[i] = _start(jobs[i], warm, outcomes.read(row), steps)
                 self.beat()
@@ -116,8 +125,20 @@ def _run_together(
     return BatchOutcomes(warm, jobs, shared)
 
 
-def _alone(warm: WarmModel, job: Job) -> BatchOutcomes:
+def _alone(warm: WarmModel, job: Job, *, read: Read) -> BatchOutcomes:
+    """The first pass of one job, compared with the vector that it was compared with before."""
+    if isinstance(read, Similarity):
+        job = structs.replace(job, reference=read.reference.cpu().numpy())
     return _run_together(warm, [job], warm.module_for(_needs(job)), warm.stage([job.input]))
+
+
+def _on_its_own(job: Job, warm: WarmModel) -> Job:
+    """A job that shares no pass with the image that it is compared with, if no pass has two."""
+    if job.other is None or warm.largest_batch != 1:
+        return job
+    with torch.inference_mode():
+        vector: Tensor = warm.module(warm.normalise(warm.stage([job.other])()))[0]
+    return structs.replace(job, reference=vector.float().cpu().numpy())
 
 
 def _is_cut(job: Job, warm: WarmModel) -> bool:

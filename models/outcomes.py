@@ -98,7 +98,7 @@ class BatchOutcomes:
 
     def _is_vector(self, row: int) -> bool:
         """Whether the scores of an image are its vector."""
-        return self._warm.task == "embedding" and self._jobs[row].reference is None
+        return self._warm.task == "embedding" and self._jobs[row].other is None
 
     def _plan(self, row: int) -> list[int]:
         """Images that each phase of a job is expected to run through the network, in order."""

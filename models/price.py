@@ -12,8 +12,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from msgspec import structs
-
 from models.methods import METHODS
 from models.methods.table import Method, images_of
 from models.shares import LONG_SHARE
@@ -94,14 +92,9 @@ class Price(Struct):
 def price(operation: Operation, options: JobOptions, info: ModelInfo) -> Price:
     """Price a job whose options are resolved against the model.
 
-    To compare images is to explain each, after a prediction that gives the other's vector.
+    Of a comparison this is the price of each image.
     """
-    if operation == "compare":
-        explained = price("explain", options, info)
-        return structs.replace(
-            explained,
-            device_ms=explained.device_ms + _Work("predict", JobOptions(), info).forward_ms,
-        )
+    operation = "explain" if operation == "compare" else operation
     work = _Work(operation, options, info)
     further_ms, is_cut = work.further_ms, work.exceeds_step
     first_ms = work.first_ms + (work.repeats_ms if is_cut else 0.0)

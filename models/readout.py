@@ -133,14 +133,18 @@ def readings(
         images = output.split(1)
         return [RegionScores.of(o, job.areas) for o, job in zip(images, jobs, strict=True)]
     if task == "embedding":
-        return [_similarity(job, output.device) for job in jobs]
+        return [_similarity(jobs, row, output) for row in range(len(jobs))]
     return [plain(task)] * len(jobs)
 
 
-def _similarity(job: Job, device: torch.device) -> Read:
-    if job.reference is None:
+def _similarity(jobs: Sequence[Job], row: int, output: Tensor) -> Read:
+    """Of two images that are compared, one follows the other, each with the vector of the other."""
+    if (reference := jobs[row].reference) is not None:
+        return Similarity(torch.from_numpy(reference.copy()).to(output.device))
+    if jobs[row].other is None:
         return _vectors
-    return Similarity(torch.from_numpy(job.reference.copy()).to(device))
+    # A copy: what was computed in inference mode takes no part in the gradients of later passes.
+    return Similarity(output[row ^ 1].detach().float().clone())
 
 
 @cache
@@ -175,6 +179,6 @@ def own_columns(job: Job) -> int | None:
 
 def columns(job: Job) -> int:
     """A number that jobs whose rows of scores have one length share."""
-    if job.reference is not None:
+    if job.other is not None:
         return -1
     return 0 if job.areas is None else len(job.areas)

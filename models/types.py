@@ -120,8 +120,9 @@ class Job(Struct):
         input: the model input: pixels before normalising, uint8 (height, width, channels), or values
             after it, float32 (channels, height, width).
         areas: uint8 (areas, height, width) of 0 and 1, the areas of the input that targets name.
-        reference: float32 (values,), the vector that an embedding is compared with; without it, a
-            prediction by a model of the task `embedding` is the vector.
+        other: an image that this one is compared with, as `input`. Without it, a prediction by a model
+            of the task `embedding` is the image's vector.
+        reference: float32 (values,), the vector of that image, where it is known.
     """
 
     id: str
@@ -131,6 +132,7 @@ class Job(Struct):
     input: np.ndarray
     options: JobOptions
     areas: np.ndarray | None = None
+    other: np.ndarray | None = None
     reference: np.ndarray | None = None
 
     @property
@@ -243,6 +245,7 @@ class Outcome(Struct):
     """The result of a job.
 
     Attributes:
+        explanations: of two images that are compared, those of the first and then of the second.
         embedding: float32 (values,), of a model of the task `embedding`.
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 import msgspec
@@ -14,7 +14,11 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from models.errors import Cancelled, HeatlensError
+from service.api import handler
+from service.api.accept import preferred
+from service.api.dependencies import Service
 from service.api.errors import error_response, internal_error
+from service.api.options import AnyOptions
 from service.api.record import record_of
 from service.api.schemas import ExplanationResponse, PartialEvent, ProgressEvent
 from service.api.watch import PartialMap, Watch
@@ -24,7 +28,26 @@ _log = logging.getLogger(__name__)
 # Twice a second, so that an event that is late is not later than a second.
 _INTERVAL_S = 0.5
 
+MEDIA_TYPE = "text/event-stream"
+
 Draw = Callable[[PartialMap], Awaitable[ExplanationResponse]]
+
+
+def wanted(accept: str, *, instead_of: Sequence[str] = ()) -> bool:
+    """Whether an `Accept` header prefers events to JSON, and to other media types."""
+    others = dict.fromkeys(instead_of, False)
+    return preferred(accept, {**others, MEDIA_TYPE: True}) or False
+
+
+async def respond(request: Request, service: Service, options: type[AnyOptions]) -> Response:
+    """Read, plan and run a request, and respond with a stream of events; see `stream`."""
+    watch = Watch()
+
+    async def answer() -> Response:
+        found = await handler.run(request, service, options, watch=watch)
+        return handler.images_response(request, *found)
+
+    return await stream(request, answer(), watch=watch, draw=service.pipeline.draw)
 
 
 async def stream(

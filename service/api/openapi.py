@@ -313,6 +313,7 @@ event: result
 data: {"request_id":"01JZ8Q4M7V9WK3T5R2XN6B1C0D","model":{"name":"efficientnet_lite0", …}, …}
 
 """
+EVENTS_CONTENT = {"schema": {"type": "string"}, "example": EVENTS}
 _RESULT = EXPLAIN["results"][0]
 _IMAGE = {key: _RESULT[key] for key in ("image", "predictions")}
 _MAP = {

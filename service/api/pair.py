@@ -1,44 +1,74 @@
-"""Two images that are compared: each needs the vector of the other."""
+"""Two images that are compared: one job brings both, and each takes its half of the answer."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 import numpy as np
+from msgspec import structs
 
-from models.errors import HeatlensError, InternalError
+from models.errors import HeatlensError
+from models.price import Price, price
+from models.types import JobOptions, ModelInfo
+from service.devices.messages import Completion, Submission
 
 
 class Pair:
-    """Hands each of two images the vector of the other, or its error."""
+    """Submits the job of two images once both are decoded."""
 
-    def __init__(self) -> None:
-        self._vectors: list[asyncio.Future[np.ndarray]] = [asyncio.Future(), asyncio.Future()]
+    def __init__(self, info: ModelInfo) -> None:
+        self._info = info
+        self._other: asyncio.Future[np.ndarray] = asyncio.Future()
+        self._completion: asyncio.Future[Completion] = asyncio.Future()
 
-    async def exchange(self, number: int, vector: np.ndarray | None) -> np.ndarray:
-        """Give the vector of one image, and wait for that of the other.
+    async def run(
+        self,
+        number: int,
+        submission: Submission,
+        submit: Callable[[Submission], Awaitable[Completion]],
+    ) -> Completion:
+        """Submit the job with the first image, and return the answer for this one.
 
         Raises:
             HeatlensError: the other image failed.
         """
-        if vector is None:
-            raise InternalError("The model gave no vector.")
-        # The other image may have failed.
-        if not self._vectors[number].done():
-            self._vectors[number].set_result(vector)
-        return await self._vectors[1 - number]
+        if number == 0:
+            job = structs.replace(submission.job, other=await self._other)
+            both = _price_of_both(submission.price, self._info)
+            completion = await submit(structs.replace(submission, job=job, price=both))
+            if not self._completion.done():
+                self._completion.set_result(completion)
+        elif not self._other.done():
+            self._other.set_result(submission.job.input)
+        completion = await self._completion
+        explanations = completion.outcome.explanations
+        half = len(explanations) // 2
+        own = explanations[half:] if number else explanations[:half]
+        outcome = structs.replace(completion.outcome, explanations=own)
+        return structs.replace(completion, outcome=outcome)
 
     def fail(self, error: HeatlensError) -> None:
-        """End the exchange: of two images that are compared, both fail."""
-        for vector in self._vectors:
-            if not vector.done():
-                vector.set_exception(error)
+        """End the comparison: both images fail."""
+        for future in (self._other, self._completion):
+            if not future.done():
+                future.set_exception(error)
                 # It is no loss if nobody waits for it.
-                vector.exception()
+                future.exception()
 
     @property
     def similarity(self) -> float:
         """Cosine of the two vectors, 0 where one is zero."""
-        one, other = (vector.result().astype(np.float64) for vector in self._vectors)
-        size = float(np.linalg.norm(one) * np.linalg.norm(other))
-        return float(np.clip(one @ other / size, -1.0, 1.0)) if size else 0.0
+        score = self._completion.result().outcome.predictions[0].score
+        return min(1.0, max(-1.0, score))
+
+
+def _price_of_both(one: Price, info: ModelInfo) -> Price:
+    """The price of the job, by that of each image; two images are in its first pass."""
+    return structs.replace(
+        one,
+        device_ms=2 * one.device_ms,
+        extra_ms=2 * one.extra_ms + price("predict", JobOptions(), info).device_ms,
+        device_bytes=2 * one.device_bytes,
+        result_bytes=2 * one.result_bytes,
+    )

@@ -15,6 +15,7 @@ from collections.abc import Coroutine, Generator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from msgspec import structs
@@ -28,8 +29,7 @@ from models.errors import (
 )
 from models.imaging.decode import DecodeLimits
 from models.imaging.prepare import PreparedImage
-from models.price import price
-from models.types import Job, JobOptions, ModelInfo, Operation, Struct
+from models.types import Job, Operation, Struct
 from service import logs, tracing
 from service.api import schemas
 from service.api.decoders import Decoders
@@ -144,9 +144,10 @@ class Pipeline:
         """
         self._refuse_excess(plan)
         if watch is not None:
-            watch.start(len(plan.images))
+            # A comparison is one job.
+            watch.start(1 if plan.operation == "compare" else len(plan.images))
         room = _Room(_TOLERANCE * self._max_answer_bytes)
-        pair = Pair() if plan.operation == "compare" else None
+        pair = Pair(plan.info) if plan.operation == "compare" else None
         # A long job has its own share of a device, for which it waits there.
         place = nullcontext() if plan.is_long else self._line.place(plan.device_ms)
         self._answer_bytes += plan.answer_bytes
@@ -228,7 +229,7 @@ class Pipeline:
             _log.exception("An image failed unexpectedly.")
             failed = internal_error()
         finally:
-            if watch is not None:
+            if watch is not None and (pair is None or number == 0):
                 watch.finish(number)
         if pair is not None:
             pair.fail(failed)
@@ -258,13 +259,12 @@ class Pipeline:
                 watch.hear(number, news, prepared, plan)
 
         submission = _submission(image, prepared, plan, is_watched=watch is not None)
-        if pair is not None:
-            found = await self._pool.submit(_vector_of(submission, plan.info))
-            other = await pair.exchange(number, found.outcome.embedding)
-            job = structs.replace(submission.job, operation="explain", reference=other)
-            submission = structs.replace(submission, job=job)
+        submit = partial(self._pool.submit, on_progress=hear)
         with self._host.stage("draw") as stage:
-            completion = await self._pool.submit(submission, on_progress=hear)
+            if pair is None:
+                completion = await submit(submission)
+            else:
+                completion = await pair.run(number, submission, submit)
             answered = time.monotonic()
             steps = render(completion.outcome, prepared, plan)
             result, piece = None, number
@@ -339,13 +339,6 @@ def _submission(
         fingerprint=plan.info.fingerprint,
         news=news if is_watched else "none",
     )
-
-
-def _vector_of(submission: Submission, info: ModelInfo) -> Submission:
-    """A job that only gives the vector of a submission's image."""
-    options = JobOptions(top_k=1, targets=(), interventions=submission.job.options.interventions)
-    job = structs.replace(submission.job, id=uuid.uuid4().hex, operation="predict", options=options)
-    return structs.replace(submission, job=job, price=price("predict", options, info), news="none")
 
 
 def _reply(outcomes: Sequence[tuple[Result, ImageRun] | HeatlensError], plan: Plan) -> Reply:

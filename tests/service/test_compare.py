@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from PIL import Image
 
 from heatlens import AsyncClient
 from heatlens.asgi import ASGITransport
+from models import engine
 from models.catalog import ModelSpec
 from models.methods import METHODS
 from models.sources import load
@@ -27,6 +29,7 @@ pytestmark = pytest.mark.anyio
 
 SIDE = 32
 SOURCE = f"""
+import torch
 from torch import nn
 
 class Net(nn.Module):
@@ -38,8 +41,17 @@ class Net(nn.Module):
     def forward(self, x):
         return self.body(self.stem(x)).mean((2, 3))
 
-def net():
-    return Net(), {{"preprocess": {{"resize": [{SIDE}, {SIDE}]}}}}
+class Single(Net):
+    def forward(self, x):
+        assert len(x) == 1
+        return super().forward(x)
+
+def net(kind=Net):
+    torch.manual_seed(0)
+    return kind(), {{"preprocess": {{"resize": [{SIDE}, {SIDE}]}}}}
+
+def single():
+    return net(Single)
 """
 ENTRY = {"source": "python:net.py:net", "weights": "none", "task": "embedding"}
 
@@ -62,6 +74,7 @@ async def app(folder) -> AsyncIterator[object]:
     settings = Settings(
         models=[
             {"name": "vectors", **ENTRY},
+            {"name": "single", **ENTRY, "source": "python:net.py:single"},
             {"name": "plain", "source": "timm:resnet10t", "num_classes": 3, **small},
             {"name": "pooled", "source": "timm:resnet10t", "task": "embedding", **small},
         ],
@@ -82,6 +95,20 @@ async def client(app) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         yield client
+
+
+@pytest.fixture
+def passes(app, monkeypatch) -> list[int]:
+    """Images of every shared pass from now on."""
+    seen: list[int] = []
+    run = engine.run_shared_pass
+
+    def counted(warm, jobs, **given):
+        seen.append(len(jobs))
+        return run(warm, jobs, **given)
+
+    monkeypatch.setattr(engine, "run_shared_pass", counted)
+    return seen
 
 
 def pixels(seed: int) -> np.ndarray:
@@ -152,6 +179,47 @@ async def test_pairs_in_company_get_what_they_get_alone(client):
                 np.testing.assert_allclose(map_of(a), expected, atol=1e-3 * scale + 1e-6)
     first, second = (map_of(t["results"][0]["explanations"][0]) for t in together[:2])
     assert not np.allclose(first, second)
+
+
+async def test_both_images_share_one_pass(client, passes):
+    await compare(client, 1, 2)
+    assert passes == [2]
+
+
+async def test_progress_comes_as_events_and_the_result_at_last(client):
+    options = {"methods": ["rise"], "samples": 300, "outputs": ["values"]}
+    expected = await compare(client, 1, 2, **options)
+    answer = await client.post(
+        "/v1/compare", json=body(1, 2, **options), headers={"accept": "text/event-stream"}
+    )
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    found = json.loads(answer.text.rpartition("data: ")[2])
+    assert found["similarity"] == pytest.approx(expected["similarity"], abs=1e-6)
+
+
+async def test_a_network_for_single_images_compares_as_another(client):
+    single = await compare(client, 1, 2, model="single", outputs=["values"], layers=["stem"])
+    plain = await compare(client, 1, 2, outputs=["values"], layers=["stem"])
+    assert single["similarity"] == pytest.approx(plain["similarity"], abs=1e-5)
+    for one, other in zip(single["results"], plain["results"], strict=True):
+        a, b = (map_of(r["explanations"][0]) for r in (one, other))
+        np.testing.assert_allclose(a, b, atol=1e-4 * b.max())
+
+
+async def test_maps_that_are_made_in_parts_are_those_of_one_pass(client, monkeypatch):
+    options = {
+        "layers": ["stem", "body"],
+        "methods": ["gradcam", "layercam"],
+        "outputs": ["values"],
+    }
+    whole = await compare(client, 1, 2, **options)
+    monkeypatch.setattr("models.engine._is_cut", lambda *_: True)
+    monkeypatch.setattr("models.slices.exceeds_step", lambda _, asked, __: len(asked.layers) > 1)
+    cut = await compare(client, 1, 2, **options)
+    for one, other in zip(cut["results"], whole["results"], strict=True):
+        for a, b in zip(one["explanations"], other["explanations"], strict=True):
+            assert (a["method"], a["layer"]) == (b["method"], b["layer"])
+            np.testing.assert_allclose(map_of(a), map_of(b), rtol=1e-3, atol=1e-6)
 
 
 async def test_a_form_and_the_client_say_the_same(app, client):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import base64
-import re
 from collections.abc import Mapping
-from typing import TypeVar, cast, get_args
+from typing import cast, get_args
 from urllib.parse import quote
 
 from fastapi import APIRouter, Request, Response
@@ -14,26 +13,22 @@ from msgspec import structs
 from models.errors import InvalidOption
 from models.imaging.render import OverlayFormat
 from service.api import events, handler
+from service.api.accept import preferred
 from service.api.dependencies import ServiceDep
-from service.api.openapi import BINARY, EVENTS, EXPLAIN, INPUT, image_input, responses
+from service.api.openapi import BINARY, EVENTS_CONTENT, EXPLAIN, INPUT, image_input, responses
 from service.api.options import ExplainOptions
 from service.api.pipeline import Reply
 from service.api.plan import Plan
 from service.api.schemas import ExplainResponse, ExplainResult, ExplanationResponse, ImageData
-from service.api.watch import Watch
 
 router = APIRouter(prefix="/v1", tags=["explain"], default_response_class=Response)
 
 _FORMATS: Mapping[str, OverlayFormat] = {f"image/{name}": name for name in get_args(OverlayFormat)}
-_EVENTS = "text/event-stream"
-_QUALITY = re.compile(r"q\s*=\s*([01](?:\.[0-9]{0,3})?)")
 _RESPONSES = responses(
     ExplainResponse, "Predictions and explanations.", errors=INPUT, example=EXPLAIN
 )
 _RESPONSES[200]["content"] |= {media_type: {"schema": BINARY} for media_type in _FORMATS}
-_RESPONSES[200]["content"][_EVENTS] = {"schema": {"type": "string"}, "example": EVENTS}
-
-T = TypeVar("T")
+_RESPONSES[200]["content"][events.MEDIA_TYPE] = EVENTS_CONTENT
 
 
 @router.post(
@@ -56,15 +51,8 @@ async def explain(request: Request, service: ServiceDep) -> Response:
     the stream cancels the request.
     """
     accept = request.headers.get("accept", "")
-    if _prefers_events(accept):
-        watch = Watch()
-
-        async def answer() -> Response:
-            found = await handler.run(request, service, ExplainOptions, watch=watch)
-            return handler.images_response(request, *found)
-
-        draw = service.pipeline.draw
-        return await events.stream(request, answer(), watch=watch, draw=draw)
+    if events.wanted(accept, instead_of=(*_FORMATS, "image/*")):
+        return await events.respond(request, service, ExplainOptions)
 
     def adapt(plan: Plan) -> Plan:
         wanted = overlay_format(accept, plan.render.overlay_format)
@@ -81,27 +69,7 @@ def overlay_format(accept: str, default: OverlayFormat) -> OverlayFormat | None:
 
     `default` is the format for `image/*`.
     """
-    return _preferred(accept, {**_FORMATS, "image/*": default})
-
-
-def _prefers_events(accept: str) -> bool:
-    images = dict.fromkeys((*_FORMATS, "image/*"), False)
-    return _preferred(accept, {**images, _EVENTS: True}) or False
-
-
-def _preferred(accept: str, forms: Mapping[str, T]) -> T | None:
-    """What an `Accept` header prefers to JSON, of `forms` by media type; None if nothing."""
-    best: T | None = None
-    best_quality = json_quality = 0.0
-    for item in accept.lower().split(","):
-        media_type, *parameters = (part.strip() for part in item.split(";"))
-        qualities = (float(match[1]) for match in map(_QUALITY.fullmatch, parameters) if match)
-        quality = next(qualities, 1.0)
-        if media_type in ("application/json", "application/*"):
-            json_quality = max(json_quality, quality)
-        elif media_type in forms and quality > best_quality:
-            best, best_quality = forms[media_type], quality
-    return best if best_quality > json_quality else None
+    return preferred(accept, {**_FORMATS, "image/*": default})
 
 
 def _for_overlay(plan: Plan, wanted: OverlayFormat) -> Plan:

@@ -6,10 +6,18 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from service.api import schemas
+from service.api import events, schemas
 from service.api.dependencies import ServiceDep
 from service.api.handler import respond
-from service.api.openapi import COMPARE, FEATURES, INPUT, PREDICT, image_input, responses
+from service.api.openapi import (
+    COMPARE,
+    EVENTS_CONTENT,
+    FEATURES,
+    INPUT,
+    PREDICT,
+    image_input,
+    responses,
+)
 from service.api.options import AnyOptions, CompareOptions, FeaturesOptions, PredictOptions
 
 router = APIRouter(prefix="/v1", default_response_class=Response)
@@ -33,6 +41,7 @@ _FEATURES = _described(
 _COMPARE = _described(
     CompareOptions, schemas.CompareResponse, "The similarity and maps.", example=COMPARE
 )
+_COMPARE["responses"][200]["content"][events.MEDIA_TYPE] = EVENTS_CONTENT
 
 
 @router.post("/predict", summary="Classify images", **_PREDICT)
@@ -52,6 +61,9 @@ async def compare(request: Request, service: ServiceDep) -> Response:
     """The cosine of two images' vectors, and for each image maps of what makes them similar.
 
     For models of the task `embedding`. A map explains the cosine by its image, the other's vector
-    held fixed.
+    held fixed. With `Accept: text/event-stream` the response is a stream of events, as that of
+    `/v1/explain`.
     """
+    if events.wanted(request.headers.get("accept", "")):
+        return await events.respond(request, service, CompareOptions)
     return await respond(request, service, CompareOptions)
