@@ -27,11 +27,11 @@ from benchmarks.photographs import job_for
 from benchmarks.timing import Case, Comparison, compare, machine_line, rounds_of
 from models.catalog import ModelSpec, default_spec
 from models.engine import Engine
+from models.heap import keep_heap
 from models.preparation.variant import Needs
 from models.registry import ModelRegistry
 from models.types import ClassRef, Job, JobOptions, Operation, Outcome, Target
 from models.warm_model import WarmModel
-from service.heap import keep_heap
 
 PLAIN = "plain forward"
 GRADIENT_CAMS = ("gradcam", "gradcam_plus_plus", "xgradcam", "hirescam", "layercam")

@@ -26,13 +26,13 @@ from benchmarks.engine import model_spec
 from benchmarks.photographs import job_for
 from benchmarks.timing import machine_line
 from models.engine import Engine
+from models.heap import keep_heap
 from models.methods import METHODS
 from models.price import Price, price
 from models.registry import ModelRegistry
 from models.suspended import Suspended
 from models.types import ClassRef, Failure, Job, JobOptions, ModelInfo, Operation, Target
 from models.warm_model import WarmModel
-from service.heap import keep_heap
 
 KINDS = ("output", "input", "grad_output", "grad_input")
 MEASURES = ("average_drop", "increase", "deletion", "insertion", "road")

@@ -34,11 +34,11 @@ from benchmarks.peers.explainers import MAX_BATCH, TOP_K, short_side
 from benchmarks.servers import model_entry
 from models.catalog import ModelSpec
 from models.engine import Engine
+from models.heap import keep_heap
 from models.imaging import png
 from models.imaging.colormaps import COLORMAPS
 from models.registry import ModelRegistry
 from models.types import TOP1, Job, JobOptions, Outcome, Preprocess
-from service.heap import keep_heap
 
 _PALETTE = COLORMAPS["turbo"]
 _OPACITY = np.arange(256, dtype=np.uint8)

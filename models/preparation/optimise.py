@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from models.catalog import ModelSpec
 from models.head import HeadProbe
+from models.heap import release_heap
 from models.layers import TokenLayout
 from models.preparation.precision import (
     DTYPES,
@@ -105,6 +106,8 @@ def optimise(
 
     replays: list[Variant] = []
     if trial.wanted(device):
+        # Another runtime has a heap of its own: what the proofs have left is of no use to it.
+        release_heap()
         replays, precision = _attempt("openvino", steps, convert) or ([], precision)
     dtype, outputs = DTYPES[precision], expected.shape[1]
     if fused is not None and dtype != torch.float32:
@@ -115,6 +118,7 @@ def optimise(
     variants = (fused,) if fused else ()
     module = cast(module.to(device), dtype, outputs=outputs)
     if replays:
+        release_heap()
         images = probe.to(dtype)
         by_torch = ByTorch(module=module, variants=variants, features=features, images=images)
         replays = trial.faster(replays, by_torch)

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from models.heap import end_start, release_heap
 from service.api.connections import Connections
 from service.api.http_protocol import protocol
 from service.api.reload import MakeApp, Reload
 from service.devices.lifeline import die_with_parent
 from service.devices.pool import DevicePool
 from service.devices.runtime_dir import RuntimeDir
-from service.heap import end_start, release_heap
 from service.logs import configure_logging
 from service.settings import Settings
 

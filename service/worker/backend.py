@@ -11,9 +11,9 @@ from typing import Any, Literal, Protocol
 
 from models.catalog import ModelSpec
 from models.errors import HeatlensError, ModelLoadFailed, cause_of
+from models.heap import release_heap
 from models.types import Failure, Job, ModelInfo, Outcome
 from service.devices.model_state import with_fingerprint
-from service.heap import release_heap
 from service.worker.pace import Suspended
 
 log = logging.getLogger("heatlens.compute")

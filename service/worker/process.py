@@ -27,6 +27,7 @@ from pydantic import ValidationError
 
 from models.catalog import ModelSpec
 from models.errors import HeatlensError, ModelLoadFailed
+from models.heap import end_start, keep_heap
 from models.types import Failure, ModelInfo
 from service.devices.lifeline import die_with_parent
 from service.devices.message_socket import MessageSocket
@@ -55,7 +56,6 @@ from service.devices.status import (
     DeviceStatesFile,
     WorkerStatusFile,
 )
-from service.heap import end_start, keep_heap
 from service.logs import configure_logging
 from service.settings import Settings
 from service.worker.backend import Backend, make_engine_backend

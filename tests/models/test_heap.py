@@ -10,7 +10,7 @@ import pytest
 
 PROBE = """
 import resource, sys
-from service.heap import keep_heap
+from models.heap import keep_heap
 kept = sys.argv[1] == "kept" and keep_heap()
 block = bytearray(48 << 20)
 del block
@@ -38,7 +38,7 @@ def test_large_blocks_are_not_faulted_in_again():
 
 RELEASE = """
 import psutil
-from service.heap import keep_heap, release_heap
+from models.heap import keep_heap, release_heap
 keep_heap()
 blocks = [bytearray(b"x" * (1 << 20)) for _ in range(200)]
 kept = bytearray(1 << 20)
@@ -59,7 +59,7 @@ def test_a_kept_heap_can_be_released():
 
 START = """
 import gc, weakref
-from service.heap import end_start
+from models.heap import end_start
 gc.disable()
 class Cycle: ...
 def cycle():
