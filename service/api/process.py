@@ -42,7 +42,6 @@ _TYPED_END_S = 1.0
 _LINGER_S = 0.5
 _LINGER_POLL_S = 0.02
 _RELEASE_INTERVAL_S = 10
-_SWITCH_S = 0.0002
 _CLOSE_HEADER = (b"connection", b"close")
 
 
@@ -170,8 +169,6 @@ def _default_app(runtime: RuntimeDir) -> MakeApp:
 def main(arguments: Sequence[str] | None = None, *, make_app: MakeApp | None = None) -> int:
     """Serve until SIGTERM; returns the exit code."""
     gc.disable()
-    # The event loop gets the interpreter back at once from threads that decode and draw.
-    sys.setswitchinterval(_SWITCH_S)
     parser = argparse.ArgumentParser(prog="heatlens HTTP process")
     for name, kind in {"runtime": Path, "socket": int, "parent": int}.items():
         parser.add_argument(f"--{name}", type=kind, required=True)
