@@ -12,9 +12,10 @@ import re
 import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_settings import (
@@ -130,11 +131,36 @@ def _describe(error: ValidationError, config: Path | None) -> str:
         key = ".".join(map(str, item["loc"]))
         cause = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            cause = _REMOVED_SECTIONS.get(key, "unknown key")
+            cause = _REMOVED_SECTIONS.get(key) or _unknown(item["loc"])
         line = line_of(text, item["loc"])
         place = f"{config.name}, line {line}: " if config and line else ""
         lines.append(f"{place}{key}: {cause}")
     return "; ".join(lines)
+
+
+def _unknown(location: Sequence[str | int]) -> str:
+    """That there is no such key, and which one may be meant."""
+    kind: type[BaseModel] | None = Settings
+    *path, key = location
+    for part in path:
+        if kind is not None and isinstance(part, str):
+            field = kind.model_fields.get(part)
+            kind = None if field is None else _model_in(field.annotation)
+    if kind is None:
+        return "unknown key"
+    likely = get_close_matches(str(key), kind.model_fields, n=1)
+    return (
+        f"unknown key; did you mean {likely[0]}?"
+        if likely
+        else (f"unknown key; known are {', '.join(kind.model_fields)}")
+    )
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model that an annotation names, as an item of a list or beside None."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, get_args(annotation))), None)
 
 
 def line_of(text: str, location: Sequence[str | int]) -> int | None:

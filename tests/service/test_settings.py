@@ -141,8 +141,10 @@ def test_a_removed_section_names_its_replacement(
 
 
 def test_unknown_keys_are_named(config: Path, set_variables: Callable[..., None]) -> None:
-    assert "limits.max_image: unknown key" in wrong(overrides={"limits": {"max_image": 1}})
-    assert "models.0.wieghts: unknown key" in wrong(
+    assert "limits.max_image: unknown key; did you mean max_images?" in wrong(
+        overrides={"limits": {"max_image": 1}}
+    )
+    assert "models.0.wieghts: unknown key; did you mean weights?" in wrong(
         overrides={"models": [{"name": "a", "source": "timm:x", "wieghts": "w"}]}
     )
     set_variables(HEATLENS_LIMITS__NOPE="1")
