@@ -118,7 +118,9 @@ class Trial:
             self.steps += [variant.step for variant in replays]
         if chosen:
             weights = sum(p.nbytes for p in torch_.module.parameters())
-            self.steps.append(f"OpenVINO holds about {len(chosen) * weights / 1e6:.0f} MB besides")
+            self.steps.append(
+                f"OpenVINO holds {len(chosen) * weights / 1e6:.0f} MB of weights besides"
+            )
         return chosen
 
     def _measured(self, replays: Sequence[Variant], torch_: ByTorch) -> list[Race]:

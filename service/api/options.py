@@ -72,12 +72,12 @@ def _check_targets(targets: list[Any]) -> list[Any]:
 
 
 def _check_labels(labels: list[str]) -> list[str]:
-    """Refuse labels that are blank, or there twice."""
+    """Refuse labels that are blank or appear twice."""
     for place, label in enumerate(labels):
         if not label.strip():
             raise ValueError(f"Label {place} is blank.")
     if len(set(labels)) < len(labels):
-        raise ValueError("A label is there twice.")
+        raise ValueError("A label appears twice.")
     return labels
 
 

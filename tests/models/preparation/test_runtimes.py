@@ -55,7 +55,7 @@ def test_what_is_faster_serves_and_the_card_says_why(measured, on_torch, results
     steps = [step for step in model.info.card.preparation if "x torch (" in step]
     assert [str(result) in step for result, step in zip(results, steps, strict=True)]
     assert ["skipped" in step for step in steps] == [not result.won for result in results]
-    assert any("MB besides" in s for s in model.info.card.preparation) == any(served)
+    assert any("MB of weights besides" in s for s in model.info.card.preparation) == any(served)
     assert_equal_answers(JOBS, on_torch, model)
 
 
