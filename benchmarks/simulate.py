@@ -44,6 +44,10 @@ CURVES = {
     # EfficientNet-B0 on an A100 80GB in TF32, PyTorch 21.03: batch over throughput, from NVIDIA's
     # DeepLearningExamples, PyTorch/Classification/ConvNets/efficientnet/README.md.
     "a100": {1: 7.7, 2: 7.6, 4: 8.0, 8: 8.0, 16: 8.5, 32: 9.4, 64: 13.7, 128: 25.6},
+    # ResNet-50 on an H100 SXM in INT8 by TensorRT, MLPerf Inference v4.1: batches of 1 and 8 as
+    # NVIDIA configures single-stream and multi-stream, then on a line to Dell's offline result
+    # (eight of them, batches of 2048: 709,849 images/s).
+    "h100": {1: 0.66, 2: 0.68, 4: 0.73, 8: 0.83, 16: 0.92, 32: 1.09, 64: 1.44, 128: 2.14},
 }
 LONG_SHARE = 0.005
 EXTRA = 0.05
@@ -226,7 +230,7 @@ def compare(
 
 def main(
     *,
-    curve: Annotated[str, typer.Option(help="fp32, bf16 or a100.")] = "fp32",
+    curve: Annotated[str, typer.Option(help="fp32, bf16, a100 or h100.")] = "fp32",
     devices: Annotated[str, typer.Option(help="Numbers, comma-separated.")] = "1,8,64",
     loads: Annotated[str, typer.Option(help="Shares of the capacity.")] = "0.5,0.9,1.5",
     kinds: Annotated[
