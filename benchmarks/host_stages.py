@@ -28,12 +28,12 @@ from models.imaging.style import style_of
 from models.registry import ModelRegistry
 from models.types import Job, ModelInfo, Outcome, Preprocess
 from service.api.body import ImageInput
+from service.api.json import validate
 from service.api.multipart import read_form
 from service.api.options import ExplainOptions
 from service.api.plan import Plan, make_plan
 from service.api.responses import render
 from service.api.schemas import ExplainResult
-from service.api.validation import validate
 from service.devices.messages import Completion, FromWorker, Results, Submission, ToWorker
 from service.devices.messages import decode as read_message
 from service.devices.messages import encode as make_message

@@ -13,14 +13,14 @@ from starlette.middleware.cors import CORSMiddleware
 
 from models.imaging.decode import DecodeLimits
 from service.api import errors, openapi
+from service.api.admission import Admission
 from service.api.body import BodyReader
 from service.api.decoders import Decoders
-from service.api.dependencies import Service
+from service.api.dependencies import Service, refuse_excess
 from service.api.dialects import kserve_v1, sagemaker, torchserve
 from service.api.dialects.v2 import infer, metadata
 from service.api.dialects.v2 import schemas as v2
-from service.api.door import refuse_excess
-from service.api.limiter import ConcurrencyLimiter
+from service.api.key_counts import KeyCounts
 from service.api.metrics import Metrics
 from service.api.middleware import RequestContext, RouteAliases
 from service.api.pipeline import Pipeline
@@ -52,7 +52,7 @@ def create_app(
     *,
     metrics: Metrics | None = None,
     read_settings: Callable[[], Settings] | None = None,
-    limiter: ConcurrencyLimiter | None = None,
+    key_counts: KeyCounts | None = None,
 ) -> FastAPI:
     """Build the application; its lifespan starts and closes `pool`, and may be entered repeatedly.
 
@@ -62,10 +62,9 @@ def create_app(
         metrics: the metrics of the process; None makes new ones.
         read_settings: reads the configuration again, for models to be loaded; None = it never
             changes.
-        limiter: the limiter of the process; None makes one for this application alone.
+        key_counts: those of the process; None makes them for this application alone.
     """
     metrics = metrics or Metrics(pool)
-    limiter = limiter or ConcurrencyLimiter(None)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -85,14 +84,20 @@ def create_app(
                 stack.callback(tracing.close)
             stack.push_async_callback(pool.close)
             await pool.start()
+            admission = Admission(
+                pool,
+                max_wait_s=settings.limits.max_wait_s,
+                max_answer_bytes=settings.limits.max_answer_bytes,
+                key_counts=key_counts,
+            )
             app.state.service = Service(
                 settings=settings,
                 read_settings=read_settings or (lambda: settings),
                 pool=pool,
                 reader=BodyReader(settings.limits, threads=parsers, fetcher=fetcher),
-                pipeline=_pipeline(settings, pool, threads, decoders),
+                pipeline=_pipeline(settings, pool, admission, threads, decoders),
                 metrics=metrics,
-                limiter=limiter,
+                admission=admission,
             )
             yield
 
@@ -145,19 +150,22 @@ def _decoders(settings: Settings) -> Decoders:
 
 
 def _pipeline(
-    settings: Settings, pool: DevicePool, threads: ThreadPoolExecutor, decoders: Decoders
+    settings: Settings,
+    pool: DevicePool,
+    admission: Admission,
+    threads: ThreadPoolExecutor,
+    decoders: Decoders,
 ) -> Pipeline:
     limits = settings.limits
     caps = DecodeLimits(max_bytes=limits.max_image_bytes, max_pixels=limits.max_pixels)
     return Pipeline(
         pool,
+        admission=admission,
         limits=caps,
         threads=threads,
         workers=_image_threads(),
         decoders=decoders,
         max_pixels=limits.max_request_pixels,
-        max_wait_s=limits.max_wait_s,
-        max_answer_bytes=limits.max_answer_bytes,
     )
 
 

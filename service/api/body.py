@@ -26,10 +26,9 @@ from models.errors import (
 )
 from models.imaging.decode import FORMATS, sniff
 from service.api.compression import inflate
-from service.api.json import decode_base64, json_object
+from service.api.json import OptionsT, decode_base64, json_object, validate
 from service.api.multipart import IMAGE_PART, OPTIONS_PART, read_form
 from service.api.options import ImageOption, list_options
-from service.api.validation import OptionsT, validate
 from service.settings import LimitSettings
 
 if TYPE_CHECKING:

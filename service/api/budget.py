@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from msgspec import structs
 
 from models.errors import InvalidOption
 from models.price import Price, price
-from models.types import JobOptions
+from models.types import JobOptions, ModelInfo
 
 if TYPE_CHECKING:
     from service.api.plan import Plan, RenderOptions
@@ -24,6 +25,8 @@ _EXPLANATION_BYTES = 700
 _RESULT_BYTES = 1500
 # Sides of a picture that is drawn on a whole image, at most.
 _CANVAS_SIDE = 1024
+# Sets of labels that are remembered.
+_KEPT_SETS = 16
 
 Cost = Callable[[JobOptions, "RenderOptions"], float]
 
@@ -117,3 +120,29 @@ def _heaviest(plan: Plan, cost: Cost, *, allowed: float) -> str:
         left[field] = total(images, structs.replace(render, **least_drawn(render)))
     heaviest = min(left, key=lambda field: left[field])
     return heaviest if left[heaviest] <= allowed else "images"
+
+
+class LabelSets:
+    """The label sets of earlier requests, which devices need not encode again.
+
+    They decide only what is expected.
+    """
+
+    def __init__(self) -> None:
+        self._sets: OrderedDict[tuple[str, str, tuple[str, ...]], None] = OrderedDict()
+
+    def add(self, info: ModelInfo) -> None:
+        """A request has been answered whose labels are those of `info`."""
+        key = _key(info, info.labels)
+        self._sets[key] = None
+        self._sets.move_to_end(key)
+        while len(self._sets) > _KEPT_SETS:
+            self._sets.popitem(last=False)
+
+    def has(self, info: ModelInfo, labels: Sequence[str]) -> bool:
+        """Whether a model has answered a request with these labels."""
+        return _key(info, labels) in self._sets
+
+
+def _key(info: ModelInfo, labels: Sequence[str]) -> tuple[str, str, tuple[str, ...]]:
+    return info.card.full_name, info.fingerprint, tuple(labels)

@@ -8,8 +8,8 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from service.api.admission import Admission
 from service.api.body import BodyReader
-from service.api.limiter import ConcurrencyLimiter
 from service.api.metrics import Metrics
 from service.api.pipeline import Pipeline
 from service.devices.pool import DevicePool
@@ -31,7 +31,7 @@ class Service:
     reader: BodyReader
     pipeline: Pipeline
     metrics: Metrics
-    limiter: ConcurrencyLimiter
+    admission: Admission
 
 
 async def get_service(request: Request) -> Service:
@@ -41,3 +41,8 @@ async def get_service(request: Request) -> Service:
 
 
 ServiceDep = Annotated[Service, Depends(get_service)]
+
+
+async def refuse_excess(request: Request, service: ServiceDep) -> None:
+    """Refuse a request for images while the service is at its limit; its body is not read."""
+    service.admission.check_unread(request)

@@ -8,15 +8,12 @@ import heapq
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
-StageName = Literal["decode", "draw"]
 
-_SMOOTHING = 0.1
 _PIECE_S = 0.05
 
 
@@ -34,35 +31,20 @@ class HostWork:
 
     def __init__(self, threads: Executor, *, workers: int) -> None:
         self._threads = threads
-        self._workers = self._free = workers
+        self._free = workers
         self._waiting: list[tuple[float, int, asyncio.Future[None]]] = []
         self._sequence = itertools.count()
-        self._images: dict[StageName, int] = {"decode": 0, "draw": 0}
-        self._seconds: dict[StageName, float] = {"decode": 0.0, "draw": 0.0}
 
-    @property
-    def wait_s(self) -> float:
-        """Estimated time until the images that were accepted are decoded and drawn."""
-        images = self._images.items()
-        return sum(count * self._seconds[stage] for stage, count in images) / self._workers
+    async def decode(self, work: Callable[[], T], *, piece: int = 0) -> T:
+        """Run work that begins an image; `piece` is its number among those of its request."""
+        return await self._submit(work, order=time.monotonic() + _PIECE_S * piece)
 
-    @contextlib.contextmanager
-    def stage(self, name: StageName) -> Iterator[HostStage]:
-        """Count an image that needs a stage, until it is through or given up."""
-        self._images[name] += 1
-        stage = HostStage(self, name)
-        try:
-            yield stage
-            self._observe(name, stage.seconds)
-        finally:
-            self._images[name] -= 1
+    async def draw(self, work: Callable[[], T], *, piece: int = 0) -> T:
+        """Run work on an image that had its time on a device."""
+        order = time.monotonic() + _PIECE_S * piece if piece else -math.inf
+        return await self._submit(work, order=order)
 
-    def _observe(self, name: StageName, seconds: float) -> None:
-        known = self._seconds[name]
-        if seconds:
-            self._seconds[name] = known + _SMOOTHING * (seconds - known) if known else seconds
-
-    async def submit(self, work: Callable[[], T], *, order: float) -> T:
+    async def _submit(self, work: Callable[[], T], *, order: float) -> T:
         """Run work in a thread when it is its turn; the lowest order is the first."""
         await self._enter(order)
         loop = asyncio.get_running_loop()
@@ -109,35 +91,3 @@ class HostWork:
                 turn.set_result(None)
                 return
         self._free += 1
-
-
-@dataclass(slots=True)
-class HostStage:
-    """One stage of one image.
-
-    Attributes:
-        seconds: time that it took on a thread.
-    """
-
-    host: HostWork
-    name: StageName
-    seconds: float = 0.0
-
-    async def run(self, work: Callable[[], T], *, piece: int = 0) -> T:
-        """Run a piece of work.
-
-        Args:
-            work: what is called in a thread.
-            piece: its number among the pieces of its request.
-        """
-
-        def timed() -> T:
-            started = time.monotonic()
-            try:
-                return work()
-            finally:
-                self.seconds += time.monotonic() - started
-
-        is_begun = self.name == "draw" and piece == 0
-        order = -math.inf if is_begun else time.monotonic() + _PIECE_S * piece
-        return await self.host.submit(timed, order=order)

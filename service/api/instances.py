@@ -10,8 +10,8 @@ from fastapi import Request
 from service.api.body import RequestBody, parse_query
 from service.api.dependencies import Service
 from service.api.handler import in_time
+from service.api.json import validate
 from service.api.options import ExplainOptions, PredictOptions
-from service.api.validation import validate
 
 _HOLDERS = ("image", "image_bytes", "data", "body")
 _TRUE = (True, "true", "1")

@@ -1,6 +1,6 @@
 """The options of a request: names, ranges, defaults and descriptions, one model per operation.
 
-`service.api.validation` checks values against them. What depends on the network (labels, layers,
+`service.api.json` checks values against them. What depends on the network (labels, layers,
 applicable methods) is resolved in `service.api.plan`.
 """
 

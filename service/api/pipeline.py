@@ -13,7 +13,6 @@ import time
 import uuid
 from collections.abc import Coroutine, Generator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -25,18 +24,17 @@ from models.errors import (
     HeatlensError,
     InvalidOption,
     ModelReplaced,
-    Overloaded,
 )
 from models.imaging.decode import DecodeLimits
 from models.imaging.prepare import PreparedImage
 from models.types import Job, Operation, Struct
 from service import logs, tracing
 from service.api import schemas
+from service.api.admission import Admission
+from service.api.budget import LabelSets
 from service.api.decoders import Decoders
 from service.api.errors import internal_error
 from service.api.host import HostWork
-from service.api.label_sets import LabelSets
-from service.api.line import Line
 from service.api.pair import Pair
 from service.api.plan import Plan, PlannedImage
 from service.api.preparation import PlanInputs, Preparation
@@ -47,8 +45,6 @@ from service.devices.messages import JobProgress, News, Submission
 from service.devices.pool import DevicePool
 
 _DRAW_S = 0.05
-# Answers of the largest size that may be in the making at once.
-_ANSWERS = 3
 # The estimate of an answer's size may be this far off.
 _TOLERANCE = 2
 
@@ -96,37 +92,31 @@ class Pipeline:
 
     Args:
         pool: the devices.
+        admission: refuses plans before decoding.
         limits: caps on images.
         threads: where images are decoded and drawn.
         workers: the number of these threads.
         decoders: where images are decoded that are not proved to be cheap; None = in threads, too.
         max_pixels: of all images of a plan together.
-        max_wait_s: estimated wait beyond which a plan is refused before decoding.
-        max_answer_bytes: estimated size of one answer; all that are being made together have at
-            most three times as much.
     """
 
     def __init__(
         self,
         pool: DevicePool,
         *,
+        admission: Admission,
         limits: DecodeLimits,
         threads: Executor,
         workers: int = 2,
         decoders: Decoders | None = None,
         max_pixels: float = math.inf,
-        max_wait_s: float = math.inf,
-        max_answer_bytes: int = 32_000_000,
     ) -> None:
         self._pool = pool
         self._preparation = Preparation(
             limits, threads=threads, decoders=decoders, max_pixels=max_pixels
         )
         self._host = HostWork(threads, workers=workers)
-        self._line = Line(max_wait_s=max_wait_s)
-        self._max_wait_s = max_wait_s
-        self._max_answer_bytes = max_answer_bytes
-        self._answer_bytes = 0
+        self._admission = admission
         self.label_sets = LabelSets()
 
     async def run(self, plan: Plan, *, watch: Watch | None = None) -> Reply:
@@ -142,17 +132,13 @@ class Pipeline:
             ModelReplaced: the model was replaced meanwhile; a plan for the new one may succeed.
             HeatlensError: every image failed; this is the first one's error.
         """
-        self._refuse_excess(plan)
-        if watch is not None:
-            # A comparison is one job.
-            watch.start(1 if plan.operation == "compare" else len(plan.images))
-        room = _Room(_TOLERANCE * self._max_answer_bytes)
+        room = _Room(_TOLERANCE * self._admission.max_answer_bytes)
         pair = Pair(plan.info) if plan.operation == "compare" else None
-        # A long job has its own share of a device, for which it waits there.
-        place = nullcontext() if plan.is_long else self._line.place(plan.device_ms)
-        self._answer_bytes += plan.answer_bytes
         try:
-            with place:
+            with self._admission.place(plan):
+                if watch is not None:
+                    # A comparison is one job.
+                    watch.start(1 if plan.operation == "compare" else len(plan.images))
                 async with asyncio.timeout(plan.deadline - time.monotonic()):
                     inputs = await self._preparation.begin(plan)
                     outcomes = await _together(
@@ -166,49 +152,11 @@ class Pipeline:
                 self.label_sets.add(plan.info)
         except TimeoutError:
             raise DeadlineExceeded("The deadline passed before the response was ready.") from None
-        finally:
-            self._answer_bytes -= plan.answer_bytes
         return reply if pair is None else structs.replace(reply, similarity=pair.similarity)
-
-    def refuse_unread(self, *, may_be_long: bool) -> None:
-        """Refuse a request at the limit before its body is read.
-
-        Args:
-            may_be_long: whether its body may ask for a long job, which has its own share of a device.
-
-        Raises:
-            Overloaded: whatever it is, it would wait for too long.
-        """
-        wait_s = self._line.wait_s
-        if may_be_long:
-            ready = (device for device in self._pool.devices() if device.state == "ready")
-            longs = (device.long_wait_ms / 1000 for device in ready)
-            wait_s = min(wait_s, min(longs, default=0.0))
-        self._line.admit(wait_s, patience_s=self._max_wait_s)
-
-    def _refuse_excess(self, plan: Plan) -> None:
-        """Refuse a plan before spending time on decoding it, if it would wait for too long.
-
-        Raises:
-            Overloaded: for a device, for the threads, or for memory.
-        """
-        others = self._answer_bytes
-        if others and others + plan.answer_bytes > _ANSWERS * self._max_answer_bytes:
-            raise Overloaded("Too many large answers are being made.", retry_after_s=1.0)
-        name = plan.info.card.full_name
-        waits = [
-            (device.long_wait_ms if plan.is_long else device.wait_ms) / 1000
-            for device in self._pool.devices()
-            if device.state == "ready" and name in device.models
-        ]
-        here_s = self._host.wait_s if plan.is_long else max(self._host.wait_s, self._line.wait_s)
-        patience_s = min(plan.patience_s(self._max_wait_s), plan.deadline - time.monotonic())
-        self._line.admit(max(min(waits, default=0.0), here_s), patience_s=max(0.0, patience_s))
 
     async def draw(self, item: PartialMap) -> ExplanationResponse:
         """Draw what a map shows so far."""
-        with self._host.stage("draw") as stage:
-            return await stage.run(lambda: draw(item.explanation, item.source, item.plan))
+        return await self._host.draw(lambda: draw(item.explanation, item.source, item.plan))
 
     async def _try_image(
         self,
@@ -249,8 +197,7 @@ class Pipeline:
         if image.input.error is not None:
             raise image.input.error
         decoding = time.monotonic()
-        with self._host.stage("decode") as stage:
-            prepared = await inputs.prepare(number, stage)
+        prepared = await inputs.prepare(number, self._host)
         submitted = time.monotonic()
         tracing.stage("decode", began=decoding, ended=submitted)
 
@@ -260,17 +207,16 @@ class Pipeline:
 
         submission = _submission(image, prepared, plan, is_watched=watch is not None)
         submit = partial(self._pool.submit, on_progress=hear)
-        with self._host.stage("draw") as stage:
-            if pair is None:
-                completion = await submit(submission)
-            else:
-                completion = await pair.run(number, submission, submit)
-            answered = time.monotonic()
-            steps = render(completion.outcome, prepared, plan)
-            result, piece = None, number
-            while result is None:
-                result = await stage.run(lambda: _draw_some(steps, room), piece=piece)
-                piece += 1
+        if pair is None:
+            completion = await submit(submission)
+        else:
+            completion = await pair.run(number, submission, submit)
+        answered = time.monotonic()
+        steps = render(completion.outcome, prepared, plan)
+        result, piece = None, number
+        while result is None:
+            result = await self._host.draw(lambda: _draw_some(steps, room), piece=piece)
+            piece += 1
         rendered = time.monotonic()
         tracing.stage("render", began=answered, ended=rendered)
         timings = Timings(

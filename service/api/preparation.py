@@ -19,7 +19,7 @@ from models.imaging.prepare import Canvas, PreparedImage, from_decoded, is_light
 from models.imaging.preprocess import take_normalised
 from models.types import Preprocess
 from service.api.decoders import Decoders
-from service.api.host import HostStage
+from service.api.host import HostWork
 from service.api.plan import Plan
 
 T = TypeVar("T")
@@ -100,8 +100,8 @@ class PlanInputs:
         # Images of others get their turn in the decoders between those of this plan.
         self._lane = asyncio.Semaphore(1)
 
-    async def prepare(self, number: int, stage: HostStage) -> PreparedImage:
-        """Prepare one image; `stage` has the threads.
+    async def prepare(self, number: int, host: HostWork) -> PreparedImage:
+        """Prepare one image; `host` has the threads.
 
         Raises:
             HeatlensError: the image cannot be decoded, or only at too high a cost.
@@ -112,7 +112,7 @@ class PlanInputs:
         if spec is None:
             raise NotReady("The model is not ready yet.", field="model")
         if decoders is None or header is None or is_light(header) or isinstance(data, np.ndarray):
-            return await stage.run(
+            return await host.decode(
                 lambda: self._with_areas(self._prepare(data, spec, header), number), piece=number
             )
         limits, canvas = self._preparation.limits, self._canvas
@@ -121,7 +121,7 @@ class PlanInputs:
                 data, header=header, limits=limits, spec=spec, canvas=canvas
             )
         if plan.images[number].areas:
-            return await stage.run(lambda: self._with_areas(image, number), piece=number)
+            return await host.decode(lambda: self._with_areas(image, number), piece=number)
         return image
 
     def _with_areas(self, image: PreparedImage, number: int) -> PreparedImage:

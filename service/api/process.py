@@ -148,11 +148,11 @@ async def _give_memory_back() -> None:
 def _default_app(runtime: RuntimeDir) -> MakeApp:
     """The service's application."""
     from service.api.app import create_app
-    from service.api.limiter import ConcurrencyLimiter
+    from service.api.key_counts import KeyCounts
     from service.api.metrics import Metrics
 
     source = runtime.read_source()
-    limiter = ConcurrencyLimiter(runtime.limiter_dir)
+    key_counts = KeyCounts(runtime.key_counts_dir)
     metrics: Metrics | None = None
 
     def make(settings: Settings, pool: DevicePool) -> ASGIApp:
@@ -160,7 +160,7 @@ def _default_app(runtime: RuntimeDir) -> MakeApp:
         # One per process: a second one would overwrite the shared counters of the first.
         metrics = metrics or Metrics(pool)
         return create_app(
-            settings, pool, metrics=metrics, read_settings=source.read, limiter=limiter
+            settings, pool, metrics=metrics, read_settings=source.read, key_counts=key_counts
         )
 
     return make

@@ -53,7 +53,7 @@ async def limit_key(service: ServiceDep, key: KeyDep) -> AsyncIterator[None]:
     if limit is None or not _is_one_of(key, _all_keys(service.settings.security)):
         yield
         return
-    with service.limiter.slot(_hash(key or "")[-_COUNTED_DIGITS:], limit=limit):
+    with service.admission.key_slot(_hash(key or "")[-_COUNTED_DIGITS:], limit=limit):
         yield
 
 

@@ -28,7 +28,7 @@ class RuntimeDir:
         states_file: the states of all devices; see `DeviceStatesFile`.
         settings_file: the configuration in force.
         metrics_dir: folder in which HTTP processes keep their parts of the metrics.
-        limiter_dir: folder in which HTTP processes share the requests in flight of each key.
+        key_counts_dir: folder in which HTTP processes share the requests in flight of each key.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,7 +36,7 @@ class RuntimeDir:
         self.states_file = path / "devices"
         self.settings_file = path / "settings.json"
         self.metrics_dir = path / "metrics"
-        self.limiter_dir = path / "limiter"
+        self.key_counts_dir = path / "keys"
 
     @classmethod
     def create(cls) -> RuntimeDir:
@@ -50,13 +50,13 @@ class RuntimeDir:
         if len(os.fsencode(runtime.socket_path("cuda:000", 1_000_000))) > _SOCKET_PATH_LIMIT:
             path.rmdir()
             raise OSError(f"{path} is too long for a Unix socket; set TMPDIR to a shorter path")
-        for folder in (runtime.metrics_dir, runtime.limiter_dir):
+        for folder in (runtime.metrics_dir, runtime.key_counts_dir):
             folder.mkdir(mode=0o700)
         return runtime
 
     def forget_http(self, pid: int) -> None:
         """Remove the records of an HTTP process that has exited; its counters stay."""
-        (self.limiter_dir / str(pid)).unlink(missing_ok=True)
+        (self.key_counts_dir / str(pid)).unlink(missing_ok=True)
         for path in self.metrics_dir.glob(f"gauge_live*_{pid}.db"):
             path.unlink(missing_ok=True)
 

@@ -22,7 +22,7 @@ def test_a_key_is_limited_across_processes(configured):
         limits={"max_concurrent_per_key": 3},
         security={"api_keys": ["one", "two"]},
     )
-    until(lambda: len(list(running.service.runtime.limiter_dir.iterdir())) == 3)
+    until(lambda: len(list(running.service.runtime.key_counts_dir.iterdir())) == 3)
 
     def ask(number: int, key: str = "one") -> httpx.Response:
         return httpx.post(

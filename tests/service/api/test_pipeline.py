@@ -26,6 +26,7 @@ from models.errors import (
 from models.imaging.decode import DecodeLimits
 from models.shares import LONG_SHARE
 from models.types import Job, Outcome
+from service.api.admission import Admission
 from service.api.body import ImageInput
 from service.api.options import ExplainOptions, FeaturesOptions, PredictOptions
 from service.api.pipeline import Pipeline
@@ -63,8 +64,9 @@ def plan_of(
 @asynccontextmanager
 async def pipeline(pool: FakePool, **options: Any) -> AsyncIterator[Pipeline]:
     await pool.start()
+    admission = Admission(pool, **options)
     with ThreadPoolExecutor(2) as threads:
-        yield Pipeline(pool, limits=DecodeLimits(), threads=threads, **options)
+        yield Pipeline(pool, admission=admission, limits=DecodeLimits(), threads=threads)
 
 
 def waiting(*waits_s: float, models: tuple[str, ...] | None = None) -> list[DeviceStatus]:
@@ -293,7 +295,13 @@ async def test_pixels_keep_to_the_limits_of_images(
 ) -> None:
     await FakePool().start()
     with ThreadPoolExecutor(2) as threads:
-        made = Pipeline(FakePool(), limits=DecodeLimits(max_pixels=100_000), threads=threads)
+        pool = FakePool()
+        made = Pipeline(
+            pool,
+            admission=Admission(pool),
+            limits=DecodeLimits(max_pixels=100_000),
+            threads=threads,
+        )
         with pytest.raises(error):
             await made.run(plan_of(ImageInput(data=np.zeros(shape, np.uint8))))
 

@@ -13,6 +13,7 @@ from models.catalog import ModelSpec
 from models.errors import HeatlensError, InvalidOption, NotReady, UnknownModel
 from models.methods import METHODS
 from service.api.body import ImageInput, parse_query
+from service.api.json import validate
 from service.api.options import (
     AnyOptions,
     ExplainOptions,
@@ -21,7 +22,6 @@ from service.api.options import (
     list_options,
 )
 from service.api.plan import choose_model, find_model, make_plan, timeout_s
-from service.api.validation import validate
 from service.settings import LimitSettings, Settings
 from tests.fakes import LABELS, fake_info
 

@@ -18,12 +18,11 @@ from service.api.dialects.v2.outputs import EXPLAIN, PREDICT, classification, ma
 from service.api.dialects.v2.schemas import InferRequest, InferResponse, Parameters, RequestedOutput
 from service.api.dialects.v2.tensors import Tensor, read_request, write_outputs
 from service.api.handler import good_results
-from service.api.json import decode_base64
+from service.api.json import decode_base64, validate
 from service.api.options import ExplainOptions, Output, PredictOptions, list_options
 from service.api.pipeline import Reply
 from service.api.plan import Plan
 from service.api.schemas import Result
-from service.api.validation import validate
 from service.settings import LimitSettings
 
 BINARY_LENGTH = "Inference-Header-Content-Length"

@@ -1,4 +1,4 @@
-"""A limit on the concurrent requests of each key, across all HTTP processes.
+"""Counts the concurrent requests of each key across all HTTP processes.
 
 Each process keeps its own counts in a record that the others read. A process counts a request first
 and then looks at the sum, so that two requests that start at the same moment cannot both slip under
@@ -16,16 +16,14 @@ from pathlib import Path
 
 import msgspec
 
-from models.errors import Overloaded
 from service.devices.shared_record import SharedRecord
 
 _CAPACITY = 64 * 1024
 _LIST_AGAIN_S = 0.2
-_RETRY_AFTER_S = 1.0
 
 
-class ConcurrencyLimiter:
-    """Counts requests in flight by key.
+class KeyCounts:
+    """Requests in flight by key.
 
     Args:
         folder: the folder of all processes' records; None = this process is the only one.
@@ -43,20 +41,11 @@ class ConcurrencyLimiter:
         self._listed_at = float("-inf")
 
     @contextmanager
-    def slot(self, key: str, *, limit: int) -> Iterator[None]:
-        """Count a request while it is in flight.
-
-        Raises:
-            Overloaded: the key has reached its limit.
-        """
+    def count(self, key: str) -> Iterator[int]:
+        """Count a request while it is in flight; yields how many the key has, this one included."""
         try:
             self._add(key, 1)
-            if self._own[key] + self._elsewhere(key) > limit:
-                raise Overloaded(
-                    f"A key may have at most {limit} requests in flight.",
-                    retry_after_s=_RETRY_AFTER_S,
-                )
-            yield
+            yield self._own[key] + self._elsewhere(key)
         finally:
             self._add(key, -1)
 

@@ -9,44 +9,42 @@ from pathlib import Path
 import httpx
 import pytest
 
-from models.errors import Overloaded
 from service.api.app import create_app
-from service.api.limiter import ConcurrencyLimiter
+from service.api.key_counts import KeyCounts
 from service.settings import Settings
 from tests.fakes import FakePool
 
 
-def process(folder: Path, pid: int, monkeypatch: pytest.MonkeyPatch) -> ConcurrencyLimiter:
-    """The limiter as a process of that id would use it."""
+def process(folder: Path, pid: int, monkeypatch: pytest.MonkeyPatch) -> KeyCounts:
+    """The counts as a process of that id would use it."""
     monkeypatch.setattr(os, "getpid", lambda: pid)
-    return ConcurrencyLimiter(folder)
+    return KeyCounts(folder)
 
 
-def fits(limiter: ConcurrencyLimiter, key: str = "a", *, limit: int = 2) -> bool:
-    with contextlib.suppress(Overloaded), limiter.slot(key, limit=limit):
-        return True
-    return False
+def fits(counts: KeyCounts, key: str = "a", *, limit: int = 2) -> bool:
+    with counts.count(key) as in_flight:
+        return in_flight <= limit
 
 
 def test_one_process() -> None:
-    limiter = ConcurrencyLimiter(None)
-    with limiter.slot("a", limit=2):
-        assert fits(limiter)
-        with limiter.slot("a", limit=2):
-            assert not fits(limiter)
-            assert not fits(limiter)
-            assert fits(limiter, "b")
-        assert fits(limiter)
-    assert fits(limiter)
+    counts = KeyCounts(None)
+    with counts.count("a"):
+        assert fits(counts)
+        with counts.count("a"):
+            assert not fits(counts)
+            assert not fits(counts)
+            assert fits(counts, "b")
+        assert fits(counts)
+    assert fits(counts)
 
 
 def test_processes_count_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = process(tmp_path, 11, monkeypatch)
     second = process(tmp_path, 12, monkeypatch)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(first.slot("a", limit=2))
+        stack.enter_context(first.count("a"))
         assert fits(second)
-        stack.enter_context(second.slot("a", limit=2))
+        stack.enter_context(second.count("a"))
         assert not fits(second)
         assert not fits(first)
         assert fits(first, "b")
@@ -57,18 +55,18 @@ def test_processes_count_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_process_that_has_ended_no_longer_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.api.limiter._LIST_AGAIN_S", 0)
+    monkeypatch.setattr("service.api.key_counts._LIST_AGAIN_S", 0)
     first = process(tmp_path, 11, monkeypatch)
     second = process(tmp_path, 12, monkeypatch)
-    with first.slot("a", limit=1):
+    with first.count("a"):
         assert not fits(second, limit=1)
         (tmp_path / "11").unlink()  # as the supervisor does
         assert fits(second, limit=1)
 
 
 def test_close_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    limiter = process(tmp_path, 11, monkeypatch)
-    limiter.close()
+    counts = process(tmp_path, 11, monkeypatch)
+    counts.close()
     assert not list(tmp_path.iterdir())
     assert fits(process(tmp_path, 11, monkeypatch)), "a lifespan may be entered again"
 
@@ -118,9 +116,9 @@ async def test_keys_that_are_not_configured_are_not_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, png_bytes: bytes
 ) -> None:
     """The record of counts has room for a few thousand keys: strangers must not fill it."""
-    limiter = process(tmp_path, 11, monkeypatch)
+    counts = process(tmp_path, 11, monkeypatch)
     pool = FakePool(delay_s=0.05)
-    app = create_app(Settings(limits={"max_concurrent_per_key": 2}), pool, limiter=limiter)
+    app = create_app(Settings(limits={"max_concurrent_per_key": 2}), pool, key_counts=counts)
     async with (
         app.router.lifespan_context(app),
         httpx.AsyncClient(
@@ -130,14 +128,14 @@ async def test_keys_that_are_not_configured_are_not_counted(
         for n in range(3):
             headers = {"X-API-Key": f"stranger {n}"}
             assert (await client.post("/v1/predict", content=png_bytes, headers=headers)).is_success
-        assert not limiter._own
+        assert not counts._own
 
 
 def test_a_count_that_cannot_be_written_does_not_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limiter = process(tmp_path, 11, monkeypatch)
-    monkeypatch.setattr(limiter._record, "_capacity", 1, raising=False)
-    with pytest.raises(ValueError), limiter.slot("a" * 100_000, limit=1):  # noqa: PT011
+    counts = process(tmp_path, 11, monkeypatch)
+    monkeypatch.setattr(counts._record, "_capacity", 1, raising=False)
+    with pytest.raises(ValueError), counts.count("a" * 100_000):  # noqa: PT011
         pass
-    assert not limiter._own
+    assert not counts._own

@@ -1,16 +1,28 @@
-"""The line of admitted requests: what a new one would wait is learnt, and who is refused gets in later."""
+"""Admission: the wait is learnt, who is refused gets in later, and at the limit bodies are not read."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections import deque
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
+import httpx
 import pytest
+from msgspec import structs
 
 from models.errors import Overloaded
-from service.api.line import Line
+from service.api.admission import Line
+from tests.fakes import FakePool
+from tests.service.api.conftest import Serve
+from tests.waiting import eventually
 
 LIMIT_S = 1.0
+LARGE = {"content-length": "5000000"}
+FORM = {"content-type": "multipart/form-data; boundary=b"}
+JSON = {"content-type": "application/json"}
+JPEG = {"content-type": "image/jpeg"}
 
 
 class Service:
@@ -18,7 +30,7 @@ class Service:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, every_s: float) -> None:
         self.now = 0.0
-        monkeypatch.setattr("service.api.line.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("service.api.admission.time.monotonic", lambda: self.now)
         self.line = Line(max_wait_s=LIMIT_S)
         self.every_s = every_s
         self.least_s = 0.0
@@ -26,14 +38,14 @@ class Service:
         self._open: deque[tuple[float, contextlib.ExitStack]] = deque()
         self._next = 0.0
 
-    def arrive(self, *, device_ms: float = 8.0) -> float | None:
+    def arrive(self, *, work_ms: float = 13.0) -> float | None:
         """Ask for an answer; returns the seconds after which to try again, None if admitted."""
         try:
-            self.line.admit(self.line.wait_s, patience_s=LIMIT_S)
+            self.line.check(self.line.wait_s, patience_s=LIMIT_S)
         except Overloaded as error:
             return error.retry_after_s
         place = contextlib.ExitStack()
-        place.enter_context(self.line.place(device_ms))
+        place.enter_context(self.line.place(work_ms))
         self._open.append((self.now, place))
         return None
 
@@ -150,6 +162,90 @@ def test_what_fails_at_once_teaches_nothing(service: Service) -> None:
     service.offer(rate=100, seconds=5)
     before = service.line.wait_s
     for _ in range(1000):
-        with contextlib.suppress(ValueError), service.line.place(8.0):
+        with contextlib.suppress(ValueError), service.line.place(13.0):
             raise ValueError
     assert service.line.wait_s == pytest.approx(before)
+
+
+# ---------------------------------------------------------------- before the body
+
+
+class Unread(httpx.AsyncByteStream):
+    """A body that notes whether it was asked for."""
+
+    asked = False
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        self.asked = True
+        yield b"no image"
+
+
+async def fill(client: httpx.AsyncClient, pool: FakePool, png: bytes) -> list[asyncio.Task[Any]]:
+    """Ask for as many answers as are admitted; none of them comes."""
+    pool.delay_s = 30.0
+    asked = [asyncio.create_task(client.post("/v1/predict", content=png)) for _ in range(40)]
+    await eventually(lambda: any(task.done() for task in asked))
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "is_read"),
+    [
+        ("/v1/predict", JPEG, False),
+        ("/v1/explain?top_k=2", JPEG, False),
+        ("/v1/explain?methods=rise", JPEG, True),
+        ("/v1/explain", FORM, True),
+        ("/v1/explain", FORM | LARGE, False),
+        ("/v1/explain", JSON, True),
+        ("/v1/models/efficientnet_lite0:predict", JSON | LARGE, False),
+        ("/v2/models/efficientnet_lite0/infer", JSON, True),
+        ("/invocations", JPEG, False),
+        ("/predictions/efficientnet_lite0", JPEG, False),
+    ],
+)
+@pytest.mark.anyio
+async def test_at_the_limit_bodies_are_not_read(
+    serve: Serve, pool: FakePool, png: bytes, path: str, headers: dict[str, str], is_read: bool
+) -> None:
+    async with serve(limits={"max_wait_s": 0.15}) as client:
+        asked = await fill(client, pool, png)
+        body = Unread()
+        response = await client.post(path, content=body, headers=headers)
+        assert body.asked == is_read
+        assert (response.status_code == 429) == (not is_read)
+        if not is_read:
+            assert int(response.headers["retry-after"]) >= 1
+        for task in asked:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+
+
+@pytest.mark.anyio
+async def test_where_long_jobs_wait_as_well_none_is_read(
+    serve: Serve, pool: FakePool, png: bytes
+) -> None:
+    async with serve(limits={"max_wait_s": 0.15}) as client:
+        asked = await fill(client, pool, png)
+        pool.statuses = [structs.replace(status, long_wait_ms=9000.0) for status in pool.statuses]
+        body = Unread()
+        response = await client.post("/v1/explain", content=body, headers=FORM)
+        assert (response.status_code, body.asked) == (429, False)
+        for task in asked:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+
+
+@pytest.mark.anyio
+async def test_below_the_limit_and_for_other_routes_the_door_is_open(
+    serve: Serve, pool: FakePool, png: bytes, draw: Callable[..., bytes]
+) -> None:
+    async with serve(limits={"max_wait_s": 0.15}) as client:
+        assert (await client.post("/v1/predict", content=png)).status_code == 200
+        asked = await fill(client, pool, png)
+        assert (await client.get("/v1/models")).status_code == 200
+        assert (await client.get("/readyz")).status_code == 200
+        for task in asked:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+        pool.delay_s = 0.0
+        assert (await client.post("/v1/predict", content=png)).status_code == 200
