@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 SUBSAMPLE = 2048
-# Values of a batch up to which a tensor is kept and reduced later.
-_SMALL = 1 << 18
-# Values that fit in a core's own cache, with room for a copy.
-_BLOCK = 1 << 17
-# Neighbouring values that torch reduces at the speed of memory, and with two bytes a value.
-_ROW, _HALF_ROW = 32, 64
+# Bytes of a batch up to which a tensor is kept and reduced later.
+_SMALL = 5 << 18
+# Bytes of neighbouring values that torch reduces at the speed of memory.
+_ROW_BYTES = 128
+# Neighbouring positions that are summed as channels of their own, so that rows are long.
+_FOLD = 32
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def reduce_later(
     A small tensor of the CPU takes several times as long in the middle of a network's pass, where
     each operation finds the processor's caches full of other code. Others are reduced at once.
     """
-    if tensor.device.type == "cpu" and tensor.numel() <= _SMALL:
+    if tensor.device.type == "cpu" and tensor.nbytes <= _SMALL:
         copy = tensor.clone() if tensor.dtype == torch.float32 else tensor.float()
         return partial(reduce, copy, channels_last=channels_last, keep_maps=keep_maps)
     reductions = reduce(tensor, channels_last=channels_last, keep_maps=keep_maps)
@@ -87,7 +87,7 @@ def reduce(tensor: Tensor, *, channels_last: bool = False, keep_maps: bool = Fal
     # Without a copy, whatever the layout of a dense tensor.
     flat = values.permute(0, *order).reshape(len(values), -1)
     channels = values.shape[1] if on_host and values.ndim > 2 and order[-1] == 1 else 0
-    totals = _of_half(flat, channels) if channels and values.dtype == torch.bfloat16 else None
+    totals = _of_half(flat, channels) if channels and flat.dtype == torch.bfloat16 else None
     if totals is None:
         values, flat = values.float(), flat.float()
         by_channel = _of_channels_last(flat, channels) if channels else _of_channels(values)
@@ -118,16 +118,16 @@ def _of_channels(values: Tensor) -> tuple[Tensor, Tensor]:
 def _of_channels_last(flat: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     """The same on the CPU, from (N, values of an image) with the channels last in memory."""
     positions = flat.view(len(flat), -1, channels)
-    means = _by_rows(positions, torch.sum, row=_ROW) / positions.shape[1]
-    return means, _by_rows(positions, torch.amax, row=_ROW)
+    return _by_rows(positions, torch.sum) / positions.shape[1], _by_rows(positions, torch.amax)
 
 
-def _by_rows(positions: Tensor, how: Callable[[Tensor, int], Tensor], *, row: int) -> Tensor:
-    """Reduce (N, positions, C) to (N, C) in rows of several positions, a multiple of `row` values.
+def _by_rows(positions: Tensor, how: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Reduce (N, positions, C) to (N, C) in rows of several positions.
 
     Where rows are none, torch takes twice as long for sums and thirty times as long for maxima.
     """
     images, count, channels = positions.shape
+    row = _ROW_BYTES // positions.element_size()
     fold = row // math.gcd(channels, row)
     whole = count // fold * fold
     if fold == 1 or not whole:
@@ -153,7 +153,7 @@ def _totals_by_numpy(flat: Tensor) -> _Totals:
     """The same on the CPU, where numpy reduces and counts several times faster than torch does."""
     images = flat.numpy()
     # In parts, whose rounding errors are smaller.
-    parts = images.reshape(len(images), math.gcd(images.shape[1], _ROW), -1)
+    parts = images.reshape(len(images), math.gcd(images.shape[1], _FOLD), -1)
     norms = np.sqrt(np.vecdot(parts, parts).sum(1, dtype=np.float64)).astype(np.float32)
     # Counting the booleans is faster than counting the floats.
     zeros = _zeros(images != 0)
@@ -161,26 +161,30 @@ def _totals_by_numpy(flat: Tensor) -> _Totals:
 
 
 def _zeros(images: np.ndarray) -> Tensor:
-    return torch.tensor([float(image.size - np.count_nonzero(image)) for image in images])
+    zeros = [image.size - np.count_nonzero(image) for image in images]
+    # Torch's own constructor takes several times as long.
+    return torch.from_numpy(np.array(zeros, dtype=np.float32))
 
 
 def _of_half(flat: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
     """Means and maxima of channels, and the totals, of bfloat16 values with the channels last.
 
-    Only the sums are taken from float32 copies of a few values at a time. The rest reads the bits
-    as integers: from 0 on they are in the order of the values, and negative numbers, the nearest to
-    0 first, come below. None where that does not do: for channels without a value from 0 on, for
-    zeros with a sign, for values that are not finite.
+    All but the sums reads the bits as integers: from 0 on they are in the order of the values, and
+    negative numbers, the nearest to 0 first, come below. None where that does not do: for zeros
+    with a sign, for values that are not finite.
     """
     codes = flat.view(torch.int16)
     integers = codes.numpy()
-    highest = _by_rows(codes.view(len(flat), -1, channels), torch.amax, row=_HALF_ROW)
     lowest = integers.min(1)
-    if int(highest.min()) < 0 or lowest.min() == np.iinfo(np.int16).min:
+    if lowest.min() == np.iinfo(np.int16).min:
         return None
     means, norms = _sums_of_half(flat, channels)
     if not bool(norms.isfinite().all()):
         return None
+    positions = codes.view(len(flat), -1, channels)
+    highest = _by_rows(positions, torch.amax)
+    if int(highest.min()) < 0:
+        highest = torch.where(highest < 0, _by_rows(positions, torch.amin), highest)
     if lowest.min() < 0:
         farthest = integers.view(np.uint16).max(1).view(np.int16)
         lowest = np.where(lowest < 0, farthest, lowest)
@@ -189,24 +193,17 @@ def _of_half(flat: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 
 def _sums_of_half(flat: Tensor, channels: int) -> tuple[Tensor, Tensor]:
-    """Means of channels and L2 norms, in float32, block by block."""
+    """Means of channels and L2 norms, in float32.
+
+    By what a batch-norm begins with: torch's one reduction of bfloat16 that gives float32.
+    """
     images, size = flat.shape
-    row = channels * (_ROW // math.gcd(channels, _ROW))
-    rows = size // row
-    parts = 1
-    if rows * row == size:
-        whole = (p for p in range(1, rows + 1) if rows % p == 0 and size // p <= _BLOCK)
-        parts = next(whole, rows)
-    blocks = flat.view(images * parts, -1)
-    sums, squares = [], []
-    for block in blocks.split(max(1, _BLOCK // blocks.shape[1])):
-        values = block.float()
-        array = values.numpy()
-        squares.append(np.vecdot(array, array))
-        sums.append(_by_rows(values.view(len(values), -1, channels), torch.sum, row=_ROW))
-    means = torch.cat(sums).view(images, parts, channels).sum(1) / (size // channels)
-    squared = np.concatenate(squares).reshape(images, parts).sum(1)
-    return means, torch.from_numpy(np.sqrt(squared))
+    width = channels * math.gcd(size // channels, _FOLD)
+    rows, unused = flat.view(images, -1, width), (torch.zeros(width), torch.zeros(width))
+    found = [torch.batch_norm_update_stats(row.T[None, ..., None], *unused, 1.0) for row in rows]
+    means, variances = (torch.stack(parts) for parts in zip(*found, strict=True))
+    squares = (variances + means * means).sum(1) * rows.shape[1]
+    return means.view(images, -1, channels).mean(1), squares.sqrt()
 
 
 def _subsample(flat: Tensor) -> Tensor:

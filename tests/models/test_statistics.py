@@ -100,6 +100,19 @@ def test_what_follows_may_overwrite_the_tensor(shape):
         )
 
 
+@given(
+    means=st.lists(st.sampled_from([-2.0, -0.0, 0.0, 1.0, 3.5]), min_size=1, max_size=9),
+    top=st.integers(1, 9),
+)
+def test_channels_of_equal_means_are_listed_in_their_order(means, top):
+    values = torch.tensor([means, means[::-1]])
+    for row, summary in zip(values.numpy(), summarise([reduce(values)])[0], strict=True):
+        found = describe(summary, layer="fc", kind="output", top=top).top_channels
+        expected = np.argsort(-row, kind="stable")[:top]
+        assert [c.index for c in found] == expected.tolist()
+        assert [c.mean for c in found] == row[expected].tolist()
+
+
 def test_gradients_list_channels_by_magnitude():
     values = torch.tensor([[1.0, 0.0, -2.0]])
     found = describe(summarise([reduce(values)])[0][0], layer="fc", kind="grad_output", top=1)
@@ -130,7 +143,7 @@ def test_half_precision_is_reduced_in_float32():
     assert found.std == pytest.approx(0.0, abs=1e-3)
 
 
-# In rows of several positions and in blocks, with positions and channels left over, and without.
+# In rows of several positions, with positions and channels left over, and without.
 @pytest.mark.parametrize(
     "shape", [(2, 24, 5, 7), (3, 32, 112, 112), (2, 5, 96, 96), (1, 40, 61, 61)]
 )
