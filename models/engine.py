@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from models.sliced_job import bare, sliced_steps
 from models.steps import FirstPass, Step, Unbatched
 from models.suspended import Suspended, advance, changed_layers
 from models.texts import TextEncoder
-from models.types import Failure, Job, JobOptions, ModelInfo, Outcome
+from models.types import Failure, Job, JobOptions, ModelInfo, Operation, Outcome
 from models.warm_model import WarmModel
 
 
@@ -91,7 +91,9 @@ class Engine:
 
         Jobs whose labels are not encoded are answered later.
         """
-        firsts = [bare(job) if _is_cut(job, warm) else job for job in jobs]
+        # Most jobs of a batch ask for the same.
+        is_cut = cache(partial(_is_cut, warm.info))
+        firsts = [bare(job) if is_cut(job.operation, job.options) else job for job in jobs]
         parts: dict[tuple[nn.Module, bool, int, int | None], list[int]] = {}
         answered: dict[int, Outcome | Failure | Suspended] = {}
         for i, job in enumerate(firsts):
@@ -141,12 +143,11 @@ def _on_its_own(job: Job, warm: WarmModel) -> Job:
     return structs.replace(job, reference=vector.float().cpu().numpy())
 
 
-def _is_cut(job: Job, warm: WarmModel) -> bool:
-    """Whether the job's shared pass is run in parts."""
-    options = job.options
+def _is_cut(info: ModelInfo, operation: Operation, options: JobOptions) -> bool:
+    """Whether the shared pass of a job is run in parts."""
     if len(options.layers) * max(1, len(options.targets)) == 1:
         return False
-    return exceeds_step(job.operation, options, warm.info)
+    return exceeds_step(operation, options, info)
 
 
 def _start(
