@@ -12,7 +12,7 @@ from torch import Tensor
 from models.cuda.staging import indices, warn_unlocked
 from models.methods import METHODS, implementation, weights_implementation
 from models.shared_pass import SharedPass
-from models.targets import resolve_ranks
+from models.targets import depth, resolve_ranks
 from models.types import Job
 
 K = TypeVar("K", bound=Hashable)
@@ -34,7 +34,7 @@ class HostResults:
         tensors: dict[_Key, Tensor] = {
             ("logits",): shared.logits,
             ("probabilities",): shared.probabilities,
-            ("order",): shared.order[:, : _depth(jobs)],
+            ("order",): shared.order[:, : depth(jobs)],
         }
         self._rows: dict[_Key, list[int]] = {}
         for layer in shared.captures:
@@ -103,13 +103,6 @@ def _to_host(packed: Tensor) -> np.ndarray:
     torch.cuda.current_stream(packed.device).record_event().synchronize()
     # A copy: a result that is kept must not keep page-locked memory.
     return host.numpy().copy()
-
-
-def _depth(jobs: Sequence[Job]) -> int:
-    """How many of the best classes any job names or lists."""
-    refs = [ref for job in jobs for t in job.options.targets for ref in (t.cls, *t.against)]
-    ranks = [ref.value for ref in refs if ref.kind == "rank"]
-    return max([*ranks, *(job.options.top_k for job in jobs)])
 
 
 def _explain(

@@ -17,7 +17,7 @@ from models.interventions import changes_for
 from models.methods import METHODS
 from models.readout import Read, read
 from models.reductions import Reduction, reduce_later
-from models.targets import ScoreWeights, coded, ranked
+from models.targets import ScoreWeights, coded, depth, ranked
 from models.types import Job, Kind
 from models.warm_model import WarmModel
 
@@ -34,7 +34,8 @@ class SharedPass:
         inputs: normalised batch (N, 3, H, W).
         logits: float32 (N, classes).
         probabilities: float32 (N, classes).
-        order: classes of each image, best first, ties by lower index, (N, classes).
+        order: classes of each image, best first, ties by lower index, at least as many as any job
+            looks at.
         reads: how the output of each image is read.
         captures: by explained layer, its capture and the batch row of each of its images.
         reductions: by described place, its reductions (for gradients one per target, None without a
@@ -133,7 +134,9 @@ def _run(
         output = extractor.forward(inputs)
         reads = warm.readings(jobs, output)
         logits, probabilities = read(reads, output, [1] * len(jobs))
-        order = ranked(logits, probabilities, classes=warm.classes, task=warm.task)
+        order = ranked(
+            logits, probabilities, classes=warm.classes, task=warm.task, count=depth(jobs)
+        )
         targets = [coded(job.options.targets) for job in jobs]
         weights = ScoreWeights(targets, logits.device, order=order)
         caught: _Catches = {p: extractor.caught(*p) for p in wishes if p not in gradients}

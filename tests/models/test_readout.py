@@ -120,8 +120,8 @@ def test_each_area_ranks_its_classes_by_their_pixels(net, engine):
 
 def test_order_is_by_score_for_classifiers_and_by_pixels_for_segmentation():
     scores, shares = torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([[0.2, 0.5, 0.3]])
-    assert ranked(scores, shares, classes=3, task="single_label").tolist() == [[0, 2, 1]]
-    assert ranked(scores, shares, classes=3, task="segmentation").tolist() == [[1, 2, 0]]
+    assert ranked(scores, shares, classes=3, task="single_label", count=3).tolist() == [[0, 2, 1]]
+    assert ranked(scores, shares, classes=3, task="segmentation", count=3).tolist() == [[1, 2, 0]]
 
 
 @pytest.mark.parametrize("mask", [None, TOP_LEFT, RIGHT])
