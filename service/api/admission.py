@@ -9,6 +9,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 from fastapi import Request
 
@@ -21,6 +22,11 @@ from service.devices.pool import DevicePool
 # Answers of the largest size that may be in the making at once.
 _ANSWERS = 3
 _SHORTLY_S = 1.0
+
+# Whether the request was let in before its body was read. While that arrives others are let in as
+# well; it is refused after all only if it would wait for so many times the limit.
+_is_let_in: ContextVar[bool] = ContextVar("is_let_in", default=False)
+_LATE = 1.5
 
 # To read a larger body costs more than it is worth to find out that its job is a long one.
 _SMALL_BODY = 1_000_000
@@ -80,6 +86,7 @@ class Admission:
             # Long jobs have their own share of a device.
             wait_s = min(wait_s, self._device_wait_s(long=True))
         self._line.check(wait_s, patience_s=self._max_wait_s)
+        _is_let_in.set(True)
 
     @contextlib.contextmanager
     def key_slot(self, key: str, *, limit: int) -> Iterator[None]:
@@ -109,7 +116,10 @@ class Admission:
         wait_s = self._device_wait_s(plan.info.card.full_name, long=is_long)
         if not is_long:
             wait_s = max(wait_s, self._line.wait_s)
-        patience_s = min(plan.patience_s(self._max_wait_s), plan.deadline - time.monotonic())
+        patience_s = plan.patience_s(self._max_wait_s)
+        if _is_let_in.get():
+            patience_s *= _LATE
+        patience_s = min(patience_s, plan.deadline - time.monotonic())
         self._line.check(wait_s, patience_s=max(0.0, patience_s))
         work_ms = _HOST_MS * len(plan.images) + plan.device_ms
         # A long job has its own share of a device, for which it waits there.

@@ -27,7 +27,7 @@ from service.api.pipeline import Pipeline
 from service.api.routes import admin, docs, explain, health, images, models, page
 from service.api.security import limit_key, require_admin_key, require_api_key
 from service.devices.pool import DevicePool
-from service.hardware import available_cores
+from service.hardware import available_cores, lower_thread_priority
 from service.settings import Settings
 from service.tracing import http_tracing
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from service.api.fetch import UrlFetcher
 
 _DESCRIPTION = "Classifies images and shows why: predictions, heatmaps, statistics of feature maps."
+# The event loop shares the cores with them: it admits, refuses and hands over at once.
+_IMAGE_NICENESS = 2
 _EXPOSED = [
     "X-Request-ID",
     "Server-Timing",
@@ -69,7 +71,9 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            threads = ThreadPoolExecutor(_image_threads(), "images")
+            threads = ThreadPoolExecutor(
+                _image_threads(), "images", lower_thread_priority, (_IMAGE_NICENESS,)
+            )
             stack.callback(threads.shutdown, wait=False, cancel_futures=True)
             # Bodies are read while images are decoded and drawn.
             parsers = ThreadPoolExecutor(2, "bodies")

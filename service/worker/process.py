@@ -68,6 +68,9 @@ log = logging.getLogger("heatlens.worker")
 
 _LINGER_MS = 1000
 _NICE = 3
+# HTTP processes refuse by the wait for the whole answer, before they decode. What they let in is
+# refused here only if together they let in far too much.
+_LATE = 2.0
 
 Identity = bytes
 MakeBackend = Callable[["WorkerOptions", Settings], Backend]
@@ -116,7 +119,7 @@ class Worker:
         specs = [spec for spec in options.runtime.read_catalog() if holds(spec, options.device)]
         specs.sort(key=lambda spec: spec.name != settings.default_model)
         return ComputeThread(
-            batcher=Batcher(max_wait_s=settings.limits.max_wait_s),
+            batcher=Batcher(max_wait_s=_LATE * settings.limits.max_wait_s),
             make_backend=lambda: self._make_backend(options, settings),
             specs=specs,
             refused=states.refused_models,

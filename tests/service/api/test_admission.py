@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import Request
 from msgspec import structs
 
 from models.errors import Overloaded
-from service.api.admission import Line
-from tests.fakes import FakePool
+from service.api.admission import Admission, Line
+from service.api.body import ImageInput
+from service.api.options import PredictOptions
+from service.api.plan import make_plan
+from service.settings import LimitSettings
+from tests.fakes import FakePool, fake_info
 from tests.service.api.conftest import Serve
 from tests.waiting import eventually
 
@@ -165,6 +172,36 @@ def test_what_fails_at_once_teaches_nothing(service: Service) -> None:
         with contextlib.suppress(ValueError), service.line.place(13.0):
             raise ValueError
     assert service.line.wait_s == pytest.approx(before)
+
+
+def test_who_was_let_in_is_not_refused_for_those_who_came_meanwhile() -> None:
+    pool = FakePool()
+    admission = Admission(pool, max_wait_s=LIMIT_S)
+    head = Request(
+        {"type": "http", "method": "POST", "headers": [(b"content-type", b"image/jpeg")]}
+    )
+    now = time.monotonic()
+    plan = make_plan(
+        [ImageInput()],
+        PredictOptions(),
+        fake_info(),
+        limits=LimitSettings(),
+        started=now,
+        deadline=now + 60,
+    )
+
+    def is_admitted(wait_s: float) -> bool:
+        pool.statuses = [structs.replace(pool.statuses[0], wait_ms=1000 * wait_s)]
+        with contextlib.suppress(Overloaded), admission.place(plan):
+            return True
+        return False
+
+    def let_in() -> list[bool]:
+        admission.check_unread(head)
+        return [is_admitted(1.3 * LIMIT_S), is_admitted(1.7 * LIMIT_S)]
+
+    assert contextvars.copy_context().run(let_in) == [True, False]
+    assert not is_admitted(1.3 * LIMIT_S), "nobody has looked at its head"
 
 
 # ---------------------------------------------------------------- before the body
