@@ -73,6 +73,11 @@ class Admission:
         self._line = Line(max_wait_s=max_wait_s)
         self._answer_bytes = 0
 
+    @property
+    def is_full(self) -> bool:
+        """Whether a request for one image would wait for too long."""
+        return self._line.wait_s > self._max_wait_s
+
     def check_unread(self, request: Request) -> None:
         """Refuse a request for images at the limit before its body is read.
 
@@ -82,7 +87,7 @@ class Admission:
         if request.method != "POST":
             return
         wait_s = self._line.wait_s
-        if wait_s > self._max_wait_s and _may_be_long(request):
+        if self.is_full and _may_be_long(request):
             # Long jobs have their own share of a device.
             wait_s = min(wait_s, self._device_wait_s(long=True))
         self._line.check(wait_s, patience_s=self._max_wait_s)

@@ -20,6 +20,7 @@ from service.api.dependencies import Service, refuse_excess
 from service.api.dialects import kserve_v1, sagemaker, torchserve
 from service.api.dialects.v2 import infer, metadata
 from service.api.dialects.v2 import schemas as v2
+from service.api.door import Door
 from service.api.key_counts import KeyCounts
 from service.api.metrics import Metrics
 from service.api.middleware import RequestContext, RouteAliases
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
 _DESCRIPTION = "Classifies images and shows why: predictions, heatmaps, statistics of feature maps."
 # The event loop shares the cores with them: it admits, refuses and hands over at once.
 _IMAGE_NICENESS = 2
+# Requests for images whose errors have the native shape.
+_UNREAD_PATHS = frozenset(
+    route.path for module in (images, explain) for route in module.router.routes
+)
 _EXPOSED = [
     "X-Request-ID",
     "Server-Timing",
@@ -55,6 +60,7 @@ def create_app(
     metrics: Metrics | None = None,
     read_settings: Callable[[], Settings] | None = None,
     key_counts: KeyCounts | None = None,
+    door: Door | None = None,
 ) -> FastAPI:
     """Build the application; its lifespan starts and closes `pool`, and may be entered repeatedly.
 
@@ -65,6 +71,7 @@ def create_app(
         read_settings: reads the configuration again, for models to be loaded; None = it never
             changes.
         key_counts: those of the process; None makes them for this application alone.
+        door: that of the process, which this application opens; None = it has none.
     """
     metrics = metrics or Metrics(pool)
 
@@ -94,7 +101,7 @@ def create_app(
                 max_answer_bytes=settings.limits.max_answer_bytes,
                 key_counts=key_counts,
             )
-            app.state.service = Service(
+            app.state.service = service = Service(
                 settings=settings,
                 read_settings=read_settings or (lambda: settings),
                 pool=pool,
@@ -103,6 +110,9 @@ def create_app(
                 metrics=metrics,
                 admission=admission,
             )
+            # With tracing every request has a span.
+            if door is not None and tracing is None:
+                door.open(service, paths=_UNREAD_PATHS)
             yield
 
     app = FastAPI(

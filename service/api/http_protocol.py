@@ -11,11 +11,13 @@ import ipaddress
 import logging
 import math
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, cast
 
 import httptools
-from starlette.types import Message
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Scope
 from uvicorn.protocols.http.httptools_impl import (
     STATUS_LINE,
     HttpToolsProtocol,
@@ -35,6 +37,8 @@ log = logging.getLogger("heatlens.connections")
 _FREE_PIECES = 4096
 _LEAST_PIECE_BYTES = 64
 
+# A client that has its response early may send so much of the body all the same.
+_LITTLE_BYTES = 1_000_000
 _LINGER_S = 2.0
 _LINGER_BYTES = 32_000_000
 
@@ -44,9 +48,18 @@ _UPGRADE_HEADERS = frozenset((b"upgrade", b"http2-settings"))
 _Phase = Literal["idle", "headers", "body", "response"]
 
 
-def protocol(table: Connections) -> type[asyncio.Protocol]:
+Refuse = Callable[[Scope], Response | None]
+"""The response to a request that the application is not to see."""
+
+
+def let_in(_: Scope) -> Response | None:
+    """Refuse no request."""
+    return None
+
+
+def protocol(table: Connections, refuse: Refuse = let_in) -> type[asyncio.Protocol]:
     """What uvicorn makes the connections of a table with."""
-    return cast("type[asyncio.Protocol]", partial(_Connection, table=table))
+    return cast("type[asyncio.Protocol]", partial(_Connection, table=table, refuse=refuse))
 
 
 class _Progress:
@@ -68,9 +81,11 @@ class _Progress:
 class _Connection(HttpToolsProtocol):
     """One connection, as `Connections` knows it."""
 
-    def __init__(self, *args: Any, table: Connections, **options: Any) -> None:
+    def __init__(self, *args: Any, table: Connections, refuse: Refuse, **options: Any) -> None:
         super().__init__(*args, **options)
         self._table = table
+        self._refuse_early = refuse
+        self._has_refused = False
         self._limits = table.limits()
         self.timeout_keep_alive = math.ceil(self._limits.idle_timeout_s)
         self.address = ""
@@ -106,6 +121,7 @@ class _Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._received.add(len(data))
+        self._has_refused = False
         if self._lingers:
             self._discarded_bytes += len(data)
             if self._discarded_bytes > _LINGER_BYTES:
@@ -181,7 +197,8 @@ class _Connection(HttpToolsProtocol):
         cycle, send = self.cycle, self.cycle.send
 
         async def send_and_close_if_early(message: Message) -> None:
-            if message["type"] != "http.response.start" or not cycle.more_body:
+            is_start = message["type"] == "http.response.start"
+            if not is_start or not cycle.more_body or _is_little(cycle):
                 await send(message)  # type: ignore[arg-type]
                 return
             # What the client still sends belongs to the request that has its response already.
@@ -191,6 +208,18 @@ class _Connection(HttpToolsProtocol):
             cycle.keep_alive = self._is_last = True
 
         cycle.send = send_and_close_if_early  # type: ignore[method-assign, assignment]
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
+        # One of those that came together: the others must not hold up the loop.
+        may_refuse = cycle is self.cycle and not self._has_refused and not self.flow.write_paused
+        response = self._refuse_early(cast("Scope", cycle.scope)) if may_refuse else None
+        if response is None:
+            super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]
+            return
+        self._has_refused = cycle.response_complete = True
+        self._is_last = not cycle.keep_alive or not _is_little(cycle)
+        self._write(response, is_last=self._is_last)
+        self.on_response_complete()
 
     def on_body(self, body: bytes) -> None:
         if self._lingers or self.cycle.response_complete:
@@ -210,7 +239,10 @@ class _Connection(HttpToolsProtocol):
         if self._lingers or self.parser.should_upgrade():
             return
         super().on_message_complete()
-        self._phase = "response"
+        if self.cycle.response_complete:
+            self._enter("idle")
+        else:
+            self._phase = "response"
 
     def on_response_complete(self) -> None:
         self._release_body()
@@ -246,7 +278,10 @@ class _Connection(HttpToolsProtocol):
             and not self.flow.read_paused
             and self._received.is_stalled(now, limits)
         ):
-            self._refuse(errors.RequestTimeout("The body of the request arrives too slowly."))
+            if self.cycle.response_complete:
+                self.abort()
+            else:
+                self._refuse(errors.RequestTimeout("The body of the request arrives too slowly."))
 
     def abort(self) -> None:
         self.transport.abort()
@@ -283,13 +318,18 @@ class _Connection(HttpToolsProtocol):
             cycle.message_event.set()
         request_id = logs.new_id()
         response = error_response(error, request_id=request_id)
-        lines = [STATUS_LINE[STATUS[error.code]]]
-        lines += [b"%s: %s\r\n" % header for header in response.raw_headers]
-        lines.append(b"x-request-id: %s\r\nconnection: close\r\n\r\n" % request_id.encode())
-        self.transport.write(b"".join((*lines, bytes(response.body))))
+        response.headers["X-Request-ID"] = request_id
+        self._write(response, is_last=True)
         fields = {"code": error.code, "status": STATUS[error.code], "request_id": request_id}
         log.info(error.message, extra=self._fields(**fields))
         self.linger()
+
+    def _write(self, response: Response, *, is_last: bool) -> None:
+        headers = [*self.server_state.default_headers, *response.raw_headers]
+        if is_last:
+            headers.append((b"connection", b"close"))
+        lines = (STATUS_LINE[response.status_code], *(b"%s: %s\r\n" % line for line in headers))
+        self.transport.write(b"".join((*lines, b"\r\n", bytes(response.body))))
 
     def _is_unread(self, now: float) -> bool:
         """Whether what was written has not left for too long."""
@@ -317,6 +357,13 @@ def _address(client: tuple[str, int] | None) -> str:
     if ":" not in client[0]:
         return client[0]
     return str(ipaddress.ip_network((client[0].partition("%")[0], 64), strict=False))
+
+
+def _is_little(cycle: RequestResponseCycle) -> bool:
+    """Whether the rest of a body is read in less time than a new connection takes."""
+    length = dict(cycle.scope["headers"]).get(b"content-length", b"")
+    is_sent = length.isdigit() and not cycle.waiting_for_100_continue
+    return is_sent and int(length) <= _LITTLE_BYTES
 
 
 def _too_large(limits: ConnectionSettings) -> errors.HeadersTooLarge:

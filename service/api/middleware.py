@@ -71,10 +71,7 @@ class RequestContext:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 headers = MutableHeaders(scope=message)
-                headers["X-Request-ID"] = record.request_id
-                for name, value in _SECURITY_HEADERS:
-                    headers.setdefault(name, value)
-                headers["Server-Timing"] = _server_timing(record.timings, _since(started))
+                add_headers(headers, record, duration_ms=_since(started))
                 if trace is not None:
                     headers["traceparent"] = trace.traceparent
             await send(message)
@@ -92,39 +89,55 @@ class RequestContext:
                 await response(scope, receive, send_with_headers)
         finally:
             self._metrics.inflight.dec()
-            self._finish(scope, record, trace, duration_ms=_since(started))
+            route = getattr(scope.get("route"), "path", "unmatched")
+            finish(scope, record, self._metrics, trace, route=route, duration_ms=_since(started))
             tracing.current.reset(traced)
             logs.request_id.reset(token)
 
-    def _finish(
-        self, scope: Scope, record: RequestRecord, trace: RequestTrace | None, *, duration_ms: float
-    ) -> None:
-        route = getattr(scope.get("route"), "path", "unmatched")
-        status = record.status or CLIENT_GONE
-        if status == CLIENT_GONE:
-            record.error_code = "cancelled"
-        code, seconds = record.error_code, duration_ms / 1000
-        # Clients choose the method's name: only known ones may become a label.
-        method = scope["method"] if scope["method"] in _METHODS else "other"
-        if trace is not None:
-            trace.end(method=method, route=route, status=status, code=code)
-        if record.served is not None:
-            self._metrics.observe_request(record.served, code=code, seconds=seconds)
-        self._metrics.request_seconds.labels(method, route, str(status)).observe(seconds)
-        if status == CLIENT_GONE:
-            self._metrics.cancelled.inc()
-        elif code:
-            self._metrics.rejected.labels(code).inc()
-        fields: dict[str, Any] = {
-            "method": scope["method"],
-            "path": scope["path"],
-            "route": route,
-            "status": status,
-            "duration_ms": round(duration_ms, 3),
-            **record.log_fields(),
-        }
-        level = logging.DEBUG if route in _QUIET else logging.INFO
-        _access.log(level, "request", extra={"fields": fields})
+
+def add_headers(headers: MutableHeaders, record: RequestRecord, *, duration_ms: float) -> None:
+    """Add the headers that every response has."""
+    headers["X-Request-ID"] = record.request_id
+    for name, value in _SECURITY_HEADERS:
+        headers.setdefault(name, value)
+    headers["Server-Timing"] = _server_timing(record.timings, duration_ms)
+
+
+def finish(
+    scope: Scope,
+    record: RequestRecord,
+    metrics: Metrics,
+    trace: RequestTrace | None = None,
+    *,
+    route: str,
+    duration_ms: float,
+) -> None:
+    """Count, trace and log a request that has its response, or whose client has left."""
+    status = record.status or CLIENT_GONE
+    if status == CLIENT_GONE:
+        record.error_code = "cancelled"
+    code, seconds = record.error_code, duration_ms / 1000
+    # Clients choose the method's name: only known ones may become a label.
+    method = scope["method"] if scope["method"] in _METHODS else "other"
+    if trace is not None:
+        trace.end(method=method, route=route, status=status, code=code)
+    if record.served is not None:
+        metrics.observe_request(record.served, code=code, seconds=seconds)
+    metrics.request_seconds.labels(method, route, str(status)).observe(seconds)
+    if status == CLIENT_GONE:
+        metrics.cancelled.inc()
+    elif code:
+        metrics.rejected.labels(code).inc()
+    fields: dict[str, Any] = {
+        "method": scope["method"],
+        "path": scope["path"],
+        "route": route,
+        "status": status,
+        "duration_ms": round(duration_ms, 3),
+        **record.log_fields(),
+    }
+    level = logging.DEBUG if route in _QUIET else logging.INFO
+    _access.log(level, "request", extra={"fields": fields})
 
 
 def _trace(scope: Scope) -> RequestTrace | None:

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from models.heap import end_start, release_heap
 from service.api.connections import Connections
-from service.api.http_protocol import protocol
+from service.api.http_protocol import Refuse, let_in, protocol
 from service.api.reload import MakeApp, Reload
 from service.devices.lifeline import die_with_parent
 from service.devices.pool import DevicePool
@@ -145,14 +145,16 @@ async def _give_memory_back() -> None:
     await asyncio.to_thread(release_heap)
 
 
-def _default_app(runtime: RuntimeDir) -> MakeApp:
-    """The service's application."""
+def _default_app(runtime: RuntimeDir) -> tuple[MakeApp, Refuse]:
+    """The service's application, and what refuses requests before it sees them."""
     from service.api.app import create_app
+    from service.api.door import Door
     from service.api.key_counts import KeyCounts
     from service.api.metrics import Metrics
 
     source = runtime.read_source()
     key_counts = KeyCounts(runtime.key_counts_dir)
+    door = Door()
     metrics: Metrics | None = None
 
     def make(settings: Settings, pool: DevicePool) -> ASGIApp:
@@ -160,10 +162,15 @@ def _default_app(runtime: RuntimeDir) -> MakeApp:
         # One per process: a second one would overwrite the shared counters of the first.
         metrics = metrics or Metrics(pool)
         return create_app(
-            settings, pool, metrics=metrics, read_settings=source.read, key_counts=key_counts
+            settings,
+            pool,
+            metrics=metrics,
+            read_settings=source.read,
+            key_counts=key_counts,
+            door=door,
         )
 
-    return make
+    return make, door.refuse
 
 
 def main(arguments: Sequence[str] | None = None, *, make_app: MakeApp | None = None) -> int:
@@ -176,12 +183,15 @@ def main(arguments: Sequence[str] | None = None, *, make_app: MakeApp | None = N
     die_with_parent(parsed.parent)
     runtime = RuntimeDir(parsed.runtime)
     configure_logging(runtime.read_settings().server.log_level)
-    reload = Reload(runtime, make_app or _default_app(runtime))
+    refuse: Refuse = let_in
+    if make_app is None:
+        make_app, refuse = _default_app(runtime)
+    reload = Reload(runtime, make_app)
     draining = ConnectionDraining(reload)
     connections = Connections(lambda: reload.settings.connections)
     config = uvicorn.Config(
         draining,
-        http=protocol(connections),
+        http=protocol(connections, lambda scope: None if draining.draining else refuse(scope)),
         ws="none",
         lifespan="on",
         log_config=None,

@@ -43,6 +43,14 @@ async def require_api_key(service: ServiceDep, key: KeyDep) -> None:
         raise Unauthorized("A valid key is required.")
 
 
+def may_pass(request: Request, security: SecuritySettings) -> bool:
+    """Whether `require_api_key` lets a request pass."""
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not key:
+        key = request.headers.get("x-api-key", "")
+    return not security.api_keys or _is_one_of(key, _all_keys(security))
+
+
 async def limit_key(service: ServiceDep, key: KeyDep) -> AsyncIterator[None]:
     """Count a request against its key while it is in flight; only configured keys are counted.
 

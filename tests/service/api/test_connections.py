@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import uvicorn
+from starlette.responses import Response
 
 from service.api import connections, http_protocol
 from service.api.connections import Connections
@@ -86,10 +87,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def serving(**limits: Any) -> AsyncIterator[Server]:
+async def serving(
+    *, refuse: http_protocol.Refuse = http_protocol.let_in, **limits: Any
+) -> AsyncIterator[Server]:
     table = Connections(lambda: ConnectionSettings(**limits))
     config = uvicorn.Config(
-        app, http=http_protocol.protocol(table), lifespan="off", log_config=None
+        app, http=http_protocol.protocol(table, refuse), lifespan="off", log_config=None
     )
     server = uvicorn.Server(config)
     listener = socket.create_server(("127.0.0.1", 0))
@@ -340,3 +343,75 @@ async def test_a_network_of_ipv6_is_one_address() -> None:
     assert address(("2001:db8::1", 1)) == address(("2001:db8::ffff:2", 2))
     assert address(("2001:db8:0:1::1", 1)) != address(("2001:db8::1", 2))
     assert address(("192.0.2.1", 1)) != address(("192.0.2.2", 1))
+
+
+# ---------------------------------------------------------------- refusals by the head
+
+
+def refuse(scope: Any) -> Response | None:
+    return Response("full", 429) if scope["path"] == "/full" else None
+
+
+def full(more: bytes) -> bytes:
+    return b"POST /full HTTP/1.1\r\nHost: a\r\n" + more + b"\r\n"
+
+
+LAST = GET + b"Connection: close\r\n\r\n"
+
+
+@pytest.mark.parametrize("size", [0, 5, 200_000])
+async def test_who_is_refused_keeps_the_connection(size: int) -> None:
+    """The body that comes all the same is read over, and kept nowhere."""
+    async with serving(refuse=refuse, max_buffered_mb=0.001) as server:
+        head, body = full(b"Content-Length: %d\r\n" % size), bytes(size)
+        received = await server.ask(head, body, head + body, LAST)
+        assert statuses(received) == [429, 429, 200]
+        assert server.table.buffered_bytes == 0
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        b"Content-Length: 5000000\r\n",
+        b"Transfer-Encoding: chunked\r\n",
+        b"Content-Length: 5\r\nExpect: 100-continue\r\n",
+        b"Content-Length: 5\r\nConnection: close\r\n",
+    ],
+)
+async def test_the_connection_ends_where_much_may_come(more: bytes) -> None:
+    async with serving(refuse=refuse) as server:
+        received = await server.ask(full(more), LAST)
+    assert statuses(received) == [429]
+    assert b"connection: close" in received
+
+
+async def test_refusals_that_come_together_are_in_order_and_one_at_a_time() -> None:
+    refused = []
+
+    def note(scope: Any) -> Response | None:
+        refused.append(scope["path"])
+        return refuse(scope)
+
+    request = full(b"Content-Length: 5\r\n") + b"hello"
+    async with serving(refuse=note) as server:
+        received = await server.ask(request * 20 + LAST)
+    assert statuses(received)[0] == 429
+    assert len(statuses(received)) == 21
+    assert len(refused) == 1, "the others go through the loop one after another"
+
+
+async def test_a_refused_body_that_trickles_ends_the_connection() -> None:
+    async with serving(refuse=refuse, min_bytes_per_s=1000, stall_timeout_s=0.2) as server:
+        reader, writer = await server.connect()
+        writer.write(full(b"Content-Length: 5000\r\n") + b"a")
+        received = await asyncio.wait_for(_read_all(reader), 10)
+    assert statuses(received) == [429], "one response and no second one"
+
+
+async def test_a_connection_is_idle_when_the_rest_of_a_refused_body_has_come() -> None:
+    async with serving(refuse=refuse, idle_timeout_s=0.2) as server:
+        reader, writer = await server.connect()
+        writer.write(full(b"Content-Length: 5\r\n"))
+        await reader.readuntil(b"full")
+        writer.write(b"hello")
+        assert await asyncio.wait_for(reader.read(), 10) == b""
