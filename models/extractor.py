@@ -98,6 +98,7 @@ class Extractor:
         named = [*(tap.layer for tap in taps), *(layer for layer, _ in changes)]
         self._calls = {layer: _find(module, layer) for layer in named}
         self._images = self._rows = 0
+        self._works_in_place = getattr(module, "works_in_place", True)
 
     @property
     def records_graph(self) -> bool:
@@ -237,7 +238,8 @@ class Extractor:
             self._catch(value, tensor)
         # What a model makes under inference mode takes no part in a graph.
         if gradient is None or tensor.is_inference():
-            return tensor.clone() if value is not None and value.shares_memory else None
+            copied = value is not None and value.shares_memory and self._works_in_place
+            return tensor.clone() if copied else None
         # The tensor as a node of the graph: itself where the graph has begun, else the graph's
         # start.
         root = tensor if tensor.requires_grad else tensor.detach().requires_grad_()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models.hooks import HookStack, find_call
 from models.layers import TokenLayout, to_map
 from models.probe import probe_batch
-from models.targets import class_scores
+from models.targets import ScoreWeights, class_scores
 from models.types import HeadKind, Preprocess, Task
 
 PROBED_CLASSES = 8
@@ -42,16 +42,31 @@ class HeadProbe:
     weight: Tensor | None = None
     bias: Tensor | None = None
 
-    def reproduces(self, maps: Tensor, logits: Tensor, *, dtype: torch.dtype) -> bool:
+    def reproduces(
+        self,
+        maps: Tensor,
+        logits: Tensor,
+        *,
+        dtype: torch.dtype,
+        targets: ScoreWeights | None = None,
+    ) -> bool:
         """Whether the closed form gives a batch's scores (N, classes) from its maps (N, C, h, w).
 
         It was proved on a few images; others may be bent by what follows the layer. `dtype` is what
-        the model computes in.
+        the model computes in. With `targets` only their scores are compared: a network has many
+        more classes.
         """
         if self.weight is None:
             return False
         pooled = maps.float().mean((2, 3))
-        error = (nn.functional.linear(pooled, self.weight, self.bias) - logits).abs().amax(1)
+        if targets is None:
+            expected = nn.functional.linear(pooled, self.weight, self.bias)
+            error = (expected - logits).abs().amax(1)
+        else:
+            expected = (targets.of_rows(self.weight) * pooled[:, None]).sum(2)
+            if self.bias is not None:
+                expected = expected + targets.of_rows(self.bias[:, None])[..., 0]
+            error = (expected - targets.of(logits)).abs().amax(1)
         # Scores may be small where their terms cancel, and are then no measure of rounding.
         size = logits.abs().amax(1) + self._steepness * pooled.norm(dim=1)
         tolerance = SCORE_TOLERANCE if dtype == torch.float32 else HALF_SCORE_TOLERANCE

@@ -168,7 +168,7 @@ class BatchOutcomes:
         """The explanations of an image with their faithfulness measured as the options say."""
         test = FaithfulnessTest(
             names=options.faithfulness,
-            inputs=self._shared.inputs[row : row + 1],
+            inputs=self._inputs(row),
             whole=self._shared.probabilities[row],
             chunk=self._warm.chunk,
             seed=options.seed or 0,
@@ -179,6 +179,10 @@ class BatchOutcomes:
             measured = yield from test.steps(explanation)
             tested.append(structs.replace(explanation, faithfulness=measured))
         return tested
+
+    def _inputs(self, row: int) -> Tensor:
+        """One image as the model itself takes it."""
+        return self._shared.inputs[row : row + 1].to(self._warm.dtype)
 
     @staticmethod
     def _layers(name: str, job: Job) -> tuple[str, ...]:
@@ -204,7 +208,7 @@ class BatchOutcomes:
             black=warm.shift,
             white=warm.shift + 255 * warm.scale,
             interventions=options.interventions,
-            inputs=self._shared.inputs[row : row + 1],
+            inputs=self._inputs(row),
             logits=self._shared.logits[row, : own_columns(self._jobs[row])],
             targets=self._host.targets[row],
             capture=capture,

@@ -31,7 +31,7 @@ class SharedPass:
     """What the pass gave.
 
     Attributes:
-        inputs: normalised batch (N, 3, H, W).
+        inputs: normalised batch (N, 3, H, W), of the dtype that the module takes.
         logits: float32 (N, classes).
         probabilities: float32 (N, classes).
         order: classes of each image, best first, ties by lower index, at least as many as any job
@@ -87,7 +87,7 @@ def run_shared_pass(
     `module` is the one of the model's modules that serves the layers of all jobs; `images` are the
     jobs' inputs, all of one kind, on any device.
     """
-    inputs = warm.normalise(images)
+    inputs = warm.normalise(images, module=module)
     closed = _closed_form_layers(warm, jobs)
     try:
         return _run_either(warm, jobs, module, (inputs, _wishes(jobs, closed), closed))
@@ -148,13 +148,16 @@ def _run(
                 extractor.backward(totals[t], again=t + 1 < weights.width)
                 by_target.append({place: extractor.caught(*place) for place in gradients})
     logits = logits.detach()
+    captures = _captures(warm, (wishes, closed), caught, by_target, (weights, logits))
+    if not getattr(module, "pools", False):
+        _check_closed_form(warm, closed, captures, (weights, logits))
     return SharedPass(
         inputs=inputs,
         logits=logits,
         probabilities=probabilities,
         order=order,
         reads=reads,
-        captures=_captures(warm, (wishes, closed), caught, by_target, (weights, logits)),
+        captures=captures,
         reductions=_reductions(wishes, caught, by_target),
     )
 
@@ -236,21 +239,41 @@ def _captures(
         kept = caught.get((layer, kind))
         if kind != "output" or kept is None or kept.maps is None:
             continue
-        rows = indices(wish.maps, logits.device)
         gradient: Tensor | None = None
+        targets, own = _rows(wish.maps, weights, logits)
         differentiated = wishes.get((layer, "grad_output"))
         if differentiated is not None and differentiated.maps:
             gradient = _spread(
                 [_maps(target, layer) for target in by_target], kept.maps, wish, differentiated
             )
         elif layer in closed and warm.head.weight is not None:
-            if not warm.head.reproduces(kept.maps, logits[rows], dtype=warm.dtype):
-                raise ClosedFormRefuted
             pixels = kept.maps.shape[-2] * kept.maps.shape[-1]
-            gradient = (weights.of_rows(warm.head.weight)[rows] / pixels)[..., None, None]
-        capture = Capture(layer, kept.maps, gradient, weights.of(logits)[rows])
+            gradient = (targets.of_rows(warm.head.weight) / pixels)[..., None, None]
+        capture = Capture(layer, kept.maps, gradient, targets.of(own))
         captures[layer] = (capture, wish.maps)
     return captures
+
+
+def _check_closed_form(
+    warm: WarmModel,
+    closed: Collection[str],
+    captures: dict[str, tuple[Capture, list[int]]],
+    scored: tuple[ScoreWeights, Tensor],
+) -> None:
+    for layer in closed:
+        if layer in captures and warm.head.weight is not None:
+            capture, rows = captures[layer]
+            targets, logits = _rows(rows, *scored)
+            if not warm.head.reproduces(
+                capture.activation, logits, dtype=warm.dtype, targets=targets
+            ):
+                raise ClosedFormRefuted
+
+
+def _rows(rows: list[int], weights: ScoreWeights, logits: Tensor) -> tuple[ScoreWeights, Tensor]:
+    """What belongs to some rows of the batch, without a copy where that is all of them."""
+    own = weights.rows(rows)
+    return own, logits if own is weights else logits[indices(rows, logits.device)]
 
 
 def _maps(catches: _Catches, layer: str) -> Tensor | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from models.cuda.staging import indices
 from models.types import ClassRef, ClassScore, Job, Target, Task
+
+# Of float64's 53 bits, what 2 ** 22 columns leave apart, below the 24 bits of float32.
+_HAIR = 2.0**-48
 
 
 @dataclass(frozen=True)
@@ -83,13 +86,18 @@ def ranked(
 
 def _best(values: Tensor, count: int) -> Tensor:
     """Columns of the largest float32 values, (N, columns) → (N, count); not by sorting them all."""
-    # Adding 0 takes the sign off zeros. Bits of floats, as integers in the order of the floats:
-    bits = (values + 0).view(torch.int32)
-    keys = (bits ^ (bits >> 31 & 0x7FFFFFFF)).long()
-    # One integer of value and column, since `topk` orders ties as it likes.
-    last = values.shape[1] - 1
-    keys = (keys << 32) + torch.arange(last, -1, -1, device=values.device)
-    return last - (keys.topk(count, dim=1).values & 0xFFFFFFFF)
+    # `topk` orders ties as it likes: in float64 each column gets a hair more than the next one, less
+    # than what tells two float32 values apart. Few operations: in the middle of other work each
+    # takes several times as long as alone.
+    exact = values.double()
+    size = exact.abs().add_(torch.finfo(exact.dtype).tiny / _HAIR)
+    return exact.addcmul_(size, _hairs(values.shape[1], values.device)).topk(count, dim=1).indices
+
+
+@lru_cache(maxsize=16)
+def _hairs(columns: int, device: torch.device) -> Tensor:
+    """What is added to each of some columns, in units of the value."""
+    return torch.arange(columns, 0, -1, device=device, dtype=torch.float64) * _HAIR
 
 
 def resolve_ranks(targets: Sequence[Target], order: Sequence[int]) -> tuple[ResolvedTarget, ...]:
@@ -143,6 +151,13 @@ class ScoreWeights:
             for row, other in zip(targets, fill, strict=True)
         ]
         self._padded, self._device, self._order = padded, device, order
+
+    def rows(self, rows: Sequence[int]) -> ScoreWeights:
+        """Those of some of the images, in ascending order."""
+        if len(rows) == len(self._padded):
+            return self
+        order = None if self._order is None else self._order[indices(rows, self._device)]
+        return ScoreWeights([self._padded[row] for row in rows], self._device, order=order)
 
     @cached_property
     def _index(self) -> Tensor:

@@ -68,9 +68,13 @@ class WarmModel:
     uploads: Uploads | None = None
     graphs: Graphs | None = None
     _layers: Mapping[str, LayerInfo] = field(init=False, repr=False)
+    _row: tuple[Tensor, Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_layers", {layer.name: layer for layer in self.info.layers})
+        # Of whole rows: torch works through the few channels alone five times slower.
+        rows = (t.flatten().repeat(self.input_size[1]) for t in (self.shift, self.scale))
+        object.__setattr__(self, "_row", tuple(rows))
 
     @property
     def classes(self) -> int:
@@ -144,19 +148,19 @@ class WarmModel:
         """Start to bring inputs of jobs, all of one kind, to the device as a batch."""
         return stage(images, self.uploads)
 
-    def normalise(self, batch: Tensor) -> Tensor:
-        """Turn images, (N, H, W, C) uint8 on any device, into the module's input.
+    def normalise(self, batch: Tensor, *, module: nn.Module | None = None) -> Tensor:
+        """Turn images, (N, H, W, C) uint8 on any device, into the input of one of the modules.
 
-        That is (N, C, H, W) of `dtype` on the model's device, channels_last in memory. A batch of
-        floating point is normalised already.
+        That is (N, C, H, W) on the model's device, channels_last in memory, of `dtype` or what the
+        module takes. A batch of floating point is normalised already.
         """
+        dtype: torch.dtype = getattr(module, "input_dtype", self.dtype)
         images = batch.to(self.device, non_blocking=True)
         if images.is_floating_point():
-            return images.to(self.dtype, memory_format=torch.channels_last)
+            return images.to(dtype, memory_format=torch.channels_last)
         if self._input.order == "bgr":
             images = images.flip(3)
-        # Whole rows: with the few channels alone innermost, torch works through them five times
-        # slower. And one operation: uint8 values are slow to subtract from and to divide.
-        scale, shift = (t.flatten().repeat(images.shape[2]) for t in (self.scale, self.shift))
-        rows = torch.addcmul(shift, images.flatten(2), scale).to(self.dtype)
+        # One operation: uint8 values are slow to subtract from and to divide.
+        shifts, scales = self._row
+        rows = torch.addcmul(shifts, images.flatten(2), scales).to(dtype)
         return rows.view(images.shape).permute(0, 3, 1, 2)

@@ -69,7 +69,16 @@ class Replay(nn.Module):
     Hooks work on the place-holders as on the layers: outputs can be read at all of them. What comes
     before is opaque, so only the head's own layer can be changed or differentiated at, and no
     gradient reaches the images.
+
+    Attributes:
+        input_dtype: what it takes, whatever the backbone computes in.
+        works_in_place: whether anything overwrites what a layer has returned.
+        pools: whether its scores are by construction what its head makes of a layer.
     """
+
+    input_dtype = torch.float32
+    works_in_place = False
+    pools = True
 
     def __init__(self, run: Run, layers: Mapping[str, int], head: PooledHead) -> None:
         """Args: the backbone, which of its tensors each layer returns, and the head."""

@@ -127,6 +127,22 @@ def test_long_methods_run_on_the_runtime(on_openvino):
     assert not isinstance(pending.module, Replay)
 
 
+def test_an_explanation_checks_and_copies_nothing_that_the_head_makes_itself(
+    on_openvino, monkeypatch
+):
+    """Its scores are its head's by construction, and nothing works in place behind its layers."""
+
+    def unneeded(*_: object, **__: object) -> None:
+        raise AssertionError("done twice")
+
+    expected = finish(Engine(OneModel(on_openvino)), [job("a"), job("b", "predict")])
+    monkeypatch.setattr(HeadProbe, "reproduces", unneeded)
+    monkeypatch.setattr(torch.Tensor, "clone", unneeded)
+    found = finish(Engine(OneModel(on_openvino)), [job("a"), job("b", "predict")])
+    for a, b in zip(found, expected, strict=True):
+        assert_same(a, b)
+
+
 def test_what_a_pass_gave_outlives_the_next_one(on_openvino):
     module = on_openvino.variants[1].module
     run = module._run
