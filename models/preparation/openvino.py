@@ -10,20 +10,29 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from models.preparation.precision import alike
 from models.preparation.replay import LayerOutputs, Reference, Refused
-from models.preparation.variant import Variant
+from models.preparation.variant import Variant, close
 from models.proof_cache import ProofCache
 from models.types import Precision
 
 logger = logging.getLogger("heatlens.preparation")
 
 _HINTS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+
+FIXED_BATCHES = (1, 4, 2)
+"""Batches with a graph of their own, most worth first: the graph of any size takes about a millisecond
+more for each call."""
+
+FIXED_BYTES = 120_000_000
+"""Each graph holds weights of its own: those of fixed size that would hold more are not made."""
 
 
 def installed() -> bool:
@@ -56,8 +65,10 @@ def openvino_variants(
     layers = reference.outputs
     try:
         converted = _converted(openvino, module, reference, cache)
+        weights = sum(parameter.nbytes for parameter in module.parameters())
+        fixed = FIXED_BATCHES[: FIXED_BYTES // max(1, weights)]
         backbones = [
-            CompiledBackbone(openvino, converted, outputs=count, precision=precision)
+            CompiledBackbone(openvino, converted, outputs=count, precision=precision, fixed=fixed)
             for count in sorted({1, len(layers)})
         ]
     except Exception as error:
@@ -74,15 +85,68 @@ def openvino_variants(
 
 
 class CompiledBackbone:
-    """A backbone compiled for any batch size. One thread at a time may call it."""
+    """A backbone compiled for any batch size. One thread at a time may call it.
+
+    Attributes:
+        outputs: how many tensors it gives.
+        precision: what it computes in.
+    """
 
     def __init__(
-        self, openvino: Any, converted: Any, *, outputs: int, precision: Precision
+        self,
+        openvino: Any,
+        converted: Any,
+        *,
+        outputs: int,
+        precision: Precision,
+        fixed: Sequence[int] = (),
     ) -> None:
-        """Compile the first `outputs` tensors of a converted model, which is left as it is."""
+        """Compile the first `outputs` tensors of a converted model, which is left as it is.
+
+        Batches of a `fixed` size are compiled for it when the first one comes.
+        """
+        self.outputs = outputs
+        self._compile = partial(
+            _Graph, openvino, converted, outputs=outputs, hint=_HINTS[precision]
+        )
+        self._of_any_size = self._compile(batch=-1)
+        self.precision: Precision = next(
+            p for p, hint in _HINTS.items() if hint == self._of_any_size.hint
+        )
+        self._fixed: dict[int, _Graph | None] = dict.fromkeys(fixed)
+
+    def __call__(self, inputs: Tensor) -> Sequence[Tensor]:
+        """(N, 3, H, W) → float32 tensors, (N, …) each, that the next call leaves alone."""
+        images = inputs.float().contiguous(memory_format=torch.channels_last)
+        size = len(images)
+        graph = self._fixed.get(size, self._of_any_size)
+        if graph is None:
+            graph = self._fixed[size] = self._graph_of(images)
+        return graph(images)
+
+    def _graph_of(self, images: Tensor) -> _Graph:
+        """A graph for batches of this size; that of any size if there is none that gives the same."""
+        equal = close if self.precision == "fp32" else alike
+        expected = self._of_any_size(images)
+        try:
+            graph = self._compile(batch=len(images))
+            if all(map(equal, graph(images), expected)):
+                return graph
+        except RuntimeError:
+            logger.info("OpenVINO does not compile a batch of %d", len(images), exc_info=True)
+        return self._of_any_size
+
+
+class _Graph:
+    """A converted model, compiled for batches of one size, or of any (-1)."""
+
+    def __init__(
+        self, openvino: Any, converted: Any, *, outputs: int, hint: str, batch: int
+    ) -> None:
         whole = converted.clone()
         results = [whole.output(_name(index)).get_node() for index in range(outputs)]
         model = openvino.Model(results, whole.get_parameters())
+        model.reshape([batch, *list(model.input().get_partial_shape())[1:]])
         # Images come channels_last, and are taken as they lie.
         steps = openvino.preprocess.PrePostProcessor(model)
         steps.input().tensor().set_layout(openvino.Layout("NHWC"))
@@ -91,16 +155,14 @@ class CompiledBackbone:
             steps.build(),
             "CPU",
             {
-                "INFERENCE_PRECISION_HINT": _HINTS[precision],
+                "INFERENCE_PRECISION_HINT": hint,
                 "INFERENCE_NUM_THREADS": torch.get_num_threads(),
                 "PERFORMANCE_HINT": "LATENCY",
                 # Several workers would all be pinned to the same first cores.
                 "ENABLE_CPU_PINNING": False,
             },
         )
-        hint = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-        self.precision: Precision = next(p for p, name in _HINTS.items() if name == hint)
-        self.outputs = outputs
+        self.hint = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         self._shapes = [
             tuple(size.get_length() for size in list(output.get_partial_shape())[1:])
             for output in compiled.outputs
@@ -108,10 +170,9 @@ class CompiledBackbone:
         self._tensor = openvino.Tensor
         self._request = compiled.create_infer_request()
 
-    def __call__(self, inputs: Tensor) -> Sequence[Tensor]:
-        """(N, 3, H, W) → float32 tensors, (N, …) each, that the next call leaves alone."""
-        images = inputs.float().contiguous(memory_format=torch.channels_last)
-        outputs = [torch.empty(len(inputs), *shape) for shape in self._shapes]
+    def __call__(self, images: Tensor) -> Sequence[Tensor]:
+        """(N, 3, H, W), channels_last → float32 tensors, (N, …) each."""
+        outputs = [torch.empty(len(images), *shape) for shape in self._shapes]
         self._request.set_input_tensor(self._shared(images.permute(0, 2, 3, 1)))
         for index, output in enumerate(outputs):
             self._request.set_output_tensor(index, self._shared(output))

@@ -140,4 +140,4 @@ class Trial:
     def _times(self) -> str:
         """Under which name times are kept."""
         place = processor(torch.device("cpu"))
-        return f"runtimes, {place}, {self._precision}, OpenVINO {version('openvino')}"
+        return f"fixed batches, {place}, {self._precision}, OpenVINO {version('openvino')}"

@@ -100,6 +100,31 @@ def test_batches_of_any_size(on_torch, on_openvino):
         assert_equal_answers(jobs, on_torch, on_openvino)
 
 
+def test_batches_of_a_fixed_size_are_compiled_for_it():
+    run = warm(blocks(), runtime="openvino").variants[0].module._run
+    images = torch.randn(5, 3, SIDE, SIDE)
+    expected = run(images)[0]
+    for size in openvino.FIXED_BATCHES:
+        for _ in range(2):
+            torch.testing.assert_close(run(images[:size])[0], expected[:size], rtol=1e-4, atol=1e-5)
+        assert run._fixed[size] is not run._of_any_size
+
+
+def test_a_fixed_size_that_gives_other_tensors_is_not_used(monkeypatch):
+    monkeypatch.setattr(openvino, "close", lambda *_: False)
+    run = warm(blocks(), runtime="openvino").variants[0].module._run
+    images = torch.randn(5, 3, SIDE, SIDE)
+    torch.testing.assert_close(run(images[:4])[0], run(images)[0][:4])
+    assert run._fixed[4] is run._of_any_size
+
+
+def test_large_networks_have_few_fixed_sizes(monkeypatch):
+    monkeypatch.setattr(openvino, "FIXED_BYTES", 0)
+    run = warm(blocks(), runtime="openvino").variants[0].module._run
+    assert not run._fixed
+    assert run(torch.randn(1, 3, SIDE, SIDE))[0].shape[0] == 1
+
+
 def test_passes_run_where_they_can(on_openvino):
     out, inner = frozenset({"out"}), frozenset({"block"})
     assert module_of(on_openvino, Needs()) is Replay
