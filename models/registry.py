@@ -8,6 +8,7 @@ import torch
 
 from models.catalog import ModelSpec
 from models.errors import ModelLoadFailed, UnknownModel
+from models.heap import leave_imports_alone
 from models.sources import load
 from models.types import ModelCard, ModelInfo, ModelKey
 from models.warm_model import WarmModel
@@ -52,6 +53,7 @@ class ModelRegistry:
                 loaded before stays.
         """
         loaded = load(spec, self._base_dir)
+        leave_imports_alone()
         try:
             warm = warm_up(
                 loaded, self.device, warmup_s=self._warmup_s, proofs_dir=self._proofs_dir

@@ -77,3 +77,34 @@ print(gc.isenabled(), early() is not None, late() is None)
 def test_what_was_made_at_the_start_is_left_out_of_later_collections():
     done = subprocess.run([sys.executable, "-c", START], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "True", "True"]
+
+
+IMPORTS = """
+import gc, sys, weakref
+from models.heap import leave_imports_alone
+class Cycle: ...
+def cycle():
+    made = Cycle()
+    made.itself = made
+    return weakref.ref(made)
+gc.collect()
+gc.disable()
+if sys.argv[1] == "enabled":
+    gc.enable()
+early = cycle()
+leave_imports_alone()
+late = cycle()
+gc.collect()
+print(gc.isenabled(), early() is not None, late() is None)
+"""
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [("disabled", ["False", "True", "True"]), ("enabled", ["True", "False", "True"])],
+)
+def test_imports_are_left_out_of_collections_only_while_a_process_starts(case, expected):
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS, case], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == expected
