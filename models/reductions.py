@@ -52,16 +52,20 @@ Reduction = Callable[[], Reductions]
 
 
 def reduce_later(
-    tensor: Tensor, *, channels_last: bool = False, keep_maps: bool = False
+    tensor: Tensor, *, channels_last: bool = False, keep_maps: bool = False, stays: bool = False
 ) -> Reduction:
-    """Reduce a batch when the result is called, from a copy, if that is the faster way.
+    """Reduce a batch when the result is called, if that is the faster way.
+
+    That is done from a copy, unless the tensor `stays` as it is.
 
     A small tensor of the CPU takes several times as long in the middle of a network's pass, where
     each operation finds the processor's caches full of other code. Others are reduced at once.
     """
     if tensor.device.type == "cpu" and tensor.nbytes <= _SMALL:
-        copy = tensor.clone() if tensor.dtype == torch.float32 else tensor.float()
-        return partial(reduce, copy, channels_last=channels_last, keep_maps=keep_maps)
+        kept = tensor.float()
+        if kept is tensor and not stays:
+            kept = tensor.clone()
+        return partial(reduce, kept, channels_last=channels_last, keep_maps=keep_maps)
     reductions = reduce(tensor, channels_last=channels_last, keep_maps=keep_maps)
     return lambda: reductions
 

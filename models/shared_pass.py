@@ -127,7 +127,8 @@ def _run(
     tensor_hooks_only: bool = False,
 ) -> SharedPass:
     inputs, wishes, closed = wanted
-    taps = [_tap(warm, place, wish) for place, wish in wishes.items()]
+    in_place = getattr(module, "works_in_place", True)
+    taps = [_tap(warm, place, wish, in_place=in_place) for place, wish in wishes.items()]
     changes = changes_for(warm.layouts, [job.options.interventions for job in jobs])
     gradients = [place for place in wishes if place[1].startswith("grad_")]
     with Extractor(module, taps, changes=changes, tensor_hooks_only=tensor_hooks_only) as extractor:
@@ -203,7 +204,7 @@ def _closed_form_layers(warm: WarmModel, jobs: Sequence[Job]) -> tuple[str, ...]
     return (warm.target_layer,)
 
 
-def _tap(warm: WarmModel, place: Place, wish: _Wish) -> Tap:
+def _tap(warm: WarmModel, place: Place, wish: _Wish, *, in_place: bool) -> Tap:
     layer, kind = place
     layout = (warm.input_layouts if kind.endswith("input") else warm.layouts).get(layer)
 
@@ -220,6 +221,8 @@ def _tap(warm: WarmModel, place: Place, wish: _Wish) -> Tap:
                 pick(tensor, wish.statistics),
                 channels_last=layout is not None or tensor.ndim == 3,
                 keep_maps=wish.grid,
+                # Where the tensor itself is kept, the model goes on with a copy.
+                stays=bool(wish.maps) or not in_place,
             )
         return _Kept(maps, reductions)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, starmap
+from itertools import accumulate, groupby, starmap
 from typing import Any
 
 import numpy as np
@@ -81,8 +81,8 @@ def summarise(reductions: Sequence[Reductions]) -> list[list[Summary]]:
     names = ("means", "maxima", "low", "norm", "zeros", "sample")
     parts = {name: [getattr(r, name) for r in reductions] for name in names}
     flat = torch.cat([t.reshape(-1) for name in names for t in parts[name]]).cpu().numpy()
-    ends = np.cumsum([sum(t.numel() for t in parts[name]) for name in names])
-    means, maxima, low, norm, zeros, sample = np.split(flat, ends[:-1])
+    lengths = [sum(t.numel() for t in parts[name]) for name in names]
+    means, maxima, low, norm, zeros, sample = _split(flat, lengths)
     images = [len(r.means) for r in reductions]
     counts = np.repeat([r.means.shape[1] for r in reductions], images)
     sizes = np.repeat([math.prod(r.shape) for r in reductions], images)
@@ -101,8 +101,8 @@ def summarise(reductions: Sequence[Reductions]) -> list[list[Summary]]:
         "quantiles": _quantiles(sample, [r.sample.shape for r in reductions]),
     }
     numbers: Iterator[Any] = zip(*(column.tolist() for column in columns.values()), strict=True)
-    ends = np.cumsum([r.means.numel() for r in reductions])
-    spans = zip(np.split(means, ends[:-1]), np.split(maxima, ends[:-1]), strict=True)
+    lengths = [r.means.numel() for r in reductions]
+    spans = zip(_split(means, lengths), _split(maxima, lengths), strict=True)
 
     def summaries(r: Reductions, channels: Channels) -> list[Summary]:
         maps = [None] * len(r.means) if r.maps is None else r.maps
@@ -154,6 +154,12 @@ def describe(
         target=UNSET if target is None else target,
         grid=summary.maps[places].cpu().numpy() if grid and summary.maps is not None else None,
     )
+
+
+def _split(flat: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
+    """Parts of these lengths, as views."""
+    starts = accumulate(lengths, initial=0)
+    return [flat[start : start + length] for start, length in zip(starts, lengths, strict=False)]
 
 
 def _quantiles(samples: np.ndarray, shapes: Sequence[Sequence[int]]) -> np.ndarray:

@@ -162,7 +162,12 @@ class ScoreWeights:
     @cached_property
     def _index(self) -> Tensor:
         """Class of each target, (N, T); made when it is first used, since predictions use none."""
-        index = indices([[t.cls for t in row] for row in self._padded], self._device)
+        codes = [[target.cls for target in row] for row in self._padded]
+        if self._order is not None and all(code < 0 for row in codes for code in row):
+            # As `look_up` does it, in one operation.
+            ranks = indices([[-code - 1 for code in row] for row in codes], self._device)
+            return self._order.gather(1, ranks)
+        index = indices(codes, self._device)
         return index if self._order is None else look_up(index, self._order)
 
     @cached_property

@@ -119,7 +119,8 @@ def stage(images: Sequence[np.ndarray], uploads: Uploads | None) -> Ready:
 
 def indices(values: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Whole numbers as an int64 tensor on a device that is not waited for."""
-    made = torch.tensor(values, dtype=torch.int64)
+    # Torch's own constructor takes several times as long.
+    made = torch.from_numpy(np.array(values, dtype=np.int64))
     if device.type == "cuda":
         try:
             return made.pin_memory().to(device, non_blocking=True)

@@ -43,7 +43,8 @@ def gradcam(capture: Capture) -> Tensor:
 
 def gradcam_weights(capture: Capture) -> Tensor:
     """Weights (N, T, K) of Grad-CAM: the mean gradient of each channel."""
-    return _gradient(capture).mean(_SPACE)
+    gradient = _gradient(capture)
+    return gradient[..., 0, 0] if gradient.shape[-2:] == (1, 1) else gradient.mean(_SPACE)
 
 
 def gradcam_plus_plus(capture: Capture) -> Tensor:
