@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 
 import numpy as np
 
@@ -70,8 +71,13 @@ def locate(
     if evidence[row, column] <= 0:
         return None
     x, y = to_original(geometry, columns.start + column + 0.5, rows.start + row + 0.5)
-    island = _island(evidence >= BOX_THRESHOLD * evidence[row, column], row, column)
-    return Location(x=x, y=y, box=_box(island, geometry, rows.start, columns.start))
+    strong = evidence >= BOX_THRESHOLD * evidence[row, column]
+    connected = _grow(_blocks(strong), row // _BLOCK, column // _BLOCK)
+    top, bottom = _span(strong, connected)
+    left, right = _span(strong.T, connected.T)
+    down, across = rows.start, columns.start
+    corners = (across + left, down + top, across + right, down + bottom)
+    return Location(x=x, y=y, box=_box(geometry, corners))
 
 
 def _inside(geometry: Geometry) -> tuple[slice, slice]:
@@ -82,20 +88,6 @@ def _inside(geometry: Geometry) -> tuple[slice, slice]:
         slice(max(0, math.ceil(top - 0.5)), min(geometry.input_height, math.ceil(bottom - 0.5))),
         slice(max(0, math.ceil(left - 0.5)), min(geometry.input_width, math.ceil(right - 0.5))),
     )
-
-
-def _island(mask: np.ndarray, row: int, column: int) -> np.ndarray:
-    """The pixels of a mask that are connected with the one at (row, column).
-
-    They are connected by blocks that share a side. Blocks make this cheap for smooth maps and noisy
-    ones alike; a gap narrower than a block may be stepped over.
-    """
-    height, width = mask.shape
-    blocks = _blocks(mask)
-    connected = _grow(blocks, row // _BLOCK, column // _BLOCK)
-    whole = connected.repeat(_BLOCK, axis=0).repeat(_BLOCK, axis=1)
-    island: np.ndarray = whole[:height, :width] & mask
-    return island
 
 
 def _blocks(mask: np.ndarray) -> np.ndarray:
@@ -114,33 +106,54 @@ def _blocks(mask: np.ndarray) -> np.ndarray:
 def _grow(mask: np.ndarray, row: int, column: int) -> np.ndarray:
     """Connected component (by sides) of a True element.
 
-    Grows along whole runs of the mask, rows and columns in turn, so that a blob takes a few rounds.
+    Grows along whole runs of the mask, each of which is looked at once.
     """
-    across, down = _runs(mask), _runs(mask.T).T
-    island = np.zeros_like(mask)
-    island[row, column] = True
-    count, most = 0, int(np.count_nonzero(mask))
-    while count < most and (grown := int(np.count_nonzero(island))) > count:
-        count = grown
-        for runs in (across, down):
-            reached = np.zeros(runs.max() + 1, bool)
-            reached[runs[island]] = True
-            island = reached[runs] & mask
-    return island
+    height, width = mask.shape
+    # A False value after each row keeps its runs from those of the next.
+    stride = width + 1
+    flat = np.zeros(height * stride + 1, bool)
+    flat[1:].reshape(height, stride)[:, :width] = mask
+    ends = np.flatnonzero(flat[1:] != flat[:-1]).tolist()
+    starts, stops = ends[::2], ends[1::2]
+    first = bisect_right(starts, row * stride + column) - 1
+    found, waiting = {first}, [first]
+    while waiting:
+        run = waiting.pop()
+        for shift in (-stride, stride):
+            start, stop = starts[run] + shift, stops[run] + shift
+            other = bisect_right(stops, start)
+            while other < len(starts) and starts[other] < stop:
+                if other not in found:
+                    found.add(other)
+                    waiting.append(other)
+                other += 1
+    island = np.zeros(height * stride, bool)
+    for run in found:
+        island[starts[run] : stops[run]] = True
+    return island.reshape(height, stride)[:, :width]
 
 
-def _runs(mask: np.ndarray) -> np.ndarray:
-    """Number each run of True values within a row; False values carry any run's number."""
-    starts = mask.copy()
-    starts[:, 1:] &= ~mask[:, :-1]
-    return np.cumsum(starts, dtype=np.int32).reshape(mask.shape)
+def _span(mask: np.ndarray, blocks: np.ndarray) -> tuple[int, int]:
+    """First and last row, exclusive, of a mask's True values within some of its blocks."""
+    rows = np.flatnonzero(blocks.any(1))
+    first, last = (
+        row * _BLOCK
+        + np.flatnonzero(
+            (
+                mask[row * _BLOCK : (row + 1) * _BLOCK]
+                & blocks[row].repeat(_BLOCK)[: mask.shape[1]]
+            ).any(1)
+        )
+        for row in rows[[0, -1]].tolist()
+    )
+    return int(first[0]), int(last[-1]) + 1
 
 
-def _box(island: np.ndarray, geometry: Geometry, top: int, left: int) -> Box:
-    """Bounding box in the original of pixels of the input, whose own corner is (top, left)."""
-    rows, columns = np.flatnonzero(island.any(1)), np.flatnonzero(island.any(0))
-    x0, y0 = to_original(geometry, left + int(columns[0]), top + int(rows[0]))
-    x1, y1 = to_original(geometry, left + int(columns[-1]) + 1, top + int(rows[-1]) + 1)
+def _box(geometry: Geometry, corners: tuple[int, int, int, int]) -> Box:
+    """The box in the original of one (left, top, right, bottom) in the input."""
+    left, top, right, bottom = corners
+    x0, y0 = to_original(geometry, left, top)
+    x1, y1 = to_original(geometry, right, bottom)
     x, y = max(0, math.floor(x0)), max(0, math.floor(y0))
     return Box(
         x=x,
