@@ -133,6 +133,9 @@ def exchange(call: Call, retries: Retries) -> Exchange:
             error, advised_s = _error(answer), answer.retry_after_s
             if not error.retryable:
                 raise error
+            if error.request_id is not None:
+                # By its id the service knows that the request comes again as it was told.
+                call = replace(call, headers={**call.headers, "X-Request-ID": error.request_id})
         pause_s = _pause_s(attempt) if advised_s is None else advised_s
         if attempt == retries.attempts or time.monotonic() + pause_s > until:
             raise error

@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from fastapi import Request
 
 from models.errors import Overloaded
+from service import logs
 from service.api.body import BYTES
 from service.api.key_counts import KeyCounts
 from service.api.plan import Plan
@@ -23,10 +24,10 @@ from service.devices.pool import DevicePool
 _ANSWERS = 3
 _SHORTLY_S = 1.0
 
-# Whether the request was let in before its body was read. While that arrives others are let in as
-# well; it is refused after all only if it would wait for so many times the limit.
+# Whether the request was let in before its body was read. While that arrives others are let in too.
 _is_let_in: ContextVar[bool] = ContextVar("is_let_in", default=False)
-_LATE = 1.5
+# Times the limit that a request may wait which was let in, or comes again when it was told to.
+_RIGHT_OF_WAY = 1.5
 
 # To read a larger body costs more than it is worth to find out that its job is a long one.
 _SMALL_BODY = 1_000_000
@@ -45,6 +46,9 @@ _SMOOTHING = 0.1
 _LONGEST_RETRY_S = 60.0
 # Over the time that one answer takes: others come meanwhile, who were never refused.
 _TURN = 1.25
+# Time for which a request that was told to come again has the right of way, and how many have it.
+_GRACE_S = 5.0
+_MOST_DUE = 10_000
 
 
 class Admission:
@@ -86,11 +90,15 @@ class Admission:
         """
         if request.method != "POST":
             return
-        wait_s = self._line.wait_s
         if self.is_full and _may_be_long(request):
-            # Long jobs have their own share of a device.
-            wait_s = min(wait_s, self._device_wait_s(long=True))
-        self._line.check(wait_s, patience_s=self._max_wait_s)
+            # Long jobs have their own share of a device; the plan will tell what it is.
+            wait_s = min(self._line.wait_s, self._device_wait_s(long=True))
+            self._line.check(wait_s, patience_s=self._max_wait_s)
+            return
+        patience_s = self._max_wait_s
+        if self._line.is_due():
+            patience_s *= _RIGHT_OF_WAY
+        self._line.check(self._line.wait_s, patience_s=patience_s)
         _is_let_in.set(True)
 
     @contextlib.contextmanager
@@ -122,8 +130,8 @@ class Admission:
         if not is_long:
             wait_s = max(wait_s, self._line.wait_s)
         patience_s = plan.patience_s(self._max_wait_s)
-        if _is_let_in.get():
-            patience_s *= _LATE
+        if _is_let_in.get() or self._line.is_due():
+            patience_s *= _RIGHT_OF_WAY
         patience_s = min(patience_s, plan.deadline - time.monotonic())
         self._line.check(wait_s, patience_s=max(0.0, patience_s))
         work_ms = _HOST_MS * len(plan.images) + plan.device_ms
@@ -165,6 +173,7 @@ class Line:
         self._seen_ms, self._seen_s = _BELIEVED_MS, _BELIEVED_MS / 1000
         self._moved_at, self._is_first = 0.0, True
         self._promised_until = 0.0
+        self._due: dict[str, float] = {}
 
     @property
     def wait_s(self) -> float:
@@ -188,14 +197,30 @@ class Line:
             self._promised_until = now
         if wait_s <= patience_s:
             return
-        free_at = max(self._promised_until, now + wait_s - patience_s)
-        retry_after_s = min(_LONGEST_RETRY_S, free_at - now)
-        self._promised_until = now + retry_after_s + _TURN * self._usual_ms * self._pace
-        raise Overloaded("The service is at its limit.", retry_after_s=retry_after_s)
+        due = self._due.get(logs.request_id.get(), 0.0)
+        if due <= now:
+            due = max(self._promised_until, now + wait_s - patience_s)
+            due = min(due, now + _LONGEST_RETRY_S)
+            self._promised_until = due + _TURN * self._usual_ms * self._pace
+            self._expect(due)
+        raise Overloaded("The service is at its limit.", retry_after_s=due - now)
+
+    def is_due(self) -> bool:
+        """Whether the current request comes again, with the same id, when it was told to."""
+        due = self._due.get(logs.request_id.get(), math.inf)
+        return due <= time.monotonic() < due + _GRACE_S
+
+    def _expect(self, due: float) -> None:
+        if request_id := logs.request_id.get():
+            self._due.pop(request_id, None)
+            self._due[request_id] = due
+        if len(self._due) > _MOST_DUE:
+            del self._due[next(iter(self._due))]
 
     @contextlib.contextmanager
     def place(self, work_ms: float) -> Iterator[None]:
         """Stand in the line until the answer is made or given up."""
+        self._due.pop(logs.request_id.get(), None)
         self._usual_ms += _SMOOTHING * (work_ms - self._usual_ms)
         if not self._places:
             self._work_ms, self._moved_at, self._is_first = 0.0, time.monotonic(), True

@@ -48,11 +48,11 @@ _UPGRADE_HEADERS = frozenset((b"upgrade", b"http2-settings"))
 _Phase = Literal["idle", "headers", "body", "response"]
 
 
-Refuse = Callable[[Scope], Response | None]
-"""The response to a request that the application is not to see."""
+Refuse = Callable[[Scope], tuple[Response, float] | None]
+"""The response to a request that the application is not to see, and the seconds until it is sent."""
 
 
-def let_in(_: Scope) -> Response | None:
+def let_in(_: Scope) -> tuple[Response, float] | None:
     """Refuse no request."""
     return None
 
@@ -86,6 +86,7 @@ class _Connection(HttpToolsProtocol):
         self._table = table
         self._refuse_early = refuse
         self._has_refused = False
+        self._refusing: RequestResponseCycle | None = None
         self._limits = table.limits()
         self.timeout_keep_alive = math.ceil(self._limits.idle_timeout_s)
         self.address = ""
@@ -212,17 +213,29 @@ class _Connection(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
         # One of those that came together: the others must not hold up the loop.
         may_refuse = cycle is self.cycle and not self._has_refused and not self.flow.write_paused
-        response = self._refuse_early(cast("Scope", cycle.scope)) if may_refuse else None
-        if response is None:
+        refused = self._refuse_early(cast("Scope", cycle.scope)) if may_refuse else None
+        if refused is None:
             super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]
             return
-        self._has_refused = cycle.response_complete = True
-        self._is_last = not cycle.keep_alive or not _is_little(cycle)
+        response, delay_s = refused
+        self._has_refused, self._refusing = True, cycle
+        if delay_s:
+            self.flow.pause_reading()
+            self.loop.call_later(delay_s, self._respond_early, cycle, response)
+        else:
+            self._respond_early(cycle, response)
+
+    def _respond_early(self, cycle: RequestResponseCycle, response: Response) -> None:
+        self._refusing = None
+        if self._lingers or self.transport.is_closing():
+            return
+        cycle.response_complete = True
+        self._is_last = not cycle.keep_alive or (cycle.more_body and not _is_little(cycle))
         self._write(response, is_last=self._is_last)
         self.on_response_complete()
 
     def on_body(self, body: bytes) -> None:
-        if self._lingers or self.cycle.response_complete:
+        if self._lingers or self._refusing is self.cycle or self.cycle.response_complete:
             return
         self._body_pieces += 1
         self._body_bytes += len(body)

@@ -54,6 +54,8 @@ def test_an_overloaded_service_is_asked_again_when_it_says(pauses):
     assert pauses == [3.0]
     assert len(server.requests) == 2
     assert all(b"image" in request.content for request in server.requests)
+    first, again = (request.headers.get("X-Request-ID") for request in server.requests)
+    assert (first, again) == (None, "1"), "it tells that it is the one that was refused"
 
 
 def test_without_advice_the_pauses_grow(pauses):

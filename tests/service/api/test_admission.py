@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import heapq
+import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -16,10 +18,11 @@ from fastapi import Request
 from msgspec import structs
 
 from models.errors import Overloaded
+from service import logs
 from service.api.admission import Admission, Line
 from service.api.body import ImageInput
 from service.api.options import PredictOptions
-from service.api.plan import make_plan
+from service.api.plan import Plan, make_plan
 from service.settings import LimitSettings
 from tests.fakes import FakePool, fake_info
 from tests.service.api.conftest import Serve
@@ -45,10 +48,13 @@ class Service:
         self._open: deque[tuple[float, contextlib.ExitStack]] = deque()
         self._next = 0.0
 
-    def arrive(self, *, work_ms: float = 13.0) -> float | None:
+    def arrive(self, *, work_ms: float = 13.0, request_id: str = "") -> float | None:
         """Ask for an answer; returns the seconds after which to try again, None if admitted."""
+        logs.request_id.set(request_id)
         try:
-            self.line.check(self.line.wait_s, patience_s=LIMIT_S)
+            self.line.check(
+                self.line.wait_s, patience_s=LIMIT_S * (1.5 if self.line.is_due() else 1)
+            )
         except Overloaded as error:
             return error.retry_after_s
         place = contextlib.ExitStack()
@@ -157,6 +163,41 @@ def test_who_waits_as_told_gets_in(service: Service) -> None:
     assert told[-1] < 1.5 * 400 * service.every_s, "nobody waits much longer than it takes"
 
 
+@pytest.mark.parametrize("clients", [90, 200, 400])
+def test_who_comes_as_told_gets_in_though_others_never_stop_asking(
+    service: Service, clients: int
+) -> None:
+    """Clients in a closed loop: who has just been answered asks again and could take every place."""
+    asking = [(client / 1000, str(client), 1) for client in range(clients)]
+    attempts: list[int] = []
+    while asking[0][0] < 60.0:
+        at, request_id, attempt = heapq.heappop(asking)
+        service.run(max(service.now, at))
+        told = service.arrive(request_id=request_id)
+        if told is None:
+            attempts.append(attempt)
+            # It has its answer after about as long as the line is.
+            ended = service.now + service.line.wait_s
+            heapq.heappush(asking, (ended, f"next {len(attempts)}", 1))
+        else:
+            heapq.heappush(asking, (service.now + max(1, math.ceil(told)), request_id, attempt + 1))
+    settled = attempts[len(attempts) // 3 :]
+    assert len(attempts) > 0.9 * 60.0 / service.every_s
+    assert max(service.waits_s) < 1.9 * LIMIT_S
+    assert sum(attempt > 2 for attempt in settled) < 0.05 * len(settled)
+
+
+def test_who_comes_too_early_hears_the_rest_of_the_time(service: Service) -> None:
+    service.offer(rate=500, seconds=3)
+    told = [wait for n in range(50) if (wait := service.arrive(request_id=f"r{n}")) is not None]
+    assert len(told) == 50
+    service.now += 0.01
+    assert service.arrive(request_id="r40") == pytest.approx(told[40] - 0.01)
+    after = service.arrive(request_id="another")
+    assert after is not None
+    assert after < told[-1] + 3 * service.every_s, "its asking puts nobody else off"
+
+
 def test_a_time_that_was_told_is_forgotten_when_nobody_comes(service: Service) -> None:
     service.offer(rate=500, seconds=3)
     service.run(service.now + 60.0)
@@ -174,14 +215,9 @@ def test_what_fails_at_once_teaches_nothing(service: Service) -> None:
     assert service.line.wait_s == pytest.approx(before)
 
 
-def test_who_was_let_in_is_not_refused_for_those_who_came_meanwhile() -> None:
-    pool = FakePool()
-    admission = Admission(pool, max_wait_s=LIMIT_S)
-    head = Request(
-        {"type": "http", "method": "POST", "headers": [(b"content-type", b"image/jpeg")]}
-    )
+def plan_of_one_image() -> Plan:
     now = time.monotonic()
-    plan = make_plan(
+    return make_plan(
         [ImageInput()],
         PredictOptions(),
         fake_info(),
@@ -189,6 +225,15 @@ def test_who_was_let_in_is_not_refused_for_those_who_came_meanwhile() -> None:
         started=now,
         deadline=now + 60,
     )
+
+
+def test_who_was_let_in_is_not_refused_for_those_who_came_meanwhile() -> None:
+    pool = FakePool()
+    admission = Admission(pool, max_wait_s=LIMIT_S)
+    head = Request(
+        {"type": "http", "method": "POST", "headers": [(b"content-type", b"image/jpeg")]}
+    )
+    plan = plan_of_one_image()
 
     def is_admitted(wait_s: float) -> bool:
         pool.statuses = [structs.replace(pool.statuses[0], wait_ms=1000 * wait_s)]
@@ -202,6 +247,27 @@ def test_who_was_let_in_is_not_refused_for_those_who_came_meanwhile() -> None:
 
     assert contextvars.copy_context().run(let_in) == [True, False]
     assert not is_admitted(1.3 * LIMIT_S), "nobody has looked at its head"
+
+
+def test_a_form_that_asks_for_nothing_long_has_no_advantage() -> None:
+    admission = Admission(FakePool(), max_wait_s=LIMIT_S)
+    form = Request(
+        {"type": "http", "method": "POST", "headers": [(b"content-type", b"multipart/form-data")]}
+    )
+    plan = plan_of_one_image()
+
+    def has_room() -> bool:
+        admission.check_unread(form)
+        try:
+            places.enter_context(admission.place(plan))
+        except Overloaded:
+            return False
+        return True
+
+    with contextlib.ExitStack() as places:
+        while not admission.is_full:
+            assert contextvars.copy_context().run(has_room)
+        assert not contextvars.copy_context().run(has_room)
 
 
 # ---------------------------------------------------------------- before the body
@@ -220,8 +286,11 @@ class Unread(httpx.AsyncByteStream):
 async def fill(client: httpx.AsyncClient, pool: FakePool, png: bytes) -> list[asyncio.Task[Any]]:
     """Ask for as many answers as are admitted; none of them comes."""
     pool.delay_s = 30.0
-    asked = [asyncio.create_task(client.post("/v1/predict", content=png)) for _ in range(40)]
-    await eventually(lambda: any(task.done() for task in asked))
+    asked: list[asyncio.Task[Any]] = []
+    while not any(task.done() for task in asked):
+        submitted = len(pool.submitted)
+        asked.append(task := asyncio.create_task(client.post("/v1/predict", content=png)))
+        await eventually(lambda: task.done() or len(pool.submitted) > submitted)  # noqa: B023
     return asked
 
 

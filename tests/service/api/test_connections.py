@@ -348,8 +348,9 @@ async def test_a_network_of_ipv6_is_one_address() -> None:
 # ---------------------------------------------------------------- refusals by the head
 
 
-def refuse(scope: Any) -> Response | None:
-    return Response("full", 429) if scope["path"] == "/full" else None
+def refuse(scope: Any) -> tuple[Response, float] | None:
+    delay_s = 0.2 if scope["query_string"] else 0.0
+    return (Response("full", 429), delay_s) if scope["path"] == "/full" else None
 
 
 def full(more: bytes) -> bytes:
@@ -388,7 +389,7 @@ async def test_the_connection_ends_where_much_may_come(more: bytes) -> None:
 async def test_refusals_that_come_together_are_in_order_and_one_at_a_time() -> None:
     refused = []
 
-    def note(scope: Any) -> Response | None:
+    def note(scope: Any) -> tuple[Response, float] | None:
         refused.append(scope["path"])
         return refuse(scope)
 
@@ -398,6 +399,31 @@ async def test_refusals_that_come_together_are_in_order_and_one_at_a_time() -> N
     assert statuses(received)[0] == 429
     assert len(statuses(received)) == 21
     assert len(refused) == 1, "the others go through the loop one after another"
+
+
+async def test_a_refusal_that_waits_its_turn_holds_up_nothing_but_its_connection() -> None:
+    delayed = full(b"Content-Length: 5\r\n").replace(b"/full", b"/full?later") + b"hello"
+    async with serving(refuse=refuse) as server:
+        slow = asyncio.create_task(
+            server.ask(delayed + HEAD + b"Content-Length: 3\r\n\r\nyou", LAST)
+        )
+        assert statuses(await server.ask(LAST)) == [200]
+        assert not slow.done()
+        received = await slow
+        assert statuses(received) == [429, 200, 200], "in the order in which they were asked"
+        assert b"3 bytes" in received
+        assert server.table.buffered_bytes == 0
+
+
+async def test_who_leaves_before_the_refusal_is_forgotten() -> None:
+    async with serving(refuse=refuse) as server:
+        _, writer = await server.connect()
+        writer.write(full(b"Content-Length: 9\r\n").replace(b"/full", b"/full?later"))
+        await eventually(lambda: server.table._open)
+        writer.transport.abort()
+        await asyncio.sleep(0.3)
+        assert statuses(await server.ask(LAST)) == [200]
+        await eventually(lambda: not server.table._open)
 
 
 async def test_a_refused_body_that_trickles_ends_the_connection() -> None:

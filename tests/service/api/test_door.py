@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -63,11 +64,12 @@ def scope_of(path: str = "/v1/explain", **headers: str) -> dict[str, Any]:
 
 async def test_the_response_is_that_of_the_application(full: Full) -> None:
     async with full() as (door, client):
-        refused = door.refuse(scope_of(x_request_id="mine-7"))
+        refused, delay_s = door.refuse(scope_of(x_request_id="mine-7")) or (None, 0.0)
         inside = await client.post(
             "/v1/explain", content=b"x", headers={**JPEG, "X-Request-ID": "mine-7"}
         )
     assert refused is not None
+    assert delay_s == 0
     assert refused.status_code == inside.status_code == 429
     assert refused.body == inside.content
     assert set(refused.headers) == set(inside.headers)
@@ -118,3 +120,29 @@ async def test_below_the_limit_the_door_is_open(pool: FakePool) -> None:
     app = create_app(Settings(), pool, door=door)
     async with app.router.lifespan_context(app):
         assert door.refuse(scope_of()) is None
+
+
+async def test_refusals_beyond_a_rate_wait_their_turn(full: Full) -> None:
+    """Clients that come again at once are slowed down; a number of them together is not."""
+    async with full() as (door, _):
+        delays = [refused[1] for _ in range(400) if (refused := door.refuse(scope_of()))]
+    assert len(delays) == 400
+    assert max(delays[:20]) == 0
+    assert 0 < delays[100] < delays[200]
+    assert max(delays) <= 1.0
+
+
+async def test_who_comes_when_told_has_the_right_of_way(
+    full: Full, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with full() as (door, _):
+        refused = door.refuse(scope_of(x_request_id="mine-9"))
+        assert refused is not None
+        assert door.refuse(scope_of(x_request_id="mine-9")), "too early"
+        now = time.monotonic() + int(refused[0].headers["retry-after"])
+        with monkeypatch.context() as patch:
+            patch.setattr("service.api.admission.time.monotonic", lambda: now)
+            comes_as_told = door.refuse(scope_of(x_request_id="mine-9"))
+            comes_anew = door.refuse(scope_of(x_request_id="other-9"))
+    assert comes_as_told is None
+    assert comes_anew is not None
