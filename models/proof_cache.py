@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import logging
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import msgspec
 import torch
@@ -22,22 +25,37 @@ logger = logging.getLogger("heatlens.proofs")
 _KEPT = 64
 _KEPT_LARGE = 8
 _LARGE = ("bin", "xml")
+_TURN_S = 60.0
+"""How long a process waits for what another one proves of the same network."""
+_LOOK_S = 0.05
 _LIBRARIES = ("heatlens", "torch", "torchvision", "timm")
 
 
 class ProofCache:
     """Keeps what was proved of one network in a file.
 
-    A file that cannot be read or written is as good as none: everything is proved again.
+    A file that cannot be read or written is as good as none: everything is proved again. Of several
+    processes that miss something, one proves it while the others wait, until it leaves the context
+    or ends; then they read what it has found.
     """
 
     def __init__(self, file: Path | None) -> None:
         """Open the proofs in a file; None keeps nothing."""
         self._file = file
+        self._turn: int | None = None
         self._known: dict[str, msgspec.Raw] = {}
-        if file is not None:
-            with contextlib.suppress(OSError, msgspec.MsgspecError):
-                self._known = msgspec.json.decode(file.read_bytes(), type=dict[str, msgspec.Raw])
+        self._read()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None and self._turn is not None:
+            # Those who wait have it open; who comes later finds the proofs.
+            with contextlib.suppress(OSError):
+                self._file.with_suffix(".lock").unlink(missing_ok=True)
+            os.close(self._turn)
+            self._turn = None
 
     @classmethod
     def of(cls, module: nn.Module, scores: Tensor, folder: Path | None) -> ProofCache:
@@ -71,7 +89,9 @@ class ProofCache:
         return proof
 
     def recall(self, what: str, kind: type[T]) -> T | None:
-        """What was kept before, if anything."""
+        """What was kept before, if anything; the caller is expected to find out what was not."""
+        if what not in self._known:
+            self._take_turn()
         if what in self._known:
             with contextlib.suppress(msgspec.MsgspecError):
                 return msgspec.json.decode(self._known[what], type=kind)
@@ -82,6 +102,25 @@ class ProofCache:
         self._known[what] = msgspec.Raw(msgspec.json.encode(proof))
         self._write()
 
+    def _take_turn(self) -> None:
+        """Wait, for a while, until no other process proves anything of this network."""
+        if self._file is None or self._turn is not None:
+            return
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._turn = os.open(self._file.with_suffix(".lock"), os.O_CREAT | os.O_RDWR, 0o600)
+            # The kernel gives the lock back when its holder dies.
+            _lock(self._turn, until=time.monotonic() + _TURN_S)
+        except OSError as error:
+            logger.info("proofs of other processes are not waited for: %s", error.strerror)
+        self._read()
+
+    def _read(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError, msgspec.MsgspecError):
+                found = msgspec.json.decode(self._file.read_bytes(), type=dict[str, msgspec.Raw])
+                self._known = {**self._known, **found}
+
     def _write(self) -> None:
         if self._file is None:
             return
@@ -90,9 +129,21 @@ class ProofCache:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             unfinished.write_bytes(msgspec.json.encode(self._known))
             unfinished.replace(self._file)
-            _drop_oldest(self._file.parent, ("json",), kept=_KEPT)
+            _drop_oldest(self._file.parent, ("json", "lock"), kept=_KEPT)
         except OSError as error:
             logger.info("proofs are not kept: %s", error.strerror)
+
+
+def _lock(descriptor: int, *, until: float) -> None:
+    """Lock a file for this process; once it is late, go on without."""
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                logger.info("another process takes long to prove the network; this one does, too")
+                return None
+            time.sleep(_LOOK_S)
 
 
 def _drop_oldest(folder: Path, suffixes: Sequence[str], *, kept: int) -> None:

@@ -66,11 +66,18 @@ def warm_up(
         ModelLoadFailed: the configured target layer cannot be explained, or scores on the device
             are not finite.
     """
-    spec, task = loaded.spec, loaded.task
     probe = probe_batch(loaded.preprocess)[: largest_batch(loaded.module)]
     before = Fingerprint.of(loaded.module, probe)
+    with ProofCache.of(loaded.module, before.scores, proofs_dir) as cache:
+        return _timed(_prepared(loaded, device, probe, before, cache), warmup_s, cache)
+
+
+def _prepared(
+    loaded: LoadedModel, device: torch.device, probe: Tensor, before: Fingerprint, cache: ProofCache
+) -> WarmModel:
+    """Probe a model, and optimise it for its device."""
+    spec, task = loaded.spec, loaded.task
     traced = trace(loaded.module, task, probe)
-    cache = ProofCache.of(loaded.module, before.scores, proofs_dir)
     proofs = cache.remember("layers", dict[str, LayerProof], lambda: prove_layers(traced))
     layouts = layouts_of(proofs)
     target, differentiable = _target_layer(spec.target_layer, traced, proofs)
@@ -112,7 +119,7 @@ def warm_up(
         loaded.texts.prepare(loaded.labels, device)
         card = structs.replace(card, texts=loaded.texts.takes)
     scale, shift = _normalisation(loaded.preprocess)
-    warm = WarmModel(
+    return WarmModel(
         name=spec.name,
         version=spec.version,
         module=optimised.module,
@@ -137,7 +144,6 @@ def warm_up(
         uploads=uploads,
         graphs=graphs,
     )
-    return _timed(warm, warmup_s, cache)
 
 
 def measure_latencies(

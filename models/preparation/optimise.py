@@ -23,6 +23,7 @@ from models.preparation.precision import (
     cosine,
     has_instructions,
 )
+from models.preparation.race import processor
 from models.preparation.replay import PooledHead, Reference, Refused
 from models.preparation.runtimes import ByTorch, Trial
 from models.preparation.variant import Variant, close, fused_variant
@@ -93,8 +94,9 @@ def optimise(
     fused = fused_variant(module, probe, cache)
     steps.append("fusion skipped: nothing to fuse" if fused is None else fused.step)
     features = findings.choose_features(fused)
-    precision = _precision(spec.precision, module, probed, device, steps)
-    trial = Trial(spec.runtime, cache or ProofCache(None), precision=precision)
+    cache = cache or ProofCache(None)
+    precision = _precision(spec.precision, module, probed, device, steps=steps, cache=cache)
+    trial = Trial(spec.runtime, cache, precision=precision)
 
     def convert() -> tuple[list[Variant], Precision]:
         head = _head(findings, device, outputs=expected.shape[1])
@@ -175,19 +177,24 @@ def _precision(
     module: nn.Module,
     probed: tuple[Tensor, Tensor],
     device: torch.device,
+    *,
     steps: list[str],
+    cache: ProofCache,
 ) -> Precision:
     """The precision asked for if the device has it and its scores are good enough, else float32."""
     if asked == "fp32":
         return asked
 
-    def fidelity() -> float:
-        if not has_instructions(device, asked):
-            raise Refused("the device has no instructions for it")
+    def measure() -> float:
         probe, expected = probed
         half = cast(copy.deepcopy(module), DTYPES[asked], outputs=expected.shape[1])
         with torch.inference_mode():
-            found = cosine(half(probe.to(DTYPES[asked])), expected)
+            return cosine(half(probe.to(DTYPES[asked])), expected)
+
+    def fidelity() -> float:
+        if not has_instructions(device, asked):
+            raise Refused("the device has no instructions for it")
+        found = cache.remember(f"{asked}, {processor(device)}", float, measure)
         # Written so that NaN is refused, too.
         if not found >= LEAST_COSINE:
             raise Refused(f"its scores have cosine {found:.3f} with float32's")

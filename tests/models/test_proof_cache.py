@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,5 +124,71 @@ def test_another_network_has_proofs_of_its_own(tmp_path, change):
 def test_few_proofs_are_kept(tmp_path):
     for number in range(70):
         scores = torch.full((1, 1), float(number))
-        ProofCache.of(network(), scores, tmp_path).remember("fact", int, lambda: 1)
+        with ProofCache.of(network(), scores, tmp_path) as cache:
+            cache.remember("fact", int, lambda: 1)
     assert len(list(tmp_path.iterdir())) <= 64
+
+
+PROVE = """
+import sys
+from pathlib import Path
+from models.proof_cache import ProofCache
+
+folder = Path(sys.argv[1])
+with ProofCache(folder / "net.json") as cache:
+    cache.recall("layers", int)
+    print("proving", flush=True)
+    sys.stdin.read()
+    cache.keep("layers", 7)
+"""
+
+
+@pytest.fixture
+def prover(tmp_path):
+    """Another process, in the middle of proving the network `net`."""
+    with subprocess.Popen(
+        [sys.executable, "-c", PROVE, tmp_path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    ) as process:
+        assert process.stdout.readline() == b"proving\n"
+        yield process
+        process.kill()
+
+
+@pytest.mark.slow
+def test_what_another_process_proves_at_the_moment_is_waited_for(tmp_path, prover):
+    def prove_it_again() -> int:
+        raise AssertionError
+
+    with ThreadPoolExecutor() as threads, ProofCache(tmp_path / "net.json") as cache:
+        found = threads.submit(cache.remember, "layers", int, prove_it_again)
+        with pytest.raises(TimeoutError):
+            found.result(timeout=0.1)
+        prover.stdin.close()
+        assert found.result(timeout=30) == 7
+
+
+@pytest.mark.slow
+def test_what_a_killed_process_was_proving_is_proved_by_another(tmp_path, prover):
+    with ThreadPoolExecutor() as threads, ProofCache(tmp_path / "net.json") as cache:
+        found = threads.submit(cache.remember, "layers", int, lambda: 8)
+        prover.kill()
+        assert found.result(timeout=30) == 8
+
+
+@pytest.mark.slow
+def test_a_process_that_takes_too_long_is_not_waited_for(tmp_path, prover, monkeypatch):
+    monkeypatch.setattr("models.proof_cache._TURN_S", 0.0)
+    with ProofCache(tmp_path / "net.json") as cache:
+        assert cache.remember("layers", int, lambda: 8) == 8
+    assert prover.poll() is None
+
+
+def test_what_is_known_is_read_without_a_turn(tmp_path, monkeypatch):
+    with ProofCache(tmp_path / "net.json") as cache:
+        cache.keep("layers", 7)
+    monkeypatch.delattr("models.proof_cache.fcntl")
+    with ProofCache(tmp_path / "net.json") as cache:
+        assert cache.recall("layers", int) == 7
