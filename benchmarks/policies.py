@@ -19,6 +19,7 @@ from service.worker.queue import LatencyModel
 
 KEY = ("model", "1")
 STEPS, STEP_IMAGES = 12, 8
+PATIENCE = 0.8
 _PIXELS = np.zeros((1, 1, 3), dtype=np.uint8)
 
 
@@ -172,13 +173,15 @@ class Queue:
         return []
 
 
-def policies(curve: Mapping[int, float], deadline_s: float) -> dict[str, Callable[[], Policy]]:
-    """How a device's policy is made, by name."""
+def policies(
+    curve: Mapping[int, float], deadline_s: float, *, patience: float = PATIENCE
+) -> dict[str, Callable[[], Policy]]:
+    """How a device's policy is made, by name; `patience`: the longest wait, as a share of the deadline."""
     rates = {size: size / ms for size, ms in curve.items()}
     best = min(size for size, rate in rates.items() if rate >= 0.97 * max(rates.values()))
     largest = max(curve)
     return {
-        "Heatlens": lambda: Heatlens(curve, best, 0.8 * deadline_s),
+        "Heatlens": lambda: Heatlens(curve, best, patience * deadline_s),
         "fixed window, 10 ms": lambda: Queue(curve, largest, 0.010),
         "delay, 0.5 ms": lambda: Queue(curve, best, 0.0005),
         "AIMD": lambda: Queue(curve, 1.0, adapt_ms=1000 * deadline_s / 2),

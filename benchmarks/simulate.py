@@ -7,7 +7,8 @@ The `Batcher` is the service's own, under a clock that jumps from event to event
 device where they wait least by estimate, as in `SocketPool`. The same arrivals are given to three other
 policies, on the same devices with the same routing: a fixed window (LitServe, TorchServe), a short
 delay (Triton's dynamic batcher) and Clipper's AIMD. These run long jobs to their end, queue without
-a limit, and lose what a device had when it dies.
+a limit, and lose what a device had when it dies. With `--line` Heatlens refuses by the wait of all requests
+together first, as an HTTP process does (`service.api.admission.Line`).
 
 An answer is good if it comes before its deadline. Latencies are of good and late answers of single
 passes; `long` is the share of long jobs that ended in time.
@@ -15,6 +16,7 @@ passes; `long` is the share of long jobs that ended in time.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import math
@@ -29,8 +31,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.policies import STEP_IMAGES, STEPS, Policy, Request, policies
+from benchmarks.policies import PATIENCE, STEP_IMAGES, STEPS, Policy, Request, policies
+from models.errors import HeatlensError, Overloaded
 from models.shares import shared_wait
+from service.api.admission import Line
 from service.cli.bench.load import percentile
 
 Act = Callable[[float], None]
@@ -119,10 +123,19 @@ class Simulation:
 
     Args:
         devices: they take jobs from now on.
+        max_wait_s: of the line of single passes; None = there is none.
+        pass_ms: device time of one of them.
     """
 
-    def __init__(self, devices: Sequence[Device]) -> None:
+    def __init__(
+        self, devices: Sequence[Device], *, max_wait_s: float | None = None, pass_ms: float = 0.0
+    ) -> None:
         self._devices = devices
+        self._now, self._max_wait_s, self._pass_ms = 0.0, max_wait_s or 0.0, pass_ms
+        self._line = None
+        if max_wait_s is not None:
+            self._line = Line(max_wait_s=max_wait_s, clock=lambda: self._now)
+        self._places: dict[int, contextlib.ExitStack] = {}
         self._order = itertools.count()
         self._events: list[tuple[float, int, Act]] = []
         self.refused = 0
@@ -130,16 +143,27 @@ class Simulation:
     def run(self, jobs: Sequence[Request], *, deaths: Sequence[Death] = ()) -> Outcome:
         """What becomes of the jobs."""
         for job in jobs:
-            self._at(job.arrived, partial(self._route, job))
+            self._at(job.arrived, partial(self._arrive, job))
         for when, number, pause_s in deaths:
             self._at(when, partial(self._die, self._devices[number], pause_s))
         while self._events:
-            now, _, act = heapq.heappop(self._events)
-            act(now)
+            self._now, _, act = heapq.heappop(self._events)
+            act(self._now)
         return outcome(jobs, refused=self.refused)
 
     def _at(self, when: float, act: Act) -> None:
         heapq.heappush(self._events, (when, next(self._order), act))
+
+    def _arrive(self, request: Request, now: float) -> None:
+        place = self._places[request.number] = contextlib.ExitStack()
+        if self._line and not request.long:
+            try:
+                self._line.check(self._line.wait_s, patience_s=self._max_wait_s)
+            except Overloaded:
+                self.refused += 1
+                return
+            place.enter_context(self._line.place(self._pass_ms + request.extra_ms))
+        self._route(request, now)
 
     def _route(self, request: Request, now: float) -> None:
         alive = [device for device in self._devices if device.alive]
@@ -149,6 +173,7 @@ class Simulation:
         device = min(alive, key=lambda d: d.wait(long=request.long))
         if not device.policy.add(request, now):
             self.refused += 1
+            self._leave(request, failed=True)
             return
         device.assigned[request.number] = request.work
         device.work[request.long] += request.work
@@ -174,8 +199,14 @@ class Simulation:
         device.busy = False
         for request in device.policy.done(batch, now, taken_ms):
             request.ended = now
+            self._leave(request)
             device.work[request.long] -= device.assigned.pop(request.number, 0.0)
         self._serve(device, now)
+
+    def _leave(self, request: Request, *, failed: bool = False) -> None:
+        with contextlib.suppress(HeatlensError), self._places.pop(request.number):
+            if failed:
+                raise Overloaded("It is refused.")
 
     def _die(self, device: Device, pause_s: float, now: float) -> None:
         device.alive, device.busy = False, False
@@ -212,6 +243,7 @@ def compare(
     *,
     count: int,
     deaths: bool = False,
+    has_line: bool = False,
 ) -> dict[str, Outcome]:
     """The same arrivals under every policy, at a share of what the devices can do."""
     unit_ms = min(ms / size for size, ms in curve.items())
@@ -221,9 +253,13 @@ def compare(
     span = count / rate
     dying = [(span * (0.3 + 0.2 * n / number), n, span / 5) for n in range(0, number, 4)]
     found = {}
-    for name, make in policies(curve, deadline_s).items():
+    # A device refuses at twice the limit what the line has let in.
+    patience = 2 * PATIENCE if has_line else PATIENCE
+    for name, make in policies(curve, deadline_s, patience=patience).items():
         jobs = requests(arrivals(kind, rate, count), deadline_s=deadline_s, unit_ms=unit_ms)
-        simulation = Simulation([Device(make()) for _ in range(number)])
+        line_s = PATIENCE * deadline_s if has_line and name == "Heatlens" else None
+        devices = [Device(make()) for _ in range(number)]
+        simulation = Simulation(devices, max_wait_s=line_s, pass_ms=unit_ms)
         found[name] = simulation.run(jobs, deaths=dying if deaths else ())
     return found
 
@@ -240,13 +276,24 @@ def main(
     deaths: Annotated[
         bool, typer.Option("--deaths", help="Every fourth device dies once.")
     ] = False,
+    has_line: Annotated[
+        bool, typer.Option("--line", help="Heatlens also refuses by the line of all requests.")
+    ] = False,
 ) -> None:
     """Simulate every case and print one table."""
     columns = ("good", "p50 ms", "p99 ms", "refused", "long")
     table = Table("devices", "arrivals", "load", "policy", *columns, box=box.MARKDOWN)
     cases = itertools.product(devices.split(","), kinds.split(","), loads.split(","))
     for number, kind, load in cases:
-        found = compare(CURVES[curve], int(number), kind, float(load), count=count, deaths=deaths)
+        found = compare(
+            CURVES[curve],
+            int(number),
+            kind,
+            float(load),
+            count=count,
+            deaths=deaths,
+            has_line=has_line,
+        )
         for name, row in found.items():
             cells = (f"{row.good:.1%}", f"{row.p50_ms:.1f}", f"{row.p99_ms:.1f}")
             table.add_row(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 from fastapi import Request
@@ -163,10 +163,12 @@ class Line:
 
     Args:
         max_wait_s: estimated wait beyond which a request is refused.
+        clock: tells the time in seconds.
     """
 
-    def __init__(self, *, max_wait_s: float) -> None:
+    def __init__(self, *, max_wait_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_wait_s = max_wait_s
+        self._clock = clock
         self._places = 0
         self._work_ms = 0.0
         self._usual_ms = _HOST_MS
@@ -191,7 +193,7 @@ class Line:
             Overloaded: with the time after which there is room for it, and for all who were told a
                 time before, unless many others come meanwhile.
         """
-        now = time.monotonic()
+        now = self._clock()
         if self.wait_s < self._max_wait_s / 2:
             # Who was told to come again has come, or does not.
             self._promised_until = now
@@ -208,7 +210,7 @@ class Line:
     def is_due(self) -> bool:
         """Whether the current request comes again, with the same id, when it was told to."""
         due = self._due.get(logs.request_id.get(), math.inf)
-        return due <= time.monotonic() < due + _GRACE_S
+        return due <= self._clock() < due + _GRACE_S
 
     def _expect(self, due: float) -> None:
         if request_id := logs.request_id.get():
@@ -223,7 +225,7 @@ class Line:
         self._due.pop(logs.request_id.get(), None)
         self._usual_ms += _SMOOTHING * (work_ms - self._usual_ms)
         if not self._places:
-            self._work_ms, self._moved_at, self._is_first = 0.0, time.monotonic(), True
+            self._work_ms, self._moved_at, self._is_first = 0.0, self._clock(), True
         self._places += 1
         self._work_ms += work_ms
         try:
@@ -239,7 +241,7 @@ class Line:
         return self._seen_s / self._seen_ms
 
     def _learn(self, work_ms: float) -> None:
-        now = time.monotonic()
+        now = self._clock()
         taken_s = now - self._moved_at
         weight = _ALONE if self._is_first and taken_s > work_ms * self._pace else 1.0
         kept = math.exp(-weight * work_ms / _MEMORY_MS)

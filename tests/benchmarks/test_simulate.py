@@ -39,6 +39,14 @@ def test_above_the_capacity_answers_stay_in_time_and_the_rest_is_refused():
     assert all(ours.good > other.good for other in found.values())
 
 
+def test_the_line_refuses_about_as_many_as_the_devices_would():
+    ours = compare(CPU, 4, "poisson", 1.5, count=3000, has_line=True)["Heatlens"]
+    alone = compare(CPU, 4, "poisson", 1.5, count=3000)["Heatlens"]
+    assert ours.good == pytest.approx(alone.good, abs=0.05)
+    assert ours.refused == pytest.approx(alone.refused, abs=0.05)
+    assert ours.p99_ms < 1.1 * DEADLINE_PASSES * CPU[1]
+
+
 def test_long_jobs_are_answered_below_the_capacity():
     """One device, where each of them has to wait for the one before."""
     found = compare(CPU, 1, "poisson", 0.9, count=3000)["Heatlens"]

@@ -38,10 +38,9 @@ JPEG = {"content-type": "image/jpeg"}
 class Service:
     """A line whose requests are answered in order, one every so many seconds, under a clock that jumps."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, every_s: float) -> None:
+    def __init__(self, *, every_s: float) -> None:
         self.now = 0.0
-        monkeypatch.setattr("service.api.admission.time.monotonic", lambda: self.now)
-        self.line = Line(max_wait_s=LIMIT_S)
+        self.line = Line(max_wait_s=LIMIT_S, clock=lambda: self.now)
         self.every_s = every_s
         self.least_s = 0.0
         self.waits_s: list[float] = []
@@ -84,8 +83,8 @@ class Service:
 
 
 @pytest.fixture
-def service(monkeypatch: pytest.MonkeyPatch) -> Service:
-    return Service(monkeypatch, every_s=0.02)
+def service() -> Service:
+    return Service(every_s=0.02)
 
 
 def test_nothing_is_refused_below_the_capacity(service: Service) -> None:
