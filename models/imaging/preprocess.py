@@ -31,6 +31,8 @@ _FILTERS: Mapping[str, Image.Resampling] = {
 
 # Pixels on both sides that the widest filter looks at, and one more.
 _REACH = 4
+# Share of the rows below which to resize them alone pays for the copies that this takes.
+_WORTH_A_COPY = 0.92
 # Of higher images Pillow resizes the columns first.
 _RATIO = 2
 
@@ -230,28 +232,39 @@ def resized_part(
 ) -> Image.Image:
     """A part (left, top, right, bottom) of a scaled image, exactly as the whole one has it.
 
-    Pillow resizes along the rows first and along the columns then. So columns are left out after
-    the first pass, and on an axis where scale and ends of the part are exact in the float32 of
-    Pillow's boxes, as on one that is resized to a power of two, what is not needed is never made.
+    Pillow resizes along the rows first and along the columns then. So the first pass is done on those
+    rows only that the second looks at, and columns are left out after it. On an axis where scale
+    and ends of the part are exact in the float32 of Pillow's boxes, as on one that is resized to a
+    power of two, what is not needed is never made.
     """
     left, top, right, bottom = part
-    first_row, rows = 0, _box_of(top, bottom, pixels.height, size[1])
-    if rows is not None:
-        reach = _REACH * max(1.0, pixels.height / size[1])
-        first_row = max(0, math.floor(rows[0] - reach))
-        last_row = min(pixels.height, math.ceil(rows[1] + reach))
-        pixels = pixels.crop((0, first_row, pixels.width, last_row))
+    first_row, last_row = _rows_of(top, bottom, pixels.height, size[1])
+    is_cut = last_row - first_row < pixels.height
+    strip = pixels.crop((0, first_row, pixels.width, last_row)) if is_cut else pixels
     columns = _box_of(left, right, pixels.width, size[0])
     if columns is not None:
-        box = (columns[0], 0.0, columns[1], float(pixels.height))
-        narrow = pixels.resize((right - left, pixels.height), resample, box=box)
+        box = (columns[0], 0.0, columns[1], float(strip.height))
+        narrow = strip.resize((right - left, strip.height), resample, box=box)
     else:
-        wide = pixels.resize((size[0], pixels.height), resample)
-        narrow = wide.crop((left, 0, right, pixels.height))
-    if rows is None:
-        return narrow.resize((narrow.width, size[1]), resample).crop((0, top, narrow.width, bottom))
-    box = (0.0, rows[0] - first_row, float(narrow.width), rows[1] - first_row)
-    return narrow.resize((narrow.width, bottom - top), resample, box=box)
+        wide = strip.resize((size[0], strip.height), resample)
+        narrow = wide.crop((left, 0, right, strip.height))
+    rows = _box_of(top, bottom, pixels.height, size[1])
+    if rows is not None:
+        box = (0.0, rows[0] - first_row, float(narrow.width), rows[1] - first_row)
+        return narrow.resize((narrow.width, bottom - top), resample, box=box)
+    # The scale must be that of the whole height: no row of the part looks at those that are missing.
+    if is_cut:
+        narrow = narrow.crop((0, -first_row, narrow.width, pixels.height - first_row))
+    return narrow.resize((narrow.width, size[1]), resample).crop((0, top, narrow.width, bottom))
+
+
+def _rows_of(start: int, stop: int, size: int, resized: int) -> tuple[int, int]:
+    """Rows that a filter looks at for those of a part; all of them where few would be left out."""
+    scale = size / resized
+    reach = _REACH * max(1.0, scale)
+    first = max(0, math.floor(start * scale - reach))
+    last = min(size, math.ceil(stop * scale + reach))
+    return (first, last) if last - first <= _WORTH_A_COPY * size else (0, size)
 
 
 def _box_of(start: int, stop: int, size: int, resized: int) -> tuple[float, float] | None:
