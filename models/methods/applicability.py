@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import MethodNotApplicable
-from models.methods._attention_gradients import verify_transformer
+from models.methods._attention import verify_transformer
 from models.methods._fullgrad import misplaced, obstacle
 from models.methods._guided import relus
 from models.methods._lrp import Explained, relevance

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from models.layers import TokenLayout
-from models.methods._attention_gradients import Attended, attend, layer_gradients
+from models.methods._attention import Attended, attend, layer_gradients
 from models.steps import Steps, Subject, run_by_targets, run_unbatched
 from models.targets import ResolvedTarget
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from models.imaging.colormaps import Colormap
 from models.methods import METHODS
@@ -27,7 +28,6 @@ from service.cli.common import (
     reported_errors,
 )
 from service.cli.files import ImageFile, find_images
-from service.cli.tables import failures_list, predictions_list
 
 if TYPE_CHECKING:
     from service.cli.explaining import Explained, Failed
@@ -145,12 +145,12 @@ def explain(
     with reported_errors():
         explained, failed = asyncio.run(run())
     if explained and not as_json:
-        Console(soft_wrap=True).print(predictions_list(explained))
+        Console(soft_wrap=True).print(_predictions_list(explained))
         resumed = sum(report.resumed for report in explained)
         typer.echo(f"written to {output}" + (f", {resumed} of them before" if resumed else ""))
     if failed:
         if not as_json:
-            Console(stderr=True, soft_wrap=True).print(failures_list(failed), end="")
+            Console(stderr=True, soft_wrap=True).print(_failures_list(failed), end="")
         raise typer.Exit(EXIT_SOME_FAILED)
 
 
@@ -165,3 +165,28 @@ def _in_order(
         [report for report in ordered if isinstance(report, Explained)],
         [report for report in ordered if isinstance(report, Failed)],
     )
+
+
+def _predictions_list(reports: Iterable[Explained]) -> Text:
+    """Each image with its two most probable classes and its overlays.
+
+    Every file name is a line of its own, so that narrow terminals do not break it.
+    """
+    text = Text()
+    for report in reports:
+        classes = report.result["predictions"][:2]
+        text.append(f"{report.image.path}\n", "bold")
+        text.append("  " + ", ".join(f"{c['label']} {c['probability']:.1%}" for c in classes))
+        for path in report.overlays:
+            text.append(f"\n  {path.name}", "dim")
+        text.append("\n")
+    return text
+
+
+def _failures_list(reports: Iterable[Failed]) -> Text:
+    """Each image that could not be explained, with the reason."""
+    text = Text()
+    for report in reports:
+        text.append(f"{report.image.path}\n", "bold red")
+        text.append(f"  {report.code}: {report.message}\n")
+    return text

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.table import Column, Table
+from rich.text import Text
 
 from models.types import ModelCard
 from service.cli.common import (
@@ -24,7 +27,6 @@ from service.cli.common import (
     read_settings,
     reported_errors,
 )
-from service.cli.tables import layers_table, models_list
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -91,7 +93,7 @@ def layers(
         for layer in found:
             print_json(msgspec.to_builtins(layer))
     else:
-        Console().print(layers_table(found))
+        Console().print(_layers_table(found))
 
 
 def _report(config: Path | None, *, as_json: bool) -> None:
@@ -102,7 +104,7 @@ def _report(config: Path | None, *, as_json: bool) -> None:
         for card in cards:
             print_json(msgspec.to_builtins(card))
     else:
-        Console().print(models_list(cards, default=settings.default_model))
+        Console().print(_models_list(cards, default=settings.default_model))
     broken = [card for card in cards if not card.ready]
     if broken:
         _name_lines(config, settings, broken)
@@ -121,3 +123,60 @@ def _name_lines(config: Path | None, settings: Settings, broken: Sequence[ModelC
         line = line_of(text, ("models", entries.index(card.key)))
         if line is not None:
             typer.echo(f"{config}:{line}: {card.name} could not be loaded: {card.reason}", err=True)
+
+
+def _layers_table(layers: Sequence[Layer]) -> Table:
+    """A row for each layer; the recommended one stands out, and others say why they have no map."""
+    table = Table("layer", "type", "output", Column("parameters", justify="right"), "map", box=None)
+    for layer in layers:
+        depth = layer.name.count(".")
+        has_map = "recommended" if layer.recommended else "yes" if layer.spatial else layer.reason
+        table.add_row(
+            Text(" " * depth + layer.name),
+            layer.type,
+            " x ".join(map(str, layer.output_shape or ())),
+            f"{layer.parameters:,}" if layer.parameters else "",
+            Text(has_map or "no"),
+            style="bold green" if layer.recommended else "" if layer.spatial else "dim",
+        )
+    return table
+
+
+def _models_list(cards: Sequence[ModelCard], *, default: str) -> RenderableType:
+    """A block for each model version; an unavailable one has its reason."""
+    return Group(*(_model_block(card, is_default=card.name == default) for card in cards))
+
+
+def _model_block(card: ModelCard, *, is_default: bool) -> Table:
+    grid = Table.grid(Column(style="dim", min_width=13), Column(overflow="fold"), padding=(0, 2))
+    state = f"[green]{card.state}[/]" if card.ready else f"[red]{card.state}[/]"
+    name = f"[bold]{escape(card.name)}@{escape(card.version)}[/]"
+    grid.add_row("model", f"{name} {state}{' (default)' if is_default else ''}")
+    for label, value in _facts(card).items():
+        if value:
+            grid.add_row(label, escape(value))
+    grid.add_row()
+    return grid
+
+
+def _facts(card: ModelCard) -> dict[str, str]:
+    """The rows of a model by label; unknown values are empty."""
+    facts = {"reason": card.reason or "", "cause": card.cause or "", "source": card.source}
+    if not card.ready:
+        return facts
+    crop = card.input.crop if card.input else None
+    head = f"{card.head}, closed form" if card.closed_form else card.head
+    impossible = (f"{row.name}: {row.reason}" for row in card.methods if not row.applicable)
+    return facts | {
+        "device": ", ".join(card.devices),
+        "precision": card.precision,
+        "classes": f"{card.num_classes}, {card.task}",
+        "input": f"{crop[1]} x {crop[0]}" if crop else "",
+        "target layer": card.target_layer or "none",
+        "head": head or "",
+        "notes": "\n".join(card.notes),
+        "methods": ", ".join(row.name for row in card.methods if row.applicable),
+        "not possible": "\n".join(impossible),
+        "best batch": str(card.best_batch),
+        "latency": ", ".join(f"{n}: {ms:.1f} ms" for n, ms in card.latency_ms.items()),
+    }

@@ -17,8 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from starlette.types import ASGIApp
 
 from service.grpc import inference_pb2 as pb
-from service.grpc.gateway import Answer, Gateway, Headers
-from service.grpc.translate import BadRequest, from_rest, to_rest
+from service.grpc.rest import Answer, BadRequest, Gateway, Headers, from_rest, to_rest
 from service.settings import Settings
 
 log = logging.getLogger("heatlens.grpc")

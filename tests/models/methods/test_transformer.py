@@ -15,7 +15,7 @@ from models.errors import MethodNotApplicable
 from models.extractor import Extractor
 from models.layers import TokenLayout
 from models.methods import METHODS, implementation
-from models.methods._attention_gradients import Seen, attention_hook, find_transformer
+from models.methods._attention import Seen, attention_hook, find_transformer
 from models.probe import trace
 from models.targets import ResolvedTarget
 from models.types import Intervention
