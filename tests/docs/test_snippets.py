@@ -122,8 +122,9 @@ def test_the_snippets_of_a_page_run(page, folder, request):
     config = folder / "heatlens.toml"
     saved(folder / "clip")
     # Small images: the networks are proved anew, which takes half a minute at their own size.
-    small = 'preprocess = { mode = "squash", crop = 256 }\nsource = "torchvision:'
-    configuration = configuration.replace('source = "torchvision:', small)
+    small = 'preprocess = { mode = "squash", crop = 128 }\nsource = "'
+    for library in ("torchvision", "timm"):
+        configuration = configuration.replace(f'source = "{library}:', f"{small}{library}:")
     config.write_text(configuration.replace("source =", 'weights = "none"\nsource ='))
     with serving(folder / "log", "--config", str(config)) as url:
         return run_snippets(page, folder, url)
