@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import logging
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from models.preparation.precision import alike
+from models.preparation.race import processor
 from models.preparation.replay import LayerOutputs, Reference, Refused
 from models.preparation.variant import Variant, close
 from models.proof_cache import ProofCache
@@ -63,25 +66,47 @@ def openvino_variants(
     """
     openvino = _library()
     layers = reference.outputs
+    place = f"{precision}, OpenVINO {openvino.__version__}, {processor(torch.device('cpu'))}"
     try:
         converted = _converted(openvino, module, reference, cache)
         weights = sum(parameter.nbytes for parameter in module.parameters())
         fixed = FIXED_BATCHES[: FIXED_BYTES // max(1, weights)]
-        backbones = [
-            CompiledBackbone(openvino, converted, outputs=count, precision=precision, fixed=fixed)
-            for count in sorted({1, len(layers)})
-        ]
+        compile_ = partial(
+            _Graph, openvino, converted, hint=_HINTS[precision], threads=torch.get_num_threads()
+        )
+        # Where nothing is proved or timed any more, requests are served meanwhile.
+        compiler = Compiler(compile_, waits=not reference.is_proved(place))
+        backbones = [CompiledBackbone(compiler, outputs=1, fixed=fixed)]
+        if len(layers) > 1:
+            backbones.append(CompiledBackbone(compiler, outputs=len(layers), fixed=fixed[:1]))
+        served = backbones[0].precision
     except Exception as error:
         logger.warning("OpenVINO does not take the model", exc_info=True)
         raise Refused("the conversion failed; the log says more") from error
-    served = backbones[0].precision
     step = f"OpenVINO trunk in {served}"
     steps = [step, f"{step} with {len(layers) - 1} inner layers"]
     variants = [
-        reference.variant(backbone, backbone.outputs, exact=served == "fp32", step=step)
-        for backbone, step in zip(backbones, steps, strict=False)
+        reference.variant(b, b.outputs, exact=served == "fp32", step=step, place=place)
+        for b, step in zip(backbones, steps, strict=False)
     ]
     return variants, served
+
+
+class Compiler:
+    """Compiles graphs one after the other in a thread of its own."""
+
+    def __init__(self, compile_: Callable[..., _Graph], *, waits: bool) -> None:
+        """Args: what makes a graph of a size and number of outputs; whether callers wait for it."""
+        self._compile = compile_
+        self._waits = waits
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="openvino")
+
+    def begin(self, *, outputs: int, batch: int) -> Future[_Graph]:
+        """Begin to compile the first outputs for a batch of one size, or of any (-1)."""
+        graph = self._thread.submit(self._compile, outputs=outputs, batch=batch)
+        if self._waits:
+            wait([graph])
+        return graph
 
 
 class CompiledBackbone:
@@ -89,8 +114,54 @@ class CompiledBackbone:
 
     Attributes:
         outputs: how many tensors it gives.
-        precision: what it computes in.
     """
+
+    def __init__(self, compiler: Compiler, *, outputs: int, fixed: Sequence[int] = ()) -> None:
+        """Compile the first `outputs` tensors.
+
+        Batches of a `fixed` size have a graph of their own, which is begun when the first one comes.
+        """
+        self.outputs = outputs
+        self._compiler = compiler
+        self._of_any_size = compiler.begin(outputs=outputs, batch=-1)
+        self._fixed: dict[int, Future[_Graph] | _Graph | None] = dict.fromkeys(fixed)
+
+    @property
+    def precision(self) -> Precision:
+        """What it computes in."""
+        hint = self._of_any_size.result().hint
+        return next(p for p, name in _HINTS.items() if name == hint)
+
+    def __call__(self, inputs: Tensor) -> Sequence[Tensor]:
+        """(N, 3, H, W) → float32 tensors, (N, …) each, that the next call leaves alone."""
+        images = inputs.float().contiguous(memory_format=torch.channels_last)
+        return self._graph_for(images)(images)
+
+    def _graph_for(self, images: Tensor) -> _Graph:
+        size = len(images)
+        if size not in self._fixed:
+            return self._of_any_size.result()
+        graph = self._fixed[size] or self._compiler.begin(outputs=self.outputs, batch=size)
+        if isinstance(graph, Future) and graph.done():
+            graph = self._checked(graph, images)
+        self._fixed[size] = graph
+        return self._of_any_size.result() if isinstance(graph, Future) else graph
+
+    def _checked(self, compiled: Future[_Graph], images: Tensor) -> _Graph:
+        """A graph of a fixed size; that of any size, unless both give the same."""
+        of_any_size = self._of_any_size.result()
+        equal = close if self.precision == "fp32" else alike
+        try:
+            graph = compiled.result()
+            if all(map(equal, graph(images), of_any_size(images))):
+                return graph
+        except RuntimeError:
+            logger.info("OpenVINO does not compile a batch of %d", len(images), exc_info=True)
+        return of_any_size
+
+
+class _Graph:
+    """A converted model, compiled for batches of one size, or of any (-1)."""
 
     def __init__(
         self,
@@ -98,50 +169,9 @@ class CompiledBackbone:
         converted: Any,
         *,
         outputs: int,
-        precision: Precision,
-        fixed: Sequence[int] = (),
-    ) -> None:
-        """Compile the first `outputs` tensors of a converted model, which is left as it is.
-
-        Batches of a `fixed` size are compiled for it when the first one comes.
-        """
-        self.outputs = outputs
-        self._compile = partial(
-            _Graph, openvino, converted, outputs=outputs, hint=_HINTS[precision]
-        )
-        self._of_any_size = self._compile(batch=-1)
-        self.precision: Precision = next(
-            p for p, hint in _HINTS.items() if hint == self._of_any_size.hint
-        )
-        self._fixed: dict[int, _Graph | None] = dict.fromkeys(fixed)
-
-    def __call__(self, inputs: Tensor) -> Sequence[Tensor]:
-        """(N, 3, H, W) → float32 tensors, (N, …) each, that the next call leaves alone."""
-        images = inputs.float().contiguous(memory_format=torch.channels_last)
-        size = len(images)
-        graph = self._fixed.get(size, self._of_any_size)
-        if graph is None:
-            graph = self._fixed[size] = self._graph_of(images)
-        return graph(images)
-
-    def _graph_of(self, images: Tensor) -> _Graph:
-        """A graph for batches of this size; that of any size if there is none that gives the same."""
-        equal = close if self.precision == "fp32" else alike
-        expected = self._of_any_size(images)
-        try:
-            graph = self._compile(batch=len(images))
-            if all(map(equal, graph(images), expected)):
-                return graph
-        except RuntimeError:
-            logger.info("OpenVINO does not compile a batch of %d", len(images), exc_info=True)
-        return self._of_any_size
-
-
-class _Graph:
-    """A converted model, compiled for batches of one size, or of any (-1)."""
-
-    def __init__(
-        self, openvino: Any, converted: Any, *, outputs: int, hint: str, batch: int
+        hint: str,
+        batch: int,
+        threads: int,
     ) -> None:
         whole = converted.clone()
         results = [whole.output(_name(index)).get_node() for index in range(outputs)]
@@ -156,7 +186,7 @@ class _Graph:
             "CPU",
             {
                 "INFERENCE_PRECISION_HINT": hint,
-                "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+                "INFERENCE_NUM_THREADS": threads,
                 "PERFORMANCE_HINT": "LATENCY",
                 # Several workers would all be pinned to the same first cores.
                 "ENABLE_CPU_PINNING": False,
@@ -202,7 +232,9 @@ def _converted(openvino: Any, module: nn.Module, reference: Reference, cache: Pr
             return openvino.Core().read_model(file.with_suffix(".xml"), file)
         except RuntimeError:
             logger.info("a kept model cannot be read and is converted again", exc_info=True)
-    model = _convert(openvino, LayerOutputs(module, reference.outputs), reference.images)
+    # A copy: converting it runs it in ways of its own.
+    copied = LayerOutputs(copy.deepcopy(module), reference.outputs)
+    model = _convert(openvino, copied, reference.images)
     if file is not None:
         _keep(openvino, model, file)
     return model

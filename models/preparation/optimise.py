@@ -101,10 +101,8 @@ def optimise(
     def convert() -> tuple[list[Variant], Precision]:
         head = _head(findings, device, outputs=expected.shape[1])
         trial.check_worth(module if fused is None else fused.module, probe[:1])
-        # A copy: converting it runs it in ways of its own.
-        copied = copy.deepcopy(module)
-        reference = Reference(copied, probe, head=head, features=features)
-        return trial.variants(copied, reference)
+        reference = Reference(module, probed, head=head, features=features, cache=cache)
+        return trial.variants(module, reference)
 
     replays: list[Variant] = []
     if trial.wanted(device):

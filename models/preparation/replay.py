@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from models.hooks import ForwardHook, HookStack
 from models.layers import TokenLayout, to_map
 from models.preparation.precision import alike
 from models.preparation.variant import Variant, close, equal_layers, layer_outputs
+from models.proof_cache import ProofCache
 
 Run = Callable[[Tensor], Sequence[Tensor]]
 """(N, 3, H, W) → tensors of layers, in memory of their own."""
@@ -137,29 +139,45 @@ class Reference:
 
     Attributes:
         head: what makes the scores.
-        images: (N, 3, H, W) that were run.
+        images: (N, 3, H, W), those that were probed and more.
         outputs: names of layers with different tensors, the head's layer first.
     """
 
     def __init__(
-        self, module: nn.Module, probe: Tensor, *, head: PooledHead, features: Sequence[str]
+        self,
+        module: nn.Module,
+        probed: tuple[Tensor, Tensor],
+        *,
+        head: PooledHead,
+        features: Sequence[str],
+        cache: ProofCache | None = None,
     ) -> None:
-        """Run the original, float32 and on the CPU, for its head's layer, `features` and blocks."""
-        self.head = head
-        # An odd number, and more than runtimes are shown: no batch size may be special.
-        images = torch.cat([probe, probe, probe[:1]])
-        self.images = images.contiguous(memory_format=torch.channels_last)
-        wanted = dict.fromkeys([head.layer, *features, *_blocks(module)])
-        self._expected = layer_outputs(module, self.images, layers=wanted)
-        self.outputs: list[str] = []
-        self._places: dict[str, int] = {}
-        for layer in wanted:
-            output = self._expected.get(layer)
-            if output is not None and len(output) == len(images):
-                self._places[layer] = self._place(layer, output)
+        """Args: the original, float32 and on the CPU, images with its scores, and default layers.
 
-    def variant(self, run: Run, count: int, *, exact: bool, step: str) -> Variant:
+        It is run, for its head's layer, `features` and blocks, if `cache` does not know it.
+        """
+        self.head = head
+        self._module = module
+        self._probe, self._scores = probed
+        # An odd number, and more than runtimes are shown: no batch size may be special.
+        images = torch.cat([self._probe, self._probe, self._probe[:1]])
+        self.images = images.contiguous(memory_format=torch.channels_last)
+        self._wanted = list(dict.fromkeys([head.layer, *features, *_blocks(module)]))
+        self._cache = cache or ProofCache(None)
+        what = f"replayed layers, {' '.join(self._wanted)}"
+        self._places = self._cache.remember(what, dict[str, int], self._find_places)
+        first = {place: layer for layer, place in reversed(self._places.items())}
+        self.outputs = [first[place] for place in sorted(first)]
+
+    def is_proved(self, place: str) -> bool:
+        """Whether an earlier start has proved the variants that are made in a place."""
+        return self._cache.recall(self._proof(1, place), list[str]) is not None
+
+    def variant(self, run: Run, count: int, *, exact: bool, step: str, place: str = "") -> Variant:
         """Make a variant of an opaque backbone.
+
+        Which of its tensors are the model's is proved once; its scores are at each start, unless
+        it gives what another variant gives, and more.
 
         Args:
             run: the backbone; it takes float32 images.
@@ -167,6 +185,7 @@ class Reference:
             exact: whether it computes in float32, and so must give what torch gives; otherwise maps
                 and scores must point the same way, as for any half precision.
             step: what was done, for the model card.
+            place: what computes, and in which precision and where.
 
         Raises:
             Refused: it fails, or its scores, or its tensors at the head's layer, are not the
@@ -175,6 +194,29 @@ class Reference:
         equal = close if exact else alike
         layers = {layer: place for layer, place in self._places.items() if place < count}
         module = Replay(run, layers, self.head).eval()
+        what = self._proof(count, place)
+        readable = self._cache.recall(what, list[str])
+        if readable is None:
+            readable = self._prove(module, equal)
+            self._cache.keep(what, readable)
+        elif count == 1:
+            with torch.inference_mode():
+                if not equal(module(self._probe), self._scores):
+                    raise Refused("its scores differ from torch's")
+        return Variant(
+            module=module,
+            step=step,
+            readable=frozenset(readable),
+            rewritable=frozenset({self.head.layer}),
+            differentiable=False,
+        )
+
+    def _proof(self, count: int, place: str) -> str:
+        """Under which name it is kept which layers can be read."""
+        return f"replay of {count}, {place}, {' '.join(self._wanted)}"
+
+    def _prove(self, module: nn.Module, equal: Callable[[Tensor, Tensor], bool]) -> list[str]:
+        """The layers of a replay that have the model's tensors."""
         try:
             found = layer_outputs(module, self.images)
         except Exception as error:
@@ -185,21 +227,24 @@ class Reference:
         readable = equal_layers(found, self._expected, equal)
         if self.head.layer not in readable:
             raise Refused(f"its tensors at {self.head.layer} differ from torch's")
-        return Variant(
-            module=module,
-            step=step,
-            readable=readable,
-            rewritable=frozenset({self.head.layer}),
-            differentiable=False,
-        )
+        return sorted(readable)
 
-    def _place(self, layer: str, output: Tensor) -> int:
-        """Which of `outputs` a layer's tensor is: that of another layer, or a new one."""
-        for place, other in enumerate(self.outputs):
-            if torch.equal(output, self._expected[other]):
-                return place
-        self.outputs.append(layer)
-        return len(self.outputs) - 1
+    @cached_property
+    def _expected(self) -> dict[str, Tensor]:
+        return layer_outputs(self._module, self.images, layers=self._wanted)
+
+    def _find_places(self) -> dict[str, int]:
+        """Which of `outputs` each layer's tensor is: that of another layer, or a new one."""
+        places: dict[str, int] = {}
+        outputs: list[Tensor] = []
+        for layer in self._wanted:
+            output = self._expected.get(layer)
+            if output is not None and len(output) == len(self.images):
+                same = (n for n, other in enumerate(outputs) if torch.equal(output, other))
+                places[layer] = next(same, len(outputs))
+                if places[layer] == len(outputs):
+                    outputs.append(output)
+        return places
 
 
 def _blocks(module: nn.Module) -> list[str]:

@@ -119,7 +119,8 @@ class Trial:
         if chosen:
             weights = sum(p.nbytes for p in torch_.module.parameters())
             self.steps.append(
-                f"OpenVINO holds {len(chosen) * weights / 1e6:.0f} MB of weights besides"
+                f"OpenVINO holds {len(chosen) * weights / 1e6:.0f} MB of weights besides, "
+                f"{weights / 1e6:.0f} more for each batch size of its own"
             )
         return chosen
 

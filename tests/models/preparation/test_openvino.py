@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
 import subprocess
 import sys
+import threading
+import weakref
+from concurrent import futures
 from pathlib import Path
 
 import numpy as np
@@ -100,29 +104,66 @@ def test_batches_of_any_size(on_torch, on_openvino):
         assert_equal_answers(jobs, on_torch, on_openvino)
 
 
+def backbone(model):
+    """What computes the plain passes of a model."""
+    return model.variants[0].module._run
+
+
 def test_batches_of_a_fixed_size_are_compiled_for_it():
-    run = warm(blocks(), runtime="openvino").variants[0].module._run
+    run = backbone(warm(blocks(), runtime="openvino"))
     images = torch.randn(5, 3, SIDE, SIDE)
     expected = run(images)[0]
+    of_any_size = run._graph_for(images)
     for size in openvino.FIXED_BATCHES:
-        for _ in range(2):
-            torch.testing.assert_close(run(images[:size])[0], expected[:size], rtol=1e-4, atol=1e-5)
-        assert run._fixed[size] is not run._of_any_size
+        torch.testing.assert_close(run(images[:size])[0], expected[:size], rtol=1e-4, atol=1e-5)
+        assert run._graph_for(images[:size]) is not of_any_size
+    assert run._graph_for(images) is run._graph_for(images[:3]) is of_any_size
 
 
 def test_a_fixed_size_that_gives_other_tensors_is_not_used(monkeypatch):
     monkeypatch.setattr(openvino, "close", lambda *_: False)
-    run = warm(blocks(), runtime="openvino").variants[0].module._run
+    run = backbone(warm(blocks(), runtime="openvino"))
     images = torch.randn(5, 3, SIDE, SIDE)
     torch.testing.assert_close(run(images[:4])[0], run(images)[0][:4])
-    assert run._fixed[4] is run._of_any_size
+    assert run._graph_for(images[:4]) is run._graph_for(images)
+
+
+def test_after_the_first_start_no_batch_waits_for_its_graph(tmp_path, monkeypatch):
+    warm(blocks(), runtime="openvino", proofs_dir=tmp_path)
+    release, make = threading.Event(), openvino._Graph
+
+    def slowly(*args, batch, **kwargs):
+        assert batch == -1 or release.wait(timeout=60)
+        return make(*args, batch=batch, **kwargs)
+
+    monkeypatch.setattr(openvino, "_Graph", slowly)
+    run = backbone(warm(blocks(), runtime="openvino", proofs_dir=tmp_path))
+    images = torch.randn(4, 3, SIDE, SIDE)
+    expected = run(images)[0]
+    of_any_size = run._graph_for(images)
+    assert of_any_size is run._graph_for(images[:3])
+    release.set()
+    futures.wait([run._fixed[4]], timeout=60)
+    torch.testing.assert_close(run(images)[0], expected, rtol=1e-4, atol=1e-5)
+    assert run._graph_for(images) is not of_any_size
+
+
+def test_a_model_that_is_dropped_leaves_no_graph(tmp_path):
+    for _ in range(2):
+        model = warm(blocks(), runtime="openvino", proofs_dir=tmp_path)
+        run = backbone(model)
+        graphs = [weakref.ref(run._graph_for(torch.randn(n, 3, SIDE, SIDE))) for n in (1, 3)]
+        del model, run
+        gc.collect()
+        assert [graph() for graph in graphs] == [None, None]
 
 
 def test_large_networks_have_few_fixed_sizes(monkeypatch):
     monkeypatch.setattr(openvino, "FIXED_BYTES", 0)
-    run = warm(blocks(), runtime="openvino").variants[0].module._run
-    assert not run._fixed
-    assert run(torch.randn(1, 3, SIDE, SIDE))[0].shape[0] == 1
+    run = backbone(warm(blocks(), runtime="openvino"))
+    one, three = torch.randn(1, 3, SIDE, SIDE), torch.randn(3, 3, SIDE, SIDE)
+    assert run._graph_for(one) is run._graph_for(three)
+    assert run(one)[0].shape[0] == 1
 
 
 def test_passes_run_where_they_can(on_openvino):

@@ -56,12 +56,14 @@ def test_values_and_gradients_are_the_models(net, head, pictures, changes):
 def test_layers_called_twice_are_not_offered(net, head, pictures):
     forward = net.forward
     net.forward = lambda x: forward(net.act(x))
-    reference = Reference(net, pictures, head=head, features=("act", "block", "out"))
+    reference = Reference(
+        net, (pictures, net(pictures)), head=head, features=("act", "block", "out")
+    )
     assert reference.outputs == ["out", "block"]
 
 
 def test_a_backbone_with_other_tensors_is_refused(net, head, pictures):
-    reference = Reference(net, pictures, head=head, features=())
+    reference = Reference(net, (pictures, net(pictures)), head=head, features=())
     backbone = LayerOutputs(net, ["out"])
     variant = reference.variant(backbone, 1, exact=True, step="as it is")
     assert variant.readable == variant.rewritable == {"out"}
@@ -74,7 +76,7 @@ def test_a_backbone_with_other_tensors_is_refused(net, head, pictures):
 
 
 def test_the_layers_tensor_must_be_right_even_where_the_scores_are(net, head, pictures):
-    reference = Reference(net, pictures, head=head, features=())
+    reference = Reference(net, (pictures, net(pictures)), head=head, features=())
     with pytest.raises(Refused, match="its tensors at out differ"):
         # Flipped maps have the same means.
         reference.variant(
