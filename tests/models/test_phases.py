@@ -10,7 +10,7 @@ import torch
 
 from models.engine import Engine
 from models.methods import METHODS
-from models.methods._masks import KEPT, RandomMasks
+from models.methods.perturbation import KEPT, RandomMasks
 from models.suspended import Suspended
 from models.types import Job, Outcome, Progress, Target
 from tests.models.conftest import OneModel

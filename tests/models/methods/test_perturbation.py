@@ -14,7 +14,7 @@ from torch import nn
 from models.head import HeadProbe
 from models.layers import TokenLayout
 from models.methods import METHODS, implementation
-from models.methods._masks import RandomMasks, unit_masks, varying_channels
+from models.methods.perturbation import RandomMasks, unit_masks, varying_channels
 from models.steps import Forward, NotedMaps, Unbatched
 from models.targets import ResolvedTarget, class_scores, log_probabilities
 from models.types import Intervention
