@@ -177,7 +177,6 @@ def _pipeline(
         admission=admission,
         limits=caps,
         threads=threads,
-        workers=_image_threads(),
         decoders=decoders,
         max_pixels=limits.max_request_pixels,
     )

@@ -9,8 +9,9 @@ import itertools
 import math
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
-from typing import TypeVar
+from concurrent.futures import Executor
+from functools import partial
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -18,7 +19,7 @@ _PIECE_S = 0.05
 
 
 class HostWork:
-    """Hands work to threads, no more at a time than there are, and the rest in a fair order.
+    """Hands work to threads in a fair order: what is waiting goes to the next one that is free.
 
     To draw an image that had its time on a device comes before all else. The rest comes in order of
     arrival, where each piece of a request but its first counts as if it had arrived a little later
@@ -26,14 +27,17 @@ class HostWork:
 
     Args:
         threads: where work is done.
-        workers: the number of these threads.
     """
 
-    def __init__(self, threads: Executor, *, workers: int) -> None:
+    def __init__(self, threads: Executor) -> None:
         self._threads = threads
-        self._free = workers
-        self._waiting: list[tuple[float, int, asyncio.Future[None]]] = []
+        # Threads take from it while the loop adds: heapq is atomic for tuples that two numbers sort.
+        self._waiting: list[tuple[float, int, Callable[[], None]]] = []
         self._sequence = itertools.count()
+
+    async def inspect(self, work: Callable[[], T]) -> T:
+        """Run work that is too short to wait for its turn."""
+        return await self._submit(work, order=-math.inf)
 
     async def decode(self, work: Callable[[], T], *, piece: int = 0) -> T:
         """Run work that begins an image; `piece` is its number among those of its request."""
@@ -46,48 +50,32 @@ class HostWork:
 
     async def _submit(self, work: Callable[[], T], *, order: float) -> T:
         """Run work in a thread when it is its turn; the lowest order is the first."""
-        await self._enter(order)
-        loop = asyncio.get_running_loop()
-        result: asyncio.Future[T] = loop.create_future()
-
-        def finish(ended: Future[T]) -> None:
-            self._leave()
-            if result.cancelled():
-                return
-            if ended.cancelled():
-                result.cancel()
-            elif (error := ended.exception()) is not None:
-                result.set_exception(error)
-            else:
-                result.set_result(ended.result())
-
-        def ended(work: Future[T]) -> None:
-            # The loop may have been closed meanwhile.
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(finish, work)
-
-        # A cancelled request leaves its thread when the work has ended, and not before.
-        self._threads.submit(work).add_done_callback(ended)
+        result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        run: Callable[[], None] = partial(_run, work, result)
+        heapq.heappush(self._waiting, (order, next(self._sequence), run))
+        self._threads.submit(self._run_first)
         return await result
 
-    async def _enter(self, order: float) -> None:
-        if self._free:
-            self._free -= 1
-            return
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._waiting, (order, next(self._sequence), turn))
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if not turn.cancelled():
-                self._leave()
-            raise
+    def _run_first(self) -> None:
+        *_, run = heapq.heappop(self._waiting)
+        run()
 
-    def _leave(self) -> None:
-        """Give the thread to the next piece of work."""
-        while self._waiting:
-            turn = heapq.heappop(self._waiting)[-1]
-            if not turn.done():
-                turn.set_result(None)
-                return
-        self._free += 1
+
+def _run(work: Callable[[], T], result: asyncio.Future[T]) -> None:
+    """Run work in a thread, unless it was cancelled, and tell the loop."""
+    if result.cancelled():
+        return
+    tell = result.get_loop().call_soon_threadsafe
+    # The loop may have been closed meanwhile.
+    with contextlib.suppress(RuntimeError):
+        try:
+            value = work()
+        except BaseException as error:  # noqa: BLE001 # raised again where it is awaited
+            tell(_settle, result, result.set_exception, error)
+        else:
+            tell(_settle, result, result.set_result, value)
+
+
+def _settle(result: asyncio.Future[T], settle: Callable[[Any], None], outcome: object) -> None:
+    if not result.cancelled():
+        settle(outcome)

@@ -95,7 +95,6 @@ class Pipeline:
         admission: refuses plans before decoding.
         limits: caps on images.
         threads: where images are decoded and drawn.
-        workers: the number of these threads.
         decoders: where images are decoded that are not proved to be cheap; None = in threads, too.
         max_pixels: of all images of a plan together.
     """
@@ -107,15 +106,14 @@ class Pipeline:
         admission: Admission,
         limits: DecodeLimits,
         threads: Executor,
-        workers: int = 2,
         decoders: Decoders | None = None,
         max_pixels: float = math.inf,
     ) -> None:
         self._pool = pool
+        self._host = HostWork(threads)
         self._preparation = Preparation(
-            limits, threads=threads, decoders=decoders, max_pixels=max_pixels
+            limits, host=self._host, decoders=decoders, max_pixels=max_pixels
         )
-        self._host = HostWork(threads, workers=workers)
         self._admission = admission
         self.label_sets = LabelSets()
 
@@ -197,7 +195,7 @@ class Pipeline:
         if image.input.error is not None:
             raise image.input.error
         decoding = time.monotonic()
-        prepared = await inputs.prepare(number, self._host)
+        prepared = await inputs.prepare(number)
         submitted = time.monotonic()
         tracing.stage("decode", began=decoding, ended=submitted)
 

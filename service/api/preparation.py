@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
-from typing import TypeVar
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
@@ -22,8 +20,6 @@ from service.api.decoders import Decoders
 from service.api.host import HostWork
 from service.api.plan import Plan
 
-T = TypeVar("T")
-
 # Reading the headers of so many bytes takes less time than handing them to a thread.
 _INLINE_BYTES = 256_000
 
@@ -33,7 +29,7 @@ class Preparation:
 
     Attributes:
         limits: caps on images.
-        threads: where headers are read.
+        host: has the threads where headers are read and images decoded.
         decoders: where images are decoded that are not proved to be cheap; None = where the others
             are.
         max_pixels: of all images of a request together.
@@ -43,12 +39,12 @@ class Preparation:
         self,
         limits: DecodeLimits,
         *,
-        threads: Executor,
+        host: HostWork,
         decoders: Decoders | None = None,
         max_pixels: float = math.inf,
     ) -> None:
         self.limits = limits
-        self._threads = threads
+        self.host = host
         self.decoders = decoders
         self._max_pixels = max_pixels
 
@@ -63,7 +59,7 @@ class Preparation:
         if sum(map(len, files)) <= _INLINE_BYTES:
             headers = [self._header(data) for data in images]
         else:
-            headers = await self.in_thread(lambda: [self._header(data) for data in images])
+            headers = await self.host.inspect(lambda: [self._header(data) for data in images])
         if sum(header.pixels for header in headers if header) > self._max_pixels:
             raise ImageTooLarge(
                 f"The images have more than {self._max_pixels} pixels together.", field="images"
@@ -76,10 +72,6 @@ class Preparation:
         except HeatlensError:
             # Decoding raises it again, for this image alone.
             return None
-
-    async def in_thread(self, work: Callable[[], T]) -> T:
-        """Run something in the threads."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
 
 class PlanInputs:
@@ -100,13 +92,13 @@ class PlanInputs:
         # Images of others get their turn in the decoders between those of this plan.
         self._lane = asyncio.Semaphore(1)
 
-    async def prepare(self, number: int, host: HostWork) -> PreparedImage:
-        """Prepare one image; `host` has the threads.
+    async def prepare(self, number: int) -> PreparedImage:
+        """Prepare one image.
 
         Raises:
             HeatlensError: the image cannot be decoded, or only at too high a cost.
         """
-        plan, header = self._plan, self._headers[number]
+        plan, header, host = self._plan, self._headers[number], self._preparation.host
         data, decoders = plan.images[number].input.data, self._preparation.decoders
         spec = plan.info.card.input
         if spec is None:

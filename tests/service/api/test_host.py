@@ -19,7 +19,7 @@ class Held:
 
     def __init__(self) -> None:
         self.threads = ThreadPoolExecutor(1)
-        self.host = HostWork(self.threads, workers=1)
+        self.host = HostWork(self.threads)
         self.gate = threading.Event()
         self.ran: list[str] = []
         self.tasks = [self.add("decode", self.gate.wait)]
@@ -50,6 +50,12 @@ async def held() -> AsyncIterator[Held]:
 async def test_drawing_comes_before_decoding(held: Held) -> None:
     tasks = [held.add("decode", "decode"), held.add("draw", "draw")]
     assert await held.finish(*tasks) == ["draw", "decode"]
+
+
+async def test_large_images_are_inspected_before_others_are_decoded(held: Held) -> None:
+    decode = held.add("decode", "decode")
+    inspect = asyncio.create_task(held.host.inspect(lambda: held.ran.append("inspect")))
+    assert await held.finish(decode, inspect) == ["inspect", "decode"]
 
 
 async def test_a_request_of_many_images_does_not_hold_up_another(held: Held) -> None:
