@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,10 @@ def openvino_variants(
     step = f"OpenVINO trunk in {served}"
     steps = [step, f"{step} with {len(layers) - 1} inner layers"]
     variants = [
-        reference.variant(b, b.outputs, exact=served == "fp32", step=step, place=place)
+        replace(
+            reference.variant(b, b.outputs, exact=served == "fp32", step=step, place=place),
+            works=b.works,
+        )
         for b, step in zip(backbones, steps, strict=False)
     ]
     return variants, served
@@ -104,6 +108,7 @@ class Compiler:
     def begin(self, *, outputs: int, batch: int) -> Future[_Graph]:
         """Begin to compile the first outputs for a batch of one size, or of any (-1)."""
         graph = self._thread.submit(self._compile, outputs=outputs, batch=batch)
+        graph.add_done_callback(_tell_failure)
         if self._waits:
             wait([graph])
         return graph
@@ -125,6 +130,10 @@ class CompiledBackbone:
         self._compiler = compiler
         self._of_any_size = compiler.begin(outputs=outputs, batch=-1)
         self._fixed: dict[int, Future[_Graph] | _Graph | None] = dict.fromkeys(fixed)
+
+    def works(self) -> bool:
+        """Whether it could be compiled; waits until that is known."""
+        return self._of_any_size.exception() is None
 
     @property
     def precision(self) -> Precision:
@@ -155,9 +164,14 @@ class CompiledBackbone:
             graph = compiled.result()
             if all(map(equal, graph(images), of_any_size(images))):
                 return graph
-        except RuntimeError:
-            logger.info("OpenVINO does not compile a batch of %d", len(images), exc_info=True)
+        except Exception:
+            logger.info("a graph for batches of %d fails", len(images), exc_info=True)
         return of_any_size
+
+
+def _tell_failure(compiled: Future[_Graph]) -> None:
+    if error := compiled.exception():
+        logger.warning("OpenVINO does not compile a graph; others serve instead", exc_info=error)
 
 
 class _Graph:

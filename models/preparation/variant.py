@@ -58,6 +58,7 @@ class Variant:
         rewritable: layers whose output can be changed, and differentiated at: with a graph, too,
             they have the original's values, and they have its gradient.
         differentiable: whether the images have the original's gradient.
+        works: whether it could be made after all, where that is done beside the serving.
     """
 
     module: nn.Module
@@ -65,6 +66,7 @@ class Variant:
     readable: frozenset[str]
     rewritable: frozenset[str]
     differentiable: bool
+    works: Callable[[], bool] = lambda: True
 
     def serves(self, needs: Needs) -> bool:
         """Whether a pass with these needs can run here."""
@@ -73,6 +75,7 @@ class Variant:
             and self.rewritable >= needs.rewrites
             and (self.differentiable or not needs.input_gradient)
             and not needs.layer_inputs
+            and self.works()
         )
 
 

@@ -98,7 +98,7 @@ def elsewhere() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def server(playwright, tiny, elsewhere) -> Iterator[Server]:
     settings = Settings(
-        models=[default_spec(), *tiny["models"]],
+        models=[default_spec().model_copy(update={"runtime": "torch"}), *tiny["models"]],
         base_dir=tiny["base_dir"],
         server={"devices": ["cpu"]},
         # A thread that waits for another one that is not run waits long on a busy machine.

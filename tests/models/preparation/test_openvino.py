@@ -148,6 +148,26 @@ def test_after_the_first_start_no_batch_waits_for_its_graph(tmp_path, monkeypatc
     assert run._graph_for(images) is not of_any_size
 
 
+def test_where_a_graph_is_not_compiled_the_next_variant_serves(tmp_path, monkeypatch):
+    """What was proved at an earlier start is compiled while the model serves, and may fail then."""
+    inner = Needs(reads=frozenset({"block"}))
+    model = warm(blocks(), runtime="openvino", proofs_dir=tmp_path)
+    assert module_of(model, inner) is Replay
+    make = openvino._Graph
+
+    def failing(*args, outputs, **kwargs):
+        if outputs > 1:
+            raise RuntimeError("no memory left")
+        return make(*args, outputs=outputs, **kwargs)
+
+    monkeypatch.setattr(openvino, "_Graph", failing)
+    model = warm(blocks(), runtime="openvino", proofs_dir=tmp_path)
+    assert module_of(model, Needs()) is Replay
+    assert module_of(model, inner) is not Replay
+    described = job("a", "features", layers=("block",))
+    assert_equal_answers([described], warm(blocks(), runtime="torch"), model)
+
+
 def test_a_model_that_is_dropped_leaves_no_graph(tmp_path):
     for _ in range(2):
         model = warm(blocks(), runtime="openvino", proofs_dir=tmp_path)
