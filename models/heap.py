@@ -46,6 +46,7 @@ def end_start() -> None:
     """
     if not gc.isenabled():
         gc.freeze()
+        gc.set_threshold(50_000, 20, 100)
         gc.enable()
 
 
