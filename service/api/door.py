@@ -21,10 +21,10 @@ from service.api.middleware import add_headers, finish
 from service.api.record import RequestRecord
 from service.api.security import may_pass
 
-# Refusals of a process take at most about a twentieth of a core: those beyond wait their turn, so
+# Refusals of a process take at most about an eighth of a core: those beyond wait their turn, so
 # that clients which do not wait as they are told come again less often.
-_PER_S = 250.0
-_BURST = 25
+_PER_S = 500.0
+_BURST = 100
 _LONGEST_DELAY_S = 1.0
 
 
