@@ -8,14 +8,16 @@ import heapq
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 _PIECE_S = 0.05
+# For so long a thread goes on with what waits before it tells the event loop what it has done: each
+# turn of the loop takes the interpreter's lock and the caches of a core from the threads.
+_TOGETHER_S = 0.02
 
 
 class HostWork:
@@ -32,7 +34,7 @@ class HostWork:
     def __init__(self, threads: Executor) -> None:
         self._threads = threads
         # Threads take from it while the loop adds: heapq is atomic for tuples that two numbers sort.
-        self._waiting: list[tuple[float, int, Callable[[], None]]] = []
+        self._waiting: list[tuple[float, int, Callable[[], Any], asyncio.Future[Any]]] = []
         self._sequence = itertools.count()
 
     async def inspect(self, work: Callable[[], T]) -> T:
@@ -51,31 +53,31 @@ class HostWork:
     async def _submit(self, work: Callable[[], T], *, order: float) -> T:
         """Run work in a thread when it is its turn; the lowest order is the first."""
         result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        run: Callable[[], None] = partial(_run, work, result)
-        heapq.heappush(self._waiting, (order, next(self._sequence), run))
-        self._threads.submit(self._run_first)
+        heapq.heappush(self._waiting, (order, next(self._sequence), work, result))
+        self._threads.submit(self._run_waiting)
         return await result
 
-    def _run_first(self) -> None:
-        *_, run = heapq.heappop(self._waiting)
-        run()
+    def _run_waiting(self) -> None:
+        """Run what waits, for a short while, and tell the loop of all of it at once."""
+        ended: list[tuple[asyncio.Future[Any], Callable[[Any], None], object]] = []
+        until = time.monotonic() + _TOGETHER_S
+        # Other calls may have taken what this one was made for.
+        with contextlib.suppress(IndexError):
+            while not ended or time.monotonic() < until:
+                *_, work, result = heapq.heappop(self._waiting)
+                if result.cancelled():
+                    continue
+                try:
+                    ended.append((result, result.set_result, work()))
+                except BaseException as error:  # noqa: BLE001 # raised again where it is awaited
+                    ended.append((result, result.set_exception, error))
+        if ended:
+            # The loop may have been closed meanwhile.
+            with contextlib.suppress(RuntimeError):
+                ended[0][0].get_loop().call_soon_threadsafe(_settle, ended)
 
 
-def _run(work: Callable[[], T], result: asyncio.Future[T]) -> None:
-    """Run work in a thread, unless it was cancelled, and tell the loop."""
-    if result.cancelled():
-        return
-    tell = result.get_loop().call_soon_threadsafe
-    # The loop may have been closed meanwhile.
-    with contextlib.suppress(RuntimeError):
-        try:
-            value = work()
-        except BaseException as error:  # noqa: BLE001 # raised again where it is awaited
-            tell(_settle, result, result.set_exception, error)
-        else:
-            tell(_settle, result, result.set_result, value)
-
-
-def _settle(result: asyncio.Future[T], settle: Callable[[Any], None], outcome: object) -> None:
-    if not result.cancelled():
-        settle(outcome)
+def _settle(ended: Sequence[tuple[asyncio.Future[Any], Callable[[Any], None], object]]) -> None:
+    for result, settle, outcome in ended:
+        if not result.cancelled():
+            settle(outcome)

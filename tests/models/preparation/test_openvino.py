@@ -120,6 +120,21 @@ def test_batches_of_a_fixed_size_are_compiled_for_it():
     assert run._graph_for(images) is run._graph_for(images[:3]) is of_any_size
 
 
+def test_other_batches_are_run_in_parts_of_a_fixed_size(monkeypatch):
+    run = backbone(warm(blocks(), runtime="openvino"))
+    images = torch.randn(11, 3, SIDE, SIDE)
+    alone = torch.cat([run(image[None])[0] for image in images])
+    torch.testing.assert_close(run(images)[0], alone, rtol=1e-4, atol=1e-5)
+    for size in openvino.FIXED_BATCHES:
+        run(images[:size])
+
+    def unused(*_: object) -> None:
+        raise AssertionError("there is a faster graph")
+
+    monkeypatch.setattr(run._of_any_size.result(), "run", unused)
+    torch.testing.assert_close(run(images)[0], alone, rtol=1e-4, atol=1e-5)
+
+
 def test_a_fixed_size_that_gives_other_tensors_is_not_used(monkeypatch):
     monkeypatch.setattr(openvino, "close", lambda *_: False)
     run = backbone(warm(blocks(), runtime="openvino"))

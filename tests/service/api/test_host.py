@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from service.api import host
 from service.api.host import HostWork
 
 pytestmark = pytest.mark.anyio
@@ -85,3 +87,21 @@ async def test_a_thread_is_free_when_cancelled_work_has_ended_and_not_before(hel
     await asyncio.sleep(0.01)
     assert not held.ran
     assert await held.finish(waiting) == ["waiting"]
+
+
+async def test_what_took_long_is_told_before_the_next_begins(held: Held) -> None:
+    gate = threading.Event()
+    slow = held.add("decode", lambda: time.sleep(1.5 * host._TOGETHER_S))
+    held.add("decode", gate.wait)
+    try:
+        await asyncio.wait_for(held.finish(slow), 5)
+    finally:
+        gate.set()
+
+
+async def test_what_work_raises_is_raised_where_it_is_awaited(held: Held) -> None:
+    failing, next_ = held.add("decode", [].pop), held.add("decode", "next")
+    with pytest.raises(IndexError):
+        await held.finish(failing)
+    await asyncio.wait_for(next_, 5)
+    assert held.ran == ["next"]
