@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 TEST_SHARE = 4
+BATCH = 64
 MEAN = STD = (0.5, 0.5, 0.5)
 
 CONFIG = """\
@@ -75,13 +76,16 @@ def train(images: np.ndarray, digits: np.ndarray, *, epochs: int) -> nn.Module:
     network = build()
     inputs, targets = as_input(images), torch.from_numpy(digits)
     optimiser = torch.optim.AdamW(network.parameters(), lr=1e-2)
+    steps = epochs * -(-len(inputs) // BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=1e-2, total_steps=steps)
     for epoch in range(epochs):
         losses = []
-        for chosen in torch.randperm(len(inputs)).split(64):
+        for chosen in torch.randperm(len(inputs)).split(BATCH):
             loss = cross_entropy(network(inputs[chosen]), targets[chosen])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
+            schedule.step()
             losses.append(loss.item())
         print(f"epoch {epoch + 1}/{epochs}: loss {np.mean(losses):.3f}")
     return network.eval()

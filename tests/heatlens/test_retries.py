@@ -169,13 +169,13 @@ def test_a_stream_that_breaks_off_is_a_broken_connection(pauses):
 def test_many_images_keep_their_order_and_their_errors(tmp_path):
     def answer(request: httpx.Request) -> httpx.Response:
         body = request.read()
-        if b"bad" in body:
+        if b"damaged" in body:
             return refusal(422, "image_undecodable", retryable=False)
         return httpx.Response(
             200, json={**SUCCESS, "request_id": body.partition(b"img-")[2][:2].decode()}
         )
 
-    images = [b"img-%02d" % i if i != 3 else b"bad" for i in range(9)]
+    images = [b"img-%02d" % i if i != 3 else b"damaged" for i in range(9)]
     with Client("http://service", transport=httpx.MockTransport(answer)) as client:
         done = list(client.explain_many([*images, tmp_path / "absent.jpg"], in_flight=3))
     assert [item.image for item in done[:9]] == images
