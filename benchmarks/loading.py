@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+import os
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from service.cli.bench.requests import Request, draw_images, of_megapixels, read
 
 TIMEOUT_S = 40.0
 _SLOW_BYTES_S = 5000
+_PRECEDENCE = 5
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ async def measure(
     before = server.usage()
     client = Client(server.url(), requests, timeout_s=TIMEOUT_S, check=check, retries=retries)
     async with client, _trickling(server.port, requests, clients=slow):
-        run = await run_load(client.call, load, bounds)
+        with _first_in_line():
+            run = await run_load(client.call, load, bounds)
     after = server.usage()
     good = sum(sample.ok for sample in run.samples)
     by_role = {
@@ -68,6 +71,21 @@ async def measure(
     return Measured(
         summary=summarise(run), core_ms=sum(by_role.values()), by_role=by_role, usage=after
     )
+
+
+@contextlib.contextmanager
+def _first_in_line() -> Iterator[None]:
+    """Let this thread have a core before the servers have, where that is allowed.
+
+    Clients are elsewhere as a rule: how late this one gets a core is not the server's latency.
+    """
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    with contextlib.suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, 0, usual - _PRECEDENCE)
+    try:
+        yield
+    finally:
+        os.setpriority(os.PRIO_PROCESS, 0, usual)
 
 
 @contextlib.asynccontextmanager

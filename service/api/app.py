@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = "Classifies images and shows why: predictions, heatmaps, statistics of feature maps."
 # The event loop shares the cores with them: it admits, refuses and hands over at once.
-_IMAGE_NICENESS = 2
+_IMAGE_NICENESS = 3
 # Requests for images whose errors have the native shape.
 _UNREAD_PATHS = frozenset(
     route.path for module in (images, explain) for route in module.router.routes

@@ -67,7 +67,7 @@ from service.worker.tracing import device_tracing
 log = logging.getLogger("heatlens.worker")
 
 _LINGER_MS = 1000
-_NICE = 3
+_NICE = 6
 # HTTP processes refuse by the wait for the whole answer, before they decode. What they let in is
 # refused here only if together they let in far too much.
 _LATE = 2.0
