@@ -46,6 +46,7 @@ def end_start() -> None:
     """
     if not gc.isenabled():
         gc.freeze()
+        # What answers leave behind is mostly freed without a collection.
         gc.set_threshold(50_000, 20, 100)
         gc.enable()
 

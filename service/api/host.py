@@ -69,6 +69,9 @@ class HostWork:
                     continue
                 try:
                     ended.append((result, result.set_result, work()))
+                except StopIteration as error:
+                    # No future takes one, and those that ended with it would be left unsettled.
+                    ended.append((result, result.set_exception, RuntimeError(repr(error))))
                 except BaseException as error:  # noqa: BLE001 # raised again where it is awaited
                     ended.append((result, result.set_exception, error))
         if ended:

@@ -105,3 +105,10 @@ async def test_what_work_raises_is_raised_where_it_is_awaited(held: Held) -> Non
         await held.finish(failing)
     await asyncio.wait_for(next_, 5)
     assert held.ran == ["next"]
+
+
+async def test_work_that_runs_out_of_items_leaves_no_other_unsettled(held: Held) -> None:
+    failing, other = held.add("decode", iter(()).__next__), held.add("decode", "other")
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        await asyncio.wait_for(held.finish(failing), 5)
+    await asyncio.wait_for(other, 5)
