@@ -11,8 +11,8 @@ BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip install -c constraints.txt
 DEV  := .[test,lint,otel,grpc,audit,docs]
 
-# Two things decide what is installed; a stamp is older than them when it is time to install again.
-PINS    := pyproject.toml constraints.txt
+# These decide what is installed; a stamp is older than them when it is time to install again.
+PINS    := pyproject.toml constraints.txt models/reductions.c
 RUN_OK  := $(VENV)/.installed
 DEV_OK  := $(VENV)/.installed-dev
 

@@ -316,7 +316,7 @@ def _summaries(shared: SharedPass) -> dict[tuple[str, Kind, int], list[Summary |
 
     It is None where the layer has no part in the target's score.
     """
-    found = [r() for by_target, _ in shared.reductions.values() for r in by_target if r is not None]
+    found = [r for by_target, _ in shared.reductions.values() for r in by_target if r is not None]
     finished = iter(summarise(found))
     summaries: dict[tuple[str, Kind, int], list[Summary | None]] = {}
     for (layer, kind), (by_target, rows) in shared.reductions.items():

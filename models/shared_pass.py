@@ -16,7 +16,7 @@ from models.extractor import Extractor, InplaceConflict, Tap
 from models.interventions import changes_for
 from models.methods import METHODS
 from models.readout import Read, read
-from models.reductions import Reduction, reduce_later
+from models.reductions import Reductions, reduce
 from models.targets import ScoreWeights, coded, depth, ranked
 from models.types import Job, Kind
 from models.warm_model import WarmModel
@@ -49,7 +49,7 @@ class SharedPass:
     order: Tensor
     reads: list[Read]
     captures: dict[str, tuple[Capture, list[int]]]
-    reductions: dict[Place, tuple[list[Reduction | None], list[int]]]
+    reductions: dict[Place, tuple[list[Reductions | None], list[int]]]
     maps: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -67,7 +67,7 @@ class _Kept:
     """What a tap keeps, for the rows of its wish."""
 
     maps: Tensor | None
-    reductions: Reduction | None
+    reductions: Reductions | None
 
 
 class ClosedFormRefuted(Exception):
@@ -127,8 +127,7 @@ def _run(
     tensor_hooks_only: bool = False,
 ) -> SharedPass:
     inputs, wishes, closed = wanted
-    in_place = getattr(module, "works_in_place", True)
-    taps = [_tap(warm, place, wish, in_place=in_place) for place, wish in wishes.items()]
+    taps = [_tap(warm, place, wish) for place, wish in wishes.items()]
     changes = changes_for(warm.layouts, [job.options.interventions for job in jobs])
     gradients = [place for place in wishes if place[1].startswith("grad_")]
     with Extractor(module, taps, changes=changes, tensor_hooks_only=tensor_hooks_only) as extractor:
@@ -204,7 +203,7 @@ def _closed_form_layers(warm: WarmModel, jobs: Sequence[Job]) -> tuple[str, ...]
     return (warm.target_layer,)
 
 
-def _tap(warm: WarmModel, place: Place, wish: _Wish, *, in_place: bool) -> Tap:
+def _tap(warm: WarmModel, place: Place, wish: _Wish) -> Tap:
     layer, kind = place
     layout = (warm.input_layouts if kind.endswith("input") else warm.layouts).get(layer)
 
@@ -217,12 +216,10 @@ def _tap(warm: WarmModel, place: Place, wish: _Wish, *, in_place: bool) -> Tap:
             chosen = pick(tensor, wish.maps)
             maps = (chosen if layout is None else layout.to_map(chosen)).float()
         if wish.statistics:
-            reductions = reduce_later(
+            reductions = reduce(
                 pick(tensor, wish.statistics),
                 channels_last=layout is not None or tensor.ndim == 3,
                 keep_maps=wish.grid,
-                # Where the tensor itself is kept, the model goes on with a copy.
-                stays=bool(wish.maps) or not in_place,
             )
         return _Kept(maps, reductions)
 
@@ -302,7 +299,7 @@ def _spread(
 
 def _reductions(
     wishes: dict[Place, _Wish], caught: _Catches, by_target: Iterable[_Catches]
-) -> dict[Place, tuple[list[Reduction | None], list[int]]]:
+) -> dict[Place, tuple[list[Reductions | None], list[int]]]:
     described = {}
     for place, wish in wishes.items():
         if wish.statistics:
