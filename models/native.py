@@ -37,15 +37,15 @@ def reduce(
         quantiles: float64 (5,).
 
     Returns:
-        What `Reductions` calls found. None where a value is not finite, or too large for its square:
-        extremes would be wrong.
+        What `Reductions` calls found. None where a value is not finite, or all are too large or too
+        small for their squares in float32: the numbers would be wrong.
     """
     function = _function()
     if function is None:
         raise RuntimeError("reductions.c is not built")
     images, (groups, _, channels) = tensor.shape[0], layout
     found = torch.empty(images, 7 + quantiles.numel() + 2 * groups * channels)
-    finite = function(
+    right = function(
         tensor.data_ptr(),
         tensor.dtype == torch.bfloat16,
         images,
@@ -56,7 +56,7 @@ def reduce(
         quantiles.data_ptr(),
         found.data_ptr(),
     )
-    return found if finite else None
+    return found if right else None
 
 
 @cache

@@ -13,6 +13,8 @@
 #define LANES 16
 /* Rows whose sums stay in float32; beyond them they are added in float64. */
 #define BLOCK 64
+/* The square of a smaller value is not exact to float32's last places. */
+#define SMALL 1e-15f
 /* Numbers of an image: mean, standard deviation, minimum, maximum, L2 norm, share of zeros, dead
    channels, and the quantiles. */
 #define NUMBERS (7 + QUANTILES)
@@ -148,8 +150,8 @@ INLINE void quantiles_at(const void *values, int64_t start, int64_t count, const
    Quantiles are those of the values at some places of each image.
 
    Writes (images, NUMBERS + 2 * groups * channels): the numbers of an image, then means and maxima of
-   its channels. Returns 0 without memory, or where a value or a norm is not finite: then extremes are
-   not right. */
+   its channels. Returns 0 without memory, and where a value is not finite, or all are too large or too
+   small for their squares in float32: then the numbers are not right. */
 FOR_EACH_PROCESSOR
 int heatlens_reduce(const void *values, int half, int64_t images, int64_t stride, int64_t groups,
                     int64_t positions, int64_t channels, int64_t count, const int64_t *places,
@@ -157,9 +159,9 @@ int heatlens_reduce(const void *values, int half, int64_t images, int64_t stride
   int64_t all = groups * channels, size = all * positions;
   double *sums = malloc(all * sizeof *sums);
   uint32_t *keys = malloc(2 * count * sizeof *keys);
-  int finite = sums && keys;
+  int right = sums && keys;
   /* The last image first: it is still in the cache, and the first one will be for the next layer. */
-  for (int64_t image = images - 1; finite && image >= 0; image--) {
+  for (int64_t image = images - 1; right && image >= 0; image--) {
     float *numbers = found + image * (NUMBERS + 2 * all);
     float *means = numbers + NUMBERS, *maxima = means + all;
     Totals totals = {sums, maxima, 0, INFINITY, 0};
@@ -200,9 +202,10 @@ int heatlens_reduce(const void *values, int half, int64_t images, int64_t stride
       quantiles_at(values, start, count, places, quantiles, keys, numbers + 7, 1);
     else
       quantiles_at(values, start, count, places, quantiles, keys, numbers + 7, 0);
-    finite = numbers[4] < INFINITY;
+    float farthest = fmaxf(high, -totals.low);
+    right = numbers[4] < INFINITY && (farthest == 0 || farthest > SMALL);
   }
   free(sums);
   free(keys);
-  return finite;
+  return right;
 }

@@ -59,7 +59,9 @@ def main(
     runtimes: Annotated[str, typer.Option(help="Of Heatlens: auto, torch, openvino.")] = "auto",
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     duration: Annotated[float, typer.Option(help="Seconds of each load.")] = 6.0,
-    only: Annotated[str, typer.Option(help="Part of the names of the cases to run.")] = "",
+    only: Annotated[
+        str, typer.Option(help="Parts of the names of the cases to run, comma-separated.")
+    ] = "",
     pictures: Annotated[Path | None, typer.Option(help="Folder; drawn without.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One round, one model, 2 s.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers.")] = None,
@@ -74,7 +76,7 @@ def main(
     with Progress(console=Console(stderr=True)) as progress:
         for model in models.split(","):
             found = cases(model, precisions.split(","), runtimes.split(","))
-            chosen = [c for c in found if only in c.name]
+            chosen = [c for c in found if any(part in c.name for part in only.split(","))]
             task = progress.add_task(model, total=rounds * len(chosen))
             rows: dict[str, Row] = {}
             for number in range(rounds):

@@ -187,6 +187,16 @@ def test_large_layers_equal_numpy(shape, dtype, shift):
     np.testing.assert_array_equal(dead, (exact == 0).all(2).sum(1))
 
 
+# As gradients of certain predictions are, and networks that have gone astray.
+@pytest.mark.parametrize("scale", [1e-25, 1e-18, 1e18, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_whose_squares_float32_does_not_hold(scale, dtype):
+    values = (tensor((2, 24, 9, 9), 0) * scale).to(dtype, memory_format=torch.channels_last)
+    for row, image in zip(reduce(values).found, values.double().flatten(1).numpy(), strict=True):
+        np.testing.assert_allclose(row[1], image.std(), rtol=1e-5)
+        np.testing.assert_allclose(row[4], np.linalg.norm(image), rtol=1e-5)
+
+
 @pytest.mark.parametrize("odd", [-0.0, float("nan"), -float("nan"), float("inf"), -float("inf")])
 def test_half_precision_counts_odd_values_as_float32_does(odd):
     values = tensor((2, 6, 8, 8), 1).bfloat16().contiguous(memory_format=torch.channels_last)
