@@ -51,7 +51,9 @@ def reduce(tensor: Tensor, *, channels_last: bool = False, keep_maps: bool = Fal
     found = None
     layout = _layout(tuple(tensor.shape), tensor.stride(), channels_last=channels_last)
     if layout is not None and native.reduces(tensor):
-        found = native.reduce(tensor, layout, _places(math.prod(layout)), _quantiles())
+        found = native.reduce(
+            tensor, layout, _places(math.prod(layout), tensor.device), _quantiles(tensor.device)
+        )
     values = tensor.movedim(-1, 1) if channels_last and tensor.ndim > 2 else tensor
     return Reductions(
         shape=tuple(tensor.shape[1:]),
@@ -97,7 +99,7 @@ def _reduced(values: Tensor) -> Tensor:
     means, maxima = by_channel.mean(2), by_channel.amax(2)
     mean = means.double().mean(1)
     norm = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64)
-    sample = flat[:, _places(flat.shape[1]).to(flat.device)]
+    sample = flat[:, _places(flat.shape[1], flat.device)]
     numbers = (
         mean,
         (norm**2 / flat.shape[1] - mean**2).clamp_min(0).sqrt(),
@@ -107,20 +109,21 @@ def _reduced(values: Tensor) -> Tensor:
         (flat == 0).float().mean(1),
         # A channel without a positive value whose mean is 0 has none but zeros.
         ((maxima == 0) & (means == 0)).sum(1),
-        *torch.quantile(sample, _quantiles().to(sample), dim=1),
+        *torch.quantile(sample, _quantiles(flat.device).float(), dim=1),
     )
     return torch.cat([torch.stack([n.float() for n in numbers], 1), means, maxima], 1)
 
 
 @lru_cache(maxsize=256)
-def _places(size: int) -> Tensor:
+def _places(size: int, device: torch.device) -> Tensor:
     """One place in each of `SUBSAMPLE` equal stretches; a plain stride could miss channels."""
     if size <= SUBSAMPLE:
-        return torch.arange(size)
+        return torch.arange(size, device=device)
     jitter = torch.rand(SUBSAMPLE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return ((torch.arange(SUBSAMPLE) + jitter) * (size / SUBSAMPLE)).long().clamp_max(size - 1)
+    places = ((torch.arange(SUBSAMPLE) + jitter) * (size / SUBSAMPLE)).long().clamp_max(size - 1)
+    return places.to(device)
 
 
 @cache
-def _quantiles() -> Tensor:
-    return torch.tensor(QUANTILES, dtype=torch.float64)
+def _quantiles(device: torch.device) -> Tensor:
+    return torch.tensor(QUANTILES, dtype=torch.float64, device=device)
