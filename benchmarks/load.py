@@ -4,11 +4,13 @@
     python -m benchmarks.load --models efficientnet_lite0,resnet50 --precisions fp32,bf16 --duration 15
     python -m benchmarks.load --megapixels 12 --form        # large photographs, as files of forms
     python -m benchmarks.load --slow 64 --retries 5         # beside clients on bad lines
+    python -m benchmarks.load --overload 4                  # only the best rate and twice of it, in turns
 
 Starts the service itself, for each model and precision, and measures a closed loop at 1 to 64
 clients, then Poisson arrivals at 50, 80, 120 and 200 % of the best throughput (latency counted from the
-due time). Every answer is compared with the one that its image gets alone. Against a service that
-runs already: `heatlens bench URL --sweep`.
+due time). With `--overload`, 200 % is measured between two measurements of the best throughput, several
+times: on a machine that changes its speed only such neighbours compare. Every answer is compared with
+the one that its image gets alone. Against a service that runs already: `heatlens bench URL --sweep`.
 
 Takes (9 x (warm-up + duration) + start) for each model and precision: about 2 minutes each; at most
 40 s more a load if the service hangs.
@@ -16,6 +18,7 @@ Takes (9 x (warm-up + duration) + start) for each model and precision: about 2 m
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -33,11 +36,21 @@ from benchmarks.timing import machine_line
 from models.types import Operation
 from service.cli.bench.client import Client
 from service.cli.bench.command import summaries_table
-from service.cli.bench.load import SWEEP_STAGES, Bounds, Load, Summary, run_in_loop, run_sweep
+from service.cli.bench.load import (
+    SWEEP_STAGES,
+    Bounds,
+    Closed,
+    Load,
+    Open,
+    Summary,
+    run_in_loop,
+    run_sweep,
+)
 from service.cli.bench.requests import Request, image_requests
 from service.cli.bench.verify import DEFAULT_TOLERANCE, learn
 from service.hardware import available_cores
 
+_MOST = 64
 HALF_TOLERANCE = 0.05  # batches of another size round otherwise
 
 
@@ -59,6 +72,9 @@ def main(
     form: Annotated[bool, typer.Option("--form", help="Send pictures as files of forms.")] = False,
     slow: Annotated[int, typer.Option(help="Clients beside the load that send at 5 kB/s.")] = 0,
     retries: Annotated[int, typer.Option(help="Refused requests come again, as told.")] = 0,
+    overload: Annotated[
+        int, typer.Option(help="Rounds of the best rate and twice of it, in place of the sweep.")
+    ] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="One second a load.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers.")] = None,
 ) -> None:
@@ -69,7 +85,8 @@ def main(
     runs: dict[str, list[Summary]] = {}
     with Progress(console=Console(stderr=True)) as progress:
         cases = [(m, p) for m in models.split(",") for p in precisions.split(",")]
-        task = progress.add_task("load", total=len(cases) * SWEEP_STAGES)
+        stages = 1 + 2 * overload if overload else SWEEP_STAGES
+        task = progress.add_task("load", total=len(cases) * stages)
         for model, precision in cases:
             title = f"{model} {precision}, {runtime}"
             progress.update(task, description=f"starting {title}")
@@ -81,30 +98,37 @@ def main(
                 ready_s = server.wait_ready()
                 progress.update(task, description=title)
                 found = run_in_loop(
-                    _sweep(
+                    _measure_all(
                         server,
                         image_requests(data, operation=operation, form=form),
                         partial(measure, bounds=bounds, slow=slow, retries=retries),
                         tolerance=_tolerance(operation, precision),
+                        overload=overload,
                         step=lambda: progress.advance(task),
                     )
                 )
                 runs[title] = [row.summary for row in found]
                 console.print(f"\n[bold]{title}[/], {operation}, ready after {ready_s:.1f} s")
                 console.print(summaries_table(runs[title]))
-                for line in findings(found, card=_card(server)):
+                lines = (
+                    overload_findings(runs[title])
+                    if overload
+                    else findings(found, card=_card(server))
+                )
+                for line in lines:
                     console.print(line, highlight=False)
     console.print(f"\n{machine_line('torch')}; refused beyond an estimated wait of {max_wait} s")
     if json_file is not None:
         json_file.write_bytes(msgspec.json.format(msgspec.json.encode(runs), indent=2))
 
 
-async def _sweep(
+async def _measure_all(
     server: Server,
     requests: list[Request],
     run: Callable[..., Awaitable[Measured]],
     *,
     tolerance: float | None,
+    overload: int,
     step: Callable[[], None],
 ) -> list[Measured]:
     check = None
@@ -118,9 +142,39 @@ async def _sweep(
         step()
         return found[-1].summary
 
-    async for _ in run_sweep(one):
-        pass
+    if not overload:
+        async for _ in run_sweep(one):
+            pass
+        return found
+    best = await one(Closed(clients=_MOST))
+    for _ in range(overload):
+        await one(Open(rate=2 * best.throughput))
+        best = await one(Closed(clients=_MOST))
     return found
+
+
+def overload_findings(found: list[Summary]) -> list[str]:
+    """What becomes of twice the best rate: every second of the loads, between two of the best."""
+    above = found[1::2]
+    neighbours = zip(above, found[:-1:2], found[2::2], strict=True)
+    shares = [2 * row.throughput / (a.throughput + b.throughput) for row, a, b in neighbours]
+    refusals = [row.refused_latency.p99 for row in above if row.refused_latency]
+    answers = [row.latency.p99 for row in above if row.latency]
+    return [
+        f"at twice the best rate, median (least to most) of {len(above)}:",
+        f"answers over the best throughput {_spread(shares, '.2f')} (target at least 0.90)",
+        f"p99 of refusals {_spread(refusals, '.0f')} ms (target at most 50)",
+        f"p99 of answers {_spread(answers, '.0f')} ms (target at most twice the limit of the wait)",
+    ]
+
+
+def _spread(values: list[float], form: str) -> str:
+    if not values:
+        return "-"
+    middle, least, most = (
+        format(v, form) for v in (statistics.median(values), min(values), max(values))
+    )
+    return f"{middle} ({least} to {most})"
 
 
 def _tolerance(operation: Operation, precision: str) -> float | None:

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks.growth import AXES, Row, growth_table
-from benchmarks.load import findings
+from benchmarks.load import findings, overload_findings
 from benchmarks.loading import Measured
 from benchmarks.servers import Usage
 from service.cli.bench.load import Latency, Summary
@@ -47,6 +47,16 @@ def test_findings_hold_the_numbers_that_have_targets() -> None:
     assert "10% refused, p99 of refusals 5 ms" in lines[2]
     assert "p99 of answers 400 ms" in lines[2]
     assert "http 80 MB" in lines[3]
+
+
+def test_overload_is_compared_with_the_best_before_and_after_it() -> None:
+    best = [measured(t, 60, 90, clients=64) for t in (100, 80, 100)]
+    above = [measured(t, 90, 400, rate=200, failed=10) for t in (81, 90)]
+    rows = [row.summary for row in (best[0], above[0], best[1], above[1], best[2])]
+    lines = overload_findings(rows)
+    assert "best throughput 0.95 (0.90 to 1.00)" in lines[1]
+    assert "p99 of refusals 5 (5 to 5) ms" in lines[2]
+    assert "p99 of answers 400 (400 to 400) ms" in lines[3]
 
 
 def test_growth_is_told_over_the_first_row() -> None:
