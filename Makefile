@@ -100,7 +100,7 @@ helm: $(HELM) ## Fetch helm into .venv/bin; tests of the chart use it
 
 image: $(DEV_OK) ## Build the container image with buildah (VARIANT=cpu; needs root on Debian)
 	$(call debian,buildah,buildah debootstrap)
-	$(call debian,podman,podman runc)
+	$(call debian,runc,podman runc)
 	PYTHON=$(BIN)/python deploy/image/build.sh $(VARIANT)
 
 image-test: $(DEV_OK) ## Run the image with podman: readiness, an answer, drain, read-only root, no root
