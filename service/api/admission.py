@@ -32,6 +32,10 @@ _RIGHT_OF_WAY = 1.5
 # To read a larger body costs more than it is worth to find out that its job is a long one.
 _SMALL_BODY = 1_000_000
 _IMAGES = ("image/", BYTES, "application/x-image")
+# At the limit so many others a second, and so many at once, are read to find that out. To read and
+# parse a form costs as much as several refusals by the head, and most forms ask for nothing long.
+_LOOKS_PER_S = 20.0
+_LOOKS = 20
 _LONG_OPTIONS = frozenset({"methods", "faithfulness", "kinds", "layers", "targets"})
 
 # Decoding and drawing an image, about; only its proportion to the time on a device matters.
@@ -76,6 +80,7 @@ class Admission:
         self._key_counts = key_counts or KeyCounts(None)
         self._line = Line(max_wait_s=max_wait_s)
         self._answer_bytes = 0
+        self._next_look_at = 0.0
 
     @property
     def is_full(self) -> bool:
@@ -88,9 +93,10 @@ class Admission:
         Raises:
             Overloaded: whatever it is, it would wait for too long.
         """
+        _is_let_in.set(False)
         if request.method != "POST":
             return
-        if self.is_full and _may_be_long(request):
+        if self.is_full and _may_be_long(request) and (self._line.is_due() or self._may_look()):
             # Long jobs have their own share of a device; the plan will tell what it is.
             wait_s = min(self._line.wait_s, self._device_wait_s(long=True))
             self._line.check(wait_s, patience_s=self._max_wait_s)
@@ -100,6 +106,14 @@ class Admission:
             patience_s *= _RIGHT_OF_WAY
         self._line.check(self._line.wait_s, patience_s=patience_s)
         _is_let_in.set(True)
+
+    def _may_look(self) -> bool:
+        now = time.monotonic()
+        look_at = max(self._next_look_at, now - _LOOKS / _LOOKS_PER_S)
+        if look_at > now:
+            return False
+        self._next_look_at = look_at + 1 / _LOOKS_PER_S
+        return True
 
     @contextlib.contextmanager
     def key_slot(self, key: str, *, limit: int) -> Iterator[None]:

@@ -326,6 +326,22 @@ async def test_at_the_limit_bodies_are_not_read(
 
 
 @pytest.mark.anyio
+async def test_of_many_forms_at_the_limit_few_are_read(
+    serve: Serve, pool: FakePool, png: bytes
+) -> None:
+    async with serve(limits={"max_wait_s": 0.15}) as client:
+        asked = await fill(client, pool, png)
+        bodies = [Unread() for _ in range(60)]
+        for body in bodies:
+            response = await client.post("/v1/explain", content=body, headers=FORM)
+            assert (response.status_code == 429) == (not body.asked)
+        assert 0 < sum(body.asked for body in bodies) < 40
+        for task in asked:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+
+
+@pytest.mark.anyio
 async def test_where_long_jobs_wait_as_well_none_is_read(
     serve: Serve, pool: FakePool, png: bytes
 ) -> None:
