@@ -309,8 +309,12 @@ async def test_the_same_seed_gives_the_same_map(client, name):
 
 
 async def test_a_deadline_stops_a_long_method_between_its_steps(client, running, pauses):
-    pauses(1.2)  # 200 masks take at least four passes, and the price knows nothing of the pauses
-    answer = await post(client, "explain", methods=["rise"], samples=200, timeout_s=4.0, status=504)
+    options = {"methods": ["rise"], "samples": 3000, "timeout_s": 4.0}
+    asked = asyncio.create_task(post(client, "explain", status=504, **options))
+    await eventually(lambda: running[1].devices()[0].queue_depth)
+    # Once it is admitted: the price learns how long passes take.
+    pauses(0.5)
+    answer = await asked
     assert answer["code"] == "deadline_exceeded"
     await eventually(lambda: running[1].devices()[0].queue_depth == 0)
     await assert_at_rest(client, running[1])
