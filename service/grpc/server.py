@@ -170,6 +170,7 @@ async def start(app: ASGIApp, settings: Settings) -> grpc.aio.Server:
     Raises:
         RuntimeError: the port is taken by something else.
     """
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
     gateway = Gateway(app)
     server = grpc.aio.server(
         options=[
@@ -186,6 +187,14 @@ async def start(app: ASGIApp, settings: Settings) -> grpc.aio.Server:
     await server.start()
     log.info("serving gRPC on %s", address)
     return server
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether the library tells more than that a client left while its answer was being sent.
+
+    It logs that as an error with a traceback, and the access log has the request already.
+    """
+    return not (record.exc_info and isinstance(record.exc_info[1], grpc.aio.InternalError))
 
 
 def _handlers(service: InferenceService) -> grpc.GenericRpcHandler:

@@ -22,11 +22,13 @@ pytest.importorskip("grpc_health", reason="the extra grpc is not installed")
 
 import grpc
 import grpc.aio
+from grpc._cython.cygrpc import ExecuteBatchError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from service.api.app import create_app
 from service.devices.pool import DeviceStatus
 from service.grpc import inference_pb2 as pb
+from service.grpc.rest import Gateway
 from service.grpc.server import start
 from service.settings import Settings
 from tests.fakes import LABELS, FakePool
@@ -259,6 +261,26 @@ async def test_a_client_that_leaves_cancels_its_job(client: Client, pool: FakePo
     await eventually(lambda: pool.cancelled, timeout_s=5)
     assert pool.cancelled == [pool.submitted[0].id]
     assert "heatlens_cancelled_total 1.0" in (await client.rest.get("/metrics")).text
+
+
+@pytest.mark.parametrize(
+    ("error", "logged"), [(ExecuteBatchError("Failed"), 0), (RuntimeError("a fault"), 1)]
+)
+async def test_only_faults_are_logged_as_errors_and_not_clients_that_leave_as_they_are_answered(
+    client: Client,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+    logged: int,
+) -> None:
+    # What the library raises where it cannot send: an answer that meets a client's end.
+    async def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(Gateway, "call", fail)
+    with pytest.raises(grpc.RpcError):
+        await client.ModelInfer(request_of(), timeout=0.5)
+    assert sum(record.exc_info is not None for record in caplog.records) == logged
 
 
 async def test_the_deadline_of_the_call_is_that_of_the_job(client: Client, pool: FakePool) -> None:
