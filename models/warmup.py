@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -44,11 +45,12 @@ logger = logging.getLogger("heatlens.engine")
 WARMUP_S = 1.5
 BATCH_SIZES = (1, 2, 4, 8, 16)
 REPEATS = 3
-WORTHWHILE = 0.97
-OWN_MS = 1.0
-"""What a batch costs beside its pass: the engine's own code, the queue, the way to the results."""
+WORTHWHILE = 0.95
+OWN_MS = 5.0
+"""What a batch costs beside its pass, on all cores: the engine's own code, the queue, the way to the
+results, and in all processes that each batch wakes."""
 UNDISTURBED = 0.85
-"""Least share of the time for which this thread had a core while batches were timed."""
+"""Least share of the time for which threads that wanted a core had one while batches were timed."""
 
 
 def warm_up(
@@ -155,7 +157,7 @@ def measure_latencies(
     budget_s: float,
     sizes: Sequence[int] = BATCH_SIZES,
 ) -> dict[int, float]:
-    """Time passes of growing batch size; each size runs once unmeasured before.
+    """Time passes of growing batch size, in rounds; each size runs once unmeasured before.
 
     A size is left out, and with it all larger ones, when its passes would exceed what is left of
     the budget; batch size 1 is measured in any case. Work queued on the device is waited for.
@@ -164,22 +166,24 @@ def measure_latencies(
         Milliseconds of the fastest of up to 3 passes, by batch size.
     """
     deadline = time.monotonic() + budget_s
-    latencies: dict[int, float] = {}
+    seconds: dict[int, float] = {}
     for size in sizes:
         # A batch twice as large takes at most about twice as long; one pass warms up, one measures.
-        least_s = 2 * 2 * latencies[size // 2] / 1000 if latencies else 0.0
-        if time.monotonic() + least_s > deadline and latencies:
+        least_s = 2 * 2 * seconds[size // 2] if seconds else 0.0
+        if time.monotonic() + least_s > deadline and seconds:
             break
         _pass_s(run, size, device)
-        times = [_pass_s(run, size, device)]
-        while len(times) < REPEATS and time.monotonic() + times[0] < deadline:
-            times.append(_pass_s(run, size, device))
-        latencies[size] = 1000 * min(times)
-    return latencies
+        seconds[size] = _pass_s(run, size, device)
+    # In rounds: a machine that becomes slower meanwhile is so for all sizes.
+    for _ in range(REPEATS - 1):
+        for size, least_s in seconds.items():
+            if time.monotonic() + least_s < deadline:
+                seconds[size] = min(least_s, _pass_s(run, size, device))
+    return {size: 1000 * least_s for size, least_s in seconds.items()}
 
 
 def best_batch(latency_ms: Mapping[int, float]) -> int:
-    """Return the smallest batch size whose answers per second come within 3 % of the best."""
+    """Return the smallest batch size whose answers per second come within 5 % of the best."""
     rates = {size: size / (latency + OWN_MS) for size, latency in latency_ms.items()}
     enough = WORTHWHILE * max(rates.values())
     return min(size for size, rate in rates.items() if rate >= enough)
@@ -277,14 +281,24 @@ def _timed(warm: WarmModel, warmup_s: float, cache: ProofCache) -> WarmModel:
     latency_ms = cache.recall(what, dict[int, float])
     if latency_ms is None:
         sizes = BATCH_SIZES[: warm.largest_batch]
-        began, own = time.monotonic(), time.thread_time()
+        ran_s, queued_s = time.process_time(), _queued_s()
         latency_ms = measure_latencies(run, warm.device, budget_s=warmup_s, sizes=sizes)
-        share = (time.thread_time() - own) / (time.monotonic() - began)
-        # What was measured while others had the core is for this start only.
-        if share >= UNDISTURBED:
+        ran_s, queued_s = time.process_time() - ran_s, _queued_s() - queued_s
+        # What was measured while others had the cores is for this start only.
+        if ran_s >= UNDISTURBED * (ran_s + queued_s):
             cache.keep(what, latency_ms)
     card = structs.replace(card, latency_ms=latency_ms, best_batch=best_batch(latency_ms))
     return replace(warm, info=structs.replace(warm.info, card=card))
+
+
+def _queued_s() -> float:
+    """Seconds for which this process's threads have waited for a core; 0 where no kernel tells."""
+    waited_ns = 0
+    for file in Path("/proc/self/task").glob("*/schedstat"):
+        # A thread may have ended meanwhile.
+        with contextlib.suppress(OSError):
+            waited_ns += int(file.read_text().split()[1])
+    return waited_ns / 1e9
 
 
 def _pass_s(run: Callable[[int], object], size: int, device: torch.device) -> float:

@@ -11,7 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,11 +31,8 @@ logger = logging.getLogger("heatlens.preparation")
 
 _HINTS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 
-FIXED_BATCHES = (1, 4, 2)
-"""Batches with a graph of their own, most worth first: the graph of any size takes a tenth longer."""
-
-FIXED_BYTES = 120_000_000
-"""Each graph holds weights of its own: those of fixed size that would hold more are not made."""
+SINGLE_BYTES = 120_000_000
+"""Each graph holds weights of its own: those for single images that would hold more are not made."""
 
 
 def installed() -> bool:
@@ -70,14 +67,14 @@ def openvino_variants(
     try:
         converted = _converted(openvino, module, reference, cache)
         weights = sum(parameter.nbytes for parameter in module.parameters())
-        fixed = FIXED_BATCHES[: FIXED_BYTES // max(1, weights)]
         threads = torch.get_num_threads()
+        streams = (threads, 1)[: SINGLE_BYTES // max(1, weights)]
         compile_ = partial(_Graph, openvino, converted, hint=_HINTS[precision], threads=threads)
         # Where nothing is proved or timed any more, requests are served meanwhile.
         compiler = Compiler(compile_, waits=not reference.is_proved(place))
-        backbones = [CompiledBackbone(compiler, outputs=1, fixed=fixed)]
+        backbones = [CompiledBackbone(compiler, outputs=1, streams=streams)]
         if len(layers) > 1:
-            backbones.append(CompiledBackbone(compiler, outputs=len(layers), fixed=fixed[:1]))
+            backbones.append(CompiledBackbone(compiler, outputs=len(layers), streams=streams))
         served = backbones[0].precision
     except Exception as error:
         logger.warning("OpenVINO does not take the model", exc_info=True)
@@ -103,9 +100,9 @@ class Compiler:
         self._waits = waits
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="openvino")
 
-    def begin(self, *, outputs: int, batch: int) -> Future[_Graph]:
-        """Begin to compile the first outputs for a batch of one size, or of any (-1)."""
-        graph = self._thread.submit(self._compile, outputs=outputs, batch=batch)
+    def begin(self, *, outputs: int, batch: int, streams: int = 1) -> Future[_Graph]:
+        """Begin to compile the first outputs, see `_Graph`."""
+        graph = self._thread.submit(self._compile, outputs=outputs, batch=batch, streams=streams)
         graph.add_done_callback(_tell_failure)
         if self._waits:
             wait([graph])
@@ -119,19 +116,18 @@ class CompiledBackbone:
         outputs: how many tensors it gives.
     """
 
-    def __init__(self, compiler: Compiler, *, outputs: int, fixed: Sequence[int] = ()) -> None:
+    def __init__(self, compiler: Compiler, *, outputs: int, streams: Sequence[int]) -> None:
         """Compile the first `outputs` tensors.
 
-        Batches of a `fixed` size have a graph of their own, which is begun when it is first wanted.
-        Other batches are run in parts of these sizes, if all sizes have one and each thread gets an
-        image of the largest: in parts of one image, large networks would read their weights too often.
+        Graphs for single images, begun when they are first wanted, run so many of them at a time:
+        one each thread, since threads that share an image wait for each other at every layer, and
+        for long where another process has a core; then a lone image on all threads.
         """
         self.outputs = outputs
         self._compiler = compiler
         self._of_any_size = compiler.begin(outputs=outputs, batch=-1)
-        self._fixed: dict[int, Future[_Graph] | _Graph | None] = dict.fromkeys(fixed)
-        enough = set(fixed) == set(FIXED_BATCHES) and torch.get_num_threads() <= max(FIXED_BATCHES)
-        self._part_sizes = sorted(fixed, reverse=True) if enough else []
+        self._single: dict[int, Future[_Graph] | _Graph | None] = dict.fromkeys(streams)
+        self._at_a_time = max(streams, default=0)
 
     def works(self) -> bool:
         """Whether it could be compiled; waits until that is known."""
@@ -147,35 +143,35 @@ class CompiledBackbone:
         """(N, 3, H, W) → float32 tensors, (N, …) each, that the next call leaves alone."""
         images = inputs.float().contiguous(memory_format=torch.channels_last)
         outputs = self._of_any_size.result().empty(len(images))
-        start = 0
-        for size in self._parts(len(images)):
-            part = slice(start, start + size)
-            graph = self._graph_for(images[part])
+        for part, streams in self._parts(len(images)):
+            graph = self._graph_for(images[part], streams)
             graph.run(images[part], [output[part] for output in outputs])
-            start += size
         return outputs
 
-    def _parts(self, count: int) -> Sequence[int]:
-        """The sizes in which a batch is run."""
-        if count in self._fixed or not self._part_sizes:
-            return [count]
-        parts: list[int] = []
-        for size in self._part_sizes:
-            parts += [size] * ((count - sum(parts)) // size)
-        return parts
+    def _parts(self, count: int) -> Iterator[tuple[slice, int]]:
+        """Images of a batch, and how many of them run at a time; 0 = by the graph of any size.
 
-    def _graph_for(self, images: Tensor) -> _Graph:
-        size = len(images)
-        if size not in self._fixed:
+        What makes no whole round has all threads together.
+        """
+        rest = count % self._at_a_time if self._at_a_time else count
+        if rest < count:
+            yield slice(count - rest), self._at_a_time
+        if rest:
+            yield slice(count - rest, count), 1 if rest == 1 else 0
+
+    def _graph_for(self, images: Tensor, streams: int) -> _Graph:
+        if streams not in self._single:
             return self._of_any_size.result()
-        graph = self._fixed[size] or self._compiler.begin(outputs=self.outputs, batch=size)
+        graph = self._single[streams] or self._compiler.begin(
+            outputs=self.outputs, batch=1, streams=streams
+        )
         if isinstance(graph, Future) and graph.done():
             graph = self._checked(graph, images)
-        self._fixed[size] = graph
+        self._single[streams] = graph
         return self._of_any_size.result() if isinstance(graph, Future) else graph
 
     def _checked(self, compiled: Future[_Graph], images: Tensor) -> _Graph:
-        """A graph of a fixed size; that of any size, unless both give the same."""
+        """A graph for single images; that of any size, unless both give the same."""
         of_any_size = self._of_any_size.result()
         equal = close if self.precision == "fp32" else alike
         try:
@@ -183,7 +179,7 @@ class CompiledBackbone:
             if all(map(equal, graph(images), of_any_size(images))):
                 return graph
         except Exception:
-            logger.info("a graph for batches of %d fails", len(images), exc_info=True)
+            logger.info("a graph for single images fails", exc_info=True)
         return of_any_size
 
 
@@ -193,7 +189,10 @@ def _tell_failure(compiled: Future[_Graph]) -> None:
 
 
 class _Graph:
-    """A converted model, compiled for batches of one size, or of any (-1)."""
+    """A converted model, compiled for batches of any size (-1), or for single images (1).
+
+    A graph for single images runs `streams` of them at a time, on an equal share of the threads each.
+    """
 
     def __init__(
         self,
@@ -203,6 +202,7 @@ class _Graph:
         outputs: int,
         hint: str,
         batch: int,
+        streams: int,
         threads: int,
     ) -> None:
         whole = converted.clone()
@@ -219,7 +219,7 @@ class _Graph:
             {
                 "INFERENCE_PRECISION_HINT": hint,
                 "INFERENCE_NUM_THREADS": threads,
-                "PERFORMANCE_HINT": "LATENCY",
+                **({"NUM_STREAMS": streams} if streams > 1 else {"PERFORMANCE_HINT": "LATENCY"}),
                 # Several workers would all be pinned to the same first cores.
                 "ENABLE_CPU_PINNING": False,
             },
@@ -230,7 +230,9 @@ class _Graph:
             for output in compiled.outputs
         ]
         self._tensor = openvino.Tensor
-        self._request = compiled.create_infer_request()
+        self._is_single = batch == 1
+        self._compiled = compiled
+        self._requests: list[Any] = []
 
     def empty(self, count: int) -> Sequence[Tensor]:
         """Memory for what it gives for so many images, float32."""
@@ -244,10 +246,20 @@ class _Graph:
 
     def run(self, images: Tensor, outputs: Sequence[Tensor]) -> None:
         """Fill `outputs`, contiguous, from images (N, 3, H, W), channels_last."""
-        self._request.set_input_tensor(self._shared(images.permute(0, 2, 3, 1)))
-        for index, output in enumerate(outputs):
-            self._request.set_output_tensor(index, self._shared(output))
-        self._request.infer()
+        whole = (images.permute(0, 2, 3, 1), *outputs)
+        size = 1 if self._is_single else len(images)
+        parts = zip(*(tensor.split(size) for tensor in whole), strict=True)
+        with ExitStack() as running:
+            for index, (part, *results) in enumerate(parts):
+                if index == len(self._requests):
+                    self._requests.append(self._compiled.create_infer_request())
+                request = self._requests[index]
+                request.set_input_tensor(self._shared(part))
+                for number, result in enumerate(results):
+                    request.set_output_tensor(number, self._shared(result))
+                request.start_async()
+                # Whatever happens to another: nothing may be freed that it writes to.
+                running.callback(request.wait)
 
     def _shared(self, tensor: Tensor) -> Any:
         return self._tensor(tensor.numpy(), shared_memory=True)

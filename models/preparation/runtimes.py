@@ -120,7 +120,7 @@ class Trial:
             weights = sum(p.nbytes for p in torch_.module.parameters())
             self.steps.append(
                 f"OpenVINO holds {len(chosen) * weights / 1e6:.0f} MB of weights besides, "
-                f"{weights / 1e6:.0f} more for each batch size of its own"
+                f"{weights / 1e6:.0f} more for each graph of single images"
             )
         return chosen
 
@@ -141,4 +141,4 @@ class Trial:
     def _times(self) -> str:
         """Under which name times are kept."""
         place = processor(torch.device("cpu"))
-        return f"fixed batches, {place}, {self._precision}, OpenVINO {version('openvino')}"
+        return f"single images, {place}, {self._precision}, OpenVINO {version('openvino')}"

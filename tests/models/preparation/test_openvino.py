@@ -109,38 +109,41 @@ def backbone(model):
     return model.variants[0].module._run
 
 
-def test_batches_of_a_fixed_size_are_compiled_for_it():
+def unused(*_: object) -> None:
+    raise AssertionError("there is a faster graph")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_whole_rounds_of_a_batch_are_run_by_a_graph_for_single_images(monkeypatch, threads):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     run = backbone(warm(blocks(), runtime="openvino"))
-    images = torch.randn(5, 3, SIDE, SIDE)
-    expected = run(images)[0]
-    of_any_size = run._graph_for(images)
-    for size in openvino.FIXED_BATCHES:
+    images = torch.randn(11, 3, SIDE, SIDE).contiguous(memory_format=torch.channels_last)
+    any_size = run._of_any_size.result()
+    expected = any_size(images)[0]
+    run(images[:threads]), run(images[:1])
+    sizes = [threads, 2 * threads, 2 * threads + 1, 1]
+    monkeypatch.setattr(any_size, "run", unused)
+    for size in sizes:
         torch.testing.assert_close(run(images[:size])[0], expected[:size], rtol=1e-4, atol=1e-5)
-        assert run._graph_for(images[:size]) is not of_any_size
-    assert run._graph_for(images) is run._graph_for(images[:3]) is of_any_size
+    if threads == 3:
+        with pytest.raises(AssertionError, match="faster graph"):
+            run(images[:5])
 
 
-def test_other_batches_are_run_in_parts_of_a_fixed_size(monkeypatch):
+def test_images_that_run_at_the_same_time_keep_their_order():
     run = backbone(warm(blocks(), runtime="openvino"))
-    images = torch.randn(11, 3, SIDE, SIDE)
+    images = torch.randn(16, 3, SIDE, SIDE)
     alone = torch.cat([run(image[None])[0] for image in images])
-    torch.testing.assert_close(run(images)[0], alone, rtol=1e-4, atol=1e-5)
-    for size in openvino.FIXED_BATCHES:
-        run(images[:size])
-
-    def unused(*_: object) -> None:
-        raise AssertionError("there is a faster graph")
-
-    monkeypatch.setattr(run._of_any_size.result(), "run", unused)
-    torch.testing.assert_close(run(images)[0], alone, rtol=1e-4, atol=1e-5)
+    for _ in range(20):
+        torch.testing.assert_close(run(images)[0], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_a_fixed_size_that_gives_other_tensors_is_not_used(monkeypatch):
+def test_a_graph_that_gives_other_tensors_is_not_used(monkeypatch):
     monkeypatch.setattr(openvino, "close", lambda *_: False)
     run = backbone(warm(blocks(), runtime="openvino"))
-    images = torch.randn(5, 3, SIDE, SIDE)
-    torch.testing.assert_close(run(images[:4])[0], run(images)[0][:4])
-    assert run._graph_for(images[:4]) is run._graph_for(images)
+    images = torch.randn(4, 3, SIDE, SIDE)
+    run(images), run(images[:1])
+    assert set(run._single.values()) == {run._of_any_size.result()}
 
 
 def test_after_the_first_start_no_batch_waits_for_its_graph(tmp_path, monkeypatch):
@@ -153,14 +156,34 @@ def test_after_the_first_start_no_batch_waits_for_its_graph(tmp_path, monkeypatc
 
     monkeypatch.setattr(openvino, "_Graph", slowly)
     run = backbone(warm(blocks(), runtime="openvino", proofs_dir=tmp_path))
-    images = torch.randn(4, 3, SIDE, SIDE)
+    images = torch.randn(torch.get_num_threads(), 3, SIDE, SIDE)
     expected = run(images)[0]
-    of_any_size = run._graph_for(images)
-    assert of_any_size is run._graph_for(images[:3])
     release.set()
-    futures.wait([run._fixed[4]], timeout=60)
+    futures.wait([begun for begun in run._single.values() if begun], timeout=60)
+    run(images)
+    monkeypatch.setattr(run._of_any_size.result(), "run", unused)
     torch.testing.assert_close(run(images)[0], expected, rtol=1e-4, atol=1e-5)
-    assert run._graph_for(images) is not of_any_size
+
+
+def test_a_request_that_fails_does_not_leave_others_running(monkeypatch):
+    run = backbone(warm(blocks(), runtime="openvino"))
+    images = torch.randn(4, 3, SIDE, SIDE)
+    run(images)
+    graph = run._single[run._at_a_time]
+    ended = []
+
+    class Failing:
+        def __getattr__(self, _: str):
+            return lambda *_: None
+
+        def wait(self) -> None:
+            ended.append(self)
+            raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(graph, "_requests", [Failing() for _ in images])
+    with pytest.raises(RuntimeError, match="no memory left"):
+        run(images)
+    assert len(ended) == len(images)
 
 
 def test_where_a_graph_is_not_compiled_the_next_variant_serves(tmp_path, monkeypatch):
@@ -187,18 +210,26 @@ def test_a_model_that_is_dropped_leaves_no_graph(tmp_path):
     for _ in range(2):
         model = warm(blocks(), runtime="openvino", proofs_dir=tmp_path)
         run = backbone(model)
-        graphs = [weakref.ref(run._graph_for(torch.randn(n, 3, SIDE, SIDE))) for n in (1, 3)]
+        run(torch.randn(3, 3, SIDE, SIDE))
+        graphs = [
+            weakref.ref(begun) for begun in (run._of_any_size, *run._single.values()) if begun
+        ]
+        assert len(graphs) > 1
         del model, run
         gc.collect()
-        assert [graph() for graph in graphs] == [None, None]
+        assert not any(graph() for graph in graphs)
 
 
-def test_large_networks_have_few_fixed_sizes(monkeypatch):
-    monkeypatch.setattr(openvino, "FIXED_BYTES", 0)
+@pytest.mark.parametrize(("room", "graphs"), [(0, 0), (1, 1), (2, 2)])
+def test_large_networks_have_few_graphs(monkeypatch, room, graphs):
+    weights = sum(p.nbytes for p in blocks().parameters())
+    monkeypatch.setattr(openvino, "SINGLE_BYTES", room * weights)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     run = backbone(warm(blocks(), runtime="openvino"))
-    one, three = torch.randn(1, 3, SIDE, SIDE), torch.randn(3, 3, SIDE, SIDE)
-    assert run._graph_for(one) is run._graph_for(three)
-    assert run(one)[0].shape[0] == 1
+    images = torch.randn(3, 3, SIDE, SIDE)
+    alone = torch.cat([run(image[None])[0] for image in images])
+    torch.testing.assert_close(run(images)[0], alone, rtol=1e-4, atol=1e-5)
+    assert len(run._single) == graphs
 
 
 def test_passes_run_where_they_can(on_openvino):
