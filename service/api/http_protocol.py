@@ -329,13 +329,18 @@ class _Connection(HttpToolsProtocol):
                 return
             cycle.disconnected = True
             cycle.message_event.set()
-        request_id = logs.new_id()
+        request_id = logs.request_id_of(self._inbound_id())
         response = error_response(error, request_id=request_id)
         response.headers["X-Request-ID"] = request_id
         self._write(response, is_last=True)
         fields = {"code": error.code, "status": STATUS[error.code], "request_id": request_id}
         log.info(error.message, extra=self._fields(**fields))
         self.linger()
+
+    def _inbound_id(self) -> str | None:
+        """The id that the client gave the request which it sends, as far as that has come."""
+        headers = () if self._phase == "idle" else self.headers or ()
+        return dict(headers).get(b"x-request-id", b"").decode("latin-1") or None
 
     def _write(self, response: Response, *, is_last: bool) -> None:
         headers = [*self.server_state.default_headers, *response.raw_headers]

@@ -251,6 +251,16 @@ async def test_a_body_that_trickles_is_refused() -> None:
     assert error_of(received) == "request_timeout"
 
 
+async def test_a_refusal_carries_the_id_of_its_request_and_no_other() -> None:
+    mine, body = b"X-Request-ID: mine\r\n", b"Content-Length: 1000\r\n\r\n"
+    async with serving(stall_timeout_s=0.2, header_timeout_s=0.2) as server:
+        assert b"x-request-id: mine" in (await server.ask(HEAD + mine + body, b"a")).lower()
+        assert b"x-request-id: mine" in (await server.ask(HEAD + mine + b"X-A: ", b"a")).lower()
+        last = await server.ask(full(mine), b"nonsense\r\n\r\n")
+    assert statuses(last) == [200, 400]
+    assert b": mine" not in last.rpartition(b"HTTP/1.1 ")[2]
+
+
 async def test_a_slow_body_is_taken_at_the_least_rate() -> None:
     async with serving(stall_timeout_s=0.3, min_bytes_per_s=100) as server:
         received = await server.ask(

@@ -162,6 +162,18 @@ async def test_failures_by_code(serve, respond) -> None:
     assert summary.refused_latency.max > 290
 
 
+async def test_a_refused_connection_is_not_the_answer_to_another_request(serve, respond) -> None:
+    async def refuse(seen):
+        number, own = len(server.seen), seen.headers["x-request-id"]
+        other = own[:-1] + "9" if number == 1 else "01M8KZ3F28TXNS74CNQGENTR5V"
+        body = {"code": "overloaded", "error": "-"}
+        return respond(body, status=429, headers=f"X-Request-ID: {other}\r\n")
+
+    async with serve(refuse) as (server, url):
+        run = await measured(url, Closed(clients=1), duration_s=20, requests=2)
+    assert [sample.code for sample in run.samples] == ["foreign_response", "overloaded"]
+
+
 async def test_responses_are_checked_on_request(serve, respond) -> None:
     async def swapped(seen):
         number = int(seen.body.split()[1])
