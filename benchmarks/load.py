@@ -50,7 +50,7 @@ from service.cli.bench.requests import Request, image_requests
 from service.cli.bench.verify import DEFAULT_TOLERANCE, learn
 from service.hardware import available_cores
 
-_MOST = 64
+_MOST = 32
 HALF_TOLERANCE = 0.05  # batches of another size round otherwise
 
 

@@ -45,7 +45,7 @@ logger = logging.getLogger("heatlens.engine")
 WARMUP_S = 1.5
 BATCH_SIZES = (1, 2, 4, 8, 16)
 REPEATS = 3
-WORTHWHILE = 0.95
+WORTHWHILE = 0.9
 OWN_MS = 5.0
 """What a batch costs beside its pass, on all cores: the engine's own code, the queue, the way to the
 results, and in all processes that each batch wakes."""
@@ -183,7 +183,7 @@ def measure_latencies(
 
 
 def best_batch(latency_ms: Mapping[int, float]) -> int:
-    """Return the smallest batch size whose answers per second come within 5 % of the best."""
+    """Return the smallest batch size whose answers per second come within a tenth of the best."""
     rates = {size: size / (latency + OWN_MS) for size, latency in latency_ms.items()}
     enough = WORTHWHILE * max(rates.values())
     return min(size for size, rate in rates.items() if rate >= enough)

@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 
 import httptools
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Scope
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import (
     STATUS_LINE,
     HttpToolsProtocol,
@@ -195,26 +195,13 @@ class _Connection(HttpToolsProtocol):
         super().on_headers_complete()
         self._enter("body")
         self._received = _Progress(self.since)
-        cycle, send = self.cycle, self.cycle.send
-
-        async def send_and_close_if_early(message: Message) -> None:
-            is_start = message["type"] == "http.response.start"
-            if not is_start or not cycle.more_body or _is_little(cycle):
-                await send(message)  # type: ignore[arg-type]
-                return
-            # What the client still sends belongs to the request that has its response already.
-            headers = [*message.get("headers", ()), (b"connection", b"close")]
-            await send({**message, "headers": headers})  # type: ignore[arg-type]
-            # uvicorn would close at once, before the client can read.
-            cycle.keep_alive = self._is_last = True
-
-        cycle.send = send_and_close_if_early  # type: ignore[method-assign, assignment]
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
         # One of those that came together: the others must not hold up the loop.
         may_refuse = cycle is self.cycle and not self._has_refused and not self.flow.write_paused
         refused = self._refuse_early(cast("Scope", cycle.scope)) if may_refuse else None
         if refused is None:
+            app = self._closing_if_early(cycle, app)
             super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]
             return
         response, delay_s = refused
@@ -224,6 +211,25 @@ class _Connection(HttpToolsProtocol):
             self.loop.call_later(delay_s, self._respond_early, cycle, response)
         else:
             self._respond_early(cycle, response)
+
+    def _closing_if_early(self, cycle: RequestResponseCycle, app: ASGIApp) -> ASGIApp:
+        """The application, after whose response no rest of a large body is waited for."""
+
+        async def run(scope: Scope, receive: Receive, send: Send) -> None:
+            async def send_and_close(message: Message) -> None:
+                is_start = message["type"] == "http.response.start"
+                if not is_start or not cycle.more_body or _is_little(cycle):
+                    await send(message)
+                    return
+                # What the client still sends belongs to the request that has its response already.
+                headers = [*message.get("headers", ()), (b"connection", b"close")]
+                await send({**message, "headers": headers})
+                # uvicorn would close at once, before the client can read.
+                cycle.keep_alive = self._is_last = True
+
+            await app(scope, receive, send_and_close)
+
+        return run
 
     def _respond_early(self, cycle: RequestResponseCycle, response: Response) -> None:
         self._refusing = None

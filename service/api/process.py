@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from models.heap import end_start, release_heap
+from models.heap import end_start, trim_heap
 from service.api.connections import Connections
 from service.api.http_protocol import Refuse, let_in, protocol
 from service.api.reload import MakeApp, Reload
@@ -142,7 +142,7 @@ class HttpServer(uvicorn.Server):
 
 async def _give_memory_back() -> None:
     """Return what large requests have left to the kernel: glibc keeps it for threads that decode."""
-    await asyncio.to_thread(release_heap)
+    await asyncio.to_thread(trim_heap)
 
 
 def _default_app(runtime: RuntimeDir) -> tuple[MakeApp, Refuse]:

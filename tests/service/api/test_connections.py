@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import re
 import socket
@@ -227,6 +228,21 @@ async def test_an_upgrade_keeps_the_wish_to_close() -> None:
 async def test_a_tunnel_is_refused() -> None:
     async with serving() as server:
         assert statuses(await server.ask(b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n")) == [400]
+
+
+async def test_requests_leave_no_garbage() -> None:
+    """To collect it halts all threads: what a request had is freed when it has its response."""
+    async with serving() as server:
+        await server.ask(LAST)
+        gc.collect()
+        gc.disable()
+        try:
+            received = await server.ask((GET + b"\r\n") * 20, *[full(b"")] * 20, LAST)
+            garbage = gc.collect()
+        finally:
+            gc.enable()
+    assert len(statuses(received)) == 41
+    assert garbage < 41
 
 
 # ---------------------------------------------------------------- time
