@@ -68,7 +68,7 @@ def openvino_variants(
         converted = _converted(openvino, module, reference, cache)
         weights = sum(parameter.nbytes for parameter in module.parameters())
         threads = torch.get_num_threads()
-        streams = (threads, 1)[: SINGLE_BYTES // max(1, weights)]
+        streams = (1, threads)[: SINGLE_BYTES // max(1, weights)]
         compile_ = partial(_Graph, openvino, converted, hint=_HINTS[precision], threads=threads)
         # Where nothing is proved or timed any more, requests are served meanwhile.
         compiler = Compiler(compile_, waits=not reference.is_proved(place))
@@ -119,15 +119,16 @@ class CompiledBackbone:
     def __init__(self, compiler: Compiler, *, outputs: int, streams: Sequence[int]) -> None:
         """Compile the first `outputs` tensors.
 
-        Graphs for single images, begun when they are first wanted, run so many of them at a time:
-        one each thread, since threads that share an image wait for each other at every layer, and
-        for long where another process has a core; then a lone image on all threads.
+        Graphs for single images, begun when they are first wanted, run so many of them at a time: a
+        lone one on all threads, then one on each thread, since threads that share an image wait for
+        each other at every layer, and for long where another process has a core. Large networks
+        would read their weights too often.
         """
         self.outputs = outputs
         self._compiler = compiler
         self._of_any_size = compiler.begin(outputs=outputs, batch=-1)
         self._single: dict[int, Future[_Graph] | _Graph | None] = dict.fromkeys(streams)
-        self._at_a_time = max(streams, default=0)
+        self._at_a_time = streams[1] if len(streams) > 1 else 0
 
     def works(self) -> bool:
         """Whether it could be compiled; waits until that is known."""
