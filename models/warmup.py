@@ -46,6 +46,7 @@ WARMUP_S = 1.5
 BATCH_SIZES = (1, 2, 4, 8, 16)
 REPEATS = 3
 WORTHWHILE = 0.9
+"""Least share of the best rate that a smaller batch has to reach; its answers come sooner."""
 OWN_MS = 5.0
 """What a batch costs beside its pass, on all cores: the engine's own code, the queue, the way to the
 results, and in all processes that each batch wakes."""

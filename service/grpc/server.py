@@ -170,7 +170,7 @@ async def start(app: ASGIApp, settings: Settings) -> grpc.aio.Server:
     Raises:
         RuntimeError: the port is taken by something else.
     """
-    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_worth_logging)
     gateway = Gateway(app)
     server = grpc.aio.server(
         options=[
@@ -189,7 +189,7 @@ async def start(app: ASGIApp, settings: Settings) -> grpc.aio.Server:
     return server
 
 
-def _is_news(record: logging.LogRecord) -> bool:
+def _is_worth_logging(record: logging.LogRecord) -> bool:
     """Whether the library tells more than that a client left while its answer was being sent.
 
     It logs that as an error with a traceback, and the access log has the request already.

@@ -282,15 +282,21 @@ class Unread(httpx.AsyncByteStream):
         yield b"no image"
 
 
-async def fill(client: httpx.AsyncClient, pool: FakePool, png: bytes) -> list[asyncio.Task[Any]]:
-    """Ask for as many answers as are admitted; none of them comes."""
+@contextlib.asynccontextmanager
+async def full(client: httpx.AsyncClient, pool: FakePool, png: bytes) -> AsyncIterator[None]:
+    """As many answers are asked for as are admitted; none of them comes."""
     pool.delay_s = 30.0
     asked: list[asyncio.Task[Any]] = []
     while not any(task.done() for task in asked):
         submitted = len(pool.submitted)
         asked.append(task := asyncio.create_task(client.post("/v1/predict", content=png)))
         await eventually(lambda: task.done() or len(pool.submitted) > submitted)  # noqa: B023
-    return asked
+    try:
+        yield
+    finally:
+        for task in asked:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
 
 
 @pytest.mark.parametrize(
@@ -312,48 +318,36 @@ async def fill(client: httpx.AsyncClient, pool: FakePool, png: bytes) -> list[as
 async def test_at_the_limit_bodies_are_not_read(
     serve: Serve, pool: FakePool, png: bytes, path: str, headers: dict[str, str], is_read: bool
 ) -> None:
-    async with serve(limits={"max_wait_s": 0.15}) as client:
-        asked = await fill(client, pool, png)
+    async with serve(limits={"max_wait_s": 0.15}) as client, full(client, pool, png):
         body = Unread()
         response = await client.post(path, content=body, headers=headers)
         assert body.asked == is_read
         assert (response.status_code == 429) == (not is_read)
         if not is_read:
             assert int(response.headers["retry-after"]) >= 1
-        for task in asked:
-            task.cancel()
-        await asyncio.gather(*asked, return_exceptions=True)
 
 
 @pytest.mark.anyio
 async def test_of_many_forms_at_the_limit_few_are_read(
     serve: Serve, pool: FakePool, png: bytes
 ) -> None:
-    async with serve(limits={"max_wait_s": 0.15}) as client:
-        asked = await fill(client, pool, png)
+    async with serve(limits={"max_wait_s": 0.15}) as client, full(client, pool, png):
         bodies = [Unread() for _ in range(60)]
         for body in bodies:
             response = await client.post("/v1/explain", content=body, headers=FORM)
             assert (response.status_code == 429) == (not body.asked)
         assert 0 < sum(body.asked for body in bodies) < 40
-        for task in asked:
-            task.cancel()
-        await asyncio.gather(*asked, return_exceptions=True)
 
 
 @pytest.mark.anyio
 async def test_where_long_jobs_wait_as_well_none_is_read(
     serve: Serve, pool: FakePool, png: bytes
 ) -> None:
-    async with serve(limits={"max_wait_s": 0.15}) as client:
-        asked = await fill(client, pool, png)
+    async with serve(limits={"max_wait_s": 0.15}) as client, full(client, pool, png):
         pool.statuses = [structs.replace(status, long_wait_ms=9000.0) for status in pool.statuses]
         body = Unread()
         response = await client.post("/v1/explain", content=body, headers=FORM)
         assert (response.status_code, body.asked) == (429, False)
-        for task in asked:
-            task.cancel()
-        await asyncio.gather(*asked, return_exceptions=True)
 
 
 @pytest.mark.anyio
@@ -362,11 +356,8 @@ async def test_below_the_limit_and_for_other_routes_the_door_is_open(
 ) -> None:
     async with serve(limits={"max_wait_s": 0.15}) as client:
         assert (await client.post("/v1/predict", content=png)).status_code == 200
-        asked = await fill(client, pool, png)
-        assert (await client.get("/v1/models")).status_code == 200
-        assert (await client.get("/readyz")).status_code == 200
-        for task in asked:
-            task.cancel()
-        await asyncio.gather(*asked, return_exceptions=True)
-        pool.delay_s = 0.0
-        assert (await client.post("/v1/predict", content=png)).status_code == 200
+        async with full(client, pool, png):
+            assert (await client.get("/v1/models")).status_code == 200
+            assert (await client.get("/readyz")).status_code == 200
+            pool.delay_s = 0.0
+            assert (await client.post("/v1/predict", content=png)).status_code == 200
