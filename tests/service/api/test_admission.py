@@ -359,5 +359,5 @@ async def test_below_the_limit_and_for_other_routes_the_door_is_open(
         async with full(client, pool, png):
             assert (await client.get("/v1/models")).status_code == 200
             assert (await client.get("/readyz")).status_code == 200
-            pool.delay_s = 0.0
-            assert (await client.post("/v1/predict", content=png)).status_code == 200
+        pool.delay_s = 0.0
+        assert (await client.post("/v1/predict", content=png)).status_code == 200
