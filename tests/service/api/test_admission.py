@@ -283,7 +283,7 @@ class Unread(httpx.AsyncByteStream):
 
 
 @contextlib.asynccontextmanager
-async def full(client: httpx.AsyncClient, pool: FakePool, png: bytes) -> AsyncIterator[None]:
+async def filled(client: httpx.AsyncClient, pool: FakePool, png: bytes) -> AsyncIterator[None]:
     """As many answers are asked for as are admitted; none of them comes."""
     pool.delay_s = 30.0
     asked: list[asyncio.Task[Any]] = []
@@ -318,7 +318,7 @@ async def full(client: httpx.AsyncClient, pool: FakePool, png: bytes) -> AsyncIt
 async def test_at_the_limit_bodies_are_not_read(
     serve: Serve, pool: FakePool, png: bytes, path: str, headers: dict[str, str], is_read: bool
 ) -> None:
-    async with serve(limits={"max_wait_s": 0.15}) as client, full(client, pool, png):
+    async with serve(limits={"max_wait_s": 0.15}) as client, filled(client, pool, png):
         body = Unread()
         response = await client.post(path, content=body, headers=headers)
         assert body.asked == is_read
@@ -331,7 +331,7 @@ async def test_at_the_limit_bodies_are_not_read(
 async def test_of_many_forms_at_the_limit_few_are_read(
     serve: Serve, pool: FakePool, png: bytes
 ) -> None:
-    async with serve(limits={"max_wait_s": 0.15}) as client, full(client, pool, png):
+    async with serve(limits={"max_wait_s": 0.15}) as client, filled(client, pool, png):
         bodies = [Unread() for _ in range(60)]
         for body in bodies:
             response = await client.post("/v1/explain", content=body, headers=FORM)
@@ -343,7 +343,7 @@ async def test_of_many_forms_at_the_limit_few_are_read(
 async def test_where_long_jobs_wait_as_well_none_is_read(
     serve: Serve, pool: FakePool, png: bytes
 ) -> None:
-    async with serve(limits={"max_wait_s": 0.15}) as client, full(client, pool, png):
+    async with serve(limits={"max_wait_s": 0.15}) as client, filled(client, pool, png):
         pool.statuses = [structs.replace(status, long_wait_ms=9000.0) for status in pool.statuses]
         body = Unread()
         response = await client.post("/v1/explain", content=body, headers=FORM)
@@ -356,7 +356,7 @@ async def test_below_the_limit_and_for_other_routes_the_door_is_open(
 ) -> None:
     async with serve(limits={"max_wait_s": 0.15}) as client:
         assert (await client.post("/v1/predict", content=png)).status_code == 200
-        async with full(client, pool, png):
+        async with filled(client, pool, png):
             assert (await client.get("/v1/models")).status_code == 200
             assert (await client.get("/readyz")).status_code == 200
         pool.delay_s = 0.0

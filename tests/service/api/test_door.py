@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import hashlib
 import json
@@ -19,7 +18,7 @@ from service.api.door import Door
 from service.logs import JsonFormatter
 from service.settings import Settings
 from tests.fakes import FakePool
-from tests.service.api.test_admission import JPEG, fill
+from tests.service.api.test_admission import JPEG, filled
 
 pytestmark = pytest.mark.anyio
 
@@ -41,12 +40,9 @@ def full(pool: FakePool, png: bytes) -> Full:
                 base_url="http://testserver",
                 headers={"X-API-Key": "right"},
             ) as client,
+            filled(client, pool, png),
         ):
-            asked = await fill(client, pool, png)
             yield door, client
-            for task in asked:
-                task.cancel()
-            await asyncio.gather(*asked, return_exceptions=True)
 
     return full
 
