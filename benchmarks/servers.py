@@ -25,7 +25,6 @@ ROOT = Path(__file__).resolve().parents[1]
 _STOP_S = 20.0
 _POLL_S = 0.1
 _LOG_LINES = 15
-_ROLES = {"service.api.process": "http", "service.worker.process": "device"}
 
 
 class ServerFailed(RuntimeError):
@@ -203,8 +202,9 @@ class Server:
 
 def role_of(process: psutil.Process) -> str:
     """What a process of the service is for: `http`, `device` or `other`."""
-    words = process.cmdline()
-    return next((role for module, role in _ROLES.items() if module in words), "other")
+    if "service.api.process" in process.cmdline():
+        return "http"
+    return "device" if process.name().startswith("worker ") else "other"
 
 
 def heatlens(

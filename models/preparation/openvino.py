@@ -61,7 +61,7 @@ def openvino_variants(
         Refused: OpenVINO is not installed, does not know an operation of the model, or gives other
             tensors.
     """
-    openvino = _library()
+    openvino = library()
     layers = reference.outputs
     place = f"{precision}, OpenVINO {openvino.__version__}, {processor(torch.device('cpu'))}"
     try:
@@ -266,7 +266,12 @@ class _Graph:
         return self._tensor(tensor.numpy(), shared_memory=True)
 
 
-def _library() -> Any:
+def library() -> Any:
+    """The package, imported.
+
+    Raises:
+        Refused: it is not installed.
+    """
     # Importing OpenVINO reports to its makers, unless the package that does so is marked absent.
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     try:

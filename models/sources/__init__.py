@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from models.catalog import ModelSpec, PreprocessSpec
@@ -141,15 +142,13 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
     Raises:
         ModelLoadFailed: the model cannot answer; the text names what the configuration got wrong.
     """
-    # Torch takes a second to import, which processes that only read SOURCES need not wait for.
+    # As in `import_source`.
     from models.checkpoints import check_digest
-    from models.compat import define_missing_operators, without_compiler
     from models.first_run import settle
     from models.inputs import fill_inputs
     from models.network_proof import prove_network
     from models.weights import fill_zero_heads, load_weights, seeded
 
-    define_missing_operators()
     labels = read_labels(spec, base_dir)
     kind, _, name = spec.source.partition(":")
     request = BuildRequest(
@@ -159,8 +158,7 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
         channels=spec.preprocess.channels,
         base_dir=base_dir,
     )
-    with without_compiler() if kind in _OF_LIBRARIES else nullcontext():
-        source = importlib.import_module(SOURCES[kind])
+    source = import_source(spec)
     with seeded():
         built: Built = source.build(request)
         if spec.weights == "none":
@@ -218,6 +216,17 @@ def load(spec: ModelSpec, base_dir: Path) -> LoadedModel:
             *proved.notes,
         ),
     )
+
+
+def import_source(spec: ModelSpec) -> ModuleType:
+    """Import the module of an entry's source, and with it the library that it is about."""
+    # Torch takes a second to import, which processes that only read SOURCES need not wait for.
+    from models.compat import define_missing_operators, without_compiler
+
+    define_missing_operators()
+    kind = spec.source.partition(":")[0]
+    with without_compiler() if kind in _OF_LIBRARIES else nullcontext():
+        return importlib.import_module(SOURCES[kind])
 
 
 def _texts(built: Built, task: Task, labels: tuple[str, ...] | None) -> TextEncoder | None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 from collections import deque
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from service.settings import WorkerSettings
 
@@ -50,6 +51,57 @@ class RestartBudget:
         return longest * random.uniform(0.5, 1.0)  # noqa: S311 # not for security
 
 
+class Process(Protocol):
+    """What is used of a `subprocess.Popen`."""
+
+    @property
+    def pid(self) -> int | None:
+        """Process id; None while it has none yet."""
+
+    def poll(self) -> int | None:
+        """The exit code, once it has exited (negative: the signal that ended it)."""
+
+    def send_signal(self, number: int, /) -> None:
+        """Send it a signal."""
+
+    def kill(self) -> None:
+        """End it."""
+
+    def wait(self) -> int:
+        """Wait for its exit; returns the exit code."""
+
+
+class Starter(Protocol):
+    """Makes processes of one kind."""
+
+    def start(self, arguments: Sequence[str], *, environment: Mapping[str, str]) -> Process:
+        """Start one with these arguments and environment variables."""
+
+
+class Command:
+    """Makes processes that run a program; `--parent` and our process id come last."""
+
+    def __init__(self, command: Sequence[str], *, inherit: Sequence[int] = ()) -> None:
+        """Take program and first arguments, and the file descriptors to pass on."""
+        self._command = command
+        self._inherit = tuple(inherit)
+
+    def start(
+        self, arguments: Sequence[str], *, environment: Mapping[str, str]
+    ) -> subprocess.Popen[bytes]:
+        """Start it in a group of its own.
+
+        Ctrl-C in a terminal reaches only the supervisor, which stops the others in order.
+        """
+        return subprocess.Popen(  # noqa: S603
+            [*self._command, *arguments, "--parent", str(os.getpid())],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            pass_fds=self._inherit,
+            process_group=0,
+        )
+
+
 class Child:
     """A process and, after its exit, its successors.
 
@@ -60,15 +112,16 @@ class Child:
         given_up: whether the restart budget is spent.
     """
 
-    def __init__(self, name: str, *, command: Sequence[str], settings: WorkerSettings) -> None:
+    def __init__(self, name: str, *, starter: Starter, settings: WorkerSettings) -> None:
         self.name = name
         self.incarnation = 0
         self.started_at = 0.0
         self.start_at: float | None = 0.0
         self.given_up = False
         self._budget = RestartBudget(restarts=settings.restarts, window_s=settings.restart_window_s)
-        self._command = command
-        self._process: subprocess.Popen[bytes] | None = None
+        self._starter = starter
+        self._process: Process | None = None
+        self._is_announced = False
 
     @property
     def running(self) -> bool:
@@ -90,39 +143,38 @@ class Child:
         *,
         now: float,
         environment: Mapping[str, str | None],
-        inherit: Sequence[int] = (),
     ) -> None:
         """Start the next process.
 
         Args:
-            arguments: values of the command's options by name; `parent` is added.
+            arguments: values of the command's options by name.
             now: `time.monotonic()`.
             environment: variables in addition to our own; None takes one away.
-            inherit: file descriptors to pass on.
         """
         self.incarnation += 1
         self.start_at, self.started_at = None, now
-        options = {**arguments, "parent": os.getpid()}
-        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        # Its own group: Ctrl-C in a terminal reaches only the supervisor, which stops the others
-        # in order.
-        self._process = subprocess.Popen(  # noqa: S603
-            [*self._command, *words],
-            env={k: v for k, v in (os.environ | environment).items() if v is not None},
-            stdin=subprocess.DEVNULL,
-            pass_fds=tuple(inherit),
-            process_group=0,
+        self._process = self._starter.start(
+            [word for name, value in arguments.items() for word in (f"--{name}", str(value))],
+            environment={k: v for k, v in (os.environ | environment).items() if v is not None},
         )
-        log.info("started %s, process %d", self.name, self._process.pid)
+        self._is_announced = False
+        self._announce()
 
     def reap(self) -> int | None:
         """The exit code of an exited process, once (negative: the signal that ended it)."""
         if self._process is None:
             return None
         code = self._process.poll()
+        self._announce()
         if code is not None:
             self._process = None
         return code
+
+    def _announce(self) -> None:
+        """Log the start, once the process has a number."""
+        if self.pid is not None and not self._is_announced:
+            log.info("started %s, process %d", self.name, self.pid)
+            self._is_announced = True
 
     def schedule(self, now: float, *, proven: bool) -> None:
         """Schedule a restart, or give up if the budget is spent; see `RestartBudget`."""

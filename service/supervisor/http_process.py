@@ -55,7 +55,6 @@ class HttpProcess:
                     "MALLOC_MMAP_THRESHOLD_": "4194304",
                     "MALLOC_TRIM_THRESHOLD_": "16777216",
                 },
-                inherit=[self._listener],
             )
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})

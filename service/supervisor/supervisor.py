@@ -22,14 +22,16 @@ from service.devices.status import DeviceStates, DeviceStatesFile
 from service.hardware import available_cores, resolve_devices, threads_per_device
 from service.logs import configure_logging
 from service.settings import Settings
-from service.supervisor.child import Child
+from service.supervisor.child import Child, Command, Starter
 from service.supervisor.device_process import DeviceProcess, Quarantine
+from service.supervisor.fork_server import ForkServer
 from service.supervisor.http_process import HttpProcess
 
 log = logging.getLogger("heatlens.supervisor")
 
 # -P: a `models.py` or `service.py` in the working folder must not shadow our packages.
 WORKER_COMMAND = (sys.executable, "-P", "-m", "service.worker.process")
+FORK_SERVER_COMMAND = (sys.executable, "-P", "-m", "service.worker.fork_server")
 HTTP_COMMAND = (sys.executable, "-P", "-m", "service.api.process")
 
 _TICK_S = 0.05
@@ -57,7 +59,8 @@ class Supervisor:
     Args:
         settings: the configuration.
         source: the place to read the configuration again; None = the environment only.
-        worker_command: program and first arguments of a device worker.
+        worker_command: program and first arguments of a device worker; None = the real one, forked
+            where that is possible.
         http_command: the same for an HTTP process.
     """
 
@@ -66,7 +69,7 @@ class Supervisor:
         settings: Settings,
         *,
         source: ConfigurationSource | None = None,
-        worker_command: Sequence[str] = WORKER_COMMAND,
+        worker_command: Sequence[str] | None = None,
         http_command: Sequence[str] = HTTP_COMMAND,
     ) -> None:
         self._settings = settings
@@ -96,6 +99,7 @@ class Supervisor:
             log.error("cannot listen: %s", error.strerror)  # noqa: TRY400
             return 1
         runtime = RuntimeDir.create()
+        self._fork_server = ForkServer([*FORK_SERVER_COMMAND, "--runtime", str(runtime.path)])
         try:
             with contextlib.closing(listener), _wakeups() as wakeups:
                 self._prepare(runtime, listener)
@@ -104,12 +108,13 @@ class Supervisor:
                 signal.signal(signal.SIGHUP, self._request_reload)
                 while self._phase is not _Phase.STOPPED:
                     self._tick(time.monotonic())
-                    select.select([wakeups], [], [], _TICK_S)
+                    select.select([wakeups, *self._fork_server.descriptors()], [], [], _TICK_S)
                     with contextlib.suppress(BlockingIOError):
                         os.read(wakeups, 4096)
         finally:
             for child in self._children():
                 child.kill()
+            self._fork_server.kill()
             shutil.rmtree(runtime.path, ignore_errors=True)
         return self._exit_code
 
@@ -123,14 +128,15 @@ class Supervisor:
         devices = resolve_devices(settings.server.devices, cores=cores)
         threads = settings.workers.threads or threads_per_device(devices, cores=cores)
         for device in devices:
-            child = self._child(f"device worker {device}", self._worker_command)
+            child = self._child(f"device worker {device}", self._worker_starter(device))
             self._devices.append(
                 DeviceProcess(
                     device, child, settings=settings.workers, runtime=runtime, threads=threads
                 )
             )
         for index in range(settings.server.http_worker_count()):
-            child = self._child(f"HTTP process {index}", self._http_command)
+            command = Command(self._http_command, inherit=[listener.fileno()])
+            child = self._child(f"HTTP process {index}", command)
             self._http.append(HttpProcess(child, runtime=runtime, listener=listener.fileno()))
         self._states_file = DeviceStatesFile.create(runtime.states_file)
         self._publish()
@@ -143,8 +149,16 @@ class Supervisor:
                 host,
             )
 
-    def _child(self, name: str, command: Sequence[str]) -> Child:
-        return Child(name, command=command, settings=self._settings.workers)
+    def _worker_starter(self, device: str) -> Starter:
+        if self._worker_command is not None:
+            return Command(self._worker_command)
+        # Elsewhere than on Linux nothing would end a fork with its parent, and system libraries need
+        # not bear it; on a GPU it was never tried.
+        is_forked = sys.platform == "linux" and device.startswith("cpu")
+        return self._fork_server if is_forked else Command(WORKER_COMMAND)
+
+    def _child(self, name: str, starter: Starter) -> Child:
+        return Child(name, starter=starter, settings=self._settings.workers)
 
     # ---------------------------------------------------------------- the loop
 

@@ -151,6 +151,22 @@ def load_model(backend: Backend, spec: ModelSpec) -> ModelInfo | HeatlensError:
         return ModelLoadFailed("The model could not be loaded; see the log of the service.")
 
 
+def import_libraries(specs: Sequence[ModelSpec]) -> None:
+    """Import what an engine that holds these models will, as far as it can be imported."""
+    try:
+        from models import engine, registry  # noqa: F401
+        from models.preparation import openvino
+        from models.sources import import_source
+
+        for spec in specs:
+            import_source(spec)
+        if openvino.installed() and any(spec.runtime != "torch" for spec in specs):
+            openvino.library()
+    except Exception:
+        # The worker that needs it says what is wrong.
+        log.debug("a library cannot be imported", exc_info=True)
+
+
 def make_engine_backend(device: str, *, base_dir: Path, threads: int | None = None) -> Backend:
     """Make registry and engine; called in the thread that uses them, because it imports torch.
 

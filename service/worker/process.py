@@ -29,7 +29,7 @@ from models.catalog import ModelSpec
 from models.errors import HeatlensError, ModelLoadFailed
 from models.heap import end_start, keep_heap
 from models.types import Failure, ModelInfo
-from service.devices.lifeline import die_with_parent
+from service.devices.lifeline import die_with_parent, name_process
 from service.devices.message_socket import MessageSocket
 from service.devices.messages import (
     Ack,
@@ -266,6 +266,7 @@ def main(
         parser.add_argument(name, type=int, required=True)
     options = WorkerOptions(**vars(parser.parse_args(arguments)))
     die_with_parent(options.parent)
+    name_process(f"worker {options.device}")
     settings = options.runtime.read_settings()
     configure_logging(settings.server.log_level)
     if options.device.startswith("cpu"):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from service.configuration import ConfigurationSource
 from service.settings import Settings
-from service.supervisor.supervisor import HTTP_COMMAND, WORKER_COMMAND, Supervisor
+from service.supervisor.supervisor import HTTP_COMMAND, Supervisor
 
 HERE = Path(__file__).parent
 
@@ -25,7 +25,7 @@ if __name__ == "__main__":
     supervisor = Supervisor(
         source.read() if paths else Settings.model_validate_json(sys.argv[1]),
         source=source,
-        worker_command=WORKER_COMMAND if "real-worker" in flags else faulty,
+        worker_command=None if "real-worker" in flags else faulty,
         http_command=HTTP_COMMAND if "real-http" in flags else small,
     )
     sys.exit(supervisor.run())

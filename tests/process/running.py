@@ -87,6 +87,11 @@ class Service:
             return [c.pid for c in children if any(text in word for word in c.cmdline())]
         return []
 
+    def workers(self) -> set[int]:
+        """Process ids of the device workers, forked or not."""
+        processes = psutil.Process(self.process.pid).children(recursive=True)
+        return {p.pid for p in processes if p.name().startswith("worker ")}
+
     def worker_pid(self, device: str = "cpu") -> int:
         for pid in self.pids("faulty_worker"):
             line = psutil.Process(pid).cmdline()

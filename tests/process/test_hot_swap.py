@@ -71,7 +71,7 @@ def test_models_come_change_and_go_under_traffic(configured, monkeypatch):
     # The folder of tiny_models.
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     running = configured("real-worker", server=SERVER, models=[one], default_model="m")
-    workers = running.service.pids("service.worker.process")
+    workers = running.service.workers()
     with explain(running, "m") as newest, explain(running, "m@1") as pinned:
         newest.after(10)
         pinned.after(10)
@@ -105,4 +105,4 @@ def test_models_come_change_and_go_under_traffic(configured, monkeypatch):
     assert "2:1:v2-1" in changes
     index = admin(running, "index").json()
     assert {(m["version"], m["state"]) for m in index} == {("1", "READY"), ("2", "UNAVAILABLE")}
-    assert running.service.pids("service.worker.process") == workers, "a worker was restarted"
+    assert running.service.workers() == workers != set(), "a worker was restarted"

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from service.settings import WorkerSettings
-from service.supervisor.child import Child, RestartBudget, describe_exit
+from service.supervisor.child import Child, Command, RestartBudget, describe_exit
 from service.supervisor.device_process import _without_keys
 
 
@@ -44,7 +44,9 @@ def test_keys_do_not_reach_device_workers(monkeypatch, capfd):
     monkeypatch.setenv("HEATLENS_SECURITY", '{"admin_keys": ["a secret"]}')
     monkeypatch.setenv("HEATLENS_SERVER__PORT", "1")
     show = "import os; print({k: v for k, v in os.environ.items() if 'HEATLENS' in k})"
-    child = Child("worker", command=[sys.executable, "-c", show], settings=WorkerSettings())
+    child = Child(
+        "worker", starter=Command([sys.executable, "-c", show]), settings=WorkerSettings()
+    )
     child.start({}, now=time.monotonic(), environment=_without_keys())
     child._process.wait(20)
     assert child.reap() == 0
