@@ -32,7 +32,8 @@ ARG PIP_FIND_LINKS
 ARG PIP_NO_INDEX
 ARG TORCH_INDEX_URL
 ARG VARIANT=cuda
-ARG EXTRAS="otel"
+# Of the package; without, "otel", and in images for CPUs "otel openvino".
+ARG EXTRAS
 ENV PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 
@@ -47,10 +48,11 @@ RUN /opt/pip/bin/pip --python /opt/heatlens/bin/python install --prefix /layers/
 # Nothing may be in two layers: pins above that lack a package of torch's show here.
 COPY constraints.txt pyproject.toml ./
 ENV PIP_CONSTRAINT=/src/constraints.txt
-RUN python -c "import sys, tomllib; \
+RUN if [ -z "${EXTRAS}" ] && [ "${VARIANT}" = cpu ]; then EXTRAS="otel openvino"; fi \
+    && python -c "import sys, tomllib; \
 p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 print(*p['dependencies'], *(r for e in sys.argv[1:] for r in p['optional-dependencies'][e]), sep='\n')" \
-        ${EXTRAS} > requirements.txt \
+        ${EXTRAS:-otel} > requirements.txt \
     && PYTHONPATH="$(echo /layers/torch/lib/python*/site-packages)" \
         /opt/pip/bin/pip --python /opt/heatlens/bin/python install --prefix /layers/packages \
         -r requirements.txt \

@@ -9,6 +9,8 @@ VARIANT ?= cpu
 VENV := .venv
 BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip install -c constraints.txt
+# The quickest runtime on a CPU comes with it; elsewhere the extra is a choice.
+RUN  := .[openvino]
 DEV  := .[test,lint,otel,grpc,audit,docs]
 
 # These decide what is installed; a stamp is older than them when it is time to install again.
@@ -130,7 +132,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(RUN_OK): $(PINS) | $(BIN)/python
-	$(PIP) -e .
+	$(PIP) -e '$(RUN)'
 	@touch $@
 
 $(DEV_OK): $(PINS) | $(BIN)/python

@@ -10,7 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 variant=${1:-cpu}
 suite=${SUITE:-bookworm}
 python=${PYTHON:-python3}
-extras=${EXTRAS:-otel}
+if [ "$variant" = cpu ]; then extras=${EXTRAS:-otel openvino}; else extras=${EXTRAS:-otel}; fi
 base=heatlens-base:$suite
 wheels=$PWD/build/wheels
 export BUILDAH_ISOLATION=${BUILDAH_ISOLATION:-chroot}
