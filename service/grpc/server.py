@@ -194,7 +194,8 @@ def _is_worth_logging(record: logging.LogRecord) -> bool:
 
     It logs that as an error with a traceback, and the access log has the request already.
     """
-    return not (record.exc_info and isinstance(record.exc_info[1], grpc.aio.InternalError))
+    # The class is not public.
+    return not (record.exc_info and type(record.exc_info[1]).__name__ == "ExecuteBatchError")
 
 
 def _handlers(service: InferenceService) -> grpc.GenericRpcHandler:
