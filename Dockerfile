@@ -90,6 +90,8 @@ ENV HOME=/tmp \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
+# What is proved of a model and measured is kept here: a volume makes the next start quick.
+RUN install -d -o 10001 /tmp/.cache
 USER 10001
 WORKDIR /etc/heatlens
 EXPOSE 8080
