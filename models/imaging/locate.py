@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 
 import numpy as np
 
@@ -71,10 +70,12 @@ def locate(
     if evidence[row, column] <= 0:
         return None
     x, y = to_original(geometry, columns.start + column + 0.5, rows.start + row + 0.5)
-    strong = evidence >= BOX_THRESHOLD * evidence[row, column]
-    connected = _grow(_blocks(strong), row // _BLOCK, column // _BLOCK)
-    top, bottom = _span(strong, connected)
-    left, right = _span(strong.T, connected.T)
+    strong = _blocks(evidence >= BOX_THRESHOLD * evidence[row, column])
+    occupied = np.bitwise_or.reduce(strong, axis=1).astype(bool)
+    connected = _grow(occupied, row // _BLOCK, column // _BLOCK)
+    island = strong * connected[:, None]
+    top, bottom = _ends(np.bitwise_or.reduce(island, axis=2).ravel())
+    left, right = _ends(np.bitwise_or.reduce(island, axis=(0, 1)).view(np.uint8))
     down, across = rows.start, columns.start
     corners = (across + left, down + top, across + right, down + bottom)
     return Location(x=x, y=y, box=_box(geometry, corners))
@@ -91,62 +92,52 @@ def _inside(geometry: Geometry) -> tuple[slice, slice]:
 
 
 def _blocks(mask: np.ndarray) -> np.ndarray:
-    """Which blocks of a mask hold a True value."""
+    """A mask in blocks, uint32 (rows of blocks, 4, columns of blocks).
+
+    A row of a block is four bytes, one number: much quicker to combine than four values.
+    """
     height, width = mask.shape
     padded = np.zeros((height + -height % _BLOCK, width + -width % _BLOCK), bool)
     padded[:height, :width] = mask
-    # A row of a block is four bytes, one number: much quicker to combine than four values.
-    numbers = padded.view(np.uint32)
-    blocks: np.ndarray = (
-        np.bitwise_or.reduce(numbers.reshape(-1, _BLOCK, numbers.shape[1]), axis=1) != 0
-    )
-    return blocks
+    return padded.view(np.uint32).reshape(-1, _BLOCK, padded.shape[1] // _BLOCK)
 
 
 def _grow(mask: np.ndarray, row: int, column: int) -> np.ndarray:
     """Connected component (by sides) of a True element.
 
-    Grows along whole runs of the mask, each of which is looked at once.
+    Each row is a number whose bits are its elements. Grows along whole runs of them, each of which
+    is looked at once.
     """
-    height, width = mask.shape
-    # A False value after each row keeps its runs from those of the next.
-    stride = width + 1
-    flat = np.zeros(height * stride + 1, bool)
-    flat[1:].reshape(height, stride)[:, :width] = mask
-    ends = np.flatnonzero(flat[1:] != flat[:-1]).tolist()
-    starts, stops = ends[::2], ends[1::2]
-    first = bisect_right(starts, row * stride + column) - 1
-    found, waiting = {first}, [first]
+    packed = np.packbits(mask, axis=1, bitorder="little")
+    texts = packed.view(f"S{packed.shape[1]}").ravel().tolist()
+    rows = [int.from_bytes(text, "little") for text in texts]
+    # What is not found yet; the empty row at the end lies below the last one and above the first.
+    rest = [*rows, 0]
+    waiting = [(row, 1 << column)]
     while waiting:
-        run = waiting.pop()
-        for shift in (-stride, stride):
-            start, stop = starts[run] + shift, stops[run] + shift
-            other = bisect_right(stops, start)
-            while other < len(starts) and starts[other] < stop:
-                if other not in found:
-                    found.add(other)
-                    waiting.append(other)
-                other += 1
-    island = np.zeros(height * stride, bool)
-    for run in found:
-        island[starts[run] : stops[run]] = True
-    return island.reshape(height, stride)[:, :width]
+        row, seeds = waiting.pop()
+        bits = rest[row]
+        while seeds := seeds & bits:
+            below = (seeds & -seeds) - 1
+            start = 1 << (below & ~bits).bit_length()
+            # The sum carries through the run that begins at `start`, and clears it.
+            run = bits & ~(bits + start)
+            bits ^= run
+            waiting += (row - 1, run), (row + 1, run)
+        rest[row] = bits
+    size = packed.shape[1]
+    found = [
+        (bits ^ others).to_bytes(size, "little")
+        for bits, others in zip(rows, rest[:-1], strict=True)
+    ]
+    island = np.frombuffer(b"".join(found), np.uint8).reshape(packed.shape)
+    return np.unpackbits(island, axis=1, count=mask.shape[1], bitorder="little").view(bool)
 
 
-def _span(mask: np.ndarray, blocks: np.ndarray) -> tuple[int, int]:
-    """First and last row, exclusive, of a mask's True values within some of its blocks."""
-    rows = np.flatnonzero(blocks.any(1))
-    first, last = (
-        row * _BLOCK
-        + np.flatnonzero(
-            (
-                mask[row * _BLOCK : (row + 1) * _BLOCK]
-                & blocks[row].repeat(_BLOCK)[: mask.shape[1]]
-            ).any(1)
-        )
-        for row in rows[[0, -1]].tolist()
-    )
-    return int(first[0]), int(last[-1]) + 1
+def _ends(values: np.ndarray) -> tuple[int, int]:
+    """Index of the first value that is not zero, and of the one after the last."""
+    places = np.flatnonzero(values)
+    return int(places[0]), int(places[-1]) + 1
 
 
 def _box(geometry: Geometry, corners: tuple[int, int, int, int]) -> Box:

@@ -148,3 +148,30 @@ def test_growing_follows_a_spiral() -> None:
         low, high = low + 2, high - 2
     labels = measure.label(mask, connectivity=1)
     assert np.array_equal(_grow(mask, 0, 0), labels == labels[0, 0])
+
+
+@given(
+    arrays(
+        np.float32,
+        array_shapes(min_dims=2, max_dims=2, min_side=2, max_side=24),
+        elements=st.sampled_from([0, 0.4, 0.6, 1]),
+    )
+)
+def test_the_box_bounds_strong_pixels_in_connected_blocks(values: np.ndarray) -> None:
+    height, width = values.shape
+    region = Region(x=0, y=0, width=width, height=height)
+    geometry = Geometry(
+        width=width, height=height, region=region, input_width=width, input_height=height
+    )
+    found = locate(values, geometry, signed=False)
+    if found is not None:
+        unit = (values - values.min()) / np.ptp(values)
+        strong = unit >= 0.5
+        blocks = measure.block_reduce(strong, 4, np.max)
+        labels = measure.label(blocks, connectivity=1).repeat(4, 0).repeat(4, 1)[:height, :width]
+        row, column = np.unravel_index(unit.argmax(), unit.shape)
+        rows, columns = np.nonzero(strong & (labels == labels[row, column]))
+        box = found.box
+        assert (found.x, found.y) == (column + 0.5, row + 0.5)
+        assert (box.x, box.x + box.width) == (columns.min(), columns.max() + 1)
+        assert (box.y, box.y + box.height) == (rows.min(), rows.max() + 1)
