@@ -112,16 +112,16 @@ def normalise(values: np.ndarray, *, signed: bool) -> np.ndarray | None:
     if not _SAFE_MIN < greatest < _SAFE_MAX:
         values = values.astype(np.float64) / greatest
         low, high, greatest = low / greatest, high / greatest, 1.0
-    values = values.astype(np.float32, copy=False)
-    unit: np.ndarray
+    unit: np.ndarray = values.astype(np.float32, copy=False)
     # In place: to map fresh memory costs more than to compute.
     if signed:
-        unit = values / np.float32(2 * greatest)
+        unit = unit / np.float32(2 * greatest)
         unit += np.float32(0.5)
     else:
-        unit = values - np.float32(low)
+        unit = unit - np.float32(low)
         unit /= np.float32(high - low)
-    return np.clip(unit, 0.0, 1.0, out=unit)
+    # Rounding keeps the order: only what was rounded to float32 itself may have left the scale.
+    return unit if values.dtype == np.float32 else np.clip(unit, 0.0, 1.0, out=unit)
 
 
 def shade(values: np.ndarray, canvas: Canvas, style: Style) -> np.ndarray | None:

@@ -147,6 +147,12 @@ def test_constant_maps_are_degenerate(signed: bool, value: float) -> None:
     assert shade(values, input_canvas(np.zeros((9, 9, 3), np.uint8)), plain(signed=signed)) is None
 
 
+def test_rounding_to_float32_leads_no_value_off_the_scale() -> None:
+    unit = normalise(np.array([[2, 3, 26 / 3]]), signed=False)
+    assert unit is not None
+    assert unit.max() == 1
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_one_bad_value_makes_a_map_degenerate(bad: float) -> None:
     values = random_map(7, 7)
