@@ -59,10 +59,11 @@ print(*p['dependencies'], *(r for e in sys.argv[1:] for r in p['optional-depende
     && ! { basename -a /layers/*/lib/python*/site-packages/*.dist-info | sed "s/-[^-]*$//" | sort \
         | uniq -d | grep .; }
 
-# For models/reductions.c; without it statistics of many layers take longer.
+# For models/reductions.c and models/imaging/resampling.c; without them statistics of many layers and
+# images take longer.
 RUN command -v cc > /dev/null \
     || { apt-get -qq update && apt-get -qq install -y --no-install-recommends gcc libc6-dev; } \
-    || echo "no C compiler: statistics of many layers will take longer"
+    || echo "no C compiler: statistics of many layers and images will take longer"
 
 COPY README.md LICENSE ./
 COPY heatlens heatlens

@@ -14,7 +14,7 @@ RUN  := .[openvino]
 DEV  := .[test,lint,otel,grpc,audit,docs]
 
 # These decide what is installed; a stamp is older than them when it is time to install again.
-PINS    := pyproject.toml constraints.txt models/reductions.c
+PINS    := pyproject.toml constraints.txt models/reductions.c models/imaging/resampling.c
 RUN_OK  := $(VENV)/.installed
 DEV_OK  := $(VENV)/.installed-dev
 

@@ -8,7 +8,6 @@ a shape that the whole of them, resized, would fill the memory.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ from PIL import Image
 
 from models.errors import InvalidOption
 from models.image_types import Centre
+from models.imaging import resampling
 from models.imaging.decode import DecodedImage
 from models.types import Geometry, Preprocess, Region
 
@@ -29,10 +29,6 @@ _FILTERS: Mapping[str, Image.Resampling] = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 
-# Pixels on both sides that the widest filter looks at, and one more.
-_REACH = 4
-# Share of the rows below which to resize them alone pays for the copies that this takes.
-_WORTH_A_COPY = 0.92
 # Of higher images Pillow resizes the columns first.
 _RATIO = 2
 
@@ -74,7 +70,7 @@ def preprocess(image: DecodedImage, spec: Preprocess) -> tuple[np.ndarray, Geome
         input_height=crop_height,
     )
     if not spec.raw and spec.channels == 3:
-        return np.array(_cut(image, image.image, plan, spec)), geometry
+        return _picture(image, plan, spec), geometry
     if not spec.raw:
         grey = _cut(image, image.image.convert("L"), plan, spec)
         return np.array(grey)[..., None], geometry
@@ -86,7 +82,7 @@ def preprocess(image: DecodedImage, spec: Preprocess) -> tuple[np.ndarray, Geome
 
 def picture(image: DecodedImage, spec: Preprocess) -> np.ndarray:
     """What the model saw as a picture, uint8 (crop height, crop width, 3)."""
-    return np.array(_cut(image, image.image, _plan(image.width, image.height, spec), spec))
+    return _picture(image, _plan(image.width, image.height, spec), spec)
 
 
 def take_normalised(values: np.ndarray, spec: Preprocess) -> tuple[np.ndarray, Geometry]:
@@ -165,6 +161,19 @@ def _offset(resized: int, crop: int, centre: Centre) -> int:
     return (resized - crop) // 2 if centre == "down" else round((resized - crop) / 2.0)
 
 
+def _picture(image: DecodedImage, plan: _Plan, spec: Preprocess) -> np.ndarray:
+    (height, width), part = spec.crop, _part(plan, spec)
+    is_filled = part == (plan.left, plan.top, plan.left + width, plan.top + height)
+    is_scaled = spec.fit != "none" and isinstance(spec.resize, int)
+    is_by_rows = is_scaled and image.height <= _RATIO * image.width
+    if is_filled and is_by_rows and _is_resized_whole(image, plan):
+        size, resample = (plan.width, plan.height), _FILTERS[spec.interpolation]
+        found = resampling.resize_part(image.image, size, resample, part)
+        if found is not None:
+            return found
+    return np.array(_cut(image, image.image, plan, spec))
+
+
 def _cut(
     image: DecodedImage, pixels: Image.Image, plan: _Plan, spec: Preprocess, channel: int = 0
 ) -> Image.Image:
@@ -192,24 +201,30 @@ def _padding(spec: Preprocess) -> tuple[float, ...]:
     return tuple(255 * min(max(mean, 0.0), 1.0) for mean in spec.mean)
 
 
+def _part(plan: _Plan, spec: Preprocess) -> tuple[int, int, int, int]:
+    """The part of the resized image that lies inside the crop: left, top, right, bottom."""
+    crop_height, crop_width = spec.crop
+    return (
+        max(0, plan.left),
+        max(0, plan.top),
+        min(plan.width, plan.left + crop_width),
+        min(plan.height, plan.top + crop_height),
+    )
+
+
+def _is_resized_whole(image: DecodedImage, plan: _Plan) -> bool:
+    """Whether the crop is, to the bit, a part of the resized image."""
+    return not image.drafted and plan.width * plan.height <= _MAX_RESIZED_PIXELS
+
+
 def _resize_inside(
     image: DecodedImage, pixels: Image.Image, plan: _Plan, spec: Preprocess
 ) -> Image.Image:
     """The part of the crop that lies inside the resized image."""
     resample = _FILTERS[spec.interpolation]
-    crop_height, crop_width = spec.crop
-    left, top = max(0, plan.left), max(0, plan.top)
-    right, bottom = (
-        min(plan.width, plan.left + crop_width),
-        min(plan.height, plan.top + crop_height),
-    )
-    if not image.drafted and plan.width * plan.height <= _MAX_RESIZED_PIXELS:
-        size, part = (plan.width, plan.height), (left, top, right, bottom)
-        is_scaled = spec.fit != "none" and isinstance(spec.resize, int)
-        is_filtered = resample != Image.Resampling.NEAREST
-        if is_scaled and is_filtered and pixels.height <= _RATIO * pixels.width:
-            return resized_part(pixels, size, resample, part)
-        return pixels.resize(size, resample).crop(part)
+    part = left, top, right, bottom = _part(plan, spec)
+    if _is_resized_whole(image, plan):
+        return pixels.resize((plan.width, plan.height), resample).crop(part)
     # Straight from the crop's box to the input takes half the time, but Pillow rounds boxes to
     # float32: up to two levels off, at up to 6 % of the values (measured; where sizes have simple
     # ratios, many values are close to ties).
@@ -222,57 +237,3 @@ def _resize_inside(
         min(y1, y0 + bottom * scale_y),
     )
     return pixels.resize((right - left, bottom - top), resample, box=box)
-
-
-def resized_part(
-    pixels: Image.Image,
-    size: tuple[int, int],
-    resample: Image.Resampling,
-    part: tuple[int, int, int, int],
-) -> Image.Image:
-    """A part (left, top, right, bottom) of a scaled image, exactly as the whole one has it.
-
-    Pillow resizes along the rows first and along the columns then. So the first pass is done on those
-    rows only that the second looks at, and columns are left out after it. On an axis where scale
-    and ends of the part are exact in the float32 of Pillow's boxes, as on one that is resized to a
-    power of two, what is not needed is never made.
-    """
-    left, top, right, bottom = part
-    first_row, last_row = _rows_of(top, bottom, pixels.height, size[1])
-    is_cut = last_row - first_row < pixels.height
-    strip = pixels.crop((0, first_row, pixels.width, last_row)) if is_cut else pixels
-    columns = _box_of(left, right, pixels.width, size[0])
-    if columns is not None:
-        box = (columns[0], 0.0, columns[1], float(strip.height))
-        narrow = strip.resize((right - left, strip.height), resample, box=box)
-    else:
-        wide = strip.resize((size[0], strip.height), resample)
-        narrow = wide.crop((left, 0, right, strip.height))
-    rows = _box_of(top, bottom, pixels.height, size[1])
-    if rows is not None:
-        box = (0.0, rows[0] - first_row, float(narrow.width), rows[1] - first_row)
-        return narrow.resize((narrow.width, bottom - top), resample, box=box)
-    # The scale must be that of the whole height: no row of the part looks at those that are missing.
-    if is_cut:
-        narrow = narrow.crop((0, -first_row, narrow.width, pixels.height - first_row))
-    return narrow.resize((narrow.width, size[1]), resample).crop((0, top, narrow.width, bottom))
-
-
-def _rows_of(start: int, stop: int, size: int, resized: int) -> tuple[int, int]:
-    """Rows that a filter looks at for those of a part; all of them where few would be left out."""
-    scale = size / resized
-    reach = _REACH * max(1.0, scale)
-    first = max(0, math.floor(start * scale - reach))
-    last = min(size, math.ceil(stop * scale + reach))
-    return (first, last) if last - first <= _WORTH_A_COPY * size else (0, size)
-
-
-def _box_of(start: int, stop: int, size: int, resized: int) -> tuple[float, float] | None:
-    """Where pixels of a resized axis lie on the original one; None if float32 cannot say it.
-
-    The scale must be exact as well, or centres are rounded another way.
-    """
-    scale = float(np.float32(size / resized))
-    first, last = (float(np.float32(end * scale)) for end in (start, stop))
-    exact = scale * resized == size and first == start * scale and last == stop * scale
-    return (first, last) if exact else None

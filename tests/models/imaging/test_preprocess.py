@@ -2,17 +2,20 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Iterator
+from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 from skimage import data as pictures
 
 from models import compat
+from models.imaging import resampling
 from models.imaging.decode import DecodedImage, DecodeLimits, decode
-from models.imaging.preprocess import preprocess, resized_part, to_input, to_original
+from models.imaging.preprocess import preprocess, to_input, to_original
 from models.types import Geometry, Preprocess, Region
 
 compat.define_missing_operators()
@@ -34,6 +37,18 @@ SIZES = [
 ]
 ASTRONAUT = Image.fromarray(pictures.astronaut())
 NOISE = Image.fromarray(np.random.default_rng(7).integers(0, 256, (1100, 1100, 3), dtype=np.uint8))
+
+
+@pytest.fixture(params=["native", "pillow"], scope="module", autouse=True)
+def _ways(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Everything here holds for the native code and without it."""
+    if request.param == "pillow":
+        with mock.patch.object(resampling, "_function", return_value=None):
+            yield
+    elif resampling._function() is None:
+        pytest.skip("resampling.c is not built")
+    else:
+        yield
 
 
 def resized(width: int, height: int) -> Image.Image:
@@ -291,37 +306,3 @@ def test_mapping_there_and_back(
     )
     there = to_original(geometry, *point)
     assert to_input(geometry, *there) == pytest.approx(point, abs=1e-6)
-
-
-# Ends that float32 can say, of a scale that it cannot.
-@example(short=110, ratio=2.0, is_high=False, resize=100, crop=1.0, mode="RGB", interpolation="BOX")
-@given(
-    short=st.integers(8, 150),
-    ratio=st.floats(1, 2),
-    is_high=st.booleans(),
-    resize=st.sampled_from([16, 32, 48, 64, 100, 128]),
-    crop=st.floats(0.5, 1),
-    mode=st.sampled_from(["RGB", "L", "F"]),
-    interpolation=st.sampled_from(["BOX", "BILINEAR", "HAMMING", "BICUBIC", "LANCZOS"]),
-)
-def test_a_part_is_what_the_whole_would_have(
-    short: int,
-    ratio: float,
-    is_high: bool,
-    resize: int,
-    crop: float,
-    mode: str,
-    interpolation: str,
-) -> None:
-    long = int(short * ratio)
-    width, height = (short, long) if is_high else (long, short)
-    noise = np.random.default_rng(short).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    image = Image.fromarray(noise).convert("RGB" if mode == "RGB" else "L").convert(mode)
-    long_side = int(resize * long / short)
-    size = (resize, long_side) if is_high else (long_side, resize)
-    side = max(1, int(crop * resize))
-    left, top = round((size[0] - side) / 2), round((size[1] - side) / 2)
-    part = (left, top, left + side, top + side)
-    resample = Image.Resampling[interpolation]
-    whole = image.resize(size, resample).crop(part)
-    assert np.array_equal(np.asarray(resized_part(image, size, resample, part)), np.asarray(whole))
