@@ -20,7 +20,7 @@ from skimage import data
 from benchmarks.photographs import answer, job_for, model_input
 from models.catalog import default_spec
 from models.engine import Engine
-from models.imaging.render import input_canvas, overlay, shade
+from models.imaging.render import input_canvas, overlay, quantise, shade
 from models.imaging.style import style_of
 from models.methods import METHODS
 from models.registry import ModelRegistry
@@ -79,8 +79,8 @@ def sheet(pixels: np.ndarray, explanations: tuple[Explanation, ...], *, title: s
             signed=explanation.signed,
             of_pixels=METHODS[explanation.method].family == "pixels",
         )
-        unit = shade(explanation.map, canvas, style)
-        drawn = overlay(unit, canvas, style, alpha=0.5, image_format="png")
+        levels = quantise(shade(explanation.map, canvas, style))
+        drawn = overlay(levels, canvas, style, alpha=0.5, image_format="png")
         tiles.append((explanation.method, Image.open(io.BytesIO(drawn))))
     rows = -(-len(tiles) // COLUMNS)
     whole = Image.new("RGB", (COLUMNS * TILE, rows * (TILE + TITLE)), "white")

@@ -23,7 +23,7 @@ from models.imaging.decode import DecodeLimits, decode, inspect
 from models.imaging.locate import locate
 from models.imaging.prepare import PreparedImage, prepare
 from models.imaging.preprocess import preprocess
-from models.imaging.render import heatmap_png, input_canvas, overlay, shade
+from models.imaging.render import heatmap_png, input_canvas, overlay, quantise, shade
 from models.imaging.style import style_of
 from models.registry import ModelRegistry
 from models.types import Job, ModelInfo, Outcome, Preprocess
@@ -120,7 +120,7 @@ def stages_of(pictures: Sequence[Picture]) -> dict[str, Stage]:
     answers = [Results(completions=(Completion(outcome=p.outcome),)) for p in pictures]
     canvases = [input_canvas(p.source.input) for p in pictures]
     maps = [p.outcome.explanations[0].map for p in pictures]
-    units = [shade(m, c, _STYLE) for m, c in zip(maps, canvases, strict=True)]
+    levels = [quantise(shade(m, c, _STYLE)) for m, c in zip(maps, canvases, strict=True)]
     drawn = [_files(p.result) for p in pictures]
 
     def each(call: Callable[..., object], *arguments: Sequence[Any]) -> Case:
@@ -155,14 +155,14 @@ def stages_of(pictures: Sequence[Picture]) -> dict[str, Stage]:
         "peak and box": Stage(
             each(lambda m, p: locate(m, p.source.geometry, signed=False), maps, pictures)
         ),
-        "shade": Stage(each(lambda m, c: shade(m, c, _STYLE), maps, canvases)),
+        "shade": Stage(each(lambda m, c: quantise(shade(m, c, _STYLE)), maps, canvases)),
         "heatmap": Stage(
-            each(lambda u, c: heatmap_png(u, c, _STYLE), units, canvases),
+            each(lambda v, c: heatmap_png(v, c, _STYLE), levels, canvases),
             each(lambda rows: zlib.compress(rows, 1), [_rows_of_png(png) for png, _ in drawn]),
         ),
         "overlay": Stage(
             each(
-                lambda u, c: overlay(u, c, _STYLE, alpha=0.5, image_format="jpeg"), units, canvases
+                lambda v, c: overlay(v, c, _STYLE, alpha=0.5, image_format="jpeg"), levels, canvases
             ),
             each(_save_jpeg, [Image.open(io.BytesIO(jpeg)).copy() for _, jpeg in drawn]),
         ),

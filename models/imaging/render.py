@@ -141,23 +141,31 @@ def shade(values: np.ndarray, canvas: Canvas, style: Style) -> np.ndarray | None
     return normalise(_clipped(enlarged, style), signed=style.signed)
 
 
-def heatmap_png(unit: np.ndarray | None, canvas: Canvas, style: Style) -> bytes:
+def quantise(unit: np.ndarray | None) -> np.ndarray | None:
+    """What `shade` returned as levels of the colour scale, uint8 (h, w); None stays None."""
+    if unit is None:
+        return None
+    levels = np.empty(unit.shape, np.uint8)
+    return np.rint(unit * np.float32(255), out=levels, casting="unsafe")
+
+
+def heatmap_png(levels: np.ndarray | None, canvas: Canvas, style: Style) -> bytes:
     """Draw a heatmap over the canvas: 8-bit palette PNG whose opacity grows with the value.
 
-    `unit` is what `shade` returned for the canvas; None gives a transparent image. In
-    signed maps 0.5 is zero, and opacity grows with the distance from it.
+    `levels` fill the canvas's window; None gives a transparent image. In signed maps 128 is zero,
+    and opacity grows with the distance from it.
     """
     # Half of 255 rounds to 128, the index of zero in a signed map.
     indices = np.full(canvas.base.shape[:2], 128 if style.signed else 0, np.uint8)
-    if unit is not None:
-        indices[canvas.rows, canvas.columns] = _levels(unit)
+    if levels is not None:
+        indices[canvas.rows, canvas.columns] = levels
     return png.encode_palette(
         indices, palette=COLORMAPS[style.colormap], opacity=_opacity(style.signed)
     )
 
 
 def overlay(
-    unit: np.ndarray | None,
+    levels: np.ndarray | None,
     canvas: Canvas,
     style: Style,
     *,
@@ -169,12 +177,11 @@ def overlay(
     Each pixel of the window becomes (1 - a) * image + a * colour. Opacity a is `alpha`, so that how
     bright the image looks does not depend on the map. If the style is fading, a grows with the
     strength of the value, so that the image is left as it is where the map says nothing. Outside
-    the window, and without a map (`unit` is what `shade` returned for the canvas), the image is
-    always left as it is. JPEG has quality 85, WebP quality 80.
+    the window, which `levels` fill, and without a map (`levels` are None) the image is always left
+    as it is. JPEG has quality 85, WebP quality 80.
     """
     image = Image.fromarray(canvas.base)
-    if unit is not None:
-        levels = _levels(unit)
+    if levels is not None:
         coloured = Image.fromarray(levels)
         coloured.putpalette(COLORMAPS[style.colormap].tobytes())
         corner = (canvas.columns.start, canvas.rows.start)
@@ -263,11 +270,6 @@ def _weights(source: int, target: int, span: tuple[float, float]) -> np.ndarray:
     weights[row, low] = 1 - share
     weights[row, np.minimum(low + 1, source - 1)] += share
     return weights
-
-
-def _levels(unit: np.ndarray) -> np.ndarray:
-    levels = np.empty(unit.shape, np.uint8)
-    return np.rint(unit * np.float32(255), out=levels, casting="unsafe")
 
 
 def _strength(signed: bool) -> np.ndarray:

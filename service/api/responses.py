@@ -20,6 +20,7 @@ from models.imaging.render import (
     input_canvas,
     original_canvas,
     overlay,
+    quantise,
     shade,
 )
 from models.imaging.style import style_of
@@ -126,14 +127,15 @@ def _map(
         location = locate(
             item.map, source.geometry, signed=item.signed, unit=unit if is_same else None
         )
+    levels = quantise(unit)
     heatmap: ImageData | UnsetType = UNSET
     overlaid: ImageData | UnsetType = UNSET
     if "heatmap" in options.outputs:
-        data = heatmap_png(unit, canvas, style)
+        data = heatmap_png(levels, canvas, style)
         heatmap = _image_data(data, "image/png", canvas)
     if "overlay" in options.outputs:
         data = overlay(
-            unit,
+            levels,
             canvas,
             style,
             alpha=options.alpha,

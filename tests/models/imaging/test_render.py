@@ -25,6 +25,7 @@ from models.imaging.render import (
     normalise,
     original_canvas,
     overlay,
+    quantise,
     shade,
     shrink,
     upsample,
@@ -174,7 +175,7 @@ def test_heatmaps_hold_levels_colours_and_opacity(
 ) -> None:
     unit = shade(random_map(7, 7), canvas, plain(signed=signed))
     assert unit is not None
-    image = opened(heatmap_png(unit, canvas, plain(colormap=colormap, signed=signed)))
+    image = opened(heatmap_png(quantise(unit), canvas, plain(colormap=colormap, signed=signed)))
     assert image.mode == "P"
     assert image.size == (224, 224)
     assert np.abs(np.asarray(image) - unit * 255).max() <= 0.5001
@@ -184,7 +185,7 @@ def test_heatmaps_hold_levels_colours_and_opacity(
 def test_opacity_grows_with_the_value(canvas: Canvas) -> None:
     ramp = np.linspace(0, 1, 224, dtype=np.float32)[None].repeat(224, axis=0)
     for signed in (False, True):
-        data = heatmap_png(ramp, canvas, plain(signed=signed))
+        data = heatmap_png(quantise(ramp), canvas, plain(signed=signed))
         opacity = np.asarray(opened(data).convert("RGBA"))[0, :, 3].astype(int)
         strength = opacity[112:] if signed else opacity
         assert (np.diff(strength) >= 0).all()
@@ -198,7 +199,7 @@ def test_zero_is_transparent(canvas: Canvas, signed: bool) -> None:
     values = np.zeros((224, 224), np.float32)
     values[5, 7] = 2
     unit = shade(values, canvas, plain(signed=signed))
-    data = heatmap_png(unit, canvas, plain(colormap="coolwarm", signed=signed))
+    data = heatmap_png(quantise(unit), canvas, plain(colormap="coolwarm", signed=signed))
     opacity = np.asarray(opened(data).convert("RGBA"))[..., 3]
     assert np.argwhere(opacity).tolist() == [[5, 7]]
 
@@ -218,7 +219,9 @@ def test_degenerate_heatmaps_are_transparent(canvas: Canvas, signed: bool) -> No
 def test_overlays_blend(canvas: Canvas, alpha: float) -> None:
     unit = shade(random_map(7, 7), canvas, plain())
     assert unit is not None
-    data = overlay(unit, canvas, plain(colormap="viridis"), alpha=alpha, image_format="png")
+    data = overlay(
+        quantise(unit), canvas, plain(colormap="viridis"), alpha=alpha, image_format="png"
+    )
     got = np.asarray(opened(data)).astype(float)
     colours = COLORMAPS["viridis"][np.rint(unit * 255).astype(int)]
     expected = (1 - alpha) * canvas.base + alpha * colours
@@ -232,7 +235,11 @@ def test_brightness_does_not_depend_on_the_map(canvas: Canvas) -> None:
     two[:10] = 1
     drawn = [
         np.asarray(
-            opened(overlay(unit, canvas, plain(colormap="jet"), alpha=0.5, image_format="png"))
+            opened(
+                overlay(
+                    quantise(unit), canvas, plain(colormap="jet"), alpha=0.5, image_format="png"
+                )
+            )
         )
         for unit in (one, two)
     ]
@@ -245,8 +252,8 @@ def test_brightness_does_not_depend_on_the_map(canvas: Canvas) -> None:
 )
 def test_overlay_formats(canvas: Canvas, image_format: str, kind: str) -> None:
     unit = shade(random_map(7, 7), canvas, plain())
-    image = opened(overlay(unit, canvas, plain(), alpha=0.5, image_format=image_format))
-    exact = opened(overlay(unit, canvas, plain(), alpha=0.5, image_format="png"))
+    image = opened(overlay(quantise(unit), canvas, plain(), alpha=0.5, image_format=image_format))
+    exact = opened(overlay(quantise(unit), canvas, plain(), alpha=0.5, image_format="png"))
     assert (image.format, image.mode, image.size) == (kind, "RGB", (224, 224))
     assert np.abs(np.asarray(image).astype(int) - np.asarray(exact)).mean() < 6
 
@@ -334,11 +341,13 @@ def test_the_map_lies_where_the_crop_lay(size: tuple[int, int], spec: Preprocess
     inside = expected[seen].reshape(unit.shape)
     assert np.abs(unit - (inside / np.abs(inside).max() / 2 + 0.5)).max() <= 1e-5
 
-    heatmap = opened(heatmap_png(unit, canvas, plain(colormap="coolwarm", signed=True)))
+    heatmap = opened(heatmap_png(quantise(unit), canvas, plain(colormap="coolwarm", signed=True)))
     assert heatmap.size == canvas.base.shape[1::-1]
     assert np.asarray(heatmap.convert("RGBA"))[..., 3][~seen].sum() == 0
 
-    data = overlay(unit, canvas, plain(colormap="coolwarm"), alpha=1.0, image_format="png")
+    data = overlay(
+        quantise(unit), canvas, plain(colormap="coolwarm"), alpha=1.0, image_format="png"
+    )
     drawn = np.asarray(opened(data))
     assert np.array_equal(drawn[~seen], canvas.base[~seen])
     levels = np.rint(unit * 255).astype(int)
@@ -367,8 +376,8 @@ def test_nothing_is_changed_and_threads_agree(canvas: Canvas) -> None:
     def draw(values: np.ndarray) -> tuple[bytes, bytes]:
         unit = shade(values, canvas, plain())
         return (
-            heatmap_png(unit, canvas, plain()),
-            overlay(unit, canvas, plain(), alpha=0.5, image_format="jpeg"),
+            heatmap_png(quantise(unit), canvas, plain()),
+            overlay(quantise(unit), canvas, plain(), alpha=0.5, image_format="jpeg"),
         )
 
     expected = [draw(values) for values in maps]

@@ -10,7 +10,7 @@ from PIL import Image
 from skimage import data as pictures
 
 from models.imaging.colormaps import COLORMAPS
-from models.imaging.render import Canvas, input_canvas, overlay, shade
+from models.imaging.render import Canvas, input_canvas, overlay, quantise, shade
 from models.imaging.style import Style, style_of
 
 
@@ -93,7 +93,9 @@ def test_fading_overlays_leave_the_image_where_nothing_is_said(
         values[:100, 100:] = -1
     style = style_of(signed=signed, of_pixels=True, clip=0.0)
     unit = shade(values, canvas, style)
-    drawn = np.asarray(opened(overlay(unit, canvas, style, alpha=0.5, image_format="png")))
+    drawn = np.asarray(
+        opened(overlay(quantise(unit), canvas, style, alpha=0.5, image_format="png"))
+    )
     assert np.array_equal(drawn[values == 0], canvas.base[values == 0])
     colours = COLORMAPS[style.colormap].astype(int)
     distance = np.abs(drawn.astype(int) - colours[-1]).sum(-1)
@@ -109,7 +111,7 @@ def test_alpha_scales_what_fades(canvas: Canvas, signed: bool) -> None:
     unit = shade(random_map(224, 224), canvas, style)
     changes = []
     for alpha in (0.0, 0.25, 0.5, 1.0):
-        drawn = opened(overlay(unit, canvas, style, alpha=alpha, image_format="png"))
+        drawn = opened(overlay(quantise(unit), canvas, style, alpha=alpha, image_format="png"))
         changes.append(np.abs(np.asarray(drawn).astype(int) - canvas.base).mean())
     assert changes[0] == 0
     assert changes == sorted(changes)
