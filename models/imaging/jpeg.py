@@ -102,7 +102,7 @@ def essential(data: bytes, segments: Sequence[Segment]) -> bytes:
             kept.append(data[start:stop])
     end = segments[-1][2]
     first_scan = next((m.start() for m in _MARKER.finditer(data, end)), len(data))
-    return b"".join((*kept, data[first_scan:]))
+    return b"".join((*kept, memoryview(data)[first_scan:]))
 
 
 def draft(image: Image.Image, preprocess: Preprocess, *, keep_original: bool) -> int:
