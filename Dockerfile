@@ -9,10 +9,12 @@
 
 ARG BASE_IMAGE=python:3.11-slim
 
-# ---- what both stages start from: an empty environment, and a user who owns nothing
+# ---- what both stages start from: an empty environment, and a user who owns a cache alone, where what
+# is proved of models and measured is kept (a volume there makes the next start quick)
 FROM ${BASE_IMAGE} AS base
 
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin heatlens \
+    && install -d -o 10001 /tmp/.cache \
     && python3 -m venv --without-pip /opt/heatlens
 ENV PATH=/opt/heatlens/bin:$PATH
 
@@ -91,8 +93,6 @@ ENV HOME=/tmp \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
-# What is proved of a model and measured is kept here: a volume makes the next start quick.
-RUN install -d -o 10001 /tmp/.cache
 USER 10001
 WORKDIR /etc/heatlens
 EXPOSE 8080
