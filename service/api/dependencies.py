@@ -34,15 +34,22 @@ class Service:
     admission: Admission
 
 
-async def get_service(request: Request) -> Service:
+def service_of(request: Request) -> Service:
     """The parts of the application that answers a request."""
     service: Service = request.app.state.service
     return service
 
 
+async def get_service(request: Request) -> Service:
+    """The same, as a dependency."""
+    return service_of(request)
+
+
 ServiceDep = Annotated[Service, Depends(get_service)]
 
 
-async def refuse_excess(request: Request, service: ServiceDep) -> None:
+# FastAPI takes longer to solve a dependency than most of them take: those of each request for images
+# have none of their own.
+async def refuse_excess(request: Request) -> None:
     """Refuse a request for images while the service is at its limit; its body is not read."""
-    service.admission.check_unread(request)
+    service_of(request).admission.check_unread(request)

@@ -41,6 +41,17 @@ ADMIN = (400, *KEYED, 403, 413, 422, 503)
 
 BINARY = {"type": "string", "format": "binary"}
 
+_KEYS = {
+    "HTTPBearer": {
+        "type": "http",
+        "description": "`Authorization: Bearer KEY`",
+        "scheme": "bearer",
+    },
+    "APIKeyHeader": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
+TAKES_KEY: dict[str, Any] = {"security": [{name: []} for name in _KEYS]}
+"""What describes that an operation takes a key; each that may answer 401 is described so."""
+
 
 def _header(description: str, **schema: Any) -> dict[str, Any]:
     return {"description": description, "schema": schema}
@@ -177,12 +188,14 @@ def install(
 
 
 def _complete(document: dict[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    document.setdefault("components", {})["schemas"] = dict(sorted(found.items()))
+    document["components"] = {"schemas": dict(sorted(found.items())), "securitySchemes": _KEYS}
     for path in document["paths"].values():
         for operation in path.values():
             # The framework's guess, but no path parameter is refused here.
             if "HTTPValidationError" in str(operation["responses"].get("422")):
                 del operation["responses"]["422"]
+            if "401" in operation["responses"]:
+                operation.update(TAKES_KEY)
             for status, response in operation["responses"].items():
                 retry = {"Retry-After": _RETRY_AFTER} if status in ("429", "503") else {}
                 response["headers"] = {**_HEADERS, **retry}

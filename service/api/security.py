@@ -5,58 +5,48 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import AsyncIterator, Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
-from fastapi import Depends, Request
-from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+from fastapi import Request
 
 from models.errors import AdminDisabled, Forbidden, Unauthorized
-from service.api.dependencies import Service, ServiceDep
+from service.api.dependencies import Service, service_of
 from service.settings import SecuritySettings
 
 # Enough digits of a digest to tell configured keys apart; all processes share a small record.
 _COUNTED_DIGITS = 16
 
-_bearer = HTTPBearer(auto_error=False, description="`Authorization: Bearer KEY`")
-_header = APIKeyHeader(name="X-API-Key", auto_error=False)
 
-
-async def presented_key(
-    bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
-    header: Annotated[str | None, Depends(_header)],
-) -> str | None:
+def presented_key(request: Request) -> str | None:
     """The key that a request presents, if any."""
-    return bearer.credentials if bearer is not None else header
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and key.strip():
+        return key.strip()
+    return request.headers.get("x-api-key")
 
 
-KeyDep = Annotated[str | None, Depends(presented_key)]
-
-
-async def require_api_key(service: ServiceDep, key: KeyDep) -> None:
+async def require_api_key(request: Request) -> None:
     """Let a request pass if no key is configured, or if it presents a configured one.
 
     Raises:
         Unauthorized: there is no key, or an unknown one.
     """
-    security = service.settings.security
-    if security.api_keys and not _is_one_of(key, _all_keys(security)):
+    if not may_pass(request, service_of(request).settings.security):
         raise Unauthorized("A valid key is required.")
 
 
 def may_pass(request: Request, security: SecuritySettings) -> bool:
     """Whether `require_api_key` lets a request pass."""
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not key:
-        key = request.headers.get("x-api-key", "")
-    return not security.api_keys or _is_one_of(key, _all_keys(security))
+    return not security.api_keys or _is_one_of(presented_key(request), _all_keys(security))
 
 
-async def limit_key(service: ServiceDep, key: KeyDep) -> AsyncIterator[None]:
+async def limit_key(request: Request) -> AsyncIterator[None]:
     """Count a request against its key while it is in flight; only configured keys are counted.
 
     Raises:
         Overloaded: the key has reached its limit.
     """
+    service, key = service_of(request), presented_key(request)
     limit = service.settings.limits.max_concurrent_per_key
     if limit is None or not _is_one_of(key, _all_keys(service.settings.security)):
         yield
@@ -65,27 +55,27 @@ async def limit_key(service: ServiceDep, key: KeyDep) -> AsyncIterator[None]:
         yield
 
 
-async def require_operator_key(service: ServiceDep, key: KeyDep) -> None:
+async def require_operator_key(request: Request) -> None:
     """Let a request for documentation or metrics pass, if these are open or the key is right.
 
     Raises:
         Unauthorized: there is no key, or an unknown one.
     """
-    if service.settings.security.operations == "key":
-        await require_api_key(service, key)
+    if service_of(request).settings.security.operations == "key":
+        await require_api_key(request)
 
 
-async def access_of(request: Request, service: Service) -> Literal["none", "caller", "admin"]:
+def access_of(request: Request, service: Service) -> Literal["none", "caller", "admin"]:
     """What a request may know that is answered in any case."""
     security = service.settings.security
-    key = await presented_key(await _bearer(request), await _header(request))
+    key = presented_key(request)
     if _is_one_of(key, security.admin_keys):
         return "admin"
     known = security.operations == "open" or not security.api_keys
     return "caller" if known or _is_one_of(key, security.api_keys) else "none"
 
 
-async def require_admin_key(service: ServiceDep, key: KeyDep) -> None:
+async def require_admin_key(request: Request) -> None:
     """Let a request pass if it presents an admin key.
 
     Raises:
@@ -93,7 +83,7 @@ async def require_admin_key(service: ServiceDep, key: KeyDep) -> None:
         Unauthorized: there is no key, or an unknown one.
         Forbidden: the key is an API key.
     """
-    security = service.settings.security
+    security, key = service_of(request).settings.security, presented_key(request)
     if not security.admin_keys:
         raise AdminDisabled("Administration is disabled: no admin key is configured.")
     if _is_one_of(key, security.admin_keys):

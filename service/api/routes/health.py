@@ -10,7 +10,7 @@ from msgspec import structs
 from service.api import metrics
 from service.api.dependencies import ServiceDep
 from service.api.handler import json_response
-from service.api.openapi import OPEN, responses
+from service.api.openapi import OPEN, TAKES_KEY, responses
 from service.api.readiness import readiness
 from service.api.schemas import AliveResponse, ReadyResponse
 from service.api.security import access_of, require_operator_key
@@ -42,7 +42,7 @@ async def readyz(request: Request, service: ServiceDep) -> Response:
     The body lists what is missing. Why a model could not be loaded is told to admins only.
     """
     found = readiness(service.pool, service.settings)
-    access = await access_of(request, service)
+    access = access_of(request, service)
     if access == "none":
         found = ReadyResponse(ready=found.ready, missing=(), devices=(), models=())
     elif access != "admin":
@@ -56,6 +56,7 @@ async def readyz(request: Request, service: ServiceDep) -> Response:
     summary="Prometheus metrics",
     responses=_METRICS,
     dependencies=[Depends(require_operator_key)],
+    openapi_extra=TAKES_KEY,
 )
 async def show_metrics(service: ServiceDep) -> Response:
     """Metrics of all HTTP processes and devices."""

@@ -31,7 +31,7 @@ _LAYERS = responses(array_of(LayerInfo), "Layers in the model's order.", errors=
 async def list_models(request: Request, service: ServiceDep) -> Response:
     """Every configured model with its card; `models` is KServe's list of names."""
     infos = service.pool.models()
-    caused = await _is_admin(request, service)
+    caused = _is_admin(request, service)
     return json_response(
         ModelsResponse(
             models=tuple(dict.fromkeys(info.card.name for info in infos)),
@@ -44,7 +44,7 @@ async def list_models(request: Request, service: ServiceDep) -> Response:
 @router.get("/models/{name}", summary="Show a model's card", responses=_CARD)
 async def show_model(name: str, request: Request, service: ServiceDep) -> Response:
     """The card of `name` (its newest ready version) or `name@version`."""
-    caused = await _is_admin(request, service)
+    caused = _is_admin(request, service)
     return json_response(_card(_info(name, service).card, caused=caused))
 
 
@@ -70,9 +70,9 @@ async def list_methods() -> Response:
     return json_response(list(METHODS.values()))
 
 
-async def _is_admin(request: Request, service: Service) -> bool:
+def _is_admin(request: Request, service: Service) -> bool:
     """Whether a request may see what caused a failed load."""
-    return await access_of(request, service) == "admin"
+    return access_of(request, service) == "admin"
 
 
 def _card(card: ModelCard, *, caused: bool) -> CardResponse:
