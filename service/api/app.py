@@ -16,7 +16,7 @@ from service.api import errors, openapi
 from service.api.admission import Admission
 from service.api.body import BodyReader
 from service.api.decoders import Decoders
-from service.api.dependencies import Service, refuse_excess
+from service.api.dependencies import Service
 from service.api.dialects import kserve_v1, sagemaker, torchserve
 from service.api.dialects.v2 import infer, metadata
 from service.api.dialects.v2 import schemas as v2
@@ -26,7 +26,7 @@ from service.api.metrics import Metrics
 from service.api.middleware import RequestContext, RouteAliases
 from service.api.pipeline import Pipeline
 from service.api.routes import admin, docs, explain, health, images, models, page
-from service.api.security import limit_key, require_admin_key, require_api_key
+from service.api.security import admit, limit_key, require_admin_key, require_api_key
 from service.devices.pool import DevicePool
 from service.hardware import available_cores, lower_thread_priority
 from service.settings import Settings
@@ -189,8 +189,7 @@ def _image_threads() -> int:
 def _add_routes(app: FastAPI, settings: Settings) -> None:
     keyed = [Depends(require_api_key)]
     is_limited = settings.limits.max_concurrent_per_key is not None
-    limited = [*keyed, Depends(limit_key)] if is_limited else keyed
-    limited = [*limited, Depends(refuse_excess)]
+    limited = [Depends(limit_key), Depends(admit)] if is_limited else [Depends(admit)]
     for module in (images, explain, infer, kserve_v1, torchserve, sagemaker):
         app.include_router(module.router, dependencies=limited)
     for router in (models.router, metadata.models):

@@ -1,4 +1,4 @@
-"""The parts of the application, and the dependency through which routes get them."""
+"""The parts of the application, and how routes get them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,11 @@ class Service:
 
 
 def service_of(request: Request) -> Service:
-    """The parts of the application that answers a request."""
+    """The parts of the application that answers a request.
+
+    A plain call, for what answers requests for images: to solve a dependency, FastAPI takes longer
+    than most dependencies do.
+    """
     service: Service = request.app.state.service
     return service
 
@@ -46,10 +50,3 @@ async def get_service(request: Request) -> Service:
 
 
 ServiceDep = Annotated[Service, Depends(get_service)]
-
-
-# FastAPI takes longer to solve a dependency than most of them take: those of each request for images
-# have none of their own.
-async def refuse_excess(request: Request) -> None:
-    """Refuse a request for images while the service is at its limit; its body is not read."""
-    service_of(request).admission.check_unread(request)

@@ -1,6 +1,6 @@
 """The door: refuses requests for images at the limit by their heads, before the application sees them.
 
-The application refuses them as well (`dependencies.refuse_excess`), at a multiple of the cost, which
+The application refuses them as well (`security.admit`), at a multiple of the cost, which
 clients that come again at once would take from those who wait.
 """
 

@@ -25,6 +25,19 @@ def presented_key(request: Request) -> str | None:
     return request.headers.get("x-api-key")
 
 
+async def admit(request: Request) -> None:
+    """Let a request for images pass if its key is right and the service is not at its limit.
+
+    Its body is not read.
+
+    Raises:
+        Unauthorized: there is no key, or an unknown one.
+        Overloaded: it would wait for too long.
+    """
+    await require_api_key(request)
+    service_of(request).admission.check_unread(request)
+
+
 async def require_api_key(request: Request) -> None:
     """Let a request pass if no key is configured, or if it presents a configured one.
 

@@ -14,7 +14,7 @@ from models.errors import InvalidOption
 from models.imaging.render import OverlayFormat
 from service.api import events, handler
 from service.api.accept import preferred
-from service.api.dependencies import ServiceDep
+from service.api.dependencies import service_of
 from service.api.openapi import BINARY, EVENTS_CONTENT, EXPLAIN, INPUT, image_input, responses
 from service.api.options import ExplainOptions
 from service.api.pipeline import Reply
@@ -37,7 +37,7 @@ _RESPONSES[200]["content"][events.MEDIA_TYPE] = EVENTS_CONTENT
     responses=_RESPONSES,
     openapi_extra=image_input(ExplainOptions),
 )
-async def explain(request: Request, service: ServiceDep) -> Response:
+async def explain(request: Request) -> Response:
     """Predictions with heatmaps, and statistics of the explained layers.
 
     With `Accept: image/png`, `image/jpeg` or `image/webp`, and one image, method, target and layer,
@@ -50,7 +50,7 @@ async def explain(request: Request, service: ServiceDep) -> Response:
     `error` with the JSON of an error. An error before the stream begins is an ordinary one. Closing
     the stream cancels the request.
     """
-    accept = request.headers.get("accept", "")
+    service, accept = service_of(request), request.headers.get("accept", "")
     if events.wanted(accept, instead_of=(*_FORMATS, "image/*")):
         return await events.respond(request, service, ExplainOptions)
 

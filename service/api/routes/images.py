@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from service.api import events, schemas
-from service.api.dependencies import ServiceDep
+from service.api.dependencies import service_of
 from service.api.handler import respond
 from service.api.openapi import (
     COMPARE,
@@ -45,19 +45,19 @@ _COMPARE["responses"][200]["content"][events.MEDIA_TYPE] = EVENTS_CONTENT
 
 
 @router.post("/predict", summary="Classify images", **_PREDICT)
-async def predict(request: Request, service: ServiceDep) -> Response:
+async def predict(request: Request) -> Response:
     """The most probable classes of each image."""
-    return await respond(request, service, PredictOptions)
+    return await respond(request, service_of(request), PredictOptions)
 
 
 @router.post("/features", summary="Describe feature maps", **_FEATURES)
-async def features(request: Request, service: ServiceDep) -> Response:
+async def features(request: Request) -> Response:
     """Statistics of activations, inputs and gradients of any layers, with their top channels."""
-    return await respond(request, service, FeaturesOptions)
+    return await respond(request, service_of(request), FeaturesOptions)
 
 
 @router.post("/compare", summary="Compare two images and show why", **_COMPARE)
-async def compare(request: Request, service: ServiceDep) -> Response:
+async def compare(request: Request) -> Response:
     """The cosine of two images' vectors, and for each image maps of what makes them similar.
 
     For models of the task `embedding`. A map explains the cosine by its image, the other's vector
@@ -65,5 +65,5 @@ async def compare(request: Request, service: ServiceDep) -> Response:
     `/v1/explain`.
     """
     if events.wanted(request.headers.get("accept", "")):
-        return await events.respond(request, service, CompareOptions)
-    return await respond(request, service, CompareOptions)
+        return await events.respond(request, service_of(request), CompareOptions)
+    return await respond(request, service_of(request), CompareOptions)
