@@ -112,8 +112,7 @@ def resolve_layers(globs: Sequence[str], info: ModelInfo, *, spatial: bool) -> t
             f"The layers match {len(names)} modules, at most {MAX_LAYERS} are allowed.",
             field="layers",
         )
-    order = {layer.name: i for i, layer in enumerate(info.layers)}
-    return tuple(sorted(names, key=lambda name: order.get(name, -1)))
+    return tuple(sorted(names, key=lambda name: info.places.get(name, -1)))
 
 
 def _matches(glob: str, info: ModelInfo, *, spatial: bool, field: str) -> list[str]:

@@ -8,6 +8,7 @@ name.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Annotated, Literal
 
 import numpy as np
@@ -370,7 +371,7 @@ class ModelCard(Struct):
         return f"{self.name}@{self.version}"
 
 
-class ModelInfo(Struct):
+class ModelInfo(Struct, dict=True):
     """A card with everything that is not part of it.
 
     Attributes:
@@ -383,3 +384,8 @@ class ModelInfo(Struct):
     layers: tuple[LayerInfo, ...] = ()
     feature_layers: tuple[str, ...] = ()
     fingerprint: str = ""
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """Place of each layer in `layers`, by name."""
+        return {layer.name: place for place, layer in enumerate(self.layers)}

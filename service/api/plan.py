@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 import msgspec
 
@@ -342,15 +343,14 @@ def render_options(options: AnyOptions) -> RenderOptions:
 def _interventions(
     wanted: Sequence[InterventionOption], info: ModelInfo
 ) -> tuple[Intervention, ...]:
-    layers = {layer.name: layer for layer in info.layers}
     for i, item in enumerate(wanted):
         field = f"interventions.{i}.layer"
-        if item.layer not in layers:
+        if item.layer not in info.places:
             path = f"/v1/models/{info.card.name}/layers"
             raise UnknownLayer(f"No layer has this name; GET {path} lists them.", field=field)
-        if not layers[item.layer].usable:
-            reason = layers[item.layer].reason
-            raise UnknownLayer(f"{item.layer} cannot be changed: {reason}.", field=field)
+        layer = info.layers[info.places[item.layer]]
+        if not layer.usable:
+            raise UnknownLayer(f"{layer.name} cannot be changed: {layer.reason}.", field=field)
     return tuple(
         Intervention(**{**dict(item), "channels": tuple(dict.fromkeys(item.channels))})
         for item in wanted
@@ -376,7 +376,8 @@ def _count(operation: Operation, options: JobOptions) -> int:
     return len(options.layers) * per_layer
 
 
-def _natural(version: str) -> list[tuple[int, int | str]]:
+@lru_cache
+def _natural(version: str) -> Sequence[tuple[int, int | str]]:
     """A sort key: version 10 comes after version 9."""
     parts = re.findall(r"[0-9]+|[A-Za-z]+|[^0-9A-Za-z]+", version)
     return [(1, int(part)) if part.isdecimal() else (0, part) for part in parts]
