@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from functools import partial
+from functools import lru_cache, partial
 from importlib.metadata import version
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -51,6 +52,9 @@ _COUNTERS = {
     "batches": ("Batches by the reason for their size.", _BATCH_LABELS),
     "batch_images": ("Images in batches by the reason for the batch size.", _BATCH_LABELS),
 }
+
+
+MetricT = TypeVar("MetricT", Counter, Gauge, Histogram)
 
 
 class Metrics:
@@ -120,14 +124,14 @@ class Metrics:
     def observe(self, reply: Reply, served: Served) -> None:
         """Record the stage durations and batch sizes of a reply's images."""
         model, operation = served.model, served.operation
-        self.last_request.labels(model, served.version).set_to_current_time()
+        child_of(self.last_request, model, served.version).set_to_current_time()
         by_stage = {
-            stage: self.stage_seconds.labels(stage, model, served.version, operation)
+            stage: child_of(self.stage_seconds, stage, model, served.version, operation)
             for stage in STAGES
         }
         computing = "explain" if operation in ("explain", "compare") else "predict"
         decode, compute, render = (
-            self._model_seconds[name].labels(model)
+            child_of(self._model_seconds[name], model)
             for name in ("preprocess", computing, "postprocess")
         )
         for run in reply.runs:
@@ -142,7 +146,7 @@ class Metrics:
     def observe_request(self, served: Served, *, code: str, seconds: float) -> None:
         """Record a finished image request; `code` is its error code, empty if there is none."""
         labels = (served.model, served.version, served.operation, code or "ok")
-        self.model_request_seconds.labels(*labels).observe(seconds)
+        child_of(self.model_request_seconds, *labels).observe(seconds)
 
     def exposition(self) -> bytes:
         """All metrics in Prometheus's text format."""
@@ -151,6 +155,12 @@ class Metrics:
     def collect(self) -> Iterable[Metric]:
         """The same, as families of samples."""
         return self._exposed.collect()
+
+
+@lru_cache(maxsize=4096)
+def child_of(metric: MetricT, *labels: str) -> MetricT:
+    """`metric.labels(*labels)`, which takes longer than what is then done with the child."""
+    return metric.labels(*labels)
 
 
 class DeviceCollector(Collector):

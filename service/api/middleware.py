@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import logs, tracing
 from service.api.errors import CLIENT_GONE, error_response, internal_error
-from service.api.metrics import Metrics
+from service.api.metrics import Metrics, child_of
 from service.api.record import RequestRecord
 from service.api.schemas import STAGES, Timings
 from service.logs import request_id_of
@@ -123,7 +123,7 @@ def finish(
         trace.end(method=method, route=route, status=status, code=code)
     if record.served is not None:
         metrics.observe_request(record.served, code=code, seconds=seconds)
-    metrics.request_seconds.labels(method, route, str(status)).observe(seconds)
+    child_of(metrics.request_seconds, method, route, str(status)).observe(seconds)
     if status == CLIENT_GONE:
         metrics.cancelled.inc()
     elif code:
