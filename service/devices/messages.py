@@ -23,6 +23,8 @@ Frame = bytes | bytearray | memoryview
 
 MAX_DIMENSIONS = 4
 _DTYPES: dict[str, np.dtype[Any]] = {"uint8": np.dtype(np.uint8), "float32": np.dtype("<f4")}
+# numpy derives the name of a type anew each time.
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()} | {np.dtype(">f4"): "float32"}
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -179,11 +181,12 @@ def encode(message: Message) -> list[Frame]:
     def reference(value: object) -> _ArrayRef:
         if not isinstance(value, np.ndarray):
             raise TypeError(f"{type(value).__name__} cannot be sent")
-        if value.dtype.name not in _DTYPES or value.ndim > MAX_DIMENSIONS:
+        name = _NAMES.get(value.dtype)
+        if name is None or value.ndim > MAX_DIMENSIONS:
             raise TypeError(f"an array of {value.dtype} and shape {value.shape} cannot be sent")
-        little_endian = np.ascontiguousarray(value, dtype=_DTYPES[value.dtype.name])
+        little_endian = np.ascontiguousarray(value, dtype=_DTYPES[name])
         frames.append(little_endian.reshape(-1).view(np.uint8).data)
-        return _ArrayRef(len(frames) - 1, value.dtype.name, value.shape)
+        return _ArrayRef(len(frames) - 1, name, value.shape)
 
     frames[0] = msgspec.msgpack.Encoder(enc_hook=reference).encode(message)
     return frames
