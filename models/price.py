@@ -143,9 +143,8 @@ class _Work:
 
     @cached_property
     def layers(self) -> list[LayerInfo]:
-        places = self.info.places
-        wanted = {places[name] for name in self.options.layers if name in places}
-        return [self.info.layers[place] for place in sorted(wanted)]
+        wanted = set(self.options.layers)
+        return [layer for layer in self.info.layers if layer.name in wanted]
 
     @cached_property
     def targets(self) -> int:
@@ -249,10 +248,9 @@ class _Work:
 
     @property
     def _changed_values(self) -> int:
-        places, layers = self.info.places, self.info.layers
         names = [change.layer for change in self.options.interventions]
-        known = (layers[places[name]] for name in names if name in places)
-        return sum(math.prod(layer.output_shape) for layer in known)
+        sizes = {layer.name: math.prod(layer.output_shape) for layer in self.info.layers if names}
+        return sum(sizes.get(name, 0) for name in names)
 
     def _map_ms(self, method: Method, layer: LayerInfo) -> float:
         """Time for the maps of one layer by a method that needs nothing but the first pass."""
@@ -290,8 +288,6 @@ class _Work:
     def _measured_ms(self) -> float:
         """Time of the measures of faithfulness, of every map and of random ones."""
         names = set(self.options.faithfulness)
-        if not names:
-            return 0.0
         if len(names & {"average_drop", "increase"}) == 2:
             names.remove("increase")
         images = sum(_MEASURED.get(name, 1) for name in names)

@@ -9,7 +9,7 @@ name.
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from msgspec import UNSET, Meta, UnsetType
@@ -389,3 +389,8 @@ class ModelInfo(Struct, dict=True):
     def places(self) -> dict[str, int]:
         """Place of each layer in `layers`, by name."""
         return {layer.name: place for place, layer in enumerate(self.layers)}
+
+    @cached_property
+    def prices(self) -> dict[object, Any]:
+        """Prices of its jobs that are remembered; a changed model has none yet."""
+        return {}

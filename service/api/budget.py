@@ -11,7 +11,7 @@ from msgspec import structs
 
 from models.errors import InvalidOption
 from models.price import Price, price
-from models.types import JobOptions, ModelInfo
+from models.types import JobOptions, ModelInfo, Operation
 
 if TYPE_CHECKING:
     from service.api.plan import Plan, RenderOptions
@@ -25,6 +25,8 @@ _EXPLANATION_BYTES = 700
 _RESULT_BYTES = 1500
 # Sides of a picture that is drawn on a whole image, at most.
 _CANVAS_SIDE = 1024
+# Prices that are remembered for a model.
+_KEPT_PRICES = 64
 # Sets of labels that are remembered.
 _KEPT_SETS = 16
 
@@ -45,6 +47,19 @@ _LEAST_DRAWN: Mapping[str, Callable[[RenderOptions], dict[str, Any]]] = {
     "overlay_format": lambda _: {"overlay_format": "jpeg"},
     "outputs": lambda render: {"outputs": render.outputs[:1]},
 }
+
+
+def price_of(operation: Operation, options: JobOptions, info: ModelInfo) -> Price:
+    """What `price` finds, remembered with the model: most jobs are priced alike."""
+    # Interventions may be megabytes.
+    kept = {} if options.interventions else info.prices
+    key = operation, options
+    found: Price | None = kept.get(key)
+    if found is None:
+        if len(kept) >= _KEPT_PRICES:
+            kept.clear()
+        found = kept[key] = price(operation, options, info)
+    return found
 
 
 def answer_bytes(plan: Plan, cost: Price, render: RenderOptions) -> int:

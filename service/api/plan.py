@@ -14,7 +14,7 @@ from models.errors import InvalidOption, NotReady, UnknownLayer, UnknownModel
 from models.imaging.render import OverlayFormat
 from models.imaging.style import ClipChoice, ColormapChoice
 from models.methods import METHODS
-from models.price import Price, price
+from models.price import Price
 from models.resolve import (
     check_cam,
     resolve_layers,
@@ -33,7 +33,7 @@ from models.types import (
     Target,
 )
 from service.api.body import ImageInput
-from service.api.budget import answer_bytes, check_budget
+from service.api.budget import answer_bytes, check_budget, price_of
 from service.api.options import (
     MAX_AGAINST,
     MAX_MASKS,
@@ -190,7 +190,7 @@ def make_plan(
     takes = info.card.texts if encodes else None
     encoding_ms = 0.0 if takes is None else takes.encoding_ms(labels)
     common = job_options(options, info)
-    planned, usual = [], price(options.operation, common, info)
+    planned, usual = [], price_of(options.operation, common, info)
     common_targets = getattr(options, "targets", [])
     _check_contrasts([image.targets or [] for image in images])
     for i, image in enumerate(images):
@@ -200,7 +200,7 @@ def make_plan(
             # A prediction has no targets; they are only checked.
             if common.targets:
                 resolved = msgspec.structs.replace(common, targets=targets)
-                cost = price(options.operation, resolved, info)
+                cost = price_of(options.operation, resolved, info)
         raw = image.targets if image.targets is not None else common_targets
         areas = areas_of(raw) if resolved.targets else ()
         if encoding_ms:

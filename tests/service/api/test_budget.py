@@ -10,7 +10,7 @@ from msgspec import structs
 from models.errors import InvalidOption
 from models.methods import METHODS
 from service.api.body import ImageInput
-from service.api.options import ExplainOptions, FeaturesOptions
+from service.api.options import ExplainOptions, FeaturesOptions, PredictOptions
 from service.api.plan import Plan, make_plan
 from service.settings import LimitSettings
 from tests.fakes import LAYERS, fake_info
@@ -43,6 +43,23 @@ def test_device_time(field, options, more):
         plan_of(ExplainOptions(**options), **{"seconds": 1.0, **more})
     assert caught.value.field == field
     assert f"`{field}`" in caught.value.message
+
+
+def test_a_model_that_became_slower_costs_more():
+    info = fake_info()
+    card = structs.replace(info.card, latency_ms={1: 4.0, 4: 12.0})
+    found = [
+        make_plan(
+            [ImageInput(data=b"x")],
+            PredictOptions(),
+            model,
+            limits=LimitSettings(),
+            started=0.0,
+            deadline=30.0,
+        )
+        for model in (info, structs.replace(info, card=card))
+    ]
+    assert found[1].device_ms == 2 * found[0].device_ms
 
 
 def test_more_time_allows_more():
