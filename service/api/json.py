@@ -5,6 +5,7 @@ from __future__ import annotations
 import binascii
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import msgspec
@@ -109,12 +110,18 @@ def validate(model: type[OptionsT], values: Mapping[str, Any], *, prefix: str = 
     if isinstance(values, Mapping):
         _check_names(model, values, prefix)
     try:
-        return model.model_validate(values)
+        return model.model_validate(values) if values != {} else _defaults(model)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         path = [prefix] if prefix else []
         field = ".".join([*path, *(str(part)[:_MAX_FIELD] for part in first["loc"])])
         raise InvalidOption(_explain(first, model), field=field or None) from None
+
+
+@lru_cache
+def _defaults(model: type[OptionsT]) -> OptionsT:
+    """The options of a request that has none."""
+    return model()
 
 
 def _check_names(model: type[BaseModel], values: Mapping[str, Any], prefix: str) -> None:
