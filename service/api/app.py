@@ -190,7 +190,7 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
     keyed = [Depends(require_api_key)]
     is_limited = settings.limits.max_concurrent_per_key is not None
     limited = [Depends(limit_key), Depends(admit)] if is_limited else [Depends(admit)]
-    for module in (images, explain, infer, kserve_v1, torchserve, sagemaker):
+    for module in (explain, images, infer, kserve_v1, torchserve, sagemaker):
         app.include_router(module.router, dependencies=limited)
     for router in (models.router, metadata.models):
         app.include_router(router, dependencies=keyed)
