@@ -92,7 +92,8 @@ class DeviceProcess:
         incarnation = self.child.incarnation + 1
         self._file = WorkerStatusFile.create(self._runtime.status_file(self.device, incarnation))
         self._hung = False
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(self._threads))
+        # Of numpy's BLAS nothing is asked here; its threads would be in the way of forks.
+        threads = {"OMP_NUM_THREADS": str(self._threads), "OPENBLAS_NUM_THREADS": "1"}
         # Threads that spin for long while they wait hold the cores that others need, HTTP processes
         # among them: beside other work a pass then takes several times as long.
         threads["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "3000")

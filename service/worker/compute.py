@@ -278,16 +278,17 @@ class ComputeThread:
         return result if isinstance(result, Failure) else None
 
     def _run_canary(self, model: ModelInfo) -> None:
-        began = time.monotonic()
-        self._canary_at = began + self._canary_s
-        if not self._runner.canary(model):
+        self._canary_at = time.monotonic() + self._canary_s
+        taken_ms = self._runner.canary(model)
+        if taken_ms is None:
             log.error("the canary pass of %s failed", model.card.name)
             return
+        # The first one pays for what a start has left to do.
+        if self._runner.status.ready:
+            with self._changed:
+                self._batcher.observe_prediction(model.card.key, taken_ms)
+            self._tell_latencies()
         self._mark_ready()
-        with self._changed:
-            taken_ms = 1000 * (time.monotonic() - began)
-            self._batcher.observe_prediction(model.card.key, taken_ms)
-        self._tell_latencies()
 
     def _tell_latencies(self) -> None:
         """Correct the latencies in the models' cards, from which requests are priced.

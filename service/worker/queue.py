@@ -192,8 +192,8 @@ class LatencyModel:
 
     Each observation moves the point of its size by `smoothing` of the difference (an exponentially
     weighted moving average), so that one slow batch is soon forgotten, and the other points in
-    proportion: what makes a device slower makes all sizes slower. Beyond the largest point the
-    time grows in proportion to the size.
+    proportion: what makes a device slower makes all sizes slower. How far an observation is off
+    counts up to a factor of 8. Beyond the largest point the time grows in proportion to the size.
     """
 
     def __init__(
@@ -237,7 +237,7 @@ class LatencyModel:
             self._points[size] = self.predict_ms(size) if self._sizes else duration_ms
             insort(self._sizes, size)
         before = self._points[size]
-        moved = 1 + self._smoothing * (duration_ms / before - 1) if before else 1.0
+        moved = 1 + self._smoothing * (_trusted(duration_ms / before) - 1) if before else 1.0
         self._points = {known: ms * moved for known, ms in self._points.items()}
 
 
@@ -292,7 +292,11 @@ class QueuedModel:
 
 
 def _learnt(pace: float, seen: float) -> float:
-    return pace + _SMOOTHING * (min(_MAX_PACE, max(1 / _MAX_PACE, seen)) - pace)
+    return pace + _SMOOTHING * (_trusted(seen) - pace)
+
+
+def _trusted(pace: float) -> float:
+    return min(_MAX_PACE, max(1 / _MAX_PACE, pace))
 
 
 def can_share_batch(first: Entry, entry: Entry) -> bool:

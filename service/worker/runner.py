@@ -82,8 +82,8 @@ class Runner:
             return BatchRun(results=done.results)
         return done
 
-    def canary(self, info: ModelInfo) -> bool:
-        """Run a black image through a model and return whether that succeeded.
+    def canary(self, info: ModelInfo) -> float | None:
+        """Run a black image through a model; returns the milliseconds it took, None if it failed.
 
         Raises:
             DeviceLost: the device needs a new process.
@@ -100,9 +100,12 @@ class Runner:
         )
         predicted_s = card.latency_ms.get(1, 0.0) / 1000
         self.publish("canary", subject=card.full_name, predicted_s=predicted_s)
+        began = time.monotonic()
         results = self._call(self._backend.engine.run, [job], {})
+        taken_ms = 1000 * (time.monotonic() - began)
         self._settle()
-        return self._publish_end([] if isinstance(results, HeatlensError) else results)
+        passed = self._publish_end([] if isinstance(results, HeatlensError) else results)
+        return taken_ms if passed else None
 
     def _settle(self) -> None:
         """Release memory that earlier work has left, while the device is idle."""

@@ -77,6 +77,7 @@ def test_a_cat_is_explained_before_and_after_crashes(serving):
     found = first.json()["results"][0]
     assert found["predictions"][0]["label"] in CATS
     worker, server, http = descendants(process, "worker cpu", "fork_server", "api.process")
+    assert server.num_threads() == 1, "a fork has one thread of its server's, and locks of all"
     report(f"HTTP process: {http.memory_info().rss / 1e6:.0f} MB resident")
     assert http.memory_info().rss < 120e6
     for victim in (worker, server):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 
 from models.types import Job, JobOptions, ModelCard, ModelInfo, Outcome
@@ -76,5 +78,14 @@ def test_memory_is_released_when_the_device_is_idle():
     card = ModelCard(name="m", version="1", state="ready", ready=True, source="python:m")
     for grown, expected in ((1000, [1000]), (450, [1000]), (900, [1000, 900])):
         held[0] = grown
-        assert runner.canary(ModelInfo(card=card))
+        assert runner.canary(ModelInfo(card=card)) is not None
         assert freed == expected
+
+
+def test_the_time_of_a_canary_pass_is_that_of_the_pass():
+    """Requests are priced by it, and to release memory takes much longer."""
+    engine = SlowEngine([0.0], beats=False)
+    backend = Backend(registry=None, engine=engine, free_memory=lambda: time.sleep(0.3))
+    runner = Runner(backend, write_status=lambda _: None)
+    card = ModelCard(name="m", version="1", state="ready", ready=True, source="python:m")
+    assert runner.canary(ModelInfo(card=card)) < 200
