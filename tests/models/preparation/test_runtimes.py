@@ -85,7 +85,7 @@ def test_the_next_start_believes_what_was_measured(measured, tmp_path, monkeypat
 def test_where_torch_was_as_fast_the_next_start_does_not_import_it(measured, tmp_path, monkeypatch):
     measured(AS_FAST)
     warm(blocks(), proofs_dir=tmp_path)
-    monkeypatch.delattr(openvino, "_library")
+    monkeypatch.delattr(openvino, "library")
     again = warm(blocks(), proofs_dir=tmp_path)
     assert served_by(again) == [False, False]
     assert any("not clearly faster, 1.01x torch" in s for s in again.info.card.preparation)
@@ -94,7 +94,7 @@ def test_where_torch_was_as_fast_the_next_start_does_not_import_it(measured, tmp
 @pytest.mark.parametrize("runtime", ["auto", "torch"])
 def test_without_the_package_nothing_is_tried(measured, monkeypatch, runtime):
     monkeypatch.setitem(sys.modules, "openvino", None)
-    monkeypatch.delattr(openvino, "_library")
+    monkeypatch.delattr(openvino, "library")
     model = warm(blocks(), runtime=runtime)
     assert served_by(model) == [False, False]
     assert not any("openvino" in step.lower() for step in model.info.card.preparation)
@@ -102,7 +102,7 @@ def test_without_the_package_nothing_is_tried(measured, monkeypatch, runtime):
 
 @needs_openvino
 def test_small_networks_are_not_worth_the_trial(monkeypatch):
-    monkeypatch.delattr(openvino, "_library")
+    monkeypatch.delattr(openvino, "library")
     monkeypatch.setattr(runtimes, "SMALL_MS", 1e6)
     model = warm(blocks())
     assert "openvino skipped: a pass takes less than 1e+06 ms" in model.info.card.preparation
@@ -110,7 +110,7 @@ def test_small_networks_are_not_worth_the_trial(monkeypatch):
 
 @needs_openvino
 def test_heads_that_are_not_pooled_are_not_tried(measured, monkeypatch):
-    monkeypatch.delattr(openvino, "_library")
+    monkeypatch.delattr(openvino, "library")
     model = warm(frozen(FlatNet()))
     (step,) = [s for s in model.info.card.preparation if s.startswith("openvino skipped")]
     assert "not pooling and one linear layer" in step
