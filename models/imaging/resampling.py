@@ -1,4 +1,4 @@
-"""What is written in C (`resampling.c`), for where it was built.
+"""Resizes parts of images in C (`resampling.c`), where that was built.
 
 It is built as the package is installed, wherever there is a compiler. Without it Pillow does the same,
 in four times the time.

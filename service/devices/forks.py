@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 LARGEST_MESSAGE = 65536
-"""Bytes."""
+"""Bytes that a packet holds at most."""
 
 
 class Forked(msgspec.Struct, frozen=True, tag=True):

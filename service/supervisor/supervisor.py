@@ -152,8 +152,8 @@ class Supervisor:
     def _worker_starter(self, device: str) -> Starter:
         if self._worker_command is not None:
             return Command(self._worker_command)
-        # Elsewhere than on Linux nothing would end a fork with its parent, and system libraries need
-        # not bear it; on a GPU it was never tried.
+        # Only Linux ends a fork with its parent, and libraries of other systems may not survive a fork.
+        # On a GPU it was never tried.
         is_forked = sys.platform == "linux" and device.startswith("cpu")
         return self._fork_server if is_forked else Command(WORKER_COMMAND)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -153,17 +154,24 @@ def load_model(backend: Backend, spec: ModelSpec) -> ModelInfo | HeatlensError:
 
 def import_libraries(specs: Sequence[ModelSpec]) -> None:
     """Import what an engine that holds these models will, as far as it can be imported."""
-    try:
+    with _told():
         from models import engine, registry  # noqa: F401
         from models.preparation import openvino
         from models.sources import import_source
 
         for spec in specs:
-            import_source(spec)
+            with _told():
+                import_source(spec)
         if openvino.installed() and any(spec.runtime != "torch" for spec in specs):
             openvino.library()
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Go on without a library that cannot be imported: the worker that needs it says what is wrong."""
+    try:
+        yield
     except Exception:
-        # The worker that needs it says what is wrong.
         log.debug("a library cannot be imported", exc_info=True)
 
 

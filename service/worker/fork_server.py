@@ -3,7 +3,7 @@
     python -P -m service.worker.fork_server --runtime DIR --socket FD --parent PID
 
 A worker that takes the place of another one need not wait for imports, and all share their memory. This
-process has a single thread, runs no model and imports no code of users: nothing can break in it.
+process has a single thread, runs no model and imports no code of users, so that little can go wrong in it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The classes of exceptions, and what is kept of a failed load."""
+"""The classes of exceptions, what is kept of a failed load, and what is imported ahead."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import re
 import pytest
 import torch
 
+from models import sources
 from models.catalog import ModelSpec
 from models.errors import ModelLoadFailed
 from models.registry import ModelRegistry
 from models.types import Failure
-from service.worker.backend import Backend, classify_exception, load_model
+from service.worker.backend import Backend, classify_exception, import_libraries, load_model
 
 
 @pytest.mark.parametrize(
@@ -73,3 +74,20 @@ def test_the_cause_of_a_failed_load_is_kept_for_the_operator_alone(tmp_path, mon
     assert error.__cause__ is None
     card = registry.mark_unavailable(spec, error.message, cause=error.cause).card
     assert (card.reason, card.cause) == (error.message, error.cause)
+
+
+def test_a_library_that_cannot_be_imported_does_not_hold_up_the_others(monkeypatch):
+    asked = []
+
+    def import_source(spec: ModelSpec) -> None:
+        asked.append(spec.name)
+        if spec.name == "broken":
+            raise ImportError("no such library")
+
+    monkeypatch.setattr(sources, "import_source", import_source)
+    specs = [
+        ModelSpec(name=name, source="timm:resnet18", weights="none", runtime="torch")
+        for name in ("broken", "other")
+    ]
+    import_libraries(specs)
+    assert asked == ["broken", "other"]
