@@ -101,9 +101,12 @@ class Batcher:
         return stale
 
     def latency_ms(self, key: ModelKey) -> dict[int, float]:
-        """What plain predictions take at present, by batch size; empty for an unknown model."""
+        """What plain predictions take on a device that nothing else disturbs, by batch size.
+
+        Empty for an unknown model.
+        """
         model = self._models.get(key)
-        return model.passes.points_ms if model is not None else {}
+        return model.passes.undisturbed_ms if model is not None else {}
 
     def observe_prediction(self, key: ModelKey, duration_ms: float) -> None:
         """Learn from a plain prediction that was made outside of the queue."""

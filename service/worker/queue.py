@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -26,11 +27,15 @@ the device recently had no memory for more. `held`: the limit of suspended long 
 """
 
 _UNKNOWN_MS = 50.0
+# What no pass is faster than.
+_LEAST_MS = 1e-3
 _SMOOTHING = 0.2
 # A pass to which jobs add less than this share says how long plain predictions take.
 _PLAIN_SHARE = 0.1
 # No estimate is trusted to be further off.
 _MAX_PACE = 8.0
+# Passes that tell what a device takes when nothing disturbs it.
+_RECENT = 32
 
 
 @dataclass(slots=True, eq=False)
@@ -190,23 +195,30 @@ class EntryQueue:
 class LatencyModel:
     """Milliseconds by batch size: measured points, linear interpolation between them.
 
-    Each observation moves the point of its size by `smoothing` of the difference (an exponentially
-    weighted moving average), so that one slow batch is soon forgotten, and the other points in
-    proportion: what makes a device slower makes all sizes slower. How far an observation is off
-    counts up to a factor of 8. Beyond the largest point the time grows in proportion to the size.
+    Each observation moves the expectation of its size by `smoothing` of the difference (an
+    exponentially weighted moving average), so that one slow batch is soon forgotten, and those of
+    other sizes in proportion: what makes a device slower makes all sizes slower. How far an
+    observation is off counts up to a factor of 8. Beyond the largest point the time grows in
+    proportion to the size.
+
+    Attributes:
+        pace: what batches take at present, over the points.
     """
 
     def __init__(
         self, latency_ms: Mapping[int, float] | None = None, *, smoothing: float = _SMOOTHING
     ) -> None:
-        self._points = dict(latency_ms or {})
+        self.pace = 1.0
+        self._points = {n: max(_LEAST_MS, ms) for n, ms in (latency_ms or {}).items()}
         self._sizes = sorted(self._points)
         self._smoothing = smoothing
+        self._recent = deque([1.0], maxlen=_RECENT)
 
     def predict_ms(self, size: int) -> float:
         """Expected duration of a batch of `size` (from 1); 50 ms while nothing is known."""
-        if not self._sizes:
-            return _UNKNOWN_MS
+        return self.pace * self._point(size) if self._sizes else _UNKNOWN_MS
+
+    def _point(self, size: int) -> float:
         i = bisect_left(self._sizes, size)
         if i == len(self._sizes):
             largest = self._sizes[-1]
@@ -219,9 +231,18 @@ class LatencyModel:
         return self._points[left] + share * (self._points[right] - self._points[left])
 
     @property
-    def points_ms(self) -> dict[int, float]:
-        """Milliseconds of every size that is known."""
-        return {size: round(self._points[size], 3) for size in self._sizes}
+    def undisturbed_pace(self) -> float:
+        """`pace` while nothing else keeps the device's cores busy.
+
+        That is what the fastest tenth of recent batches took: others only make a batch slower.
+        """
+        return sorted(self._recent)[len(self._recent) // 10]
+
+    @property
+    def undisturbed_ms(self) -> dict[int, float]:
+        """Milliseconds at `undisturbed_pace`, of every size that is known."""
+        pace = self.undisturbed_pace
+        return {size: round(pace * self._points[size], 3) for size in self._sizes}
 
     def largest_within(self, slack_s: float, size: int) -> int:
         """The largest batch up to `size` that ends within `slack_s`; `size` if one job does not."""
@@ -233,12 +254,13 @@ class LatencyModel:
 
     def observe(self, size: int, duration_ms: float) -> None:
         """Learn from a batch that ran."""
+        duration_ms = max(_LEAST_MS, duration_ms)
         if size not in self._points:
-            self._points[size] = self.predict_ms(size) if self._sizes else duration_ms
+            self._points[size] = self._point(size) if self._sizes else duration_ms
             insort(self._sizes, size)
-        before = self._points[size]
-        moved = 1 + self._smoothing * (_trusted(duration_ms / before) - 1) if before else 1.0
-        self._points = {known: ms * moved for known, ms in self._points.items()}
+        seen = duration_ms / self._points[size]
+        self._recent.append(seen)
+        self.pace *= 1 + self._smoothing * (_trusted(seen / self.pace) - 1)
 
 
 @dataclass(slots=True)
