@@ -6,16 +6,13 @@ in several times the time for the statistics of many layers.
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
-import logging
 from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 
-logger = logging.getLogger("heatlens.engine")
+from models.compiled import INT32, INT64, POINTER, find_function
 
 _TYPES = torch.float32, torch.bfloat16
 
@@ -61,11 +58,5 @@ def reduce(
 
 @cache
 def _function() -> Callable[..., int] | None:
-    spec = importlib.util.find_spec("models._reductions")
-    if spec is None or spec.origin is None:
-        logger.info("reductions.c was not built: statistics of many layers take longer")
-        return None
-    function = ctypes.CDLL(spec.origin).heatlens_reduce
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [pointer, ctypes.c_int, *[integer] * 6, *[pointer] * 3]
-    return function
+    kinds = (POINTER, INT32, *[INT64] * 6, *[POINTER] * 3)
+    return find_function("models._reductions", "heatlens_reduce", *kinds)

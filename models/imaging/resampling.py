@@ -7,15 +7,13 @@ in four times the time.
 from __future__ import annotations
 
 import ctypes
-import importlib.util
-import logging
 from collections.abc import Callable, Mapping
 from functools import cache
 
 import numpy as np
 from PIL import Image
 
-logger = logging.getLogger("heatlens.imaging")
+from models.compiled import INT32, INT64, POINTER, find_function
 
 # Pixels on each side that a filter looks at.
 _REACHES: Mapping[Image.Resampling, int] = {
@@ -56,11 +54,5 @@ def resize_part(
 
 @cache
 def _function() -> Callable[..., int] | None:
-    spec = importlib.util.find_spec("models.imaging._resampling")
-    if spec is None or spec.origin is None:
-        logger.info("resampling.c was not built: images take longer")
-        return None
-    function = ctypes.CDLL(spec.origin).heatlens_resize
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [pointer, *[integer] * 8, ctypes.c_int, pointer]
-    return function
+    kinds = (POINTER, *[INT64] * 8, INT32, POINTER)
+    return find_function("models.imaging._resampling", "heatlens_resize", *kinds)
