@@ -156,13 +156,21 @@ def build():
 """
 
 
+# A shell that runs the tests in the background has them ignore interruptions.
+INTERRUPTIBLE = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("service", run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 def test_an_interruption_while_a_model_is_loaded_ends_cleanly(tmp_path: Path) -> None:
     (tmp_path / "loading_net.py").write_text(LOADING)
     entry = '[[models]]\nname = "slow"\nsource = "python:loading_net:build"\n'
     (tmp_path / "heatlens.toml").write_text('[server]\ndevices = ["cpu"]\n' + entry)
     command = subprocess.Popen(
-        [sys.executable, "-m", "service", "layers", "-c", "heatlens.toml"],
+        [sys.executable, "-c", INTERRUPTIBLE, "layers", "-c", "heatlens.toml"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(Path.cwd())},
         stderr=subprocess.PIPE,
