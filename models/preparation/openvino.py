@@ -68,13 +68,15 @@ def openvino_variants(
         converted = _converted(openvino, module, reference, cache)
         weights = sum(parameter.nbytes for parameter in module.parameters())
         threads = torch.get_num_threads()
-        streams = (1, threads)[: SINGLE_BYTES // max(1, weights)]
+        singles = (1, threads)[: SINGLE_BYTES // max(1, weights)]
         compile_ = partial(_Graph, openvino, converted, hint=_HINTS[precision], threads=threads)
         # Where nothing is proved or timed any more, requests are served meanwhile.
         compiler = Compiler(compile_, waits=not reference.is_proved(place))
-        backbones = [CompiledBackbone(compiler, outputs=1, streams=streams)]
-        if len(layers) > 1:
-            backbones.append(CompiledBackbone(compiler, outputs=len(layers), streams=streams))
+        numbers = (1, len(layers)) if len(layers) > 1 else (1,)
+        backbones = [
+            CompiledBackbone(compiler, outputs=number, threads=threads, singles=singles)
+            for number in numbers
+        ]
         served = backbones[0].precision
     except Exception as error:
         logger.warning("OpenVINO does not take the model", exc_info=True)
@@ -116,19 +118,22 @@ class CompiledBackbone:
         outputs: how many tensors it gives.
     """
 
-    def __init__(self, compiler: Compiler, *, outputs: int, streams: Sequence[int]) -> None:
+    def __init__(
+        self, compiler: Compiler, *, outputs: int, threads: int, singles: Sequence[int]
+    ) -> None:
         """Compile the first `outputs` tensors.
 
         Graphs for single images, begun when they are first wanted, run so many of them at a time: a
         lone one on all threads, then one on each thread, since threads that share an image wait for
-        each other at every layer, and for long where another process has a core. Large networks
-        would read their weights too often.
+        each other at every layer, and for long where another process has a core. Where only the first
+        of the two has room, that of any size runs one on each thread.
         """
         self.outputs = outputs
         self._compiler = compiler
-        self._of_any_size = compiler.begin(outputs=outputs, batch=-1)
-        self._single: dict[int, Future[_Graph] | _Graph | None] = dict.fromkeys(streams)
-        self._at_a_time = streams[1] if len(streams) > 1 else 0
+        streams = threads if len(singles) == 1 else 1
+        self._of_any_size = compiler.begin(outputs=outputs, batch=-1, streams=streams)
+        self._single: dict[int, Future[_Graph] | _Graph | None] = dict.fromkeys(singles)
+        self._at_a_time = threads if len(singles) > 1 or streams > 1 else 0
 
     def works(self) -> bool:
         """Whether it could be compiled; waits until that is known."""
@@ -192,7 +197,8 @@ def _tell_failure(compiled: Future[_Graph]) -> None:
 class _Graph:
     """A converted model, compiled for batches of any size (-1), or for single images (1).
 
-    A graph for single images runs `streams` of them at a time, on an equal share of the threads each.
+    It runs `streams` images at a time, on an equal share of the threads each; one of any size that has
+    a single stream runs a batch as a whole.
     """
 
     def __init__(
@@ -231,7 +237,7 @@ class _Graph:
             for output in compiled.outputs
         ]
         self._tensor = openvino.Tensor
-        self._is_single = batch == 1
+        self._takes_one = batch == 1 or streams > 1
         self._compiled = compiled
         self._requests: list[Any] = []
 
@@ -248,7 +254,7 @@ class _Graph:
     def run(self, images: Tensor, outputs: Sequence[Tensor]) -> None:
         """Fill `outputs`, contiguous, from images (N, 3, H, W), channels_last."""
         whole = (images.permute(0, 2, 3, 1), *outputs)
-        size = 1 if self._is_single else len(images)
+        size = 1 if self._takes_one else len(images)
         parts = zip(*(tensor.split(size) for tensor in whole), strict=True)
         with ExitStack() as running:
             for index, (part, *results) in enumerate(parts):

@@ -234,6 +234,27 @@ def test_large_networks_have_few_graphs(monkeypatch, room, graphs):
     assert len(run._single) == graphs
 
 
+def test_threads_do_not_share_images_where_there_is_room_for_one_more_graph(monkeypatch):
+    weights = sum(p.nbytes for p in blocks().parameters())
+    monkeypatch.setattr(openvino, "SINGLE_BYTES", weights)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    run = backbone(warm(blocks(), runtime="openvino"))
+    images = torch.randn(5, 3, SIDE, SIDE)
+    run(images[:1]), run(images[:1])
+    graph = run._of_any_size.result()
+    assert int(graph._compiled.get_property("NUM_STREAMS")) == 2
+    ran, sizes = graph.run, []
+
+    def spied(images, outputs) -> None:
+        sizes.append(len(images))
+        ran(images, outputs)
+
+    monkeypatch.setattr(graph, "run", spied)
+    run(images)
+    # What is left over has both threads together, in the other graph.
+    assert sizes == [4]
+
+
 def test_passes_run_where_they_can(on_openvino):
     out, inner = frozenset({"out"}), frozenset({"block"})
     assert module_of(on_openvino, Needs()) is Replay
