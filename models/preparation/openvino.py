@@ -318,10 +318,17 @@ def _keep(openvino: Any, model: Any, file: Path) -> None:
 
 def _convert(openvino: Any, module: LayerOutputs, images: Tensor) -> Any:
     """The module as a model of OpenVINO's, for batches of any size."""
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
     with warnings.catch_warnings(), torch.no_grad(), _root_logger_kept():
         # Tracing warns of itself, and of every shape that it takes as fixed.
         warnings.simplefilter("ignore")
-        model = openvino.convert_model(module.eval(), example_input=images[:2])
+        # Tracing compares the trace with the module, which takes longer than all the rest: whatever
+        # comes of it is compared anyway.
+        decoder = TorchScriptPythonDecoder(
+            module.eval(), example_input=images[:2], trace_kwargs={"check_trace": False}
+        )
+        model = openvino.convert_model(decoder)
     model.reshape([-1, *images.shape[1:]])
     for index, output in enumerate(model.outputs):
         output.get_tensor().set_names({_name(index)})
