@@ -200,23 +200,21 @@ class LatencyModel:
     other sizes in proportion: what makes a device slower makes all sizes slower. How far an
     observation is off counts up to a factor of 8. Beyond the largest point the time grows in
     proportion to the size.
-
-    Attributes:
-        pace: what batches take at present, over the points.
     """
 
     def __init__(
         self, latency_ms: Mapping[int, float] | None = None, *, smoothing: float = _SMOOTHING
     ) -> None:
-        self.pace = 1.0
         self._points = {n: max(_LEAST_MS, ms) for n, ms in (latency_ms or {}).items()}
         self._sizes = sorted(self._points)
         self._smoothing = smoothing
+        # What batches take over their points: expected now, and seen of late.
+        self._pace = 1.0
         self._recent = deque([1.0], maxlen=_RECENT)
 
     def predict_ms(self, size: int) -> float:
         """Expected duration of a batch of `size` (from 1); 50 ms while nothing is known."""
-        return self.pace * self._point(size) if self._sizes else _UNKNOWN_MS
+        return self._pace * self._point(size) if self._sizes else _UNKNOWN_MS
 
     def _point(self, size: int) -> float:
         i = bisect_left(self._sizes, size)
@@ -231,17 +229,12 @@ class LatencyModel:
         return self._points[left] + share * (self._points[right] - self._points[left])
 
     @property
-    def undisturbed_pace(self) -> float:
-        """`pace` while nothing else keeps the device's cores busy.
-
-        That is what the fastest tenth of recent batches took: others only make a batch slower.
-        """
-        return sorted(self._recent)[len(self._recent) // 10]
-
-    @property
     def undisturbed_ms(self) -> dict[int, float]:
-        """Milliseconds at `undisturbed_pace`, of every size that is known."""
-        pace = self.undisturbed_pace
+        """Milliseconds of every size that is known while nothing else keeps the device's cores busy.
+
+        What the fastest tenth of recent batches took: others only make a batch slower.
+        """
+        pace = sorted(self._recent)[len(self._recent) // 10]
         return {size: round(pace * self._points[size], 3) for size in self._sizes}
 
     def largest_within(self, slack_s: float, size: int) -> int:
@@ -260,7 +253,7 @@ class LatencyModel:
             insort(self._sizes, size)
         seen = duration_ms / self._points[size]
         self._recent.append(seen)
-        self.pace *= 1 + self._smoothing * (_trusted(seen / self.pace) - 1)
+        self._pace *= 1 + self._smoothing * (_trusted(seen / self._pace) - 1)
 
 
 @dataclass(slots=True)
