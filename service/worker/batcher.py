@@ -209,8 +209,13 @@ class Batcher:
         self._running = take(first, now)
         return Decision(self._running, expired)
 
-    def done(self, now: float, *, suspended: Iterable[Suspended] = ()) -> None:
-        """Account for the finished batch; its `suspended` jobs have further steps, others end."""
+    def done(
+        self, now: float, *, suspended: Iterable[Suspended] = (), succeeded: bool = True
+    ) -> None:
+        """Account for the finished batch; its `suspended` jobs have further steps, others end.
+
+        Nothing is learnt from the time of one that has not `succeeded`.
+        """
         batch, self._running = self._running, None
         if batch is None:
             return
@@ -218,7 +223,7 @@ class Batcher:
         self._use(batch.job_class, duration_s, now)
         self._finish[batch.job_class] += duration_s / self._share[batch.job_class]
         states = {item.job.id: item for item in suspended}
-        model = self._models.get(batch.key)
+        model = self._models.get(batch.key) if succeeded else None
         if model is not None and batch.is_step:
             model.steps.observe(batch.images, 1000 * duration_s)
         elif model is not None:

@@ -248,10 +248,11 @@ class ComputeThread:
         now = time.monotonic()
         suspended = [r for r in run.results if not isinstance(r, Outcome | Failure)]
         self._canary_at = now + self._canary_s
-        if any(not isinstance(result, Failure) for result in run.results):
+        failed = [isinstance(result, Failure) for result in run.results]
+        if not all(failed):
             self._mark_ready()
         with self._changed:
-            self._batcher.done(now, suspended=suspended)
+            self._batcher.done(now, suspended=suspended, succeeded=not any(failed))
             if run.largest_fit is not None:
                 self._batcher.lower_batch(batch.key, run.largest_fit, until=now + _BATCH_CAP_S)
         if news := [item for entry in batch.entries if (item := entry.news(now))]:

@@ -210,7 +210,7 @@ class LatencyModel:
         self._smoothing = smoothing
         # What batches take over their points: expected now, and seen of late.
         self._pace = 1.0
-        self._recent = deque([1.0], maxlen=_RECENT)
+        self._recent = deque([1.0] * _RECENT, maxlen=_RECENT)
 
     def predict_ms(self, size: int) -> float:
         """Expected duration of a batch of `size` (from 1); 50 ms while nothing is known."""
@@ -232,9 +232,10 @@ class LatencyModel:
     def undisturbed_ms(self) -> dict[int, float]:
         """Milliseconds of every size that is known while nothing else keeps the device's cores busy.
 
-        What the fastest tenth of recent batches took: others only make a batch slower.
+        What the fastest tenth of recent batches took, since others only make a batch slower; until
+        many have run, what was measured counts for those to come.
         """
-        pace = sorted(self._recent)[len(self._recent) // 10]
+        pace = sorted(self._recent)[_RECENT // 10]
         return {size: round(pace * self._points[size], 3) for size in self._sizes}
 
     def largest_within(self, slack_s: float, size: int) -> int:

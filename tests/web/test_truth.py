@@ -90,6 +90,7 @@ def test_few_samples_end(visit) -> None:
 def test_a_comparison_can_be_cancelled(visit) -> None:
     page = visit(f"{CAT}&view=compare&items=gradcam,rise&samples=1000")
     page.locator("#far", has_text="RISE").wait_for()
+    assert page.locator("#far").inner_text().split(" of ")[1].startswith("1,000")
     page.get_by_role("button", name="Cancel").click()
     page.get_by_role("group", name="Progress").wait_for(state="hidden")
     page.locator("figcaption", has_text="RISE").get_by_text("Cancelled").wait_for()

@@ -193,6 +193,21 @@ def test_an_idle_device_takes_what_there_is_and_a_busy_one_fills_its_batch():
     assert ids(queue.next(0.03).batch) == ["9", "10", "11"]
 
 
+def test_nothing_is_learnt_from_batches_that_failed():
+    queue = batcher()
+    known = queue.latency_ms(A)
+    for number in range(40):
+        queue.add(job(number), float(number))
+        assert queue.next(float(number)).batch is not None
+        queue.done(number + 1e-6, succeeded=False)
+    assert queue.latency_ms(A) == known
+    for number in range(40, 80):
+        queue.add(job(number), float(number))
+        assert queue.next(float(number)).batch is not None
+        queue.done(number + 1e-6)
+    assert queue.latency_ms(A) != known
+
+
 def test_the_earliest_deadline_goes_first_with_its_model():
     queue = batcher()
     queue.add(job("late", deadline=50), 0.0)

@@ -24,6 +24,7 @@ from models.errors import (
 from models.types import Job, JobOptions
 from service.devices.messages import Completion, Submission
 from service.settings import Settings
+from service.worker import compute
 from service.worker.local import LocalPool
 from tests.waiting import eventually
 
@@ -281,6 +282,19 @@ async def test_the_card_follows_what_passes_take():
             slow += 1
             await pool.submit(job(slow, Fault.SLOW, 5))
         assert slow > 1, "one slow pass says little"
+
+
+async def test_jobs_that_fail_make_none_cheaper(monkeypatch):
+    monkeypatch.setattr(compute, "_LATENCIES_S", 0.0)
+    async with Running() as pool:
+        await pool.wait_ready()
+        for number in range(40):
+            await pool.submit(job(number, Fault.SLOW, 2))
+        known = pool.models()[0].card.latency_ms
+        for number in range(40):
+            with pytest.raises(InternalError):
+                await pool.submit(job(number, Fault.RAISE))
+        assert pool.models()[0].card.latency_ms == known
 
 
 async def test_loading_and_unloading():
