@@ -101,10 +101,7 @@ class Batcher:
         return stale
 
     def latency_ms(self, key: ModelKey) -> dict[int, float]:
-        """What plain predictions take on a device that nothing else disturbs, by batch size.
-
-        Empty for an unknown model.
-        """
+        """What undisturbed plain predictions take, by batch size; empty for an unknown model."""
         model = self._models.get(key)
         return model.passes.undisturbed_ms if model is not None else {}
 
@@ -214,7 +211,7 @@ class Batcher:
     ) -> None:
         """Account for the finished batch; its `suspended` jobs have further steps, others end.
 
-        Nothing is learnt from the time of one that has not `succeeded`.
+        Its time tells nothing unless it has `succeeded`.
         """
         batch, self._running = self._running, None
         if batch is None:
